@@ -1,0 +1,72 @@
+"""What a task is: examples, a metric, and the name it goes by in a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+MetricName = Literal["exact_match", "rouge_l", "options"]
+Message = Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row: what the model is given and what it must answer.
+
+    Attributes
+    ----------
+    prompt : str or tuple of messages
+        Text, or chat messages (``{"role", "content"}``) that go through the tokenizer's chat template.
+    completion : str
+        The answer that is trained on.
+    references : tuple of str
+        All answers that count as right; empty means the completion alone.
+    """
+
+    prompt: str | tuple[Message, ...]
+    completion: str
+    references: tuple[str, ...] = ()
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """Every answer that counts as right."""
+        return self.references or (self.completion,)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A named set of training and test examples with the metric that scores it.
+
+    Attributes
+    ----------
+    metric : {"exact_match", "rouge_l", "options"}
+        How a generated answer is scored; ``options`` picks the nearest of `options` first.
+    options : tuple of str
+        The allowed answers, for ``metric="options"``.
+    """
+
+    name: str
+    train: Sequence[Example]
+    test: Sequence[Example]
+    metric: MetricName = "exact_match"
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TaskStream:
+    """Tasks in the order in which they are learned."""
+
+    name: str
+    tasks: tuple[Task, ...] = field(default_factory=tuple)
+
+    def __iter__(self) -> Iterator[Task]:
+        return iter(self.tasks)
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    @property
+    def names(self) -> list[str]:
+        """The tasks' names, in order."""
+        return [task.name for task in self.tasks]
