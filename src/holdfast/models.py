@@ -1,0 +1,238 @@
+"""Models: loading, LoRA, what is trained, and the one canonical name of each weight."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import nn
+
+from holdfast.config import Options
+from holdfast.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.|base_model\.model\.)+")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|block|blocks|layer)\.(\d+)\.")
+
+
+class LoraOptions(Options):
+    """Low-rank adapters, made by PEFT."""
+
+    r: int = Field(8, ge=1, description="rank")
+    alpha: float = Field(16.0, gt=0, description="scale numerator (alpha / r)")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: tuple[str, ...] | Literal["all-linear"] | None = Field(
+        None, description="module names; PEFT's default for the architecture when omitted"
+    )
+
+
+class ModelOptions(Options):
+    """Which model is fine-tuned, and which of its weights may change."""
+
+    path: str | None = Field(None, description="folder or hub id of a causal or encoder-decoder model")
+    toy: bool = Field(False, description="a tiny Llama with a character tokenizer, made on the spot")
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    trainable: Literal["blocks", "all"] = Field(
+        "blocks", description="blocks: the linear maps in the transformer blocks; all: every weight"
+    )
+    lora: LoraOptions | None = Field(None, description="train low-rank adapters instead of the weights")
+    random_init: bool = Field(False, description="take the architecture from `path`, but random weights")
+    hidden: int = Field(128, ge=8, description="toy only: hidden size")
+    layers: int = Field(4, ge=1, description="toy only: number of blocks")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelOptions:
+        if (self.path is None) == (not self.toy):
+            raise ValueError("give exactly one of `path` (folder or hub id) and `toy: true`")
+        if not self.toy and {"hidden", "layers"} & self.model_fields_set:
+            raise ValueError("`hidden` and `layers` apply to `toy: true` only")
+        if self.lora is not None and "trainable" in self.model_fields_set:
+            raise ValueError("`trainable` does not apply with `lora`: only the adapters are trained")
+        return self
+
+
+def canonical_name(name: str) -> str:
+    """The name a weight has in the bare model, whatever wraps it (PEFT, DDP, torch.compile).
+
+    LoRA factors lose the adapter's name: ``...q_proj.lora_A.default.weight`` becomes
+    ``...q_proj.lora_A.weight``.
+    """
+    name = _WRAPPERS.sub("", name).replace("._orig_mod", "").replace(".base_layer", "")
+    return re.sub(r"\.(lora_[AB]|lora_embedding_[AB])\.[^.]+", r".\1", name)
+
+
+def layer_of(name: str) -> int | None:
+    """Index of the transformer block a parameter belongs to; None outside the blocks."""
+    match = _LAYER.search(name)
+    return int(match.group(1)) if match else None
+
+
+def module_of(name: str) -> str:
+    """The module's path inside its block, such as ``self_attn.q_proj``."""
+    match = _LAYER.search(name)
+    return (name[match.end() :] if match else name).rsplit(".", 1)[0]
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether the model reads the prompt with an encoder and writes the answer with a decoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _linear_maps(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    from transformers.pytorch_utils import Conv1D
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            yield name, module
+
+
+def block_parameters(model: nn.Module, trainable_only: bool = True) -> dict[str, nn.Parameter]:
+    """Weights and biases of the linear maps inside the transformer blocks (W^(l) of A, section 4.1).
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any transformers model, with or without PEFT.
+    trainable_only : bool
+        Leave out frozen weights (with LoRA: the backbone).
+
+    Returns
+    -------
+    dict
+        Canonical name to parameter, in the model's order. Norms, embeddings and heads are not in it.
+    """
+    found: dict[str, nn.Parameter] = {}
+    for module_name, module in _linear_maps(model):
+        if layer_of(module_name + ".") is None:
+            continue
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad or not trainable_only:
+                found[canonical_name(f"{module_name}.{leaf}")] = parameter
+    return found
+
+
+def digest(model: nn.Module) -> str:
+    """SHA-256 over the names, shapes and bytes of all parameters."""
+    h = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters(), key=lambda item: canonical_name(item[0])):
+        h.update(f"{canonical_name(name)}{tuple(parameter.shape)}{parameter.dtype}".encode())
+        flat = parameter.detach().cpu().contiguous().reshape(-1)
+        if flat.numel():  # an empty tensor can't be viewed as bytes
+            h.update(flat.view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()
+
+
+def tiny_llama(
+    tokenizer: PreTrainedTokenizerBase, seed: int = 0, hidden: int = 128, layers: int = 4, heads: int = 4
+) -> PreTrainedModel:
+    """A randomly initialised Llama for the toy suite: about 0.2 M parameters a block at hidden 128."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=hidden * 3,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def load_model(options: ModelOptions, seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load model and tokenizer, add LoRA if asked, and mark what is trainable.
+
+    Raises
+    ------
+    ModelError
+        The folder or hub id can't be loaded, or its tokenizer has no padding or end token.
+    """
+    if options.toy:
+        from holdfast.tasks.toy import toy_tokenizer
+
+        tokenizer: Any = toy_tokenizer()
+        model: Any = tiny_llama(tokenizer, seed, options.hidden, options.layers)
+        model.to(getattr(torch, options.dtype))
+    else:
+        model, tokenizer = _load_pretrained(str(options.path), options, seed)
+    if options.lora is not None:
+        model = add_lora(model, options.lora, seed)
+    else:
+        wanted = {id(p) for p in block_parameters(model, trainable_only=False).values()}
+        for parameter in model.parameters():
+            parameter.requires_grad_(options.trainable == "all" or id(parameter) in wanted)
+    model.eval()
+    return model, tokenizer
+
+
+def _load_pretrained(path: str, options: ModelOptions, seed: int) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+    looks_local = path.startswith((".", "/", "~")) or Path(path).exists()
+    source = str(Path(path).expanduser()) if looks_local else path
+    if looks_local and not (Path(source) / "config.json").is_file():
+        raise ModelError(
+            f"model.path: no Hugging Face model at '{path}' (no config.json there). Give a folder written by "
+            "save_pretrained, or a hub id such as 'meta-llama/Llama-3.2-1B'."
+        )
+    try:
+        config = AutoConfig.from_pretrained(source)
+        auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        dtype = getattr(torch, options.dtype)
+        if options.random_init:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                model = auto.from_config(config, dtype=dtype)
+        else:
+            model = auto.from_pretrained(source, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model.path: '{path}' could not be loaded: {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"model.path: the tokenizer of '{path}' has no end-of-sequence token.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # the usual choice; padding is masked everywhere
+    return model, tokenizer
+
+
+def add_lora(model: Any, options: LoraOptions, seed: int = 0) -> Any:
+    """Wrap the model in PEFT's LoRA; only the factors stay trainable.
+
+    Raises
+    ------
+    ModelError
+        A target module does not exist, or PEFT knows no default for this architecture.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    targets = options.target_modules
+    config = LoraConfig(
+        r=options.r,
+        lora_alpha=options.alpha,  # type: ignore[arg-type]
+        lora_dropout=options.dropout,
+        target_modules=list(targets) if isinstance(targets, tuple) else targets,
+        task_type="SEQ_2_SEQ_LM" if is_encoder_decoder(model) else "CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return get_peft_model(model, config)
+        except ValueError as error:
+            names = sorted({name.rsplit(".", 1)[-1] for name, _ in _linear_maps(model)})
+            raise ModelError(
+                f"model.lora.target_modules: {error} Linear modules here: {', '.join(names)}."
+            ) from error
