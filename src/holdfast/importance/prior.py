@@ -1,0 +1,251 @@
+"""The importance prior: one number for each weight, with the record of where it came from."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.errors import DataError, PriorMismatchError
+from holdfast.models import block_parameters, canonical_name
+from holdfast.storage import atomic_write, json_text, save_tensors, sha256
+
+TENSORS = "prior.safetensors"
+META = "prior.json"
+_SHOWN = 5  # names listed in a message; a wrong model can differ in hundreds
+
+
+def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Canonical name to parameter, for all parameters; of two adapters' factors the trainable one wins."""
+    found: dict[str, nn.Parameter] = {}
+    for name, parameter in model.named_parameters():
+        key = canonical_name(name)
+        if key not in found or (parameter.requires_grad and not found[key].requires_grad):
+            found[key] = parameter
+    return found
+
+
+@dataclass
+class ImportancePrior:
+    """How much each weight matters for what a model already knows.
+
+    Attributes
+    ----------
+    tensors : dict of str to Tensor
+        Canonical parameter name to importance: float32, on the CPU, of the parameter's shape.
+    meta : dict
+        JSON-able record: ``importance``, ``options``, ``tasks``, ``samples_seen``, ``samples_used``,
+        ``seconds``, ``model_digest`` and, for `lrp`, ``conservation_max_relative_error``.
+    """
+
+    tensors: dict[str, Tensor]
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.tensors = {
+            name: tensor.detach().to("cpu", torch.float32).contiguous()
+            for name, tensor in self.tensors.items()
+        }
+        bad = [name for name, tensor in self.tensors.items() if not torch.isfinite(tensor).all()]
+        if bad:
+            raise DataError(
+                f"importance prior: NaN or infinite values in {_some(bad)}. "
+                "The model's outputs overflowed while it was computed; use float32 or fix the model."
+            )
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    @property
+    def elements(self) -> int:
+        """The number of weights the prior covers."""
+        return sum(tensor.numel() for tensor in self.tensors.values())
+
+    def mean_normalised(self) -> ImportancePrior:
+        """The prior clipped at 0 (eq. 12's [x]+) and scaled so that its mean over all elements is 1.
+
+        A prior without a positive value stays all zero.
+        """
+        clipped = {name: tensor.clamp(min=0) for name, tensor in self.tensors.items()}
+        total = sum(tensor.sum(dtype=torch.float64).item() for tensor in clipped.values())
+        scale = self.elements / total if total > 0 else 0.0
+        # in float64: Fisher values are so small that their reciprocal mean may overflow float32
+        return ImportancePrior({n: (t.double() * scale).float() for n, t in clipped.items()}, dict(self.meta))
+
+    def merge(
+        self,
+        others: ImportancePrior | Sequence[ImportancePrior],
+        how: Literal["max", "sum", "mean"] = "max",
+    ) -> ImportancePrior:
+        """Summarise the priors of several tasks in one.
+
+        Parameters
+        ----------
+        others : prior or sequence of priors
+            Merged with this one; they must cover the same weights.
+        how : {"max", "sum", "mean"}
+            ``max``: the element-wise maximum clipped at 0 (A, eq. 12). ``sum`` is what EWC does with its
+            Fisher matrices. Neither ``sum`` nor ``mean`` clips.
+
+        Raises
+        ------
+        PriorMismatchError
+            The priors differ in names or shapes.
+        """
+        everyone = [self, *([others] if isinstance(others, ImportancePrior) else others)]
+        shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
+        for number, other in enumerate(everyone[1:], start=2):
+            _compare(other.tensors, shapes, f"prior {number} of the merge", "the first prior")
+        merged: dict[str, Tensor] = {}
+        for name, tensor in self.tensors.items():
+            result = tensor.clone()
+            for other in everyone[1:]:
+                value = other.tensors[name]
+                result = torch.maximum(result, value) if how == "max" else result.add_(value)
+            if how == "max":
+                result = result.clamp_(min=0)
+            elif how == "mean":
+                result = result.div_(len(everyone))
+            merged[name] = result
+        return ImportancePrior(merged, _merged_meta([p.meta for p in everyone], how))
+
+    def check_fits(self, model: nn.Module) -> None:
+        """Make sure that the prior belongs to this model.
+
+        Every name must be a parameter of the model with the same shape, and every trainable linear map in
+        the model's blocks must have an importance.
+
+        Raises
+        ------
+        PriorMismatchError
+            It doesn't; the message names what is missing, unexpected, or of another shape.
+        """
+        all_shapes = {name: p.shape for name, p in parameters_by_name(model).items()}
+        needed = set(block_parameters(model))
+        expected = {name: s for name, s in all_shapes.items() if name in needed or name in self.tensors}
+        _compare(self.tensors, expected, "the prior", f"the model ({type(model).__name__})")
+
+    def save(self, folder: str | os.PathLike[str], dtype: Literal["float32", "bfloat16"] = "float32") -> Path:
+        """Write ``prior.safetensors`` and ``prior.json``, atomically.
+
+        Parameters
+        ----------
+        folder : path
+            Made if needed. An older prior there is replaced; if writing fails it survives.
+        dtype : {"float32", "bfloat16"}
+            On disk. bfloat16 halves the file and keeps 8 significant bits (relative error below 2^-8).
+
+        Returns
+        -------
+        Path
+            The folder.
+
+        Raises
+        ------
+        StorageError
+            The disk is full, or the folder can't be written.
+        """
+        folder = Path(folder)
+        with atomic_write(folder / TENSORS, folder / META) as (tensors, meta):
+            save_tensors(tensors, {n: t.to(getattr(torch, dtype)) for n, t in self.tensors.items()})
+            # the digest ties the two files together: a crash between the renames is noticed by load
+            meta.write_text(
+                json_text(
+                    {**self.meta, "dtype": dtype, "elements": self.elements, "sha256": sha256(tensors)}
+                ),
+                encoding="utf-8",
+            )
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> ImportancePrior:
+        """Read a prior that `save` wrote.
+
+        Raises
+        ------
+        DataError
+            There is no prior in the folder, or its files are torn, corrupt, or don't belong together.
+        """
+        from safetensors.torch import load_file
+
+        folder = Path(folder)
+        for name in (META, TENSORS):
+            if not (folder / name).is_file():
+                raise DataError(
+                    f"no importance prior in '{folder}': {name} is missing. Give a folder that "
+                    "`holdfast attribute` or `prior.save` wrote."
+                )
+        again = "Compute it again with `holdfast attribute`."
+        try:
+            meta = json.loads((folder / META).read_text(encoding="utf-8"))
+            digest = meta.pop("sha256")
+            for key in ("dtype", "elements"):
+                del meta[key]
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise DataError(
+                f"{folder / META} is torn or not a prior's record ({error!r}). {again}"
+            ) from error
+        if sha256(folder / TENSORS) != digest:
+            raise DataError(
+                f"{folder / TENSORS} is torn or was written for another {META}: its SHA-256 is not the one "
+                f"recorded there. {again}"
+            )
+        return cls(load_file(folder / TENSORS), meta)
+
+
+def _compare(got: Mapping[str, Tensor], expected: Mapping[str, torch.Size], what: str, whom: str) -> None:
+    missing = [name for name in expected if name not in got]
+    unexpected = [name for name in got if name not in expected]
+    shapes = [
+        f"{name} {tuple(got[name].shape)} instead of {tuple(shape)}"
+        for name, shape in expected.items()
+        if name in got and got[name].shape != shape
+    ]
+    if not (missing or unexpected or shapes):
+        return
+    parts = [
+        f"{label} ({len(names)}): {_some(names)}"
+        for label, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape", shapes),
+        )
+        if names
+    ]
+    raise PriorMismatchError(
+        f"{what} does not fit {whom}: {'; '.join(parts)}. "
+        "Use a prior computed on this architecture with the same trainable weights."
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_SHOWN])
+    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
+
+
+def _merged_meta(metas: Sequence[dict[str, Any]], how: str) -> dict[str, Any]:
+    merged: dict[str, Any] = {
+        "importance": "+".join(dict.fromkeys(str(m["importance"]) for m in metas if "importance" in m)),
+        "merge": how,
+        "tasks": [task for meta in metas for task in meta.get("tasks", [])],
+        "model_digest": metas[-1].get("model_digest"),  # the latest model: the one that goes on training
+    }
+    options = [meta["options"] for meta in metas if "options" in meta]
+    if options:
+        merged["options"] = options[0] if all(o == options[0] for o in options) else options
+    for key, fold in (
+        ("samples_seen", sum),
+        ("samples_used", sum),
+        ("seconds", sum),
+        ("conservation_max_relative_error", max),
+    ):
+        values = [meta[key] for meta in metas if meta.get(key) is not None]
+        if values:
+            merged[key] = fold(values)
+    return merged

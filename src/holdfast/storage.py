@@ -1,0 +1,136 @@
+"""Files that are written whole or not at all: temporary file, fsync, rename, fsync of the folder."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from holdfast.errors import StorageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@contextlib.contextmanager
+def atomic_write(*paths: str | os.PathLike[str]) -> Iterator[Any]:
+    """Write one or several files of a folder so that a crash leaves the old ones or the new ones.
+
+    Yields a temporary path beside each target; write to it by any means. When the block ends, every
+    temporary file is flushed to disk and only then renamed over its target. With several targets a crash
+    between two renames is possible: let one carry the digest of the other.
+
+    Parameters
+    ----------
+    *paths : path
+        The targets. Their folders are made if needed.
+
+    Yields
+    ------
+    Path or tuple of Path
+        One temporary path, or as many as there are targets.
+
+    Raises
+    ------
+    StorageError
+        The disk is full, or the folder can't be written. The previous files are untouched and the
+        temporary ones are gone.
+    """
+    targets = tuple(Path(path) for path in paths)
+    temporary = tuple(p.with_name(f".{p.name}.{secrets.token_hex(4)}.tmp") for p in targets)
+    try:
+        for target in targets:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary[0] if len(temporary) == 1 else temporary
+        for path in temporary:
+            _flush(path)
+        for path, target in zip(temporary, targets, strict=True):
+            os.replace(path, target)
+        for folder in {target.parent for target in targets}:
+            with contextlib.suppress(OSError):  # the files are in place; some file systems can't sync folders
+                _flush(folder)
+    except Exception as error:
+        for path in temporary:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+        if not _is_disk_error(error):
+            raise
+        names = ", ".join(str(target) for target in targets)
+        raise StorageError(
+            f"could not write {names}: {error}. What was there before is untouched. "
+            "Free some space or check the folder's permissions, then repeat the command."
+        ) from error
+    except BaseException:  # ctrl-C: leave no litter either
+        for path in temporary:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+        raise
+
+
+def _is_disk_error(error: Exception) -> bool:
+    # safetensors wraps the operating system's error in its own class
+    return isinstance(error, OSError) or type(error).__name__ == "SafetensorError"
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a UTF-8 text file atomically; raises `StorageError` as `atomic_write` does."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike[str], obj: Any) -> None:
+    """Write `obj` as indented JSON, atomically.
+
+    Raises
+    ------
+    StorageError
+        As `atomic_write`.
+    ValueError
+        `obj` holds a NaN or an infinity, which JSON doesn't know.
+    """
+    write_text(path, json_text(obj))
+
+
+def json_text(obj: Any) -> str:
+    """The JSON that `write_json` writes: indented, non-ASCII kept, no NaN, newline at the end."""
+    return json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors as one safetensors file, atomically; raises `StorageError` as `atomic_write` does."""
+    with atomic_write(path) as temporary:
+        save_tensors(temporary, tensors, metadata)
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file in place: for use on a path that `atomic_write` gave."""
+    from safetensors.torch import save_file
+
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+        path,
+        metadata=dict(metadata) if metadata else None,
+    )
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
