@@ -1,0 +1,70 @@
+"""Protection: how important weights are held while the next task is learned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Union
+
+from pydantic import BeforeValidator, Field
+from torch import Tensor
+
+from holdfast.importance.prior import ImportancePrior
+from holdfast.protect.anchor import Anchor, AnchorOptions
+from holdfast.protect.attach import Handle, Protection
+from holdfast.protect.control import Control, apply_control
+from holdfast.protect.gate import Gate, GateOptions
+from holdfast.protect.penalty import Penalty, PenaltyOptions
+
+MECHANISMS: dict[str, tuple[type, type]] = {
+    "gate": (GateOptions, Gate),
+    "anchor": (AnchorOptions, Anchor),
+    "penalty": (PenaltyOptions, Penalty),
+}
+
+
+def _by_name(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+MechanismOptions: Any = Annotated[
+    Union[tuple(options for options, _ in MECHANISMS.values())],  # noqa: UP007 - built from the table
+    Field(discriminator="name"),
+    BeforeValidator(_by_name),
+]
+
+
+def build_mechanism(
+    options: GateOptions | AnchorOptions | PenaltyOptions,
+    prior: ImportancePrior,
+    reference: Mapping[str, Tensor] | None = None,
+) -> Protection:
+    """Make the mechanism that the options describe.
+
+    Parameters
+    ----------
+    prior : ImportancePrior
+        One that `apply_control` has been through, if a control is wanted.
+    reference : mapping of str to Tensor, optional
+        Weights to pull towards, by canonical name; the gate, which needs none, takes no notice.
+    """
+    values = options.model_dump(exclude={"name"})
+    if isinstance(options, GateOptions):
+        return Gate(prior, **values)
+    return MECHANISMS[options.name][1](prior, reference=reference, **values)
+
+
+__all__ = [
+    "MECHANISMS",
+    "Anchor",
+    "AnchorOptions",
+    "Control",
+    "Gate",
+    "GateOptions",
+    "Handle",
+    "MechanismOptions",
+    "Penalty",
+    "PenaltyOptions",
+    "Protection",
+    "apply_control",
+    "build_mechanism",
+]

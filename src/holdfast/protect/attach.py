@@ -1,0 +1,216 @@
+"""What every mechanism shares: finding its weights in an optimizer, and hooks that can be undone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from holdfast.errors import ConfigError, PriorMismatchError
+from holdfast.importance.prior import ImportancePrior, parameters_by_name
+
+_CHUNK = 2**26  # elements handled by one fused call: bounds the temporary memory of a step
+
+
+class Protection(Protocol):
+    """A mechanism that holds important weights while an optimizer moves the others."""
+
+    def attach(self, model: nn.Module, optimizer: Optimizer) -> Handle:
+        """Protect the model's weights at every step of this optimizer, until the handle is removed."""
+        ...
+
+    def summary(self) -> dict[str, Any]:
+        """How strongly the weights are held: a JSON-able histogram with 20 bins, and the share fully held."""
+        ...
+
+
+@dataclass
+class Handle:
+    """Undoes an attachment; the weights stay as they are."""
+
+    removers: list[Callable[[], None]] = field(default_factory=list)
+
+    def remove(self) -> None:
+        """Take the hooks off the optimizer and free their tensors. A second call does nothing."""
+        while self.removers:
+            self.removers.pop()()
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A protected weight as one optimizer holds it."""
+
+    name: str
+    parameter: nn.Parameter
+    group: int  # an index, because load_state_dict replaces the group dictionaries
+
+
+@dataclass
+class Chunk:
+    """Weights of one parameter group, device and dtype that one fused call can handle together."""
+
+    group: int
+    names: list[str]
+    parameters: list[Tensor]
+
+
+def unwrap(optimizer: Any) -> Optimizer:
+    """The torch optimizer inside accelerate's wrapper (the wrapper never runs its own step hooks)."""
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"attach: got {type(optimizer).__name__} as optimizer; a torch.optim.Optimizer is needed. "
+            "With a Trainer use ProtectCallback, which attaches once the Trainer has made its optimizer."
+        )
+    return optimizer
+
+
+def bind(prior: ImportancePrior, model: nn.Module, optimizer: Any) -> tuple[Optimizer, list[Chunk]]:
+    """Find the prior's weights in the model and in the optimizer; frozen ones are left out.
+
+    Raises
+    ------
+    PriorMismatchError
+        The prior doesn't fit the model, or the optimizer holds none of its weights.
+    """
+    prior.check_fits(model)
+    inner = unwrap(optimizer)
+    group_of = {id(p): index for index, g in enumerate(inner.param_groups) for p in g["params"]}
+    parameters = parameters_by_name(model)
+    bound = [
+        Bound(name, parameters[name], group_of[id(parameters[name])])
+        for name in prior.tensors
+        if id(parameters[name]) in group_of and parameters[name].requires_grad
+    ]
+    if not bound:
+        raise PriorMismatchError(
+            f"attach: the optimizer holds none of the prior's {len(prior)} weights. "
+            "Make the optimizer from this model's parameters, and unfreeze what should be trained."
+        )
+    return inner, _chunks(bound)
+
+
+def _chunks(bound: Sequence[Bound]) -> list[Chunk]:
+    chunks: list[Chunk] = []
+    last: dict[Any, tuple[Chunk, int]] = {}
+    for b in bound:
+        key = (b.group, b.parameter.device, b.parameter.dtype)
+        chunk, size = last.get(key, (None, _CHUNK))
+        if chunk is None or size + b.parameter.numel() > _CHUNK:
+            chunk, size = Chunk(b.group, [], []), 0
+            chunks.append(chunk)
+        chunk.names.append(b.name)
+        chunk.parameters.append(b.parameter)
+        last[key] = (chunk, size + b.parameter.numel())
+    return chunks
+
+
+def place(value: Tensor, parameter: Tensor) -> Tensor:
+    """Copy an importance-shaped tensor to the parameter's device and dtype."""
+    return value.to(device=parameter.device, dtype=parameter.dtype, copy=True)
+
+
+def blend_(values: list[Tensor], towards: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
+    """In place: values + weights · (towards − values), exact at both ends.
+
+    Weight 1 gives `towards` bit for bit, weight 0 leaves the value as it is.
+    """
+    torch._foreach_lerp_(values, list(towards), list(weights))
+
+
+def reference_weights(chunk: Chunk, reference: Mapping[str, Tensor] | None, whose: str) -> list[Tensor]:
+    """The weights a mechanism pulls towards: those given, or copies of the present ones.
+
+    Raises
+    ------
+    PriorMismatchError
+        A weight is missing from `reference`, or has another shape there.
+    """
+    if reference is None:
+        return [parameter.detach().clone() for parameter in chunk.parameters]
+    for name, parameter in zip(chunk.names, chunk.parameters, strict=True):
+        got = reference.get(name)
+        if got is None or got.shape != parameter.shape:
+            raise PriorMismatchError(
+                f"{whose}: reference weights don't fit the model: '{name}' is "
+                f"{'missing' if got is None else f'{tuple(got.shape)} instead of {tuple(parameter.shape)}'}. "
+                "Give canonical names (holdfast.models.canonical_name) to tensors of the same shapes."
+            )
+    return [
+        place(reference[name].detach(), parameter)
+        for name, parameter in zip(chunk.names, chunk.parameters, strict=True)
+    ]
+
+
+def hook(
+    optimizer: Optimizer,
+    before: Callable[[], None] | None = None,
+    after: Callable[[], None] | None = None,
+    needs_gradients: str = "",
+) -> Handle:
+    """Run `before` and `after` around every step of the optimizer, without autograd.
+
+    Parameters
+    ----------
+    needs_gradients : str
+        Name of a mechanism that changes gradients in `before`: such a one can't serve a step with a
+        closure, which computes the gradients only inside the step.
+    """
+    handle = Handle()
+    if before is not None:
+
+        def pre(_: Optimizer, args: Any, kwargs: Any, run: Callable[[], None] = before) -> None:
+            closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0]: the optimizer
+            if needs_gradients and closure is not None:
+                raise ConfigError(
+                    f"{needs_gradients}: step(closure) computes gradients inside the step, too late to "
+                    "change them. Call step() without a closure, or use the gate with on='update'."
+                )
+            with torch.no_grad():
+                run()
+
+        handle.removers.append(optimizer.register_step_pre_hook(pre).remove)
+    if after is not None:
+
+        def post(_: Optimizer, args: Any, kwargs: Any, run: Callable[[], None] = after) -> None:
+            with torch.no_grad():
+                run()
+
+        handle.removers.append(optimizer.register_step_post_hook(post).remove)
+    return handle
+
+
+def histogram(values: Iterable[Tensor], edges: Sequence[float]) -> dict[str, list[float] | list[int]]:
+    """Count float values between the edges; what lies outside is counted in the first or last bin."""
+    counts = torch.zeros(len(edges) - 1, dtype=torch.int64)
+    inner = torch.tensor(edges[1:-1], dtype=torch.float32)
+    for value in values:
+        bins = torch.bucketize(value.flatten(), inner, right=True)
+        counts += torch.bincount(bins, minlength=len(counts))
+    return {"edges": [float(e) for e in edges], "counts": counts.tolist()}
+
+
+def unit_edges() -> list[float]:
+    """21 edges of 20 equal bins of [0, 1]."""
+    return [i / 20 for i in range(21)]
+
+
+def held_summary(values: Callable[[], Iterator[Tensor]], quantity: str) -> dict[str, Any]:
+    """Summary of per-weight held fractions in [0, 1]: histogram, mean, and the share fully held."""
+    total, held, mean = 0, 0, 0.0
+    for value in values():
+        total += value.numel()
+        held += int((value >= 1).sum())
+        mean += float(value.sum(dtype=torch.float64))
+    return {
+        "quantity": quantity,
+        "histogram": histogram(values(), unit_edges()),
+        "held": held / max(total, 1),
+        "mean": mean / max(total, 1),
+        "elements": total,
+    }

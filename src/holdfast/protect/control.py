@@ -1,0 +1,68 @@
+"""Controls: the same amount of protection, given to other weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from holdfast.importance.prior import ImportancePrior
+from holdfast.models import layer_of, module_of
+
+Control = Literal["none", "permuted", "tensor-mean", "layer-mean"]
+
+
+def apply_control(prior: ImportancePrior, control: Control = "none", seed: int = 0) -> ImportancePrior:
+    """Replace a prior by its control, which tells what about the importance matters.
+
+    Parameters
+    ----------
+    control : {"none", "permuted", "tensor-mean", "layer-mean"}
+        ``permuted``: the same values, shuffled within each tensor; if it does as well as the prior itself,
+        then only how protection is spread over tensors mattered, not which weight. ``tensor-mean`` and
+        ``layer-mean``: each weight gets the mean of its tensor, or of its transformer block (tensors
+        outside a block: their own mean); negative values count as 0 in the mean, as they protect nothing.
+    seed : int
+        Of the permutation. It depends on the tensor's name too, not on which other tensors there are.
+
+    Returns
+    -------
+    ImportancePrior
+        New tensors (or the same prior for ``none``); the metadata records the control.
+    """
+    if control == "none":
+        return prior
+    if control == "permuted":
+        tensors = {name: _shuffled(tensor, name, seed) for name, tensor in prior.tensors.items()}
+    else:
+        groups: dict[str, list[str]] = defaultdict(list)
+        for name in prior.tensors:
+            groups[_block(name) if control == "layer-mean" else name].append(name)
+        tensors = {}
+        for names in groups.values():
+            total = sum(float(prior.tensors[n].clamp(min=0).sum(dtype=torch.float64)) for n in names)
+            mean = total / max(sum(prior.tensors[n].numel() for n in names), 1)
+            tensors.update({n: torch.full_like(prior.tensors[n], mean) for n in names})
+        tensors = {name: tensors[name] for name in prior.tensors}  # the model's order
+    return ImportancePrior(tensors, {**prior.meta, "control": control, "control_seed": seed})
+
+
+def seed_for(name: str, seed: int) -> int:
+    """A seed for one tensor: independent of the order and number of the others."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
+
+
+def _shuffled(tensor: Tensor, name: str, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed_for(name, seed))
+    order = torch.randperm(tensor.numel(), generator=generator)
+    return tensor.flatten()[order].view_as(tensor)
+
+
+def _block(name: str) -> str:
+    """The path of the transformer block: an index alone would mix an encoder's blocks with a decoder's."""
+    if layer_of(name) is None:
+        return name
+    return name.rsplit(".", 1)[0].removesuffix(module_of(name))
