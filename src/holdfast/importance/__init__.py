@@ -1,0 +1,115 @@
+"""Importance: one number for each weight, by attribution or by any of its rivals."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import time
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Union
+
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
+from torch import nn
+
+from holdfast.config import Options
+from holdfast.errors import ConfigError, DataError, ModelError
+from holdfast.importance.prior import ImportancePrior
+from holdfast.importance.registry import REGISTRY, Inputs, Progress
+from holdfast.models import block_parameters, digest
+from holdfast.tasks.encode import Encoded
+
+
+for _module in pkgutil.iter_modules(__path__):  # each file registers its own: there is no list to keep
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+
+def _by_name(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+ImportanceOptions: Any = Annotated[
+    Union[tuple(importance.options for importance in REGISTRY.values())],  # noqa: UP007 - from the registry
+    Field(discriminator="name"),
+    BeforeValidator(_by_name),
+]
+
+
+def compute_prior(
+    model: nn.Module,
+    rows: Sequence[Encoded],
+    options: Options | Mapping[str, Any] | str = "lrp",
+    *,
+    pad_id: int,
+    seed: int = 0,
+    task: str = "",
+    parameters: Mapping[str, nn.Parameter] | None = None,
+    progress: Progress | None = None,
+) -> ImportancePrior:
+    """Rate every weight of a model by how much it matters for a task.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Left as it is: weights, gradients, mode and random state.
+    rows : sequence of Encoded
+        The task's training examples.
+    options : options model, mapping or str
+        Which importance: ``"fisher"``, ``{"name": "lrp", "aggregate": "topk"}``, ``FisherOptions()`` …
+    pad_id : int
+        Token id that fills up batches.
+    seed : int
+        Chooses the samples where there are more than `options.samples`, and the values of ``random``.
+    task : str
+        Recorded in the prior.
+    parameters : mapping of str to Parameter, optional
+        The weights to rate; by default the trainable linear maps in the transformer blocks.
+    progress : callable, optional
+        Called with (samples done, samples in all).
+
+    Raises
+    ------
+    ConfigError
+        No such importance, or an option that it doesn't have.
+    DataError
+        There are no rows, or the importance came out as NaN.
+    ModelError
+        The model has no trainable linear map in transformer blocks.
+    NoCorrectSampleError, ConservationError, UnruledOperationError
+        From the attribution (`lrp` only).
+    """
+    chosen = _options(options)
+    if parameters is None:
+        parameters = block_parameters(model)
+    if not parameters:
+        raise ModelError(
+            f"importance: {type(model).__name__} has no trainable linear map in transformer blocks. "
+            "Unfreeze them, or pass `parameters=` (canonical name to parameter)."
+        )
+    importance = REGISTRY[chosen.name]  # type: ignore[attr-defined]
+    if importance.needs_data and not rows:
+        raise DataError(f"importance '{chosen.name}': the data set is empty.")  # type: ignore[attr-defined]
+    start = time.perf_counter()
+    computed = importance.compute(Inputs(model, rows, parameters, pad_id, seed, progress), chosen)
+    values = chosen.model_dump()
+    return ImportancePrior(
+        computed.tensors,
+        {
+            "importance": values.pop("name"),
+            "options": values,
+            "tasks": [task] if task else [],
+            **computed.record,
+            "seed": seed,
+            "seconds": round(time.perf_counter() - start, 3),
+            "model_digest": digest(model),
+        },
+    )
+
+
+def _options(options: Options | Mapping[str, Any] | str) -> Options:
+    if isinstance(options, Options):
+        return options
+    try:
+        return TypeAdapter(ImportanceOptions).validate_python(options)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in error.errors())
+        raise ConfigError(f"importance: {problems}. Allowed names: {', '.join(sorted(REGISTRY))}.") from error

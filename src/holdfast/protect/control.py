@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from typing import Literal
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from holdfast.importance.prior import ImportancePrior
+from holdfast.importance.seeding import seed_for
 from holdfast.models import layer_of, module_of
 
 Control = Literal["none", "permuted", "tensor-mean", "layer-mean"]
@@ -48,11 +48,6 @@ def apply_control(prior: ImportancePrior, control: Control = "none", seed: int =
             tensors.update({n: torch.full_like(prior.tensors[n], mean) for n in names})
         tensors = {name: tensors[name] for name in prior.tensors}  # the model's order
     return ImportancePrior(tensors, {**prior.meta, "control": control, "control_seed": seed})
-
-
-def seed_for(name: str, seed: int) -> int:
-    """A seed for one tensor: independent of the order and number of the others."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
 
 
 def _shuffled(tensor: Tensor, name: str, seed: int) -> Tensor:

@@ -1,0 +1,78 @@
+"""LRP: the relevance of each weight for the model's own answers (A, section 4)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from holdfast.config import Options
+from holdfast.importance.registry import Computed, Inputs, register
+from holdfast.importance.seeding import sample
+
+
+class LrpOptions(Options):
+    """Relevance of each weight for right answers; the defaults are the form that worked best."""
+
+    name: Literal["lrp"] = "lrp"
+    rules: Literal["paper", "attnlrp"] = Field(
+        "attnlrp", description="softmax: A's Prop. 4.3, or its Jacobian"
+    )
+    halves: Literal["path", "weights", "none"] = Field("none", description="where Lemma 4.1's ½ is applied")
+    target: Literal["all", "first"] = Field("all", description="all tokens of the answer, or the first (A)")
+    of: Literal["logit", "log_probability"] = Field("logit", description="what is attributed; A: the logit")
+    aggregate: Literal["topk", "absolute", "square"] = Field(
+        "square", description="over samples: eqs. 10 and 11 | mean of |R| | mean of R²"
+    )
+    per_weight: bool = Field(True, description="fold R/w, the relevance of a unit of weight, instead of R")
+    top_k: int | None = Field(None, ge=1, description="topk only: K of eq. 11 (default 8)")
+    samples: int = Field(128, ge=1, description="examples looked at, drawn by the run's seed")
+    batch_size: int = Field(8, ge=1, description="examples a pass; no effect on the result")
+    correct_only: bool = Field(True, description="only examples that the model answers right, as A does")
+
+    @model_validator(mode="after")
+    def _only_what_applies(self) -> LrpOptions:
+        if self.top_k is not None and self.aggregate != "topk":
+            raise ValueError(f"`top_k` applies to `aggregate: topk` only, not to `{self.aggregate}`")
+        return self
+
+
+@register(LrpOptions, needs_data=True)
+def lrp(inputs: Inputs, options: LrpOptions) -> Computed:
+    """Layer-wise relevance of each weight, folded over samples (A, eqs. 5 to 11).
+
+    A to the letter: ``rules="paper", halves="path", target="first", aggregate="topk", per_weight=False``.
+    """
+    from holdfast.attribution.engine import AttributionOptions, attribute_batches
+
+    rows = sample(inputs.rows, options.samples, inputs.seed)
+    fold = _fold(options)
+    report = attribute_batches(
+        inputs.model,
+        rows,
+        options=AttributionOptions(
+            rules=options.rules, halves=options.halves, target=options.target, of=options.of
+        ),
+        fold=fold,
+        parameters=inputs.parameters,
+        batch_size=options.batch_size,
+        pad_id=inputs.pad_id,
+        correct_only=options.correct_only,
+        progress=inputs.progress,
+    )
+    return Computed(
+        fold.result(),
+        {
+            "samples_seen": report.samples_seen,
+            "samples_used": report.samples_used,
+            "conservation_max_relative_error": report.conservation_max_relative_error,
+        },
+    )
+
+
+def _fold(options: LrpOptions) -> Any:
+    from holdfast.importance.aggregate import AbsoluteMean, SquareMean, TopKMean
+
+    if options.aggregate == "topk":
+        return TopKMean(8 if options.top_k is None else options.top_k, per_weight=options.per_weight)
+    return (AbsoluteMean if options.aggregate == "absolute" else SquareMean)(per_weight=options.per_weight)

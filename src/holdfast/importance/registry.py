@@ -1,0 +1,75 @@
+"""The importances by name: each registers its options and its computation with one decorator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from holdfast.config import Options
+from holdfast.tasks.encode import Encoded
+
+Progress = Callable[[int, int], None]
+OptionsT = TypeVar("OptionsT", bound=Options)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What an importance is computed from.
+
+    Attributes
+    ----------
+    rows : sequence of Encoded
+        Encoded examples of the task; those that look at weights only ignore them.
+    parameters : mapping of str to Parameter
+        The weights to rate, by canonical name.
+    pad_id : int
+        Token id that fills up the batches.
+    seed : int
+        Chooses the samples, and the values of `random`.
+    progress : callable, optional
+        Called with (samples done, samples in all).
+    """
+
+    model: nn.Module
+    rows: Sequence[Encoded]
+    parameters: Mapping[str, nn.Parameter]
+    pad_id: int
+    seed: int = 0
+    progress: Progress | None = None
+
+
+@dataclass(frozen=True)
+class Computed:
+    """An importance for each weight, and what `prior.json` should say about it."""
+
+    tensors: dict[str, Tensor]
+    record: dict[str, Any] = field(default_factory=lambda: {"samples_seen": 0, "samples_used": 0})
+
+
+@dataclass(frozen=True)
+class Importance:
+    """A registered importance."""
+
+    options: type[Options]
+    compute: Callable[[Inputs, Any], Computed]
+    needs_data: bool
+
+
+REGISTRY: dict[str, Importance] = {}
+
+
+def register(
+    options: type[OptionsT], *, needs_data: bool
+) -> Callable[[Callable[[Inputs, OptionsT], Computed]], Callable[[Inputs, OptionsT], Computed]]:
+    """Register a computation under the `name` of its options model."""
+
+    def decorator(
+        compute: Callable[[Inputs, OptionsT], Computed],
+    ) -> Callable[[Inputs, OptionsT], Computed]:
+        REGISTRY[options.model_fields["name"].default] = Importance(options, compute, needs_data)
+        return compute
+
+    return decorator
