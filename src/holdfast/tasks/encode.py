@@ -29,12 +29,22 @@ class Template(Options):
     input to end in ``{eos}``: use ``prompt: "{prompt}{eos}"`` for it.
     """
 
-    prompt: str = Field("{bos}{prompt}", description="frame of a prompt; {prompt} stands in it exactly once")
-    completion: str = Field("{completion}{eos}", description="frame of an answer, with {completion} once")
-    strip: str = Field("", description="removed from the end of the prompt text, with the space around it")
-    max_prompt_tokens: int = Field(512, ge=1, description="tokens of {prompt} itself; the frame is never cut")
-    keep: Literal["first", "last"] = Field("first", description="which end of a too long prompt is kept")
-    max_completion_tokens: int = Field(128, ge=1, description="tokens of {completion} itself")
+    prompt: str = Field(
+        default="{bos}{prompt}", description="frame of a prompt; {prompt} stands in it exactly once"
+    )
+    completion: str = Field(
+        default="{completion}{eos}", description="frame of an answer, with {completion} once"
+    )
+    strip: str = Field(
+        default="", description="removed from the end of the prompt text, with the space around it"
+    )
+    max_prompt_tokens: int = Field(
+        default=512, ge=1, description="tokens of {prompt} itself; the frame is never cut"
+    )
+    keep: Literal["first", "last"] = Field(
+        default="first", description="which end of a too long prompt is kept"
+    )
+    max_completion_tokens: int = Field(default=128, ge=1, description="tokens of {completion} itself")
 
     @field_validator("prompt", "completion")
     @classmethod

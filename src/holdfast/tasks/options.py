@@ -1,0 +1,73 @@
+"""What every source of tasks has in common: order, number of rows, metric."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from holdfast.config import Options
+from holdfast.tasks.problems import Problems
+from holdfast.tasks.task import Example, MetricName, Task
+
+
+def _is_text(value: Any) -> Any:
+    if isinstance(value, bool | int | float):  # YAML reads 073 as 59 and no as False: too late to repair here
+        raise ValueError(f"YAML read this name as {value!r}; write it in quotes, such as '073' or 'no'")
+    return value
+
+
+Name = Annotated[str, BeforeValidator(_is_text)]
+
+
+class SourceOptions(Options):
+    """Options of every source.
+
+    A source adds two methods: `available`, the names of its tasks, and `read`, one task with all its rows.
+    Both note what is wrong in `problems` instead of raising, so that everything is found in one go.
+    """
+
+    order: tuple[Name, ...] | Name | None = Field(
+        default=None,
+        description="task names, or a named order (`holdfast list orders`); all tasks when omitted",
+    )
+    train_rows: int | None = Field(default=None, ge=1, description="at most that many training rows a task")
+    test_rows: int | None = Field(default=None, ge=1, description="at most that many test rows a task")
+    seed: int | None = Field(default=None, description="draws the rows; the run's seed when omitted")
+    bad_rows: Literal["error", "skip"] = Field(
+        default="error", description="error: a malformed or empty row stops everything; skip: it is left out"
+    )
+    metric: MetricName | dict[str, MetricName] | None = Field(
+        default=None, description="one metric for all tasks, or task name to metric; exact_match when omitted"
+    )
+    options: dict[str, tuple[Name, ...]] = Field(
+        default_factory=dict, description="task name to its allowed answers, for the metric `options`"
+    )
+
+    def title(self) -> str:
+        """What the stream is called where no named order is used."""
+        return str(getattr(self, "source", "tasks"))
+
+    def available(self, problems: Problems) -> list[str]:
+        """Names of the tasks this source has, in its default order."""
+        raise NotImplementedError
+
+    def read(self, name: str, problems: Problems, seed: int) -> Task | None:
+        """One task with all its rows, or None where nothing can be read."""
+        raise NotImplementedError
+
+
+def subsample(rows: Sequence[Example], limit: int | None, seed: int, *stream: str) -> Sequence[Example]:
+    """At most `limit` rows, drawn by seed and task, in their original order.
+
+    The draw depends on nothing but `seed`, `stream` (task name and split) and the number of rows, so neither
+    the other tasks nor the order change it, and the rows of a smaller limit are among those of a larger one.
+    """
+    if limit is None or limit >= len(rows):
+        return rows
+    digest = hashlib.sha256("/".join([str(seed), *stream]).encode()).digest()
+    shuffled = random.Random(int.from_bytes(digest[:8])).sample(range(len(rows)), len(rows))
+    return [rows[i] for i in sorted(shuffled[:limit])]

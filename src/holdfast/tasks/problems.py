@@ -1,0 +1,56 @@
+"""Everything that is wrong with the data, collected so that a user sees it at once."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from holdfast.errors import DataError
+
+SHOWN = 10
+
+
+class Problems:
+    """A growing list of what is wrong and where, such as ``train.jsonl:17: empty completion``."""
+
+    def __init__(self, *, skip_rows: bool = False) -> None:
+        self.found: list[str] = []
+        self.skipped: list[str] = []
+        self._rows = self.skipped if skip_rows else self.found
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+    def add(self, where: object, what: str) -> None:
+        """Note one problem; `where` is a file with its line, or the name of a setting."""
+        self.found.append(f"{where}: {what}")
+
+    def add_row(self, where: object, what: str) -> None:
+        """Note a bad row: a problem, or merely skipped if that was asked for."""
+        self._rows.append(f"{where}: {what}")
+
+    def raise_if_any(self) -> None:
+        """Raise one error that counts all problems and shows the first of them.
+
+        Raises
+        ------
+        DataError
+            At least one problem was noted.
+        """
+        if not self.found:
+            return
+        if len(self.found) == 1:
+            raise DataError(self.found[0])
+        lines = [f"{len(self.found)} problems in the data:", *(f"  {line}" for line in self.found[:SHOWN])]
+        if len(self.found) > SHOWN:
+            lines.append(f"  ... and {len(self.found) - SHOWN} more")
+        raise DataError("\n".join(lines))
+
+
+def did_you_mean(name: str, allowed: Iterable[str]) -> str:
+    """A sentence that names the closest allowed value, if any, and then all of them."""
+    names = list(allowed)
+    close = difflib.get_close_matches(name.lower(), [n.lower() for n in names], n=1)
+    nearest = next((n for n in names if close and n.lower() == close[0]), None)
+    hint = f" Did you mean '{nearest}'?" if nearest else ""
+    return f"{hint} Allowed: {', '.join(names) if names else '(none)'}."

@@ -1,0 +1,133 @@
+"""From the ``tasks:`` section of a configuration to a task stream, whatever the source."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from holdfast.tasks.cl_benchmark import ClBenchmarkSource
+from holdfast.tasks.hub import HubSource
+from holdfast.tasks.jsonl import JsonlSource
+from holdfast.tasks.options import SourceOptions, subsample
+from holdfast.tasks.orders import list_orders, match_task
+from holdfast.tasks.problems import Problems, did_you_mean
+from holdfast.tasks.task import MetricName, Task, TaskStream
+from holdfast.tasks.toy import ToySource
+
+TasksOptions = Annotated[
+    JsonlSource | HubSource | ClBenchmarkSource | ToySource, Field(discriminator="source")
+]
+
+
+def build_stream(config: SourceOptions, seed: int = 0) -> TaskStream:
+    """Read the tasks of a source, in order, subsampled and with their metrics.
+
+    Parameters
+    ----------
+    config : TasksOptions
+        Options of any source.
+    seed : int
+        Draws the rows, unless `config.seed` does.
+
+    Raises
+    ------
+    DataError
+        Anything is wrong with any task; one error names every problem.
+    """
+    stream, problems = inspect_stream(config, seed)
+    problems.raise_if_any()
+    return stream
+
+
+def inspect_stream(config: SourceOptions, seed: int = 0) -> tuple[TaskStream, Problems]:
+    """Like `build_stream`, but hands back the problems with whatever could be read.
+
+    ``problems.found`` are those that `build_stream` would raise, ``problems.skipped`` the rows that were left
+    out under ``bad_rows: skip``.
+    """
+    problems = Problems(skip_rows=config.bad_rows == "skip")
+    seed = seed if config.seed is None else config.seed
+    names = config.available(problems)
+    order = _resolve_order(config, names, problems) if names else []
+    _check_mappings(config, order or names, problems)
+    tasks = []
+    for name in order:
+        task = config.read(name, problems, seed)
+        if task is not None:
+            tasks.append(_finish(task, config, problems, seed))
+    title = config.order if isinstance(config.order, str) else config.title()
+    return TaskStream(title, tuple(tasks)), problems
+
+
+def _resolve_order(config: SourceOptions, names: list[str], problems: Problems) -> list[str]:
+    if config.order is None:
+        return names
+    wanted = config.order
+    if isinstance(wanted, str):
+        orders = list_orders()
+        if wanted not in orders:
+            problems.add(
+                "tasks.order",
+                f"no order '{wanted}'.{did_you_mean(wanted, orders)} Or give a list of task names.",
+            )
+            return []
+        wanted = orders[wanted]
+    found: list[str] = []
+    for name in wanted:
+        match = match_task(name, names)
+        if match is None:
+            problems.add("tasks.order", f"no task '{name}'.{did_you_mean(name, names)}")
+        elif match in found:
+            problems.add("tasks.order", f"task '{match}' stands in it twice")
+        else:
+            found.append(match)
+    if not wanted:
+        problems.add("tasks.order", f"it is empty. Allowed: {', '.join(names)}.")
+    return found
+
+
+def _check_mappings(config: SourceOptions, names: list[str], problems: Problems) -> None:
+    metrics = config.metric if isinstance(config.metric, dict) else {}
+    for setting, keys in (("metric", metrics), ("options", config.options)):
+        for key in keys:
+            if names and match_task(key, names) is None:
+                problems.add(f"tasks.{setting}", f"no task '{key}' in the stream.{did_you_mean(key, names)}")
+
+
+def _finish(task: Task, config: SourceOptions, problems: Problems, seed: int) -> Task:
+    """Choose the rows and settle the metric."""
+    options = next(
+        (answers for key, answers in config.options.items() if match_task(key, [task.name])), task.options
+    )
+    metric = _metric(config, task)
+    if metric == "options":
+        _check_options(task, options, problems)
+    return Task(
+        name=task.name,
+        train=subsample(task.train, config.train_rows, seed, task.name, "train"),
+        test=subsample(task.test, config.test_rows, seed, task.name, "test"),
+        metric=metric,
+        options=options,
+    )
+
+
+def _metric(config: SourceOptions, task: Task) -> MetricName:
+    if not isinstance(config.metric, dict):
+        return config.metric or task.metric
+    given = (metric for key, metric in config.metric.items() if match_task(key, [task.name]))
+    return next(given, task.metric)
+
+
+def _check_options(task: Task, options: tuple[str, ...], problems: Problems) -> None:
+    where = f"task '{task.name}'"
+    if not options:
+        problems.add(
+            where,
+            "the metric 'options' needs the allowed answers: "
+            f"give tasks.options.{task.name} or a labels.json",
+        )
+        return
+    answers = {answer for row in (*task.train, *task.test) for answer in row.answers}
+    for answer in sorted(answers - set(options)):
+        problems.add(where, f"the answer '{answer}' is none of its options ({', '.join(options)})")
