@@ -8,29 +8,24 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Union
 
-from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field
 from torch import nn
 
-from holdfast.config import Options
+from holdfast.config import Options, named, validate
 from holdfast.errors import ConfigError, DataError, ModelError
 from holdfast.importance.prior import ImportancePrior
 from holdfast.importance.registry import REGISTRY, Inputs, Progress
 from holdfast.models import block_parameters, digest
 from holdfast.tasks.encode import Encoded
 
-
 for _module in pkgutil.iter_modules(__path__):  # each file registers its own: there is no list to keep
     importlib.import_module(f"{__name__}.{_module.name}")
-
-
-def _by_name(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
 
 
 ImportanceOptions: Any = Annotated[
     Union[tuple(importance.options for importance in REGISTRY.values())],  # noqa: UP007 - from the registry
     Field(discriminator="name"),
-    BeforeValidator(_by_name),
+    BeforeValidator(named),
 ]
 
 
@@ -108,8 +103,9 @@ def compute_prior(
 def _options(options: Options | Mapping[str, Any] | str) -> Options:
     if isinstance(options, Options):
         return options
-    try:
-        return TypeAdapter(ImportanceOptions).validate_python(options)
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in error.errors())
-        raise ConfigError(f"importance: {problems}. Allowed names: {', '.join(sorted(REGISTRY))}.") from error
+    values = dict(named(options))
+    if values.get("name") not in REGISTRY:
+        raise ConfigError(
+            f"importance: no importance {values.get('name')!r}. Allowed: {', '.join(sorted(REGISTRY))}."
+        )
+    return validate(REGISTRY[values["name"]].options, values, "importance")

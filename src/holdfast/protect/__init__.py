@@ -8,6 +8,8 @@ from typing import Annotated, Any, Union
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
+from holdfast.config import Options, named, validate
+from holdfast.errors import ConfigError
 from holdfast.importance.prior import ImportancePrior
 from holdfast.protect.anchor import Anchor, AnchorOptions
 from holdfast.protect.attach import Handle, Protection
@@ -15,22 +17,33 @@ from holdfast.protect.control import Control, apply_control
 from holdfast.protect.gate import Gate, GateOptions
 from holdfast.protect.penalty import Penalty, PenaltyOptions
 
-MECHANISMS: dict[str, tuple[type, type]] = {
+MECHANISMS: dict[str, tuple[type[Options], type]] = {
     "gate": (GateOptions, Gate),
     "anchor": (AnchorOptions, Anchor),
     "penalty": (PenaltyOptions, Penalty),
 }
 
 
-def _by_name(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
-
-
 MechanismOptions: Any = Annotated[
     Union[tuple(options for options, _ in MECHANISMS.values())],  # noqa: UP007 - built from the table
     Field(discriminator="name"),
-    BeforeValidator(_by_name),
+    BeforeValidator(named),
 ]
+
+
+def mechanism_options(mechanism: Any, source: str = "mechanism", **values: Any) -> Any:
+    """The options model of a mechanism, from its name and keyword arguments.
+
+    Raises
+    ------
+    ConfigError
+        No such mechanism, or an option that it doesn't have; the message lists what is allowed.
+    """
+    if isinstance(mechanism, Options) and not values:
+        return mechanism
+    if mechanism not in MECHANISMS:
+        raise ConfigError(f"{source}: no mechanism {mechanism!r}. Allowed: {', '.join(MECHANISMS)}.")
+    return validate(MECHANISMS[mechanism][0], {"name": mechanism, **values}, source)
 
 
 def build_mechanism(
@@ -67,4 +80,5 @@ __all__ = [
     "Protection",
     "apply_control",
     "build_mechanism",
+    "mechanism_options",
 ]

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from holdfast.config import Options
+from holdfast.config import Options, validate
 from holdfast.errors import HoldfastError
 from holdfast.importance.prior import ImportancePrior
 from holdfast.protect.attach import Handle, bind, blend_, held_summary, hook, place, reference_weights
@@ -53,7 +53,7 @@ class Anchor:
         reference: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.prior = prior
-        self.options = AnchorOptions(strength=strength)
+        self.options = validate(AnchorOptions, {"strength": strength}, "Anchor")
         self.reference = reference
         self.learning_rate: float | None = None  # the largest seen, for the summary
 

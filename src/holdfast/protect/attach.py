@@ -126,6 +126,8 @@ def blend_(values: list[Tensor], towards: Sequence[Tensor], weights: Sequence[Te
 def reference_weights(chunk: Chunk, reference: Mapping[str, Tensor] | None, whose: str) -> list[Tensor]:
     """The weights a mechanism pulls towards: those given, or copies of the present ones.
 
+    Given tensors of the right device and dtype are used as they are: don't change them while attached.
+
     Raises
     ------
     PriorMismatchError
@@ -133,6 +135,7 @@ def reference_weights(chunk: Chunk, reference: Mapping[str, Tensor] | None, whos
     """
     if reference is None:
         return [parameter.detach().clone() for parameter in chunk.parameters]
+    found = []
     for name, parameter in zip(chunk.names, chunk.parameters, strict=True):
         got = reference.get(name)
         if got is None or got.shape != parameter.shape:
@@ -141,10 +144,10 @@ def reference_weights(chunk: Chunk, reference: Mapping[str, Tensor] | None, whos
                 f"{'missing' if got is None else f'{tuple(got.shape)} instead of {tuple(parameter.shape)}'}. "
                 "Give canonical names (holdfast.models.canonical_name) to tensors of the same shapes."
             )
-    return [
-        place(reference[name].detach(), parameter)
-        for name, parameter in zip(chunk.names, chunk.parameters, strict=True)
-    ]
+        value = got.detach().to(device=parameter.device, dtype=parameter.dtype)
+        # the live parameter itself, such as from dict(model.named_parameters()), would move along
+        found.append(value.clone() if value.data_ptr() == parameter.data_ptr() else value)
+    return found
 
 
 def hook(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from holdfast.errors import ConfigError
 from holdfast.importance.prior import ImportancePrior
 from holdfast.importance.seeding import seed_for
 from holdfast.models import layer_of, module_of
@@ -32,7 +33,14 @@ def apply_control(prior: ImportancePrior, control: Control = "none", seed: int =
     -------
     ImportancePrior
         New tensors (or the same prior for ``none``); the metadata records the control.
+
+    Raises
+    ------
+    ConfigError
+        No such control.
     """
+    if control not in get_args(Control):
+        raise ConfigError(f"control: got {control!r}. Allowed: {', '.join(get_args(Control))}.")
     if control == "none":
         return prior
     if control == "permuted":

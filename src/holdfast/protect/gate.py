@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from holdfast.config import Options
+from holdfast.config import Options, validate
 from holdfast.importance.prior import ImportancePrior
 from holdfast.protect.attach import Chunk, Handle, bind, blend_, held_summary, hook, place
 
@@ -80,7 +80,9 @@ class Gate:
         fraction: float | None = None,
     ) -> None:
         self.prior = prior
-        self.options = GateOptions(on=on, shape=shape, quantile=quantile, fraction=fraction)
+        self.options = validate(
+            GateOptions, {"on": on, "shape": shape, "quantile": quantile, "fraction": fraction}, "Gate"
+        )
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> Handle:
         """Gate every step of this optimizer until the handle is removed.

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from holdfast.config import Options
+from holdfast.config import Options, validate
 from holdfast.errors import HoldfastError, PriorMismatchError
 from holdfast.importance.prior import ImportancePrior, parameters_by_name
 from holdfast.protect.attach import Handle, bind, histogram, hook, place, reference_weights
@@ -51,7 +51,7 @@ class Penalty:
         reference: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.prior = prior
-        self.options = PenaltyOptions(strength=strength)
+        self.options = validate(PenaltyOptions, {"strength": strength}, "Penalty")
         self.reference = reference
 
     def _scaled(self, name: str) -> Tensor:

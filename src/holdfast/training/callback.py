@@ -1,0 +1,125 @@
+"""ProtectCallback: protection for anyone's own transformers or TRL training script."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from holdfast.errors import ConfigError
+from holdfast.importance.prior import ImportancePrior, parameters_by_name
+from holdfast.protect import Control, Handle, Protection, apply_control, build_mechanism, mechanism_options
+
+
+class ProtectCallback(TrainerCallback):
+    """Hold what a prior calls important while a `Trainer` or TRL's `SFTTrainer` trains.
+
+    Pass it in the trainer's ``callbacks=[...]``. The weights to return to are those that the model has
+    when the trainer is made, not those of a checkpoint that training resumes from.
+
+    Parameters
+    ----------
+    prior : ImportancePrior or path
+        What must be kept; a folder is loaded.
+    mechanism : str or options model
+        ``"anchor"`` (default), ``"gate"`` or ``"penalty"``.
+    control : {"none", "permuted", "tensor-mean", "layer-mean"}
+        See `holdfast.protect.apply_control`.
+    seed : int
+        Of the control.
+    reference : mapping of str to Tensor, optional
+        The weights to return to, by canonical name, if not those at the start.
+    **options
+        Of the mechanism: ``strength`` for anchor and penalty; ``on``, ``shape``, ``quantile`` and
+        ``fraction`` for the gate.
+
+    Attributes
+    ----------
+    protection : Protection or None
+        The mechanism in use, from the start of training on; ``protection.summary()`` describes it.
+
+    Raises
+    ------
+    ConfigError
+        No such mechanism or control, or an option that the mechanism doesn't have.
+    DataError
+        There is no readable prior in the folder.
+
+    Examples
+    --------
+    >>> Trainer(model, args, train_dataset=rows, callbacks=[ProtectCallback("prior/", strength=600)])
+    """
+
+    def __init__(
+        self,
+        prior: ImportancePrior | str | os.PathLike[str],
+        mechanism: Any = "anchor",
+        control: Control = "none",
+        seed: int = 0,
+        reference: Mapping[str, Tensor] | None = None,
+        **options: Any,
+    ) -> None:
+        loaded = prior if isinstance(prior, ImportancePrior) else ImportancePrior.load(prior)
+        self.prior = apply_control(loaded, control, seed)
+        self.mechanism = mechanism_options(mechanism, "ProtectCallback", **options)
+        self.given = reference
+        self.protection: Protection | None = None
+        self._captured: dict[str, Tensor] | None = None
+        self._handle = Handle()
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check that the prior fits, and remember the weights before a checkpoint is loaded over them.
+
+        Raises
+        ------
+        PriorMismatchError
+            The prior doesn't fit the trainer's model.
+        """
+        self.prior.check_fits(kwargs["model"])
+        self._capture(kwargs["model"])
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Attach to the trainer's optimizer.
+
+        Raises
+        ------
+        ConfigError
+            Training resumes from a checkpoint, and the weights before it were never seen.
+        """
+        if self._needs_reference and self._captured is None:
+            if state.global_step > 0:
+                raise ConfigError(
+                    "ProtectCallback: training resumes from a checkpoint, but the callback was added after "
+                    "the trainer was made, so the weights to return to are unknown. Pass the callback in "
+                    "Trainer(callbacks=[...]), or give it `reference=`."
+                )
+            self._capture(kwargs["model"])
+        self._handle.remove()  # a training that failed left without on_train_end
+        reference = self.given if self.given is not None else self._captured
+        self.protection = build_mechanism(self.mechanism, self.prior, reference)
+        self._handle = self.protection.attach(kwargs["model"], kwargs["optimizer"])
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Detach."""
+        self._handle.remove()
+
+    @property
+    def _needs_reference(self) -> bool:
+        return self.mechanism.name != "gate" and self.given is None
+
+    def _capture(self, model: nn.Module) -> None:
+        if not self._needs_reference:
+            return
+        parameters = parameters_by_name(model)
+        with torch.no_grad():
+            self._captured = {name: parameters[name].detach().clone() for name in self.prior.tensors}

@@ -1,0 +1,231 @@
+"""ProtectCallback inside transformers' Trainer and TRL's SFTTrainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from holdfast.errors import ConfigError, DataError, PriorMismatchError
+from holdfast.importance.prior import ImportancePrior
+from holdfast.models import block_parameters
+from holdfast.training.callback import ProtectCallback
+
+CHARACTERS = "abcdefgh "
+
+
+def tiny_model(seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=16,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=64,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
+
+
+def character_tokenizer() -> PreTrainedTokenizerFast:
+    from tokenizers import Regex, Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Split
+
+    words = ["<pad>", "<bos>", "<eos>", "<unk>", *CHARACTERS]
+    tokenizer = Tokenizer(WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Split(Regex("."), "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+def rows() -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, 16, (24, 8), generator=generator)
+    return [{"input_ids": row, "labels": row.clone()} for row in ids]
+
+
+def arguments(folder: Path, **overrides: Any) -> TrainingArguments:
+    values: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": 6,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+        "warmup_steps": 2,
+        "max_grad_norm": 0.5,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_num_workers": 0,
+    }
+    return TrainingArguments(**(values | overrides))
+
+
+def half_prior(model: torch.nn.Module) -> ImportancePrior:
+    """Every second weight of each tensor."""
+    return ImportancePrior(
+        {n: (torch.arange(p.numel()) % 2).float().view_as(p) for n, p in block_parameters(model).items()}
+    )
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in block_parameters(model).items()}
+
+
+def assert_held(
+    before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], prior: ImportancePrior
+) -> None:
+    moved = []
+    for name, mask in ((n, t > 0) for n, t in prior.tensors.items()):
+        assert torch.equal(before[name][mask], after[name][mask]), name
+        moved.append((before[name][~mask] != after[name][~mask]).float().mean())
+    assert min(moved) > 0.5
+
+
+@pytest.mark.parametrize(
+    "options", [{"mechanism": "gate"}, {"mechanism": "anchor", "strength": 1e9}], ids=["gate", "anchor"]
+)
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_torch_fused"])
+def test_held_weights_stay_in_a_trainer_with_accumulation_clipping_and_decay(
+    options: dict[str, Any], optimizer: str, tmp_path: Path
+) -> None:
+    model = tiny_model()
+    prior, before = half_prior(model), weights(model)
+    callback = ProtectCallback(prior, **options)
+    # without warm-up: at a learning rate of 0 the anchor would not pull, nor would anything move
+    args = arguments(tmp_path, optim=optimizer, warmup_steps=0, lr_scheduler_type="constant")
+    Trainer(model, args, train_dataset=rows(), callbacks=[callback]).train()
+    assert_held(before, weights(model), prior)
+    assert callback.protection is not None
+    assert callback.protection.summary()["held"] == pytest.approx(0.5)
+
+
+def test_held_weights_stay_in_an_sft_trainer(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    model = tiny_model()
+    prior, before = half_prior(model), weights(model)
+    data = Dataset.from_list(
+        [{"prompt": "abc ", "completion": "cba"}, {"prompt": "de ", "completion": "ed"}] * 8
+    )
+    args = trl.SFTConfig(
+        output_dir=str(tmp_path),
+        max_steps=5,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-2,
+        weight_decay=0.1,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        bf16=False,
+    )
+    trl.SFTTrainer(
+        model,
+        args,
+        train_dataset=data,
+        processing_class=character_tokenizer(),
+        callbacks=[ProtectCallback(prior, mechanism="gate")],
+    ).train()
+    assert_held(before, weights(model), prior)
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= self.step
+
+
+@pytest.mark.parametrize("mechanism", ["anchor", "penalty"])
+def test_resumed_training_returns_to_the_first_weights_not_to_the_checkpoint(
+    mechanism: str, tmp_path: Path
+) -> None:
+    options = {"anchor": {"strength": 50.0}, "penalty": {"strength": 10.0}}[mechanism]
+
+    def trainer(folder: Path, *more: TrainerCallback) -> Trainer:
+        model = tiny_model()
+        callback = ProtectCallback(half_prior(model), mechanism=mechanism, **options)
+        args = arguments(folder, save_strategy="steps", save_steps=3)
+        return Trainer(model, args, train_dataset=rows(), callbacks=[callback, *more])
+
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    trainer(tmp_path / "parts", StopAt(3)).train()
+    resumed = trainer(tmp_path / "parts")
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 6
+    for name, parameter in block_parameters(whole.model).items():
+        assert torch.equal(parameter, block_parameters(resumed.model)[name]), name
+
+
+def test_callback_added_late_refuses_to_resume_without_a_reference(tmp_path: Path) -> None:
+    args = arguments(tmp_path, save_strategy="steps", save_steps=3)
+    model = tiny_model()
+    Trainer(model, args, train_dataset=rows(), callbacks=[StopAt(3)]).train()
+    late = Trainer(tiny_model(), args, train_dataset=rows())
+    late.add_callback(ProtectCallback(half_prior(model)))
+    with pytest.raises(ConfigError, match="weights to return to are unknown"):
+        late.train(resume_from_checkpoint=True)
+
+
+def test_protection_ends_with_the_training(tmp_path: Path) -> None:
+    model = tiny_model()
+    trainer = Trainer(
+        model, arguments(tmp_path), train_dataset=rows(), callbacks=[ProtectCallback(half_prior(model))]
+    )
+    trainer.train()
+    inner = trainer.optimizer.optimizer
+    assert not inner._optimizer_step_pre_hooks
+    assert not inner._optimizer_step_post_hooks
+
+
+def test_prior_of_another_model_is_refused_before_training(tmp_path: Path) -> None:
+    other = ImportancePrior({"model.layers.0.self_attn.q_proj.weight": torch.ones(3, 3)})
+    with pytest.raises(PriorMismatchError, match=r"of another shape \(1\): .*q_proj.weight \(3, 3\) instead"):
+        Trainer(tiny_model(), arguments(tmp_path), train_dataset=rows(), callbacks=[ProtectCallback(other)])
+
+
+def test_callback_takes_a_folder(tmp_path: Path) -> None:
+    model = tiny_model()
+    half_prior(model).save(tmp_path / "prior")
+    callback = ProtectCallback(tmp_path / "prior", control="permuted", seed=4)
+    assert callback.prior.meta["control"] == "permuted"
+    with pytest.raises(DataError, match=r"prior\.json is missing"):
+        ProtectCallback(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("arguments_", "message"),
+    [
+        ({"mechanism": "glue"}, "no mechanism 'glue'. Allowed: gate, anchor, penalty"),
+        ({"mechanism": "anchor", "quantile": 0.1}, "quantile: unknown key"),
+        ({"mechanism": "gate", "fraction": 0.1}, "`fraction` applies to `shape: top` only"),
+        ({"control": "shuffled"}, "control: got 'shuffled'. Allowed: none, permuted"),
+    ],
+)
+def test_wrong_options_are_named(arguments_: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
+        ProtectCallback(ImportancePrior({"w": torch.ones(2)}), **arguments_)
