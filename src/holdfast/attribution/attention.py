@@ -1,0 +1,151 @@
+"""Softmax and fused attention: Proposition 4.3 (`paper`), or the softmax's Jacobian (`attnlrp`)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from holdfast.attribution.ledger import Ledger, relevance
+from holdfast.attribution.rules import rule
+from holdfast.attribution.trace import Ruled, Trace, scaled, tracked
+
+# Proposition 4.3 divides by the score E. |E| is kept above this, which changes the relevance of scores that
+# are closer to zero than it; what they don't pass on is booked as absorbed.
+STABILISER = {torch.float64: 1e-12, torch.float32: 1e-6}
+
+
+def stabilised(score: Tensor) -> Tensor:
+    """The score, moved away from zero."""
+    eps = STABILISER.get(score.dtype, 1e-3)
+    return torch.where(score.abs() < eps, torch.where(score < 0, -eps, eps), score)
+
+
+def softmax_rule(paper: bool, score: Tensor, weight: Tensor, lam: Tensor) -> Tensor:
+    """Lambda_E from Lambda_A: identity, Lambda_A * A / E, or the Jacobian (Achtibat et al. 2024)."""
+    lam_weight = lam * weight
+    if paper:
+        return torch.where(weight == 0, 0.0, lam_weight / stabilised(score))
+    return lam_weight - weight * lam_weight.sum(-1, keepdim=True)
+
+
+@rule("softmax")
+def softmax(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+    """Softmax over any dimension; what its rule doesn't pass on is booked as absorbed."""
+    score = args[0]
+    dim = args[1] if len(args) > 1 else kwargs.get("dim", -1)
+    dtype = kwargs.get("dtype") if score.dtype != torch.float64 else None  # float64 stays float64
+    paper, ledger = trace.rules == "paper", trace.ledger
+
+    def compute(score: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        weight = torch.softmax(score, dim, dtype=dtype)
+        return weight, (score, weight)
+
+    def backward(lam: Tensor, score: Tensor, weight: Tensor) -> tuple[Tensor]:
+        moved = [t.movedim(dim, -1) for t in (score.to(weight.dtype), weight, lam)]
+        lam_score = softmax_rule(paper, *moved)
+        if ledger is not None:
+            ledger.absorb("softmax", relevance(moved[1], moved[2]) - relevance(moved[0], lam_score))
+        return (lam_score.movedim(-1, dim).to(score.dtype),)
+
+    return Ruled.apply(compute, backward, score)  # type: ignore[no-untyped-call]
+
+
+class _Attention:
+    """The parts of one fused attention: E = scale Q K^T + mask, A = softmax(E), O = A V."""
+
+    def __init__(self, mask: Tensor | None, is_causal: bool, scale: float | None) -> None:
+        self.mask, self.is_causal, self.scale = mask, is_causal, scale
+
+    def parts(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        """Q, K, V in at least float32 with as many heads, then E without float mask, with it, and A."""
+        wide = torch.promote_types(query.dtype, torch.float32)
+        query, key, value = (t.to(wide) for t in (query, key, value))
+        groups = query.shape[-3] // key.shape[-3] if query.dim() > 2 else 1
+        if groups > 1:
+            key, value = (t.repeat_interleave(groups, dim=-3) for t in (key, value))
+        factor = 1 / math.sqrt(query.shape[-1]) if self.scale is None else self.scale
+        product = query @ key.transpose(-1, -2) * factor
+        score, lowest = product, torch.finfo(wide).min  # not -inf: a row that is masked whole has no NaN
+        if self.mask is not None and self.mask.dtype == torch.bool:
+            score = score.masked_fill(~self.mask, lowest)
+        elif self.mask is not None:
+            score = (score + self.mask.to(wide)).clamp(min=lowest)
+        if self.is_causal:
+            seen = torch.ones(score.shape[-2:], dtype=torch.bool, device=score.device).tril()
+            score = score.masked_fill(~seen, lowest)
+        return query * factor, key, value, product, score, torch.softmax(score, dim=-1)
+
+
+@rule("scaled_dot_product_attention")
+def attention(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+    """Two products around a softmax, computed as the model computes it."""
+    keys = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+    given = dict(zip(keys, args, strict=False)) | dict(kwargs)
+    query, key, value = (given.pop(k) for k in keys[:3])
+    if given.get("dropout_p") or tracked(given.get("attn_mask")):
+        raise trace.unruled(name, "with dropout, or with a mask that is an activation")
+    inside = tracked(query) or tracked(key)
+    half_out = trace.path if inside and tracked(value) else 1.0
+    half_score = trace.path if tracked(query) and tracked(key) else 1.0
+    core = _Attention(given.get("attn_mask"), bool(given.get("is_causal")), given.get("scale"))
+    booked = _Booking(trace, core, half_out, inside and tracked(value), tracked(query) and tracked(key))
+
+    if trace.rules == "attnlrp":  # the plain gradient, scaled: the model's own kernel computes it
+        factor = half_out * half_score
+        output = func(scaled(query, factor), scaled(key, factor), scaled(value, half_out), **given)
+        if trace.ledger is not None:
+            q, k, v = (t.detach() for t in (query, key, value))
+            trace.book(output, lambda ledger, lam: booked(ledger, q, k, v, lam) if inside else None)
+        return output
+
+    def compute(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return func(query, key, value, **given), (query, key, value)
+
+    def backward(lam: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        if trace.ledger is not None and inside:
+            booked(trace.ledger, query, key, value, lam)
+        query_x, key_x, value_x, _, score, weight = core.parts(query, key, value)
+        lam = lam.to(weight.dtype) * half_out
+        lam_score = softmax_rule(True, score, weight, lam @ value_x.transpose(-1, -2)) * half_score
+        factor = query_x.shape[-1] ** -0.5 if core.scale is None else core.scale
+        lams = (
+            lam_score @ key_x * factor,
+            lam_score.transpose(-1, -2) @ query_x,
+            weight.transpose(-1, -2) @ lam,
+        )
+        return tuple(_as(lam, like) for lam, like in zip(lams, (query, key, value), strict=True))
+
+    return Ruled.apply(compute, backward, query, key, value)  # type: ignore[no-untyped-call]
+
+
+class _Booking:
+    """What a fused attention absorbs and creates, from its parts computed anew."""
+
+    def __init__(
+        self, trace: Trace, core: _Attention, half_out: float, product_out: bool, product_score: bool
+    ) -> None:
+        self.paper, self.path, self.core, self.half_out = trace.rules == "paper", trace.path, core, half_out
+        self.product_out, self.product_score = product_out, product_score
+
+    def __call__(self, ledger: Ledger, query: Tensor, key: Tensor, value: Tensor, lam: Tensor) -> None:
+        _, _, value_x, product, score, weight = self.core.parts(query, key, value)
+        lam = lam.to(weight.dtype)
+        lam_weight = lam @ value_x.transpose(-1, -2) * self.half_out
+        lam_score = softmax_rule(self.paper, score, weight, lam_weight)
+        through = relevance(score, lam_score)
+        ledger.absorb("softmax", relevance(weight, lam_weight) - through)
+        if self.core.mask is not None and self.core.mask.dtype != torch.bool:
+            ledger.absorb("attention bias", through - relevance(product, lam_score))
+        if self.path == 1.0:
+            ledger.created += relevance(weight @ value_x, lam) * self.product_out
+            ledger.created += relevance(product, lam_score) * self.product_score
+
+
+def _as(lam: Tensor, like: Tensor) -> Tensor:
+    """Sum Lambda over the query heads that share a key head, and give it the type of its tensor."""
+    if lam.shape != like.shape:
+        lam = lam.reshape(*like.shape[:-2], -1, *like.shape[-2:]).sum(dim=-3)
+    return lam.to(like.dtype)

@@ -1,0 +1,112 @@
+"""What is attributed: the answer's logits (or log-probability), of samples that the model answers right."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.errors import ModelError
+from holdfast.models import is_encoder_decoder
+from holdfast.tasks.encode import IGNORED, Encoded, collate
+
+
+@dataclass
+class Batch:
+    """One batch, ready for the model.
+
+    Attributes
+    ----------
+    inputs : dict
+        Arguments of the model's forward.
+    lengths : set of int
+        Numbers of positions that activations of this batch can have.
+    answer_ST : Tensor
+        The token to predict at each of the last T logits' positions; -100 where there is none.
+    """
+
+    inputs: dict[str, Any]
+    lengths: set[int]
+    answer_ST: Tensor
+
+
+def make_batch(
+    model: Any, rows: Sequence[Encoded], pad_id: int, device: torch.device, side: Literal["left", "right"]
+) -> Batch:
+    """Collate rows; on the left, answers line up, so that logits are computed for the answer alone."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    accepted = inspect.signature(base.forward).parameters
+    encoder_decoder = is_encoder_decoder(model)
+    batch = collate(rows, pad_id, encoder_decoder=encoder_decoder, side="right" if encoder_decoder else side)
+    inputs: dict[str, Any] = {key: value.to(device) for key, value in batch.items() if key in accepted}
+    labels = inputs.pop("labels", batch["labels"].to(device))
+    if encoder_decoder:
+        prepare = getattr(base, "prepare_decoder_input_ids_from_labels", None)
+        if prepare is None:
+            raise ModelError(
+                f"{type(base).__name__}: an encoder-decoder model without "
+                "prepare_decoder_input_ids_from_labels can't be attributed."
+            )
+        inputs["decoder_input_ids"] = prepare(labels=labels)
+        answer_ST = labels
+    else:
+        answer_ST = torch.cat([labels[:, 1:], labels.new_full((len(rows), 1), IGNORED)], dim=1)
+        if side == "left" and "logits_to_keep" in accepted:
+            keep = (
+                max(len(row.completion_ids) for row in rows) + 1
+            )  # one more: the position before the answer
+            inputs["logits_to_keep"] = keep
+            answer_ST = answer_ST[:, -keep:]
+    if "use_cache" in accepted:
+        inputs["use_cache"] = False
+    lengths = {batch["input_ids"].shape[1], labels.shape[1], answer_ST.shape[1]}
+    return Batch(inputs, lengths, answer_ST)
+
+
+def correct(logits_STV: Tensor, answer_ST: Tensor) -> Tensor:
+    """Whether the argmax of the teacher-forced logits reproduces every answer token -> (S,) bool."""
+    right_ST = (logits_STV.argmax(dim=-1) == answer_ST) | (answer_ST == IGNORED)
+    return right_ST.all(dim=1)
+
+
+def initial_lambda(
+    logits_STV: Tensor,
+    answer_ST: Tensor,
+    *,
+    target: Literal["all", "first"],
+    of: Literal["logit", "log_probability"],
+) -> Tensor:
+    """Lambda of the logits: the derivative of the target by them.
+
+    Parameters
+    ----------
+    logits_STV : Tensor
+    answer_ST : Tensor
+        -100 where nothing is predicted.
+    target : {"all", "first"}
+        All answer tokens, or the first one of each sample.
+    of : {"logit", "log_probability"}
+        One at the answer's token, or that minus the probabilities.
+
+    Returns
+    -------
+    Tensor, shape (S, T, V)
+    """
+    counted_ST = answer_ST != IGNORED
+    if target == "first":
+        counted_ST &= counted_ST.cumsum(dim=1) == 1
+    lam_STV = torch.zeros_like(logits_STV)
+    lam_STV.scatter_(2, answer_ST.clamp(min=0).unsqueeze(-1), 1.0)
+    if of == "log_probability":
+        wide = torch.promote_types(logits_STV.dtype, torch.float32)
+        lam_STV -= torch.softmax(logits_STV, dim=-1, dtype=wide).to(logits_STV.dtype)
+    return lam_STV * counted_ST.unsqueeze(-1)
+
+
+def module_names(model: nn.Module) -> dict[int, str]:
+    """id of each module to its name."""
+    return {id(module): name for name, module in model.named_modules()}

@@ -1,0 +1,136 @@
+"""What the rules share: the state of one traced forward pass, and the one function that bends a gradient."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.attribution.ledger import Ledger, relevance
+from holdfast.attribution.maps import WeightMaps
+from holdfast.errors import UnruledOperationError
+
+RuleSet = Literal["paper", "attnlrp", "gradient"]
+Backward = Callable[..., tuple[Tensor | None, ...]]
+
+
+class Ruled(torch.autograd.Function):
+    """Computes an operation as it is, and sends Lambda back by a rule instead of the derivative."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, compute: Callable[..., tuple[Tensor, Sequence[Tensor]]], rule: Backward, *inputs: Any
+    ) -> Tensor:
+        """compute(*inputs) -> (output, what the rule needs); rule(Lambda, *saved) -> Lambda of each input."""
+        output, saved = compute(*inputs)
+        ctx.save_for_backward(*saved)
+        ctx.rule = rule
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *lams: Tensor) -> tuple[Any, ...]:
+        """Apply the rule."""
+        return (None, None, *ctx.rule(lams[0], *ctx.saved_tensors))
+
+
+class Scale(torch.autograd.Function):
+    """The identity, whose gradient is scaled."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        """Return x."""
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *lams: Tensor) -> tuple[Any, ...]:
+        """Scale Lambda."""
+        return lams[0] * ctx.factor, None
+
+
+def scaled(x: Tensor, factor: float) -> Tensor:
+    """x, with the relevance that flows back through it multiplied by `factor`."""
+    return x if factor == 1.0 or not tracked(x) else Scale.apply(x, factor)  # type: ignore[no-untyped-call]
+
+
+def tracked(value: object) -> bool:
+    """Whether relevance flows through a value: while a model is traced only activations require grad."""
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def tensors_in(*values: object) -> Iterator[Tensor]:
+    """All tensors among the arguments of an operation, in lists and tuples too."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from tensors_in(*value)
+        elif isinstance(value, dict):
+            yield from tensors_in(*value.values())
+
+
+@dataclass
+class Trace:
+    """State of one traced forward pass.
+
+    Attributes
+    ----------
+    rules : {"paper", "attnlrp", "gradient"}
+        How softmax is treated; with `gradient` only linear maps are intercepted, for per-sample gradients.
+    path : float
+        Factor on Lambda wherever two things that both get relevance are multiplied: 1/2 (A) or 1.
+    maps : WeightMaps
+    ledger : Ledger or None
+        Where relevance is booked; None where nothing is checked.
+    modules : dict
+        id of a module to its name, for messages.
+    suspended : bool
+        Let all operations pass (inside an activation module, which has one rule as a whole).
+    """
+
+    rules: RuleSet
+    path: float
+    maps: WeightMaps
+    ledger: Ledger | None
+    modules: dict[int, str]
+    suspended: bool = False
+
+    def book(self, output: Tensor, entry: Callable[[Ledger, Tensor], None]) -> None:
+        """Call entry(ledger, Lambda of output) in the backward pass, where the check is on."""
+        ledger = self.ledger
+        if ledger is not None and output.requires_grad:
+            output.register_hook(lambda lam: entry(ledger, lam))
+
+    def product(self, output: Tensor) -> Tensor:
+        """Lemma 4.1 for a product of two activations: each side gets `path` of the relevance."""
+        if self.path == 1.0:
+            value = output.detach()
+
+            def created(ledger: Ledger, lam: Tensor) -> None:
+                ledger.created += relevance(value, lam)
+
+            self.book(output, created)
+            return output
+        return scaled(output, self.path)
+
+    def where(self) -> str:
+        """Name of the innermost module of the model that is running."""
+        frame: Any = sys._getframe(1)
+        while frame is not None:
+            module = frame.f_locals.get("self")
+            if isinstance(module, nn.Module) and id(module) in self.modules:
+                return f"{self.modules[id(module)] or 'the model'} ({type(module).__name__})"
+            frame = frame.f_back
+        return "the model"
+
+    def unruled(self, operation: str, reason: str = "") -> UnruledOperationError:
+        """The error for an operation that can't be attributed."""
+        return UnruledOperationError(
+            f"{self.where()}: the operation '{operation}' has no attribution rule"
+            f"{' ' + reason if reason else ''}. Relevance can't be followed through it. Add a rule in "
+            "holdfast/attribution/rules.py, or use an importance that needs none, such as 'fisher'."
+        )
