@@ -163,7 +163,7 @@ class StopAt(TrainerCallback):
 def test_resumed_training_returns_to_the_first_weights_not_to_the_checkpoint(
     mechanism: str, tmp_path: Path
 ) -> None:
-    options = {"anchor": {"strength": 50.0}, "penalty": {"strength": 10.0}}[mechanism]
+    options = {"anchor": {"strength": 10.0}, "penalty": {"strength": 10.0}}[mechanism]
 
     def trainer(folder: Path, *more: TrainerCallback) -> Trainer:
         model = tiny_model()

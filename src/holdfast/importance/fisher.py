@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Literal
 
 from pydantic import Field
-from torch import Tensor
 
+from holdfast.attribution.engine import per_sample_gradients
 from holdfast.config import Options
-from holdfast.importance.registry import Computed, Inputs, register
+from holdfast.importance.aggregate import SquareMean
+from holdfast.importance.registry import Computed, Inputs, register, sample_counts
 from holdfast.importance.seeding import sample
 
 
@@ -20,15 +21,6 @@ class FisherOptions(Options):
     batch_size: int = Field(8, ge=1, description="examples a pass; no effect on the result")
 
 
-class _SquaredSum:
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-
-    def update(self, name: str, weight: Tensor, grad_S: Tensor) -> None:
-        total = grad_S.float().square().sum(0)
-        self.sums[name] = self.sums[name] + total if name in self.sums else total
-
-
 @register(FisherOptions, needs_data=True)
 def fisher(inputs: Inputs, options: FisherOptions) -> Computed:
     """1/S Σ_s (∂ log p(y_s | x_s) / ∂w)², log p summed over the answer's tokens, y_s the true answer.
@@ -37,11 +29,9 @@ def fisher(inputs: Inputs, options: FisherOptions) -> Computed:
     size (a frequent mistake: a batch's squared mean gradient shrinks with the batch). It is the empirical
     Fisher: the labels are the data's, not drawn from the model.
     """
-    from holdfast.attribution.engine import per_sample_gradients
-
     rows = sample(inputs.rows, options.samples, inputs.seed)
-    fold = _SquaredSum()
-    per_sample_gradients(
+    fold = SquareMean(per_weight=True)
+    report = per_sample_gradients(
         inputs.model,
         rows,
         fold=fold,
@@ -50,7 +40,4 @@ def fisher(inputs: Inputs, options: FisherOptions) -> Computed:
         pad_id=inputs.pad_id,
         progress=inputs.progress,
     )
-    return Computed(
-        {name: total / len(rows) for name, total in fold.sums.items()},
-        {"samples_seen": len(rows), "samples_used": len(rows)},
-    )
+    return Computed(fold.result(), sample_counts(report))

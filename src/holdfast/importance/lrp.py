@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
+from holdfast.attribution.engine import AttributionOptions, attribute_batches
 from holdfast.config import Options
-from holdfast.importance.registry import Computed, Inputs, register
+from holdfast.importance.aggregate import AbsoluteMean, SquareMean, TopKMean
+from holdfast.importance.registry import Computed, Inputs, register, sample_counts
 from holdfast.importance.seeding import sample
 
 
@@ -43,8 +45,6 @@ def lrp(inputs: Inputs, options: LrpOptions) -> Computed:
 
     A to the letter: ``rules="paper", halves="path", target="first", aggregate="topk", per_weight=False``.
     """
-    from holdfast.attribution.engine import AttributionOptions, attribute_batches
-
     rows = sample(inputs.rows, options.samples, inputs.seed)
     fold = _fold(options)
     report = attribute_batches(
@@ -63,16 +63,17 @@ def lrp(inputs: Inputs, options: LrpOptions) -> Computed:
     return Computed(
         fold.result(),
         {
-            "samples_seen": report.samples_seen,
-            "samples_used": report.samples_used,
+            **sample_counts(report),
             "conservation_max_relative_error": report.conservation_max_relative_error,
+            "absorbed": report.absorbed,
+            "created": report.created,
         },
     )
 
 
-def _fold(options: LrpOptions) -> Any:
-    from holdfast.importance.aggregate import AbsoluteMean, SquareMean, TopKMean
-
+def _fold(options: LrpOptions) -> TopKMean | AbsoluteMean | SquareMean:
     if options.aggregate == "topk":
         return TopKMean(8 if options.top_k is None else options.top_k, per_weight=options.per_weight)
-    return (AbsoluteMean if options.aggregate == "absolute" else SquareMean)(per_weight=options.per_weight)
+    if options.aggregate == "absolute":
+        return AbsoluteMean(per_weight=options.per_weight)
+    return SquareMean(per_weight=options.per_weight)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from holdfast.attribution.engine import AttributionReport
 from holdfast.config import Options
 from holdfast.tasks.encode import Encoded
 
@@ -47,6 +48,15 @@ class Computed:
 
     tensors: dict[str, Tensor]
     record: dict[str, Any] = field(default_factory=lambda: {"samples_seen": 0, "samples_used": 0})
+
+
+def sample_counts(report: AttributionReport) -> dict[str, Any]:
+    """The part of a prior's record that every importance with data has."""
+    return {
+        "samples_seen": report.samples_seen,
+        "samples_used": report.samples_used,
+        "unreached": list(report.unreached),
+    }
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Literal
 
 from pydantic import Field
-from torch import Tensor
 
+from holdfast.attribution.engine import per_sample_gradients
 from holdfast.config import Options
-from holdfast.importance.registry import Computed, Inputs, register
+from holdfast.importance.aggregate import AbsoluteMean
+from holdfast.importance.registry import Computed, Inputs, register, sample_counts
 from holdfast.importance.seeding import sample
 
 
@@ -20,23 +21,12 @@ class TaylorOptions(Options):
     batch_size: int = Field(8, ge=1, description="examples a pass; no effect on the result")
 
 
-class _AbsoluteSum:
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-
-    def update(self, name: str, weight: Tensor, grad_S: Tensor) -> None:
-        total = weight.detach().float().abs() * grad_S.float().abs().sum(0)
-        self.sums[name] = self.sums[name] + total if name in self.sums else total
-
-
 @register(TaylorOptions, needs_data=True)
 def taylor(inputs: Inputs, options: TaylorOptions) -> Computed:
     """1/S Σ_s |w · ∂ log p(y_s | x_s) / ∂w|, log p summed over the answer's tokens, y_s the true answer."""
-    from holdfast.attribution.engine import per_sample_gradients
-
     rows = sample(inputs.rows, options.samples, inputs.seed)
-    fold = _AbsoluteSum()
-    per_sample_gradients(
+    fold = AbsoluteMean()
+    report = per_sample_gradients(
         inputs.model,
         rows,
         fold=fold,
@@ -45,7 +35,4 @@ def taylor(inputs: Inputs, options: TaylorOptions) -> Computed:
         pad_id=inputs.pad_id,
         progress=inputs.progress,
     )
-    return Computed(
-        {name: total / len(rows) for name, total in fold.sums.items()},
-        {"samples_seen": len(rows), "samples_used": len(rows)},
-    )
+    return Computed(fold.result(), sample_counts(report))
