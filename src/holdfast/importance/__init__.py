@@ -87,7 +87,7 @@ def compute_prior(
     computed = importance.compute(Inputs(model, rows, parameters, pad_id, seed, progress), chosen)
     values = chosen.model_dump()
     return ImportancePrior(
-        computed.tensors,
+        {name: computed.tensors[name] for name in parameters},  # a backward pass gives them last to first
         {
             "importance": values.pop("name"),
             "options": values,

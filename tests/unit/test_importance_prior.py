@@ -1,0 +1,211 @@
+"""The prior on disk, merged, and against models it does not belong to."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from holdfast import storage
+from holdfast.errors import DataError, PriorMismatchError, StorageError
+from holdfast.importance.prior import ImportancePrior
+from holdfast.models import block_parameters
+
+META = {
+    "importance": "fisher",
+    "options": {"samples": 4},
+    "tasks": ["a"],
+    "samples_seen": 4,
+    "samples_used": 3,
+    "seconds": 1.5,
+    "model_digest": "d",
+    "conservation_max_relative_error": 1e-6,
+}
+
+
+def prior(seed: int = 0, **meta: Any) -> ImportancePrior:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"layers.0.w": (3, 4), "layers.1.w": (5,)}
+    return ImportancePrior(
+        {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}, META | meta
+    )
+
+
+def tiny_model(hidden: int = 8) -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=12,
+            hidden_size=hidden,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+        )
+    )
+
+
+def ones(model: nn.Module) -> ImportancePrior:
+    return ImportancePrior({n: torch.ones_like(p) for n, p in block_parameters(model).items()})
+
+
+def test_saved_prior_is_loaded_bit_identical(tmp_path: Path) -> None:
+    saved = prior()
+    saved.save(tmp_path / "p")
+    loaded = ImportancePrior.load(tmp_path / "p")
+    assert loaded.meta == META
+    assert list(loaded.tensors) == list(saved.tensors)
+    assert all(torch.equal(loaded.tensors[n], t) for n, t in saved.tensors.items())
+    assert sorted(p.name for p in (tmp_path / "p").iterdir()) == ["prior.json", "prior.safetensors"]
+    assert json.loads((tmp_path / "p/prior.json").read_text())["conservation_max_relative_error"] == 1e-6
+
+
+def test_bfloat16_on_disk_keeps_eight_bits_and_loads_as_float32(tmp_path: Path) -> None:
+    saved = prior()
+    saved.save(tmp_path, dtype="bfloat16")
+    for name, tensor in ImportancePrior.load(tmp_path).tensors.items():
+        assert tensor.dtype == torch.float32
+        torch.testing.assert_close(tensor, saved.tensors[name], rtol=2**-8, atol=0)
+
+
+def test_missing_prior_names_the_folder_and_the_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no importance prior in '.*gone': prior\.json is missing"):
+        ImportancePrior.load(tmp_path / "gone")
+    prior().save(tmp_path)
+    (tmp_path / "prior.safetensors").unlink()
+    with pytest.raises(DataError, match=r"prior\.safetensors is missing"):
+        ImportancePrior.load(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 100, -1], ids=["empty", "header", "last byte"])
+def test_torn_tensors_are_noticed(keep: int, tmp_path: Path) -> None:
+    prior().save(tmp_path)
+    file = tmp_path / "prior.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(DataError, match=r"prior\.safetensors is torn"):
+        ImportancePrior.load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null", '{"sha256": 1'])
+def test_torn_record_is_noticed(text: str, tmp_path: Path) -> None:
+    prior().save(tmp_path)
+    (tmp_path / "prior.json").write_text(text)
+    with pytest.raises(DataError, match=r"prior\.json is torn or not a prior's record"):
+        ImportancePrior.load(tmp_path)
+
+
+def test_record_of_another_prior_is_noticed(tmp_path: Path) -> None:
+    prior(0).save(tmp_path / "a")
+    prior(1).save(tmp_path / "b")
+    (tmp_path / "a/prior.json").replace(tmp_path / "b/prior.json")
+    with pytest.raises(DataError, match="was written for another"):
+        ImportancePrior.load(tmp_path / "b")
+
+
+def test_full_disk_leaves_the_older_prior_and_no_litter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prior(0).save(tmp_path)
+
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(storage, "_flush", full)
+    with pytest.raises(StorageError, match=r"could not write .*prior\.safetensors.*No space left.*untouched"):
+        prior(1).save(tmp_path)
+    monkeypatch.undo()
+    loaded = ImportancePrior.load(tmp_path)
+    assert all(torch.equal(loaded.tensors[n], t) for n, t in prior(0).tensors.items())
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_not_finite_importance_is_refused() -> None:
+    with pytest.raises(DataError, match="NaN or infinite values in layers"):
+        ImportancePrior({"layers.0.w": torch.tensor([1.0, float("nan")])})
+
+
+def test_max_merge_is_equation_12() -> None:
+    priors = [prior(seed, tasks=[str(seed)]) for seed in range(3)]
+    merged = priors[0].merge(priors[1:])
+    for name in merged.tensors:
+        stacked = torch.stack([p.tensors[name] for p in priors])
+        assert torch.equal(merged.tensors[name], stacked.max(0).values.clamp(min=0))
+        assert (stacked < 0).all(0).any()  # otherwise the clip was not tried
+    assert merged.meta["tasks"] == ["0", "1", "2"]
+    assert merged.meta["samples_used"] == 9
+    assert merged.meta["options"] == META["options"]
+    assert merged.meta["conservation_max_relative_error"] == 1e-6
+
+
+def test_sum_and_mean_merge_do_not_clip() -> None:
+    a, b = prior(0), prior(1)
+    for name in a.tensors:
+        total = a.tensors[name] + b.tensors[name]
+        assert torch.equal(a.merge(b, how="sum").tensors[name], total)
+        assert torch.equal(a.merge([b], how="mean").tensors[name], total / 2)
+    assert torch.equal(a.tensors["layers.0.w"], prior(0).tensors["layers.0.w"])  # inputs are left alone
+
+
+def test_merging_different_weights_is_an_error() -> None:
+    other = ImportancePrior({"layers.0.w": torch.ones(4, 3), "extra": torch.ones(1)})
+    with pytest.raises(
+        PriorMismatchError,
+        match=r"prior 2 of the merge does not fit the first prior: missing \(1\): layers.1.w; "
+        r"unexpected \(1\): extra; of another shape \(1\): layers.0.w \(4, 3\) instead of \(3, 4\)",
+    ):
+        prior().merge(other)
+
+
+@given(st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=20), st.floats(-30, 5))
+def test_normalised_mean_is_one(values: list[float], exponent: float) -> None:
+    raw = ImportancePrior({"w": torch.tensor(values) * 10**exponent})
+    normal = raw.mean_normalised().tensors["w"]
+    assert (normal >= 0).all()
+    if (raw.tensors["w"] > 0).any():
+        assert float(normal.double().mean()) == pytest.approx(1.0, rel=1e-5)
+    else:
+        assert not normal.any()
+
+
+def test_prior_fits_its_own_model_with_and_without_lora() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny_model()
+    ones(model).check_fits(model)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    own = ones(adapted)
+    assert all("lora_" in name for name in own.tensors)
+    own.check_fits(adapted)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t.pop("model.layers.0.mlp.up_proj.weight"),
+            r"missing \(1\): model.layers.0.mlp.up_proj.weight",
+        ),
+        (
+            lambda t: t.update({"model.layers.9.x.weight": torch.ones(2)}),
+            r"unexpected \(1\): model.layers.9.x",
+        ),
+        (
+            lambda t: t.update({"model.layers.0.mlp.up_proj.weight": torch.ones(2, 2)}),
+            r"of another shape \(1\): model.layers.0.mlp.up_proj.weight \(2, 2\) instead of \(16, 8\)",
+        ),
+    ],
+    ids=["missing", "unexpected", "shape"],
+)
+def test_prior_of_another_model_is_named(change: Any, message: str) -> None:
+    model = tiny_model()
+    tensors = ones(model).tensors
+    change(tensors)
+    with pytest.raises(PriorMismatchError, match="does not fit the model .LlamaForCausalLM.: " + message):
+        ImportancePrior(tensors).check_fits(model)
