@@ -50,7 +50,7 @@ def softmax(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
             ledger.absorb("softmax", relevance(moved[1], moved[2]) - relevance(moved[0], lam_score))
         return (lam_score.movedim(-1, dim).to(score.dtype),)
 
-    return Ruled.apply(compute, backward, score)  # type: ignore[no-untyped-call]
+    return Ruled.apply(compute, backward, score)
 
 
 class _Attention:
@@ -87,7 +87,7 @@ def attention(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any
     query, key, value = (given.pop(k) for k in keys[:3])
     if given.get("dropout_p") or tracked(given.get("attn_mask")):
         raise trace.unruled(name, "with dropout, or with a mask that is an activation")
-    inside = tracked(query) or tracked(key)
+    ledger, inside = trace.ledger, tracked(query) or tracked(key)
     half_out = trace.path if inside and tracked(value) else 1.0
     half_score = trace.path if tracked(query) and tracked(key) else 1.0
     core = _Attention(given.get("attn_mask"), bool(given.get("is_causal")), given.get("scale"))
@@ -96,7 +96,7 @@ def attention(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any
     if trace.rules == "attnlrp":  # the plain gradient, scaled: the model's own kernel computes it
         factor = half_out * half_score
         output = func(scaled(query, factor), scaled(key, factor), scaled(value, half_out), **given)
-        if trace.ledger is not None:
+        if ledger is not None:
             q, k, v = (t.detach() for t in (query, key, value))
             trace.book(output, lambda ledger, lam: booked(ledger, q, k, v, lam) if inside else None)
         return output
@@ -105,8 +105,8 @@ def attention(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any
         return func(query, key, value, **given), (query, key, value)
 
     def backward(lam: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        if trace.ledger is not None and inside:
-            booked(trace.ledger, query, key, value, lam)
+        if ledger is not None and inside:
+            booked(ledger, query, key, value, lam)
         query_x, key_x, value_x, _, score, weight = core.parts(query, key, value)
         lam = lam.to(weight.dtype) * half_out
         lam_score = softmax_rule(True, score, weight, lam @ value_x.transpose(-1, -2)) * half_score
@@ -118,7 +118,7 @@ def attention(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any
         )
         return tuple(_as(lam, like) for lam, like in zip(lams, (query, key, value), strict=True))
 
-    return Ruled.apply(compute, backward, query, key, value)  # type: ignore[no-untyped-call]
+    return Ruled.apply(compute, backward, query, key, value)
 
 
 class _Booking:
@@ -140,8 +140,8 @@ class _Booking:
         if self.core.mask is not None and self.core.mask.dtype != torch.bool:
             ledger.absorb("attention bias", through - relevance(product, lam_score))
         if self.path == 1.0:
-            ledger.created += relevance(weight @ value_x, lam) * self.product_out
-            ledger.created += relevance(product, lam_score) * self.product_score
+            ledger.create(relevance(weight @ value_x, lam) * self.product_out)
+            ledger.create(relevance(product, lam_score) * self.product_score)
 
 
 def _as(lam: Tensor, like: Tensor) -> Tensor:

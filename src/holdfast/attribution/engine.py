@@ -11,7 +11,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from holdfast.attribution.ledger import TOLERANCE, Ledger, relevance
+from holdfast.attribution.diagnose import LocalMode
+from holdfast.attribution.ledger import Ledger, relevance
 from holdfast.attribution.maps import Fold, WeightMaps
 from holdfast.attribution.mode import RuleMode, attributable, whole_activations
 from holdfast.attribution.targets import Batch, correct, initial_lambda, make_batch, module_names
@@ -28,13 +29,16 @@ class AttributionOptions(Options):
     """Which relevance is computed."""
 
     rules: Literal["paper", "attnlrp"] = Field(
-        "attnlrp", description="softmax: identity as in A, Prop. 4.3, or its Jacobian"
+        default="attnlrp", description="softmax: identity as in A, Prop. 4.3, or its Jacobian"
     )
     halves: Literal["path", "weights", "none"] = Field(
-        "path", description="where the 1/2 of Lemma 4.1 applies: everywhere (A), in R(W) alone, or nowhere"
+        default="path",
+        description="where the 1/2 of Lemma 4.1 applies: everywhere (A), in R(W) alone, or nowhere",
     )
-    target: Literal["all", "first"] = Field("all", description="answer tokens: all, or the first (A)")
-    of: Literal["logit", "log_probability"] = Field("logit", description="of what relevance is computed")
+    target: Literal["all", "first"] = Field(default="all", description="answer tokens: all, or the first (A)")
+    of: Literal["logit", "log_probability"] = Field(
+        default="logit", description="of what relevance is computed"
+    )
 
 
 @dataclass
@@ -255,7 +259,8 @@ class _Pass:
 
     def run(self, rows: Sequence[Encoded], tell: Callable[[int], None]) -> list[int]:
         """Attribute the rows; returns the indices of those that were used."""
-        job, used = self.job, []
+        job = self.job
+        used: list[int] = []
         first_pass = not self.report.samples_seen
         leaves: list[Tensor] = []
         with torch.inference_mode(False), torch.enable_grad(), attributable(self.model, leaves):
@@ -305,7 +310,7 @@ class _Pass:
         lams = torch.autograd.grad(logits_STV, leaves, lam_STV, allow_unused=True)
         self.maps.end_batch()
         if trace.ledger is not None:
-            self._conserved(trace.ledger, logits_STV.detach(), lam_STV, leaves, lams)
+            self._conserved(batch, trace.ledger, logits_STV.detach(), lam_STV, leaves, lams)
         return [int(i) for i in selected]
 
     def _forward(self, batch: Batch, trace: Trace) -> Tensor:
@@ -330,19 +335,38 @@ class _Pass:
         return logits
 
     def _conserved(
-        self, ledger: Ledger, logits: Tensor, lam: Tensor, leaves: list[Tensor], lams: Sequence[Tensor | None]
+        self,
+        batch: Batch,
+        ledger: Ledger,
+        logits: Tensor,
+        lam: Tensor,
+        leaves: list[Tensor],
+        lams: Sequence[Tensor | None],
     ) -> None:
         """Check the first batch that has a used sample, and record what the check found."""
         self.check = False
         ledger.target = relevance(logits, lam)
         ledger.inputs = sum(relevance(x, g) for x, g in zip(leaves, lams, strict=True) if g is not None)
-        share = self.job.halves == "path"
-        error, scale = ledger.error(weights_share=share), abs(ledger.target) or 1.0
-        self.report.conservation_max_relative_error = error
+        share, scale = self.job.halves == "path", abs(ledger.target) or 1.0
+        self.report.conservation_max_relative_error = ledger.leak(weights_share=share) / scale
         self.report.absorbed = {key: value / scale for key, value in ledger.absorbed.items()}
         self.report.created = ledger.created / scale
-        if not error <= TOLERANCE.get(logits.dtype, 1e-3):
+        if not ledger.conserved(logits.dtype, weights_share=share):
             raise ConservationError(
-                "attribution: relevance is not conserved: it sums to "
-                f"{ledger.total(weights_share=share):.6g}, the target is {ledger.target:.6g} (relative error {error:.2e}). "
+                "attribution: relevance is not conserved on the first batch: it sums to "
+                f"{ledger.total(weights_share=share):.6g}, but the target is {ledger.target:.6g}"
+                f" ({logits.dtype}). {self._suspects(batch, lam)}"
             )
+
+    def _suspects(self, batch: Batch, lam: Tensor) -> str:
+        """Go through the batch once more, with a ledger for each operation."""
+        unmapped = WeightMaps(self.model, {}, self.maps.fold, self.maps.factor)
+        unmapped.begin_batch(len(lam), batch.lengths)
+        trace = Trace(self.job.rules, 0.5 if self.job.halves == "path" else 1.0, unmapped, None, self.modules)
+        try:
+            with whole_activations(self.model, trace), LocalMode(trace) as mode:
+                logits = self.model(**batch.inputs).logits
+            logits.backward(lam)
+        except RuntimeError as error:
+            return f"Which operation loses it could not be told ({error})."
+        return mode.verdict(weights_share=self.job.halves == "path")

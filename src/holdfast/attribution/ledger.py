@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-# |sum of R - Z| / |Z|. Measured on trained and random models (float32: 1e-6 to 1e-4, bfloat16: up to 3e-2).
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 5e-2}
+# Of |sum of R - Z|, relative to |Z|, or to the relevance booked on the way where that is larger: terms that
+# cancel bring their rounding errors along. Measured on eleven random models and a trained one, in all modes,
+# relative to |Z|: float64 up to 1e-10; float32 8e-4, but 4e-2 on T5, which has unscaled scores, with `paper`
+# (it divides by small scores); bfloat16 2e-2 with `attnlrp`. Relative to the larger one all are within these.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 
 
 def relevance(value: Tensor, lam: Tensor) -> float:
@@ -40,6 +43,8 @@ class Ledger:
         Relevance that products of two activations handed out twice.
     maps, maps_expected : float
         Sum over the per-sample maps as they were given to the fold, and what the forward pass says it is.
+    gross : float
+        Sum of the magnitudes of all entries.
     """
 
     target: float = 0.0
@@ -57,16 +62,28 @@ class Ledger:
         self.absorbed[operation] += amount  # type: ignore[assignment]
         self.gross += abs(amount)
 
+    def create(self, amount: float) -> None:
+        """Book relevance that a product handed to both of its sides in full."""
+        self.created += amount
+        self.gross += abs(amount)
+
+    def take(self, weight: float, bias: float) -> None:
+        """Book the relevance of a linear map's weight and bias."""
+        self.weights += weight
+        self.biases += bias
+        self.gross += abs(weight) + abs(bias)
+
     def total(self, *, weights_share: bool) -> float:
         """What Z must equal; `weights_share` says whether weights take their part from the path."""
         path = self.biases + self.inputs + sum(self.absorbed.values()) - self.created
         return path + self.weights if weights_share else path
 
-    def error(self, *, weights_share: bool) -> float:
-        """|sum of R - Z| plus the mismatch of the maps, relative to |Z|."""
-        leak = abs(self.total(weights_share=weights_share) - self.target) + abs(
-            self.maps - self.maps_expected
-        )
-        if self.target == 0.0:
-            return 0.0 if leak == 0.0 else float("inf")
-        return leak / abs(self.target)
+    def leak(self, *, weights_share: bool) -> float:
+        """|sum of R - Z| plus the mismatch of the maps."""
+        missing = self.total(weights_share=weights_share) - self.target
+        return abs(missing) + abs(self.maps - self.maps_expected)
+
+    def conserved(self, dtype: torch.dtype, *, weights_share: bool) -> bool:
+        """Whether the leak is within what rounding in `dtype` explains; NaN is not."""
+        scale = max(abs(self.target), self.gross)
+        return self.leak(weights_share=weights_share) <= TOLERANCE.get(dtype, 1e-3) * scale

@@ -25,7 +25,7 @@ _FRESH = frozenset(f"{kind}_like" for kind in ("zeros", "ones", "empty", "full")
 
 
 @lru_cache(maxsize=4096)
-def _name(func: Any) -> str:
+def operation_name(func: Any) -> str:
     """The plain name of an operation: ``mul`` for torch.mul, Tensor.mul and Tensor.__mul__ alike."""
     name = getattr(func, "__name__", str(func))
     return getattr(func.__self__, "__name__", name) if name == "__get__" else name
@@ -47,7 +47,7 @@ class RuleMode(TorchFunctionMode):
         is_tracked = any(map(tracked, tensors))
         if self.trace.rules == "gradient":
             return self._gradient(func, args, kwargs) if is_tracked else func(*args, **kwargs)
-        name = _name(func)
+        name = operation_name(func)
         if any(normaliser.role_of(t) for t in tensors):
             return normaliser.apply(self.trace, name, func, args, kwargs)
         if not is_tracked:
@@ -62,7 +62,7 @@ class RuleMode(TorchFunctionMode):
         return self._without_relevance(name, func, args, kwargs)
 
     def _gradient(self, func: Any, args: Any, kwargs: Any) -> Any:
-        name, maps = _name(func), self.trace.maps
+        name, maps = operation_name(func), self.trace.maps
         if name in LINEAR_MAPS and any(
             maps.wants(maps.source(t)) for t in tensors_in(*args, *kwargs.values())
         ):

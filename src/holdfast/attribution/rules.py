@@ -223,7 +223,7 @@ def linear_map(
         out = lam_R.new_empty(1)
         return (torch.addmm(out, lam_R, matrix_OI, beta=0, alpha=half).view(x.shape),)
 
-    return Ruled.apply(compute, backward, x)  # type: ignore[no-untyped-call]
+    return Ruled.apply(compute, backward, x)
 
 
 def _book_linear(
@@ -238,9 +238,7 @@ def _book_linear(
 ) -> None:
     biases = 0.0 if bias is None else relevance(bias, lam)
     whole = relevance(y, lam) - biases  # sum of (P W) * Lambda
-    ledger.biases += biases
-    if has_weight:
-        ledger.weights += factor * whole
+    ledger.take(factor * whole * has_weight, biases)
     ledger.maps_expected += factor * whole * weight_wanted + biases * bias_wanted
 
 
@@ -250,9 +248,7 @@ def _book_linear(
 @rule("silu")
 def silu(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
     """silu(x) / x is the sigmoid, at x = 0 too."""
-    return Ruled.apply(  # type: ignore[no-untyped-call]
-        lambda x: (F.silu(x), (torch.sigmoid(x),)), lambda lam, ratio: (lam * ratio,), args[0]
-    )
+    return Ruled.apply(lambda x: (F.silu(x), (torch.sigmoid(x),)), lambda lam, ratio: (lam * ratio,), args[0])
 
 
 @rule("gelu", "relu", "relu_", "tanh", "leaky_relu", "elu", "selu", "celu", "hardswish", "mish", "softsign")
@@ -281,7 +277,7 @@ def identity(
         value = function(x) if y is None else y.clone()
         return value, (torch.where(x == 0, slope, value / x),)
 
-    return Ruled.apply(compute, lambda lam, ratio: (lam * ratio,), x)  # type: ignore[no-untyped-call]
+    return Ruled.apply(compute, lambda lam, ratio: (lam * ratio,), x)
 
 
 def whole_module(trace: Trace, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -311,7 +307,7 @@ def layer_norm(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> An
         lam_x = (lam if weight is None else lam * weight) * inverse
         return ((lam_x - lam_x.mean(dims, keepdim=True)).to(x.dtype),)
 
-    return Ruled.apply(compute, backward, x)  # type: ignore[no-untyped-call]
+    return Ruled.apply(compute, backward, x)
 
 
 @rule("rms_norm")
@@ -329,4 +325,4 @@ def rms_norm(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
     def backward(lam: Tensor, inverse: Tensor) -> tuple[Tensor]:
         return (((lam if weight is None else lam * weight) * inverse).to(x.dtype),)
 
-    return Ruled.apply(compute, backward, x)  # type: ignore[no-untyped-call]
+    return Ruled.apply(compute, backward, x)

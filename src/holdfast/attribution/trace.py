@@ -54,7 +54,7 @@ class Scale(torch.autograd.Function):
 
 def scaled(x: Tensor, factor: float) -> Tensor:
     """x, with the relevance that flows back through it multiplied by `factor`."""
-    return x if factor == 1.0 or not tracked(x) else Scale.apply(x, factor)  # type: ignore[no-untyped-call]
+    return x if factor == 1.0 or not tracked(x) else Scale.apply(x, factor)
 
 
 def tracked(value: object) -> bool:
@@ -110,10 +110,7 @@ class Trace:
         if self.path == 1.0:
             value = output.detach()
 
-            def created(ledger: Ledger, lam: Tensor) -> None:
-                ledger.created += relevance(value, lam)
-
-            self.book(output, created)
+            self.book(output, lambda ledger, lam: ledger.create(relevance(value, lam)))
             return output
         return scaled(output, self.path)
 
