@@ -1,0 +1,44 @@
+"""The report: one self-contained HTML page about one or several runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from holdfast.errors import DataError
+from holdfast.storage import write_text
+
+
+def write_report(runs: Sequence[str | Path], out: str | Path, title: str | None = None) -> Path:
+    """Write one HTML file that shows and compares runs; it opens offline and loads nothing.
+
+    Parameters
+    ----------
+    runs : sequence of path
+        Output folders of ``holdfast run`` (also unfinished ones: shown as far as they got) and of
+        ``holdfast attribute``, in any mix.
+    out : path
+        The file to write. It appears whole or not at all.
+    title : str, optional
+        The page's title; "holdfast report" by default.
+
+    Returns
+    -------
+    Path
+        `out`.
+
+    Raises
+    ------
+    DataError
+        No folder was given, one is neither a run nor an attribution, or one of its files is torn.
+    StorageError
+        `out` can't be written; what was there before survives.
+    """
+    from holdfast.report.page import build
+    from holdfast.report.read import read
+
+    if not runs:
+        raise DataError("No run was given. Name at least one output folder of `holdfast run`.")
+    page = build([read(Path(run)) for run in runs], title)
+    write_text(out, page)
+    return Path(out)

@@ -1,0 +1,228 @@
+"""Figures of scores, as plotly JSON. Colours are CSS variables; the page fills them in by its theme."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from holdfast.report.read import RunRecord
+from holdfast.report.summary import Group, number
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+Json = dict[str, Any]
+Matrix = Sequence[Sequence[float | None]]
+COLOURS = 7  # --run-0 … --run-6 in style.css
+DASHES = ("solid", "dash", "dot", "dashdot")
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "triangle-down")
+FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Liberation Sans", sans-serif'
+_MOST_POINTS = 300  # of one loss curve; the eye can't tell more in a small panel
+_HIGH = 68.0  # from here on a cell is dark enough for light text (and the reverse in the dark theme)
+HEAT = [[i / 4, f"var(--heat-{i})"] for i in range(5)]
+
+
+def style_of(group: int, joint: bool) -> Json:
+    """Colour, dash and marker of a method: the same in every figure, never colour alone."""
+    if joint:
+        return {"colour": "var(--joint)", "dash": "dash", "symbol": "line-ns-open"}
+    return {
+        "colour": f"var(--run-{group % COLOURS})",
+        "dash": DASHES[group // COLOURS % len(DASHES)],
+        "symbol": SYMBOLS[group % len(SYMBOLS)],
+    }
+
+
+def text(value: str, longest: int = 0) -> str:
+    """Text for plotly, which reads a few HTML tags: escaped, and cut to `longest` characters."""
+    if longest and len(value) > longest:
+        value = value[: longest - 1] + "…"
+    return html.escape(value)
+
+
+def overview(groups: Sequence[Group]) -> Json | None:
+    """For each method a bar from what it had learned to what it has in the end."""
+    import plotly.graph_objects as go
+
+    shown = [(i, g) for i, g in enumerate(groups) if g.mean("ap") is not None]
+    if len(shown) < 2:
+        return None
+    figure = go.Figure()
+    for row, (index, group) in enumerate(shown):
+        style, ap, learned = style_of(index, group.joint), group.mean("ap"), group.mean("learning_accuracy")
+        name = text(group.label)
+        if learned is not None:
+            figure.add_scatter(
+                x=[learned, ap],
+                y=[row, row],
+                mode="lines",
+                hoverinfo="skip",
+                line={"color": style["colour"], "width": 6},
+                opacity=0.28,
+            )
+            figure.add_scatter(
+                x=[learned],
+                y=[row],
+                mode="markers",
+                name=name,
+                marker={"color": "var(--card)", "size": 13, "line": {"color": style["colour"], "width": 2.5}},
+                hovertemplate="right after learning each task: %{x:.1f} %<extra></extra>",
+            )
+        figure.add_scatter(
+            x=[ap],
+            y=[row],
+            mode="markers",
+            name=name,
+            marker={"color": style["colour"], "size": 15},
+            hovertemplate="at the end of the stream: %{x:.1f} %<extra></extra>",
+        )
+        side = -20 if ap is not None and learned is not None and ap <= learned else 20
+        for x, shift, size, look in ((ap, side, 14, "ink"), (learned, -side, 12, "muted")):
+            if x is not None:
+                value = number(x, 0) if look == "muted" else f"<b>{number(x, 0)}</b>"
+                figure.add_annotation(
+                    x=x, y=row, text=value, showarrow=False, xshift=shift,
+                    font={"size": size, "color": f"var(--{look})"},
+                )  # fmt: skip
+    frame(figure, height=44 * len(shown) + 34, left=8, top=4, bottom=24)
+    figure.update_xaxes(range=[-6, 108], tickvals=[0, 25, 50, 75, 100], showgrid=True)
+    figure.update_yaxes(
+        tickvals=list(range(len(shown))), ticktext=[text(g.label, 26) for _, g in shown],
+        range=[len(shown) - 0.4, -0.6], automargin=True, ticklen=6,
+        tickfont={"size": 14, "color": "var(--ink)"},
+    )  # fmt: skip
+    return finish(figure)
+
+
+def matrix(rows: Matrix, tasks: Sequence[str], joint: bool) -> Json:
+    """The accuracy matrix: a row for each stage (zero-shot first), a column for each task."""
+    import plotly.graph_objects as go
+
+    measured = [j for j, row in enumerate(rows) if any(a is not None for a in row)]
+    stages = measured if joint else list(range(max(measured, default=0) + 1))  # an unfinished run stops early
+    z = [rows[j] for j in stages]
+    names = ["before training", *(f"after {name}" for name in tasks)]
+    short = ["before", *(f"+ {text(name, 16)}" for name in tasks)]
+    if joint:
+        names[-1] = short[-1] = "all at once"
+    hover = [[[text(task), text(names[j])] for task in tasks] for j in stages]
+    figure = go.Figure(
+        go.Heatmap(
+            z=z, x=list(range(len(tasks))), y=list(range(len(stages))), customdata=hover,
+            zmin=0, zmax=100, colorscale=HEAT, showscale=False, xgap=2, ygap=2, hoverongaps=False,
+            hovertemplate="<b>%{customdata[0]}</b> %{customdata[1]}: %{z:.1f} %<extra></extra>",
+        )
+    )  # fmt: skip
+    numbers = [(i, row, a) for row, values in enumerate(z) for i, a in enumerate(values) if a is not None]
+    figure.add_scatter(
+        x=[i for i, *_ in numbers], y=[row for _, row, _ in numbers], mode="text", hoverinfo="skip",
+        text=[number(a, 0) for *_, a in numbers],
+        textfont={"size": 13, "color": [f"var(--on-{'high' if a >= _HIGH else 'low'})" for *_, a in numbers]},
+    )  # fmt: skip
+    for row, j in enumerate(stages):
+        if j > 0 and not joint and rows[j][j - 1] is not None:
+            figure.add_shape(
+                type="rect", x0=j - 1.47, x1=j - 0.53, y0=row - 0.46, y1=row + 0.46,
+                line={"color": "var(--ink)", "width": 2.5},
+            )  # fmt: skip
+    longest = max((min(len(t), 16) for t in tasks), default=0)
+    slanted = longest * len(tasks) > 30
+    top = 14 + round(longest * 4.6) if slanted else 28
+    frame(figure, height=34 * len(stages) + top + 8, left=8, top=top, bottom=6, right=14 + 14 * slanted)
+    figure.update_xaxes(
+        side="top", tickvals=list(range(len(tasks))), ticktext=[text(t, 16) for t in tasks],
+        tickangle=-35 if slanted else 0, range=[-0.5, len(tasks) - 0.5], showline=False, ticks="",
+    )  # fmt: skip
+    figure.update_yaxes(
+        tickvals=list(range(len(stages))), ticktext=[short[j] for j in stages],
+        range=[len(stages) - 0.5, -0.5], automargin=True, showline=False, ticks="",
+    )  # fmt: skip
+    return finish(figure)
+
+
+def task_curve(task: int, runs: Sequence[tuple[RunRecord, Json]]) -> Json | None:
+    """One task's accuracy over the stream, all runs overlaid; None when no run measured it."""
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    count = 0
+    for run, style in runs:
+        values = [row[task] for row in run.metrics.matrix]
+        y: list[float | None] = [values[-1]] * 2
+        count = max(count, len(values) - 1)
+        names = [text(n) for n in ("before training", *(f"after {name}" for name in run.metrics.tasks))]
+        if run.joint:
+            if values[-1] is None:
+                continue
+            x, names = [0, len(values) - 1], ["trained on all tasks at once"] * 2
+        else:
+            x, y = list(range(len(values))), values
+        figure.add_scatter(
+            x=x, y=y, customdata=names, name=text(run.name, 28),
+            mode="lines" if run.joint else "lines+markers",
+            line={"color": style["colour"], "dash": style["dash"], "width": 1.6 if run.joint else 2.2},
+            marker={"symbol": style["symbol"], "size": 7}, connectgaps=True,
+            hovertemplate="%{customdata}: %{y:.1f} %",
+        )  # fmt: skip
+    if not any(a is not None for trace in figure.data for a in trace.y):
+        return None
+    figure.add_vline(x=task + 1, line={"color": "var(--muted)", "width": 1, "dash": "dot"})
+    frame(figure, height=190, left=34, top=8, bottom=26)
+    figure.update_xaxes(range=[-0.25, count + 0.25], dtick=max(1, math.ceil(count / 5)), ticklabelstandoff=2)
+    figure.update_yaxes(range=[-6, 104], tickvals=[0, 50, 100], showgrid=True)
+    return finish(figure)
+
+
+def loss_curve(name: str, runs: Sequence[tuple[RunRecord, Json]]) -> Json | None:
+    """Training loss on one task, all runs overlaid; None when none was logged."""
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    for run, style in runs:
+        for stage in run.stages:
+            if stage.task != name or stage.training is None or not stage.training.loss:
+                continue
+            stride = math.ceil(len(stage.training.loss) / _MOST_POINTS)
+            points = stage.training.loss[::stride]
+            figure.add_scatter(
+                x=[step for step, _ in points], y=[loss for _, loss in points], name=text(run.name, 28),
+                mode="lines" if len(points) > 1 else "markers",
+                line={"color": style["colour"], "dash": style["dash"], "width": 1.8},
+                hovertemplate="step %{x}: %{y:.3g}",
+            )  # fmt: skip
+    if not figure.data:
+        return None
+    frame(figure, height=190, left=40, top=8, bottom=26)
+    figure.update_xaxes(nticks=5, ticklabelstandoff=4)
+    figure.update_yaxes(rangemode="tozero", showgrid=True, nticks=4)
+    return finish(figure)
+
+
+def frame(figure: go.Figure, *, height: int, left: int, top: int, bottom: int, right: int = 14) -> None:
+    """What all figures share: no plotly template, transparent ground, no zoom (a phone must scroll)."""
+    import plotly.graph_objects as go
+
+    figure.update_layout(
+        template=go.layout.Template(), height=height, showlegend=False, dragmode=False,
+        margin={"l": left, "r": right, "t": top, "b": bottom},
+        paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
+        font={"family": FONT, "size": 12, "color": "var(--muted)"},
+        hoverlabel={"bgcolor": "var(--ink)", "bordercolor": "var(--ink)",
+                    "font": {"color": "var(--paper)", "family": FONT, "size": 12}, "namelength": 28},
+    )  # fmt: skip
+    for update in (figure.update_xaxes, figure.update_yaxes):
+        update(
+            fixedrange=True, showgrid=False, zeroline=False, showline=False, linecolor="var(--rule)",
+            gridcolor="var(--rule)", ticks="", ticklen=0, tickfont={"size": 12},
+        )  # fmt: skip
+
+
+def finish(figure: go.Figure) -> Json:
+    """A figure as the JSON that plotly.js draws."""
+    import plotly.io
+
+    made: Json = json.loads(plotly.io.to_json(figure, validate=True))
+    return made

@@ -1,0 +1,230 @@
+"""Puts the sections of the report together and renders the page."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from holdfast.report import figures as draw
+from holdfast.report import weight_figures as weights
+from holdfast.report.facts import common, costs, details, flat
+from holdfast.report.forgotten import forgotten
+from holdfast.report.headline import faithfulness_sentence, headline
+from holdfast.report.importance_map import importance_map
+from holdfast.report.read import AttributionRecord, Faithfulness, RunRecord, StageRecord
+from holdfast.report.summary import (
+    COLUMNS,
+    Group,
+    distinct,
+    grouped,
+    table,
+)
+
+_HERE = Path(__file__).parent
+_WIDTH, _GAP = 1116, 16  # of the page's column, as in style.css
+
+
+@dataclass
+class Panel:
+    """A place for a figure: its key, a title, and the width it needs before it scrolls."""
+
+    figure: str
+    title: str = ""
+    min_width: int = 0
+    note: str = ""
+    run: int | None = None  # index of the run, or of the method in `legend`, for the colour chip
+    prefix: str = ""  # with `choices`: the key of each figure without its choice
+    choices: list[tuple[str, str]] = field(default_factory=list)
+
+
+@dataclass
+class WeightBlock:
+    """Importance and gate of one run; `stages` are the choices of its selector."""
+
+    key: str
+    run: int | None
+    title: str
+    stages: list[tuple[str, str]]
+    importance: bool = False
+    gate: bool = False
+    min_width: int = 0
+    notes: dict[str, str] = field(default_factory=dict)
+
+
+def build(records: Sequence[RunRecord | AttributionRecord], title: str | None) -> str:
+    """The page's HTML for what was read."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from plotly.offline import get_plotlyjs
+
+    runs = distinct([r for r in records if isinstance(r, RunRecord)])
+    attributions = [r for r in records if isinstance(r, AttributionRecord)]
+    groups = grouped(runs)
+    index = {id(run): i for i, g in enumerate(groups) for run in g.runs}
+    styled = [(run, draw.style_of(index[id(run)], run.joint)) for run in runs]
+    figures: dict[str, draw.Json] = {}
+    sentence = headline(groups, attributions)
+    context: dict[str, Any] = {
+        "title": title or "holdfast report",
+        "headline": sentence,
+        "facts": common(runs),
+        "made": f"{datetime.datetime.now():%-d %B %Y, %H:%M}",
+        "runs": [{"name": run.name, **style, "record": run} for run, style in styled],
+        "legend": [{"name": g.label, **draw.style_of(i, g.joint)} for i, g in enumerate(groups)],
+        "columns": COLUMNS,
+        "rows": table(groups) if groups else [],
+        "overview": _add(figures, "overview", draw.overview(groups)),
+        "curves": _curves(figures, styled),
+        "matrices": _matrices(figures, groups),
+        "weights": _weights(figures, styled, attributions),
+        "faithfulness": _faithfulness(figures, runs, attributions),
+        "forgotten": [(i, tasks) for i, run in enumerate(runs) if (tasks := forgotten(run))],
+        "losses": _losses(figures, styled),
+        "costs": costs(runs),
+        "details": [details(i, run) for i, run in enumerate(runs)],
+        "attributions": [(a, flat(a.meta)) for a in attributions if a.meta],
+        "column": _column,
+        "figures": figures,
+        "plotly": get_plotlyjs(),
+        "style": (_HERE / "style.css").read_text(encoding="utf-8"),
+        "script": (_HERE / "report.js").read_text(encoding="utf-8"),
+    }
+    environment = Environment(
+        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.get_template("template.html").render(context)
+
+
+def _add(figures: dict[str, draw.Json], key: str, figure: draw.Json | None) -> str | None:
+    if figure is None:
+        return None
+    figures[key] = figure
+    return key
+
+
+def _column(panels: Sequence[Panel], least: int) -> int:
+    """Column width (px) of a grid whose rows are equally full: 5 panels as 3 + 2, not as 4 + 1."""
+    needed = max(least, *(panel.min_width + 34 for panel in panels))
+    fitting = max(1, (_WIDTH + _GAP) // (needed + _GAP))
+    across = math.ceil(len(panels) / math.ceil(len(panels) / fitting))
+    return (_WIDTH + _GAP) // max(across, min(2, fitting)) - _GAP
+
+
+Styled = Sequence[tuple[RunRecord, draw.Json]]
+
+
+def _task_names(runs: Sequence[RunRecord]) -> list[str]:
+    return list(dict.fromkeys(task for run in runs for task in run.metrics.tasks))
+
+
+def _curves(figures: dict[str, draw.Json], styled: Styled) -> list[Panel]:
+    """Small multiples, one a task; runs of another stream get their own."""
+    streams = dict.fromkeys(tuple(run.metrics.tasks) for run, _ in styled)
+    panels = []
+    for s, stream in enumerate(streams):
+        members = [(run, style) for run, style in styled if tuple(run.metrics.tasks) == stream]
+        for i, task in enumerate(stream):
+            key = _add(figures, f"curve-{s}-{i}", draw.task_curve(i, members))
+            if key:
+                note = f"order {s + 1}, task {i + 1}" if len(streams) > 1 else ""
+                panels.append(Panel(key, task, note=note))
+    return panels
+
+
+def _losses(figures: dict[str, draw.Json], styled: Styled) -> list[Panel]:
+    names = _task_names([run for run, _ in styled])
+    names += list(dict.fromkeys(s.task for run, _ in styled for s in run.stages if s.task not in names))
+    keys = [(_add(figures, f"loss-{i}", draw.loss_curve(name, styled)), name) for i, name in enumerate(names)]
+    return [Panel(key, name) for key, name in keys if key]
+
+
+def _matrices(figures: dict[str, draw.Json], groups: Sequence[Group]) -> list[Panel]:
+    """One panel a method; with several seeds its selector offers their mean and each of them."""
+    panels = []
+    for g, group in enumerate(groups):
+        prefix, choices = f"matrix-{g}-", []
+        offered = [(f"mean of {len(group.runs)} runs", group.mean_matrix())] if len(group.runs) > 1 else []
+        offered += [(run.name.removeprefix(f"{group.label} · "), run.metrics.matrix) for run in group.runs]
+        for n, (name, rows) in enumerate(offered):
+            if rows and any(a is not None for row in rows for a in row):
+                run = group.runs[max(0, n - len(offered) + len(group.runs))]
+                figures[f"{prefix}{n}"] = draw.matrix(rows, run.metrics.tasks, group.joint)
+                choices.append((str(n), name))
+        if choices:
+            width = 110 + 38 * max(len(run.metrics.tasks) for run in group.runs)
+            panels.append(
+                Panel(prefix + choices[0][0], group.label, width, run=g, prefix=prefix, choices=choices)
+            )
+    return panels
+
+
+def _weights(
+    figures: dict[str, draw.Json], styled: Styled, attributions: Sequence[AttributionRecord]
+) -> list[WeightBlock]:
+    blocks = []
+    for i, (run, style) in enumerate(styled):
+        block = WeightBlock(f"w{i}", i, run.name, [])
+        maps = _maps(figures, block, [(stage.prior, f"s{n}") for n, stage in enumerate(run.stages)])
+        for n, stage in enumerate(run.stages):
+            key, gate = f"s{n}", None
+            if stage.gate is not None:
+                gate = weights.gate_histogram(stage.gate, style["colour"])
+                block.notes[key] = _held(stage)
+            block.gate |= bool(_add(figures, f"gate-{block.key}-{key}", gate))
+            if gate or key in maps:
+                block.stages.append((key, stage.task))
+        if block.stages:
+            blocks.append(block)
+    for i, record in enumerate(attributions):
+        block = WeightBlock(f"a{i}", None, record.name, [("s0", record.name)])
+        if _maps(figures, block, [(record.prior, "s0")]):
+            blocks.append(block)
+    return blocks
+
+
+def _maps(
+    figures: dict[str, draw.Json], block: WeightBlock, priors: list[tuple[Path | None, str]]
+) -> set[str]:
+    """Draw a block's importance maps on one colour scale; the keys of the stages that have one."""
+    maps = {key: importance_map(path) for path, key in priors if path is not None}
+    values = [m for heat in maps.values() for row in heat.means for m in row if m]
+    if not values:
+        return set()
+    for key, heat in maps.items():
+        figures[f"importance-{block.key}-{key}"] = weights.importance(heat, (min(values), max(values)))
+        block.min_width = max(block.min_width, 90 + 30 * len(heat.modules))
+    block.importance = True
+    return set(maps)
+
+
+def _held(stage: StageRecord) -> str:
+    """One line on the mechanism, such as "gate, on update; 12 % of the weights can't move"."""
+    gate = stage.gate
+    if gate is None:
+        return ""
+    options = ", ".join(f"{key} {value}" for key, value in gate.mechanism.items() if key != "name")
+    name = str(gate.mechanism.get("name", "protection"))
+    control = f"; control: {gate.control}" if gate.control != "none" else ""
+    held = f"; {100 * gate.held:.3g} % of the weights can’t move at all" if gate.held else ""
+    return f"{name}{f' ({options})' if options else ''}{control}{held}"
+
+
+def _faithfulness(
+    figures: dict[str, draw.Json], runs: Sequence[RunRecord], attributions: Sequence[AttributionRecord]
+) -> list[Panel]:
+    found: list[tuple[str, Faithfulness, int | None]] = [
+        (f"{stage.faithfulness.task or stage.task}", stage.faithfulness, i)
+        for i, run in enumerate(runs)
+        for stage in run.stages
+        if stage.faithfulness
+    ]
+    found += [(a.faithfulness.task or a.name, a.faithfulness, None) for a in attributions if a.faithfulness]
+    panels = []
+    for n, (name, curves, run) in enumerate(found):
+        figures[f"faithfulness-{n}"] = weights.faithfulness(curves)
+        panels.append(Panel(f"faithfulness-{n}", name, note=faithfulness_sentence(curves), run=run))
+    return panels

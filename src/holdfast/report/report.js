@@ -1,0 +1,65 @@
+(() => {
+  "use strict";
+  const figures = JSON.parse(document.getElementById("figures").textContent);
+  const config = { displayModeBar: false, responsive: true, showTips: false };
+
+  // Figures name their colours as CSS variables, so that one stylesheet sets the page's theme.
+  const painted = (value, styles) => {
+    if (typeof value === "string") {
+      return value.startsWith("var(--") ? styles.getPropertyValue(value.slice(4, -1)).trim() : value;
+    }
+    if (Array.isArray(value)) return value.map((v) => painted(v, styles));
+    if (value && typeof value === "object") {
+      return Object.fromEntries(Object.entries(value).map(([k, v]) => [k, painted(v, styles)]));
+    }
+    return value;
+  };
+
+  const draw = (place) => {
+    const figure = figures[place.dataset.figure];
+    place.closest(".panel")?.classList.toggle("without", !figure);
+    if (!figure) return;
+    const { data, layout } = painted(figure, getComputedStyle(document.documentElement));
+    Plotly.react(place, data, layout, config);
+  };
+  const drawAll = () => document.querySelectorAll(".plot").forEach(draw);
+
+  // A block's selector swaps the figure of every plot in it, and the line that describes it.
+  document.querySelectorAll("select[data-block]").forEach((select) => {
+    const block = document.getElementById(select.dataset.block);
+    const show = () => {
+      block.querySelectorAll(".plot").forEach((place) => {
+        place.dataset.figure = place.dataset.prefix + select.value;
+        draw(place);
+      });
+      block.querySelectorAll("[data-stage]").forEach((note) => {
+        note.hidden = note.dataset.stage !== select.value;
+      });
+    };
+    select.addEventListener("change", show);
+  });
+
+  // One tooltip for all explained words: shown on hover, on focus and on touch.
+  const bubble = document.getElementById("bubble");
+  const explain = (event) => {
+    const word = event.currentTarget;
+    bubble.textContent = word.dataset.tip;
+    bubble.hidden = false;
+    const at = word.getBoundingClientRect();
+    const left = Math.min(at.left, document.documentElement.clientWidth - bubble.offsetWidth - 12);
+    bubble.style.left = `${Math.max(12, left)}px`;
+    bubble.style.top = `${at.bottom + 8}px`;
+  };
+  const hush = () => { bubble.hidden = true; };
+  document.querySelectorAll("[data-tip]").forEach((word) => {
+    word.addEventListener("pointerenter", explain);
+    word.addEventListener("focus", explain);
+    word.addEventListener("pointerleave", hush);
+    word.addEventListener("blur", hush);
+  });
+  addEventListener("scroll", hush, { passive: true, capture: true });
+
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
+  drawAll();
+  document.documentElement.dataset.ready = "true";
+})();

@@ -1,0 +1,217 @@
+"""What the runs say in numbers: methods, columns and the comparison table."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from holdfast.report.read import RunRecord
+
+
+@dataclass(frozen=True)
+class Column:
+    """A metric of the table: its key, its short and long names, what it means, and which way is better."""
+
+    key: str
+    short: str
+    name: str
+    meaning: str
+    higher_is_better: bool = True
+
+
+COLUMNS = (
+    Column(
+        "ap", "AP", "average performance",
+        "The mean accuracy over all tasks once the last one has been learned: what you end up with.",
+    ),
+    Column(
+        "fwt", "FWT", "forward transfer",
+        "The mean accuracy on each task just before it is trained: what earlier tasks already taught.",
+    ),
+    Column(
+        "bwt", "BWT", "backward transfer",
+        "How much a task's accuracy changed, on average, between the moment it was learned and the end. "
+        "Negative means forgotten; 0 means kept; positive means later tasks helped.",
+    ),
+    Column(
+        "forgetting", "Forgetting", "forgetting",
+        "How far each task ended below the best accuracy it ever had, on average. 0 means nothing was lost.",
+        higher_is_better=False,
+    ),
+    Column(
+        "learning_accuracy", "Learning", "learning accuracy",
+        "The mean accuracy on each task right after training on it: a method that protects too much can't "
+        "learn, and it shows here.",
+    ),
+    Column(
+        "seconds", "Time", "total time",
+        "Wall-clock time of the whole run: training, importance, evaluation.",
+        higher_is_better=False,
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs with the same label: one method, several seeds."""
+
+    label: str
+    runs: tuple[RunRecord, ...]
+
+    @property
+    def strategy(self) -> str:
+        """Name of the strategy that the runs share."""
+        return self.runs[0].metrics.strategy
+
+    @property
+    def joint(self) -> bool:
+        """Whether it is the joint upper bound."""
+        return self.runs[0].joint
+
+    @property
+    def finished(self) -> bool:
+        """Whether every run reached the end of its stream."""
+        return all(run.metrics.finished for run in self.runs)
+
+    def values(self, key: str) -> list[float]:
+        """The measured values of one column, one a run."""
+        found = [value_of(run, key) for run in self.runs]
+        return [value for value in found if value is not None]
+
+    def mean(self, key: str) -> float | None:
+        """Mean over the runs; None when nothing was measured."""
+        values = self.values(key)
+        return statistics.fmean(values) if values else None
+
+    def mean_matrix(self) -> list[list[float | None]] | None:
+        """The element-wise mean of the runs' matrices; None when they are of different streams."""
+        first = self.runs[0].metrics
+        if any(run.metrics.tasks != first.tasks for run in self.runs):
+            return None
+        return [
+            [_mean([run.metrics.matrix[j][i] for run in self.runs]) for i in range(len(first.tasks))]
+            for j in range(len(first.matrix))
+        ]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of the table, ready to print."""
+
+    text: str
+    spread: str = ""
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. `member` rows are the single seeds below their mean."""
+
+    name: str
+    group: int
+    cells: tuple[Cell, ...]
+    joint: bool
+    finished: bool
+    member: bool = False
+    note: str = ""
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if len(known) == len(values) else None
+
+
+def value_of(run: RunRecord, key: str) -> float | None:
+    """One column's value: a score in percent, or seconds."""
+    if key == "seconds":
+        return run.metrics.seconds.get("total")
+    value: float | None = getattr(run.metrics, key)
+    return value
+
+
+def distinct(runs: Sequence[RunRecord]) -> list[RunRecord]:
+    """Give runs that share a label names that tell them apart: by seed, or else by folder."""
+    named = []
+    for run in runs:
+        peers = [r for r in runs if r.metrics.label == run.metrics.label]
+        seeds = {r.metrics.seed for r in peers}
+        name = run.metrics.label
+        if len(peers) > 1 and len(seeds) == len(peers) and None not in seeds:
+            name += f" · seed {run.metrics.seed}"
+        elif len(peers) > 1:
+            same_folder = len({r.path.name for r in peers}) < len(peers)
+            name += f" · {run.path if same_folder else run.path.name}"
+        named.append(replace(run, name=name))
+    return named
+
+
+def grouped(runs: Sequence[RunRecord]) -> list[Group]:
+    """Runs by label, in the order in which the labels first appear."""
+    labels = dict.fromkeys(run.metrics.label for run in runs)
+    return [Group(label, tuple(r for r in runs if r.metrics.label == label)) for label in labels]
+
+
+def number(value: float | None, digits: int = 1) -> str:
+    """A number with a real minus sign, never "−0"; a dash when it was not measured."""
+    if value is None:
+        return "–"
+    text = f"{value:.{digits}f}"
+    if float(text) == 0:
+        text = text.removeprefix("-")
+    return text.replace("-", "−")
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as people say them: "4.2 s", "3 min 20 s", "2 h 05 min"."""
+    if seconds is None:
+        return "–"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def table(groups: Sequence[Group]) -> list[Row]:
+    """The comparison, best value per column marked.
+
+    The joint upper bound and unfinished runs don't compete for the mark; it is given only where at
+    least two do.
+    """
+    rows = []
+    rivals = [g for g in groups if g.finished and not g.joint]
+    for index, group in enumerate(groups):
+        cells = []
+        for column in COLUMNS:
+            means = [m for g in rivals if (m := g.mean(column.key)) is not None]
+            mean = group.mean(column.key)
+            top = (max if column.higher_is_better else min)(means, default=None)
+            best = (
+                len(set(means)) > 1
+                and group in rivals
+                and mean is not None
+                and _print(column, mean) == _print(column, top)
+            )
+            values = group.values(column.key)
+            spread = (
+                f"± {number(statistics.stdev(values))}" if len(values) > 1 and column.key != "seconds" else ""
+            )
+            cells.append(Cell(_print(column, mean), spread, best))
+        many = len(group.runs) > 1
+        note = f"mean of {len(group.runs)} runs" if many else _progress(group.runs[0])
+        rows.append(Row(group.label, index, tuple(cells), group.joint, group.finished, note=note))
+        for run in group.runs if many else ():
+            alone = tuple(Cell(_print(column, value_of(run, column.key))) for column in COLUMNS)
+            name = run.name.removeprefix(f"{group.label} · ")
+            rows.append(Row(name, index, alone, run.joint, run.metrics.finished, True, _progress(run)))
+    return rows
+
+
+def _print(column: Column, value: float | None) -> str:
+    return duration(value) if column.key == "seconds" else number(value)
+
+
+def _progress(run: RunRecord) -> str:
+    return "" if run.metrics.finished else f"unfinished: {run.seen} of {len(run.metrics.tasks)} tasks"
