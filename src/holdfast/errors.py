@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class HoldfastError(Exception):
-    """Base of all errors that holdfast raises on purpose; the command line prints them without a traceback."""
+    """Base of all errors raised on purpose; the command line prints them without a traceback."""
 
 
 class ConfigError(HoldfastError):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -153,8 +154,15 @@ def tiny_llama(
         return LlamaForCausalLM(config)
 
 
-def load_model(options: ModelOptions, seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(
+    options: ModelOptions, seed: int = 0, toy_tokenizer: Callable[[], Any] | None = None
+) -> tuple[Any, Any]:
     """Load model and tokenizer, add LoRA if asked, and mark what is trainable.
+
+    Parameters
+    ----------
+    toy_tokenizer : callable, optional
+        Makes the tokenizer of ``toy: true``; the toy suite knows its characters.
 
     Raises
     ------
@@ -162,9 +170,9 @@ def load_model(options: ModelOptions, seed: int = 0) -> tuple[PreTrainedModel, P
         The folder or hub id can't be loaded, or its tokenizer has no padding or end token.
     """
     if options.toy:
-        from holdfast.tasks.toy import toy_tokenizer
-
-        tokenizer: Any = toy_tokenizer()
+        if toy_tokenizer is None:
+            raise ModelError("model.toy: no tokenizer for it was given (holdfast.tasks.toy_tokenizer).")
+        tokenizer = toy_tokenizer()
         model: Any = tiny_llama(tokenizer, seed, options.hidden, options.layers)
         model.to(getattr(torch, options.dtype))
     else:
@@ -236,3 +244,23 @@ def add_lora(model: Any, options: LoraOptions, seed: int = 0) -> Any:
             raise ModelError(
                 f"model.lora.target_modules: {error} Linear modules here: {', '.join(names)}."
             ) from error
+
+
+def accepts(model: nn.Module, argument: str) -> bool:
+    """Whether the bare model's forward takes this keyword (PEFT's wrapper takes anything)."""
+    inner: Any = model
+    if hasattr(model, "get_base_model"):
+        inner = inner.get_base_model()
+    return argument in inspect.signature(inner.forward).parameters
+
+
+def load_weights(model: Any, folder: Path) -> None:
+    """Put weights written by ``save_pretrained`` (whole, or a PEFT adapter) into a model in memory."""
+    if hasattr(model, "peft_config"):
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+        return
+    cls: Any = type(model)
+    saved = cls.from_pretrained(folder, dtype=model.dtype)
+    model.load_state_dict(saved.state_dict())

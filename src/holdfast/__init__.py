@@ -1,0 +1,55 @@
+"""Continual fine-tuning of Hugging Face language models that keeps what they already know."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from holdfast.api import attribute
+    from holdfast.importance import ImportancePrior
+    from holdfast.protect import Anchor, Gate, Penalty
+    from holdfast.report import write_report
+    from holdfast.runner import RunConfig, load_config, run
+    from holdfast.tasks import Example, Task, TaskStream, toy_suite
+    from holdfast.training.callback import ProtectCallback
+
+_HOME = {
+    "Anchor": "holdfast.protect",
+    "Example": "holdfast.tasks",
+    "Gate": "holdfast.protect",
+    "ImportancePrior": "holdfast.importance",
+    "Penalty": "holdfast.protect",
+    "ProtectCallback": "holdfast.training.callback",
+    "RunConfig": "holdfast.runner",
+    "Task": "holdfast.tasks",
+    "TaskStream": "holdfast.tasks",
+    "attribute": "holdfast.api",
+    "load_config": "holdfast.runner",
+    "run": "holdfast.runner",
+    "toy_suite": "holdfast.tasks",
+    "write_report": "holdfast.report",
+}
+__all__ = [
+    "Anchor",
+    "Example",
+    "Gate",
+    "ImportancePrior",
+    "Penalty",
+    "ProtectCallback",
+    "RunConfig",
+    "Task",
+    "TaskStream",
+    "attribute",
+    "load_config",
+    "run",
+    "toy_suite",
+    "write_report",
+]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:  # torch and transformers load only when something is used
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'holdfast' has no attribute '{name}'")

@@ -1,0 +1,224 @@
+"""The command line: demo | run | attribute | report | check | list."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from holdfast.errors import HoldfastError
+from holdfast.progress import Interrupted, Progress
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""Continual fine-tuning of Hugging Face language models that keeps what they already know.
+
+[bold]See it work[/bold] (offline, a few minutes on two cores):
+
+  holdfast demo
+
+[bold]Check, run, compare[/bold]:
+
+  holdfast check configs/toy.yaml
+  holdfast run   configs/toy.yaml
+  holdfast run   configs/toy.yaml strategy=sequential output=runs/plain
+  holdfast report runs/toy runs/plain --out report.html
+
+[bold]Only the importance of a model's weights[/bold]:
+
+  holdfast attribute --model my-model --data my-task --out prior
+""",
+)
+console = Console(stderr=True)
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as training.epochs=5 strategy=ewc")
+]
+
+
+@contextmanager
+def _told(again: str = "") -> Iterator[None]:
+    """Errors made on purpose are told in a few lines; ctrl-C says how to continue."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _quiet_libraries()
+    try:
+        yield
+    except (Interrupted, KeyboardInterrupt) as stop:
+        detail = f"{stop} " if str(stop) else "Stopped. "
+        console.print(f"\n{detail}{again}", style="yellow", highlight=False, markup=False)
+        raise typer.Exit(130) from stop
+    except HoldfastError as error:
+        console.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+
+
+def _quiet_libraries() -> None:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    import warnings
+
+    warnings.filterwarnings("ignore", module="(transformers|torch|trl|peft).*")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="where runs and the report go")] = Path("demo"),
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Forget, and not forget: the whole job on a built-in toy suite, offline, in minutes.
+
+    Trains a tiny Llama, then teaches it the same tasks one after another three times: plainly, with
+    attribution-guided protection, and all tasks at once. Ends with a table and an HTML report.
+    """
+    with _told(f"Continue with: holdfast demo --out {out} --seed {seed}"), Progress() as progress:
+        from holdfast.demo import run_demo
+
+        run_demo(out, seed, progress)
+
+
+@app.command("run")
+def run_command(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="what to run")],
+    overrides: Overrides = None,
+) -> None:
+    """Learn a task stream under a strategy. Killed and started again, it continues.
+
+    Examples:
+
+      holdfast run configs/toy.yaml
+
+      holdfast run configs/toy.yaml strategy=ewc strategy.strength=1e4 seed=1 output=runs/ewc-1
+
+      holdfast run configs/toy.yaml strategy.importance=fisher strategy.control=permuted
+    """
+    again = " ".join(["holdfast run", str(config), *(overrides or [])])
+    with _told(f"Continue with: {again}"), Progress() as progress:
+        from holdfast.runner.config import load_config
+        from holdfast.runner.run import run
+        from holdfast.runner.table import metrics_table
+
+        loaded = load_config(config, overrides or [])
+        metrics = run(loaded, progress)
+        Console().print(metrics_table([metrics]))
+        progress.say(f"Run directory: {loaded.output}   Report: holdfast report {loaded.output}")
+
+
+@app.command()
+def check(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="what to check")],
+    overrides: Overrides = None,
+) -> None:
+    """Find everything that can go wrong before training starts, and estimate memory and steps.
+
+    Exit status 0: ready to run; 2: problems, all listed.
+    """
+    with _told():
+        from holdfast.runner.check import check as check_run
+        from holdfast.runner.config import load_config
+
+        findings = check_run(load_config(config, overrides or []))
+        findings.print(Console())
+        if findings.problems:
+            raise typer.Exit(2)
+
+
+@app.command()
+def attribute(
+    model: Annotated[
+        str, typer.Option(help="folder or hub id of the model; a PEFT adapter folder works too")
+    ],
+    data: Annotated[Path, typer.Option(help="folder with train.jsonl (and test.jsonl), or a .jsonl file")],
+    out: Annotated[Path, typer.Option(help="folder for prior.safetensors and prior.json")],
+    importance: Annotated[
+        str, typer.Option(help="lrp, fisher, taylor, magnitude, ... (holdfast list importances)")
+    ] = "lrp",
+    options: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="options of the importance, or of the template"),
+    ] = None,
+    test_faithfulness: Annotated[
+        bool,
+        typer.Option("--test-faithfulness", help="zero the top weights and plot accuracy against how many"),
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Importance of every weight of a model for a data set: one modified backward pass a batch.
+
+    Examples:
+
+      holdfast attribute --model runs/toy/tasks/01-reverse/model --data my-task --out prior
+
+      holdfast attribute --model m --data d --out p --set rules=paper --set aggregate=topk
+
+      holdfast attribute --model m --data d --out p --importance fisher --test-faithfulness
+
+    A template option is set with its section: --set template.max_prompt_tokens=128
+    """
+    with _told(), Progress() as progress:
+        from holdfast.runner.attribute import attribute_to_folder
+
+        attribute_to_folder(
+            model=model,
+            data=data,
+            out=out,
+            importance=importance,
+            assignments=options or [],
+            faithfulness=test_faithfulness,
+            dtype=dtype,
+            seed=seed,
+            progress=progress,
+        )
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run or attribution directories")],
+    out: Annotated[Path, typer.Option(help="the file to write")] = Path("report.html"),
+    title: Annotated[str | None, typer.Option(help="heading of the page")] = None,
+) -> None:
+    """One HTML file, readable offline, that shows and compares runs.
+
+    Example: holdfast report runs/toy runs/plain --out report.html
+    """
+    with _told():
+        from holdfast.report import write_report
+
+        path = write_report(runs, out, title)
+        console.print(f"Report: {path}", highlight=False)
+
+
+class Listing(StrEnum):
+    """What can be listed."""
+
+    strategies = "strategies"
+    tasks = "tasks"
+    orders = "orders"
+    importances = "importances"
+
+
+@app.command("list")
+def list_command(what: Annotated[Listing, typer.Argument(help="what to list")]) -> None:
+    """Show what can be named in a config."""
+    with _told():
+        from holdfast.runner.table import listing
+
+        Console().print(listing(what.value))
+
+
+def main() -> Any:
+    """Entry point for ``python -m holdfast``."""
+    return app()

@@ -1,0 +1,115 @@
+"""Answers of a model: batched greedy generation, and ranking of a closed list of options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from holdfast.models import accepts, is_encoder_decoder
+from holdfast.tasks.encode import Encoded, collate, collate_prompts
+
+Progress = Callable[[int, int], None]
+
+
+def _by_length(rows: Sequence[Encoded], size: int) -> list[list[int]]:
+    """Batches of indices, longest prompts first: little padding, and memory runs out early or never."""
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].prompt_ids))
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def _for_model(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    if not accepts(model, "position_ids"):
+        batch.pop("position_ids", None)
+    device = next(model.parameters()).device
+    return {k: v.to(device) for k, v in batch.items()}
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Encoded],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    progress: Progress | None = None,
+) -> list[str]:
+    """Greedy answers, in the order of `rows`; special tokens are left out.
+
+    The key-value cache is used, nothing is sampled, and the model's own generation settings (sampling,
+    penalties) are put aside: the same weights always give the same answers.
+    """
+    from transformers import GenerationConfig
+
+    encoder_decoder = is_encoder_decoder(model)
+    config = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
+    )
+    answers = [""] * len(rows)
+    model.eval()
+    done = 0
+    for indices in _by_length(rows, batch_size):
+        batch = collate_prompts(
+            [rows[i] for i in indices], tokenizer.pad_token_id, encoder_decoder=encoder_decoder
+        )
+        batch.pop("position_ids", None)  # generate() derives them from the mask
+        batch = _for_model(model, batch)
+        output = model.generate(**batch, generation_config=config)
+        start = 0 if encoder_decoder else batch["input_ids"].shape[1]
+        for index, ids in zip(indices, output[:, start:].tolist(), strict=True):
+            answers[index] = tokenizer.decode(ids, skip_special_tokens=True).strip()
+        done += len(indices)
+        if progress is not None:
+            progress(done, len(rows))
+    return answers
+
+
+@torch.no_grad()
+def rank_options(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Encoded],
+    options: Sequence[tuple[str, list[int]]],
+    *,
+    batch_size: int,
+    progress: Progress | None = None,
+) -> list[str]:
+    """For each prompt the option with the highest log-likelihood, summed over its tokens.
+
+    Parameters
+    ----------
+    options : sequence of (text, token ids)
+        The token ids are those of the whole completion, end token included.
+    """
+    encoder_decoder = is_encoder_decoder(model)
+    answers = [""] * len(rows)
+    model.eval()
+    done = 0
+    for indices in _by_length(rows, max(1, batch_size // len(options))):
+        pairs = [Encoded(rows[i].prompt_ids, ids, 0) for i in indices for _, ids in options]
+        batch = collate(pairs, tokenizer.pad_token_id, encoder_decoder=encoder_decoder)
+        batch = _for_model(model, batch)
+        labels = batch["labels"]
+        inputs = batch if encoder_decoder else {k: v for k, v in batch.items() if k != "labels"}
+        logits = model(**inputs).logits
+        if not encoder_decoder:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        token_loss = F.cross_entropy(logits.transpose(1, 2).float(), labels, reduction="none")
+        score_NO = -token_loss.sum(1).view(len(indices), len(options))
+        for index, best in zip(indices, score_NO.argmax(1).tolist(), strict=True):
+            answers[index] = options[best][0]
+        done += len(indices)
+        if progress is not None:
+            progress(done, len(rows))
+    return answers

@@ -1,0 +1,96 @@
+"""``holdfast attribute``: an importance prior of a model for a data set, and the test of its faithfulness."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from holdfast.config import Options, override, validate
+from holdfast.errors import DataError
+from holdfast.evaluation.evaluate import EvaluationOptions
+from holdfast.evaluation.faithfulness import measure_faithfulness
+from holdfast.importance import ImportanceOptions, ImportancePrior, compute_prior
+from holdfast.models import ModelOptions, block_parameters, is_encoder_decoder, load_model
+from holdfast.progress import Progress
+from holdfast.storage import write_json
+from holdfast.tasks import Encoder, Template, load_task, toy_tokenizer
+
+
+class AttributeConfig(Options):
+    """What ``holdfast attribute`` can be told."""
+
+    importance: ImportanceOptions
+    template: Template = Field(default_factory=Template)
+    evaluation: EvaluationOptions = Field(default_factory=EvaluationOptions)
+    model: ModelOptions
+
+
+SECTIONS = ("template", "evaluation", "importance")
+
+
+def attribute_to_folder(
+    *,
+    model: str,
+    data: Path,
+    out: Path,
+    importance: str,
+    assignments: Sequence[str],
+    faithfulness: bool,
+    dtype: str,
+    seed: int,
+    progress: Progress,
+) -> ImportancePrior:
+    """Compute a prior and write it to a folder; with `faithfulness` also ``faithfulness.json``.
+
+    Raises
+    ------
+    HoldfastError
+        The options, the model or the data are wrong, or attribution of this model can't be trusted.
+    """
+    qualified = [a if a.split(".")[0] in SECTIONS else f"importance.{a}" for a in assignments]
+    values: dict[str, Any] = {
+        "importance": {"name": importance},
+        "model": {"path": model, "dtype": dtype, "trainable": "all"},
+    }
+    config = validate(AttributeConfig, override(values, qualified), source="holdfast attribute")
+    task = load_task(data)
+    if faithfulness and not task.test:
+        raise DataError(f"{data}: --test-faithfulness needs test rows: put a test.jsonl beside train.jsonl.")
+    loaded, tokenizer = load_model(config.model, seed, toy_tokenizer)
+    encoder = Encoder(tokenizer, config.template, encoder_decoder=is_encoder_decoder(loaded))
+    rows = encoder.many(task.train)
+    with progress.bar(f"importance of {task.name}", total=len(rows)) as bar:
+        prior = compute_prior(
+            loaded,
+            rows,
+            config.importance,
+            pad_id=tokenizer.pad_token_id,
+            seed=seed,
+            task=task.name,
+            progress=bar,
+        )
+    prior.save(out)
+    progress.say(f"Prior: {out} ({len(prior)} tensors, {prior.elements:,} weights)")
+    if faithfulness:
+        with progress.bar("faithfulness", total=1) as bar:
+            result = measure_faithfulness(
+                loaded,
+                tokenizer,
+                task,
+                encoder,
+                importance=prior.tensors,
+                parameters=block_parameters(loaded),
+                options=config.evaluation,
+                seed=seed,
+                progress=bar,
+            )
+        write_json(out / "faithfulness.json", result)
+        for choice, curve in result["curves"].items():
+            progress.say(
+                f"  {choice:>10}: "
+                + "  ".join(f"{p:g} %: {a:.1f}" for p, a in zip(result["percent"], curve, strict=True))
+            )
+    return prior

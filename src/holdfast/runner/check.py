@@ -1,0 +1,186 @@
+"""What can go wrong, found before training: data, lengths, model, prior; and what a run will cost."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from holdfast.errors import HoldfastError
+from holdfast.importance import ImportancePrior
+from holdfast.models import block_parameters, is_encoder_decoder, load_model
+from holdfast.runner.config import RunConfig
+from holdfast.strategies import build_strategy
+from holdfast.tasks import Encoder, build_stream, toy_tokenizer
+from holdfast.tasks.task import TaskStream
+
+
+@dataclass
+class Findings:
+    """Problems that stop a run, remarks that don't, and the estimate.
+
+    Attributes
+    ----------
+    estimate : list of (what, how much)
+        Parameters, memory in MiB, and optimizer steps.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    estimate: list[tuple[str, str]] = field(default_factory=list)
+
+    def print(self, console: Console) -> None:
+        """Show the findings."""
+        for problem in self.problems:
+            console.print(f"problem: {problem}", style="red", highlight=False, markup=False, soft_wrap=True)
+        for remark in self.remarks:
+            console.print(f"note: {remark}", highlight=False, markup=False, soft_wrap=True)
+        if self.estimate:
+            table = Table("estimate", "", show_header=False)
+            for what, much in self.estimate:
+                table.add_row(what, much)
+            console.print(table)
+        if not self.problems:
+            console.print("Ready to run.", style="green")
+
+
+def check(config: RunConfig) -> Findings:
+    """Look at data, model, template, output and prior of a valid configuration, without training."""
+    findings = Findings()
+    stream = model = tokenizer = None
+    try:
+        stream = build_stream(config.tasks, config.seed)
+    except HoldfastError as error:
+        findings.problems.append(str(error))
+    try:
+        model, tokenizer = load_model(config.model, config.seed, toy_tokenizer)
+    except HoldfastError as error:
+        findings.problems.append(str(error))
+    _check_output(config, findings)
+    if model is not None:
+        _check_prior(config, model, findings)
+    if stream is not None and tokenizer is not None:
+        try:
+            _check_lengths(config, stream, model, tokenizer, findings)
+        except HoldfastError as error:
+            findings.problems.append(str(error))
+    if model is not None and config.training.trainer == "sft" and is_encoder_decoder(model):
+        findings.problems.append("training.trainer: 'sft' trains causal models only; use 'auto'.")
+    if model is not None and stream is not None:
+        _estimate(config, model, stream, findings)
+    return findings
+
+
+def _check_output(config: RunConfig, findings: Findings) -> None:
+    output = Path(config.output)
+    if output.exists() and not output.is_dir():
+        findings.problems.append(f"output: {output} is a file, not a folder.")
+    elif (output / "config.yaml").exists():
+        findings.remarks.append(
+            f"output: {output} exists; a run with the same configuration continues there."
+        )
+
+
+def _check_prior(config: RunConfig, model: Any, findings: Findings) -> None:
+    folder = getattr(config.strategy, "initial_prior", None)
+    if folder is not None:
+        try:
+            ImportancePrior.load(folder).check_fits(model)
+        except HoldfastError as error:
+            findings.problems.append(f"strategy.initial_prior: {error}")
+
+
+def _check_lengths(
+    config: RunConfig, stream: TaskStream, model: Any, tokenizer: Any, findings: Findings
+) -> None:
+    encoder = Encoder(
+        tokenizer, config.template, encoder_decoder=model is not None and is_encoder_decoder(model)
+    )
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    for task in stream:
+        rows = []
+        for part in (task.train, task.test):
+            try:
+                rows += encoder.many(part)
+            except HoldfastError as error:
+                findings.problems.append(f"{task.name}: {error}")
+        if not rows:
+            continue
+        cut = [row for row in rows if row.cut]
+        if cut:
+            most = max(row.cut for row in cut)
+            findings.remarks.append(
+                f"{task.name}: {len(cut)} of {len(rows)} prompts are longer than template.max_prompt_tokens "
+                f"({config.template.max_prompt_tokens}); their {config.template.keep} tokens are kept, "
+                f"up to {most} are cut."
+            )
+        answers = sum(row.completion_cut > 0 for row in rows)
+        if answers:
+            findings.remarks.append(
+                f"{task.name}: {answers} completions are longer than template.max_completion_tokens = "
+                f"{config.template.max_completion_tokens} and lose their end."
+            )
+        longest = max(len(row.prompt_ids) + len(row.completion_ids) for row in rows)
+        if limit is not None and longest > limit:
+            findings.problems.append(
+                f"{task.name}: the longest row has {longest} tokens, the model takes {limit}; lower "
+                "template.max_prompt_tokens."
+            )
+
+
+def _estimate(config: RunConfig, model: Any, stream: TaskStream, findings: Findings) -> None:
+    parameters = list(model.parameters())
+    trainable = [p for p in parameters if p.requires_grad]
+    held = block_parameters(model)
+    total, learned = sum(p.numel() for p in parameters), sum(p.numel() for p in trainable)
+    held_elements = sum(p.numel() for p in held.values())
+    size = torch.finfo(model.dtype).bits // 8
+    states = {"adamw": 2, "sgd": 0, "adafactor": 0}[config.training.optimizer]
+    findings.estimate += [
+        ("parameters", f"{total:,} ({learned:,} trained)"),
+        ("weights", _mib(total * size)),
+        ("gradients", _mib(learned * size)),
+        ("optimizer state", _mib(learned * size * states)),
+    ]
+    importance = getattr(config.strategy, "importance", None) or getattr(config.strategy, "fisher", None)
+    if importance is not None and held:
+        batch = getattr(importance, "batch_size", 0)
+        buffers = getattr(importance, "top_k", None) or 1
+        largest = max(p.numel() for p in held.values())
+        findings.estimate += [
+            ("prior (float32, on the CPU)", _mib(held_elements * 4)),
+            ("protection (reference or snapshot, and its factors)", _mib(held_elements * size * 2)),
+            (
+                "per-sample maps (one layer at a time) and fold",
+                _mib((batch * largest + buffers * held_elements) * 4),
+            ),
+        ]
+        if learned > held_elements:
+            findings.remarks.append(
+                f"{learned - held_elements:,} trained parameters (embeddings, norms, head) have no relevance "
+                "and are not protected; model.trainable: blocks trains only what is."
+            )
+    if config.model.lora is None and not trainable:
+        findings.problems.append("model.trainable: this model has no linear maps inside transformer blocks.")
+    strategy = build_strategy(config.strategy)
+    options, steps = config.training, []
+    for stage in strategy.stages(stream):
+        rows = sum(len(task.train) for task in stage.tasks)
+        batches = math.ceil(rows / options.batch_size)
+        epoch = max(math.ceil(batches / options.gradient_accumulation), 1)
+        steps.append(options.max_steps or math.ceil(epoch * options.epochs))
+    findings.estimate.append(("optimizer steps", f"{sum(steps):,} ({', '.join(map(str, steps))} by stage)"))
+    tests = sum(len(task.test) for task in stream)
+    rounds = len(steps) + config.evaluation.zero_shot
+    findings.estimate.append(
+        ("answers generated", f"up to {tests * rounds:,} ({tests:,} in each of {rounds} rounds)")
+    )
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**20:,.1f} MiB"

@@ -1,0 +1,72 @@
+"""Tables for the terminal: metrics of runs, and what can be named in a config."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
+
+
+def metrics_table(runs: Sequence[dict[str, Any]]) -> Table:
+    """AP, BWT, FWT, learning accuracy and seconds, a row a run."""
+    table = Table(caption="AP and learning accuracy: higher is better; BWT: 0 is no forgetting (percent)")
+    table.add_column("run")
+    for head in ("AP", "BWT", "FWT", "learning accuracy", "seconds"):
+        table.add_column(head, justify="right")
+    for run in runs:
+        cells = [_number(run[key]) for key in ("ap", "bwt", "fwt", "learning_accuracy")]
+        table.add_row(run["label"], *cells, f"{run['seconds']['total']:.0f}")
+    return table
+
+
+def listing(what: str) -> Table:
+    """Strategies, toy tasks, named orders or importances, from their own declarations."""
+    return {"strategies": _strategies, "tasks": _tasks, "orders": _orders, "importances": _importances}[
+        what
+    ]()
+
+
+def _strategies() -> Table:
+    from holdfast.strategies import STRATEGIES
+
+    table = Table("name", "what it does", "paper", "rehearsal-free", "needs task identity")
+    for name, cls in sorted(STRATEGIES.items()):
+        flags = ("yes" if flag else "no" for flag in (cls.rehearsal_free, cls.needs_task_identity))
+        table.add_row(name, cls.summary, cls.paper, *flags)
+    return table
+
+
+def _tasks() -> Table:
+    from holdfast.tasks import TOY_TASKS
+
+    table = Table(
+        "toy task", "what it asks", caption="tasks: {source: toy}; other sources read your own data"
+    )
+    for name, description in TOY_TASKS.items():
+        table.add_row(name, str(description))
+    return table
+
+
+def _orders() -> Table:
+    from holdfast.tasks import list_orders
+
+    table = Table("order", "tasks")
+    for name, tasks in list_orders().items():
+        table.add_row(name, " ".join(tasks))
+    return table
+
+
+def _importances() -> Table:
+    from holdfast.importance.registry import REGISTRY
+
+    table = Table("importance", "what it measures", "options")
+    for name, entry in sorted(REGISTRY.items()):
+        first = (entry.options.__doc__ or "").strip().splitlines()[0]
+        options = [key for key in entry.options.model_fields if key != "name"]
+        table.add_row(name, first, ", ".join(options) or "–")
+    return table
