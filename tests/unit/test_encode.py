@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -60,6 +60,7 @@ def test_without_strip_the_prompt_is_taken_to_the_letter():
     assert text_of(encoder(prompt="{prompt}")(Example("ab \n", "c")).prompt_ids) == "ab \n"
 
 
+@settings(deadline=None)
 @given(text=words, answer=words, limit=st.integers(1, 6), keep=st.sampled_from(["first", "last"]))
 def test_cutting_touches_neither_frame_nor_completion(text, answer, limit, keep):
     full = encoder(prompt="{bos}Q: {prompt}\nA: ")(Example(text, answer))
@@ -141,6 +142,7 @@ def test_a_chat_prompt_without_chat_template_is_an_error():
         encoder().many([Example(({"role": "user", "content": "a"},), "b")])
 
 
+@settings(deadline=None)
 @given(rows=encoded_rows, side=st.sampled_from(["left", "right"]))
 def test_labels_cover_exactly_the_completion(rows, side):
     batch = collate(rows, 0, encoder_decoder=False, side=side)
@@ -151,6 +153,7 @@ def test_labels_cover_exactly_the_completion(rows, side):
         assert ids[batch["attention_mask"][i] == 1].tolist() == row.prompt_ids + row.completion_ids
 
 
+@settings(deadline=None)
 @given(rows=encoded_rows)
 def test_left_and_right_padding_give_the_same_tokens_at_the_same_positions(rows):
     left, right = (collate(rows, 0, encoder_decoder=False, side=side) for side in ("left", "right"))
@@ -162,12 +165,14 @@ def test_left_and_right_padding_give_the_same_tokens_at_the_same_positions(rows)
         assert positions.tolist() == list(range(len(positions)))
 
 
+@settings(deadline=None)
 @given(rows=encoded_rows, pad_id=st.sampled_from([0, 2, 7]))
 def test_masks_and_labels_do_not_depend_on_the_padding_token(rows, pad_id):
     reference, other = (collate(rows, pad, encoder_decoder=False) for pad in (0, pad_id))
     assert all(torch.equal(reference[k], other[k]) for k in ("attention_mask", "labels", "position_ids"))
 
 
+@settings(deadline=None)
 @given(rows=encoded_rows, side=st.sampled_from(["left", "right"]))
 def test_encoder_decoder_batches_keep_prompt_and_answer_apart(rows, side):
     batch = collate(rows, 0, encoder_decoder=True, side=side)
@@ -178,6 +183,7 @@ def test_encoder_decoder_batches_keep_prompt_and_answer_apart(rows, side):
         assert set(batch["labels"][i].tolist()[len(row.completion_ids) :]) <= {-100}
 
 
+@settings(deadline=None)
 @given(rows=encoded_rows)
 def test_prompts_to_generate_from_end_at_the_last_column_of_a_causal_batch(rows):
     batch = collate_prompts(rows, 0, encoder_decoder=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -47,6 +47,7 @@ def test_other_columns_and_texts_of_several_columns():
     assert rows == [Example("p {x} / 3", "1", ("one",))]
 
 
+@settings(deadline=None)
 @given(st.text(min_size=1).filter(str.strip), st.text())
 def test_any_text_survives_as_it_is(completion, prompt):
     assert as_examples([{"prompt": prompt, "completion": completion}]) == [Example(prompt, completion)]

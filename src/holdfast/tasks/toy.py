@@ -73,18 +73,25 @@ def _half_with(predicate: Callable[[str], bool]) -> Draw:
 
 
 def _table(rng: random.Random, size: int) -> str:
-    """Pairs of a key and its value, then one of the keys: ``ahbgcfb``."""
-    pairs = max(1, (size - 1) // 2)
-    keys = rng.sample(LETTERS, k=min(pairs, len(LETTERS)))
-    return "".join(key + rng.choice(LETTERS) for key in keys) + rng.choice(keys)
+    """Pairs of a key and its value, then one of the keys: ``ahbgcfb``; no value is a key."""
+    keys = rng.sample(LETTERS, k=min(4, max(1, (size - 1) // 2)))
+    values = [letter for letter in LETTERS if letter not in keys]
+    pairs = "".join(key + rng.choice(values) for key in keys)
+    filler = "".join(rng.choices(values, k=size - len(pairs) - 1))
+    return filler + pairs + rng.choice(keys)
 
 
 def _counted(rng: random.Random, size: int) -> str:
-    """Strings with a uniformly drawn number of the letter a."""
-    count = rng.randint(0, size)
+    """Strings with none to three times the letter a."""
+    count = rng.randint(0, 3)
     letters = ["a"] * count + rng.choices(LETTERS[1:], k=size - count)
     rng.shuffle(letters)
     return "".join(letters)
+
+
+def _small_ends(rng: random.Random, size: int) -> str:
+    """Strings that begin and end with a letter from a to d."""
+    return rng.choice(LETTERS[:4]) + _any(rng, size - 2) + rng.choice(LETTERS[:4])
 
 
 @toy_task("copy", "the letters as they are")
@@ -147,17 +154,14 @@ def _even(letters: str) -> str:
     return "yes" if letters.count("a") % 2 == 0 else "no"
 
 
-@toy_task(
-    "find", "lookup: the letters are pairs of key and value, the last one is the key to look up", _table
-)
+@toy_task("find", "lookup: pairs of a key and its value, then the key to look up", _table)
 def _find(letters: str) -> str:
-    pairs = letters[:-1]
-    return pairs[pairs[::2].index(letters[-1]) * 2 + 1]
+    return letters[letters.index(letters[-1]) + 1]
 
 
-@toy_task("plus", "first letter plus last letter, counted from a = 0 and modulo 8")
+@toy_task("plus", "first letter plus last letter, counted from a = 0, modulo 4", _small_ends)
 def _plus(letters: str) -> str:
-    return LETTERS[(LETTERS.index(letters[0]) + LETTERS.index(letters[-1])) % len(LETTERS)]
+    return LETTERS[(LETTERS.index(letters[0]) + LETTERS.index(letters[-1])) % 4]
 
 
 def _is_rising(letters: str) -> bool:
@@ -171,10 +175,6 @@ def _is_rising(letters: str) -> bool:
 )
 def _rise(letters: str) -> str:
     return "up" if _is_rising(letters) else "down"
-
-
-def _has_twins(letters: str) -> bool:
-    return len(set(letters)) < len(letters)
 
 
 @toy_task("kind", "classification: are most letters from a to d (low) or from e to h (high)?")
