@@ -59,8 +59,8 @@ class Chunk:
 
 
 def unwrap(optimizer: Any) -> Optimizer:
-    """The torch optimizer inside accelerate's wrapper (the wrapper never runs its own step hooks)."""
-    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+    """The torch optimizer inside a wrapper without step hooks of its own, such as accelerate's."""
+    while not hasattr(optimizer, "_optimizer_step_pre_hooks") and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
