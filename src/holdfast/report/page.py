@@ -156,9 +156,8 @@ def _matrices(figures: dict[str, draw.Json], groups: Sequence[Group]) -> list[Pa
                 choices.append((str(n), name))
         if choices:
             width = 110 + 38 * max(len(run.metrics.tasks) for run in group.runs)
-            panels.append(
-                Panel(prefix + choices[0][0], group.label, width, run=g, prefix=prefix, choices=choices)
-            )
+            note = "" if group.finished else "unfinished"
+            panels.append(Panel(prefix + choices[0][0], group.label, width, note, g, prefix, choices))
     return panels
 
 

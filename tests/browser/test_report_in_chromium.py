@@ -1,0 +1,149 @@
+"""The report as a reader sees it: rendered by Chromium from a file, at two widths and in two themes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from report_runs import stream_matrix, write_attribution, write_run
+
+from holdfast.report import write_report
+
+LONG = "mnli cb wic copa qqp boolqa rte imdb yelp sst-2 dbpedia a_task_with_a_long_name"
+JOINT = [[4.0] * 4, [None] * 4, [None] * 4, [None] * 4, [97.0] * 4]
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory) -> dict[str, Path]:
+    """One report with every section, and one of a long stream with seeds and an unfinished run."""
+    folder = tmp_path_factory.mktemp("reports")
+    full = [
+        write_run(folder / "s", "sequential"),
+        write_run(folder / "g", "gate", "attribution", matrix=stream_matrix(97, 0.9), protected=True),
+        write_run(folder / "j", "joint", "multitask", matrix=JOINT),
+        write_attribution(folder / "prior"),
+    ]
+    tasks = LONG.split()
+    long = [write_run(folder / f"l{s}", "sequential", tasks=tasks, seed=s) for s in range(2)]
+    unfinished = [*stream_matrix(90, 0.8, 12)[:6], *[[None] * 12] * 7]
+    long.append(write_run(folder / "u", "<b>x</b>", tasks=tasks, matrix=unfinished, finished=False))
+    return {
+        "full": write_report(full, folder / "full.html"),
+        "long": write_report(long, folder / "long.html"),
+    }
+
+
+@pytest.fixture(scope="module")
+def pages(browser):
+    """Pages by file and width, loaded once, with whatever they logged, threw or requested."""
+    loaded: dict = {}
+
+    def load(path: Path, width: int):
+        if (path, width) not in loaded:
+            complaints: list[str] = []
+
+            def watch(request) -> None:
+                if not request.url.startswith(("file:", "data:", "blob:")):
+                    complaints.append(f"request {request.url}")
+
+            page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme="light")
+            page.on("console", lambda message: complaints.append(f"console {message.text}"))
+            page.on("pageerror", lambda error: complaints.append(f"error {error}"))
+            page.on("request", watch)
+            page.goto(path.as_uri())
+            page.wait_for_selector("html[data-ready=true]", timeout=15_000)
+            loaded[path, width] = (page, complaints)
+        return loaded[path, width]
+
+    yield load
+    for page, _ in loaded.values():
+        page.close()
+
+
+@pytest.fixture
+def opened(pages):
+    """Open a page; until the end of the test nothing may be logged, thrown or requested."""
+    used = []
+
+    def open_(path: Path, width: int = 1280):
+        page, complaints = pages(path, width)
+        used.append(complaints)
+        return page
+
+    yield open_
+    assert [complaint for complaints in used for complaint in complaints] == []
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("name", ["full", "long"])
+def test_every_figure_renders_and_the_page_never_scrolls_sideways(opened, reports, name, width):
+    page = opened(reports[name], width)
+    state = page.evaluate(
+        """() => ({
+            overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+            empty: [...document.querySelectorAll('.plot')]
+                .filter(plot => !plot.querySelector('svg.main-svg') || plot.offsetHeight < 50)
+                .map(plot => plot.dataset.figure),
+            wide: [...document.querySelectorAll('.plot')]
+                .filter(plot => plot.querySelector('svg').clientWidth > plot.offsetWidth + 1)
+                .map(plot => plot.dataset.figure),
+            kinds: [...new Set([...document.querySelectorAll('.plot')]
+                .map(plot => plot.dataset.figure.split('-')[0]))],
+        })"""
+    )
+    assert state["overflow"] <= 0
+    assert state["empty"] == []
+    assert state["wide"] == []
+    expected = {"overview", "curve", "matrix", "loss"}
+    if name == "full":
+        expected |= {"importance", "gate", "faithfulness"}
+    else:
+        expected -= {"overview"}  # a single finished method has nothing to be compared with
+    assert set(state["kinds"]) == expected
+
+
+def test_figures_follow_the_theme(opened, reports):
+    page = opened(reports["full"])
+    colour = "() => getComputedStyle(document.querySelector('.plot .xtick text')).fill"
+    light = page.evaluate(colour)
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_function(f"light => ({colour})() !== light", arg=light)
+    page.emulate_media(color_scheme="light")
+    page.wait_for_function(f"light => ({colour})() === light", arg=light)
+
+
+def test_a_selector_swaps_figures_and_says_when_there_is_none(opened, reports):
+    page = opened(reports["full"])
+    block = page.locator("#block-w0, #block-w1").first
+    before = block.locator(".plot").first.get_attribute("data-figure")
+    block.locator("select").select_option(index=0)
+    assert block.locator(".plot").first.get_attribute("data-figure") != before
+    assert block.get_by_text("Nothing was held during this task").is_visible()
+    block.locator("select").select_option(index=1)
+    assert block.get_by_text("Nothing was held during this task").is_hidden()
+    assert block.locator(".plot svg.main-svg").last.is_visible()
+
+
+def test_an_explained_word_shows_its_meaning_within_the_screen(opened, reports):
+    page = opened(reports["full"], 390)
+    page.locator(".tip").first.focus()
+    bubble = page.locator("#bubble")
+    assert "mean accuracy over all tasks" in bubble.inner_text()
+    box = bubble.bounding_box()
+    assert box is not None
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= 390
+
+
+def test_forgotten_answers_open_on_a_click(opened, reports):
+    page = opened(reports["full"], 390)
+    example = page.locator("details.lost").first
+    assert example.locator(".prompt").first.is_hidden()
+    example.locator("summary").click()
+    assert example.locator(".prompt").first.is_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_a_task_or_run_named_like_markup_is_shown_as_text(opened, reports):
+    page = opened(reports["long"])
+    assert page.locator("#results th", has_text="<b>x</b>").count() == 1
