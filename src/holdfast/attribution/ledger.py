@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -16,8 +17,17 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torc
 
 
 def relevance(value: Tensor, lam: Tensor) -> float:
-    """Sum of value * lam in float64; an infinite value (a mask) that nothing depends on counts as zero."""
-    product = value.detach().double() * lam.detach().double()
+    """Sum of value * lam; an infinite value (a mask) that nothing depends on counts as zero."""
+    value, lam = value.detach(), lam.detach()
+    if (
+        value.shape == lam.shape
+        and value.dtype == lam.dtype
+        and value.dtype in (torch.float32, torch.float64)
+    ):
+        amount = float(torch.dot(value.reshape(-1), lam.reshape(-1)))
+        if math.isfinite(amount):
+            return amount
+    product = value.double() * lam.double()
     if not torch.isfinite(product).all():
         product = product.masked_fill((lam == 0).expand_as(product), 0.0)
     return float(product.sum())

@@ -148,7 +148,7 @@ class WeightMaps:
 
     def _take(self, parameter: nn.Parameter, grad_S: Tensor, several: bool, ledger: Ledger | None) -> None:
         if ledger is not None:
-            ledger.maps += relevance(parameter.detach(), grad_S.sum(dim=0, dtype=torch.float64))
+            ledger.maps += sum(relevance(parameter, grad) for grad in grad_S)
         if not several:
             self._emit(parameter, grad_S)
         elif id(parameter) in self._pending:

@@ -135,6 +135,12 @@ def whole_activations(model: nn.Module, trace: Trace) -> Iterator[None]:
     """Treat the activation modules of transformers, composed of elementary operations, as one function."""
     inputs: list[Tensor] = []
 
+    def composed(module: nn.Module) -> bool:  # silu is one operation, with a rule of its own
+        return (
+            type(module).__module__ == "transformers.activations"
+            and type(module).__name__ != "SiLUActivation"
+        )
+
     def before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         inputs.append(args[0])
         trace.suspended = True
@@ -148,7 +154,7 @@ def whole_activations(model: nn.Module, trace: Trace) -> Iterator[None]:
 
     with ExitStack() as stack:
         for module in model.modules():
-            if type(module).__module__ == "transformers.activations":
+            if composed(module):
                 stack.callback(module.register_forward_pre_hook(before).remove)
                 stack.callback(module.register_forward_hook(after).remove)
         yield

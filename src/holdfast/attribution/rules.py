@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from holdfast.attribution.ledger import Ledger, relevance
+from holdfast.attribution.ledger import relevance
 from holdfast.attribution.trace import Ruled, Trace, tensors_in, tracked
 
 Rule = Callable[[Trace, str, Callable[..., Any], Sequence[Any], Mapping[str, Any]], Any]
@@ -78,7 +78,8 @@ def cast(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
 @rule("cat", "concat", "stack", "hstack", "pad")
 def affine(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
     """Sums: every addend keeps its Lambda; what is added as a constant absorbs its part."""
-    if trace.ledger is None:
+    addends = tensors_in(args[0]) if name in _JOINING else args[:2]
+    if trace.ledger is None or (name in _ADDING and all(map(tracked, addends))):
         return func(*args, **kwargs)
     with torch.no_grad():  # the constant part is the value at zero
         constant = func(*_at_zero(args), **_at_zero(kwargs))
@@ -86,6 +87,10 @@ def affine(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
     if constant.count_nonzero():
         trace.book(output, lambda ledger, lam: ledger.absorb(name, relevance(constant, lam)))
     return output
+
+
+_JOINING = frozenset({"cat", "concat", "stack", "hstack"})
+_ADDING = _JOINING | {"add", "sub"}
 
 
 def _at_zero(value: Any) -> Any:
@@ -208,38 +213,16 @@ def linear_map(
             maps.weight(parameter, x, lam, out_first, ledger)  # type: ignore[arg-type]
         if maps.wants(bias):
             maps.bias(bias, lam, ledger)  # type: ignore[arg-type]
-        if ledger is not None:
-            _book_linear(
-                ledger,
-                maps.factor,
-                maps.wants(parameter),
-                maps.wants(bias),
-                compute(x)[0],
-                lam,
-                bias,
-                parameter is not None,
-            )
         lam_R, matrix_OI = lam.reshape(-1, lam.shape[-1]).to(x.dtype), weight if out_first else weight.t()
-        out = lam_R.new_empty(1)
-        return (torch.addmm(out, lam_R, matrix_OI, beta=0, alpha=half).view(x.shape),)
+        lam_x = torch.addmm(lam_R.new_empty(1), lam_R, matrix_OI, beta=0, alpha=half).view(x.shape)
+        if ledger is not None:
+            through = relevance(x, lam_x) / half * maps.factor  # of sum (P W) * Lambda the weight's part
+            of_bias = 0.0 if bias is None else relevance(bias, lam)
+            ledger.take(0.0 if parameter is None else through, of_bias)
+            ledger.maps_expected += through * maps.wants(parameter) + of_bias * maps.wants(bias)
+        return (lam_x,)
 
     return Ruled.apply(compute, backward, x)
-
-
-def _book_linear(
-    ledger: Ledger,
-    factor: float,
-    weight_wanted: bool,
-    bias_wanted: bool,
-    y: Tensor,
-    lam: Tensor,
-    bias: Tensor | None,
-    has_weight: bool,
-) -> None:
-    biases = 0.0 if bias is None else relevance(bias, lam)
-    whole = relevance(y, lam) - biases  # sum of (P W) * Lambda
-    ledger.take(factor * whole * has_weight, biases)
-    ledger.maps_expected += factor * whole * weight_wanted + biases * bias_wanted
 
 
 # ---- activations, Proposition 4.2 --------------------------------------------------------------------------
@@ -274,8 +257,8 @@ def identity(
         raise trace.unruled(name, f"as it is {at_zero.item():.3g} at zero, so relevance has no share there")
 
     def compute(x: Tensor) -> tuple[Tensor, tuple[Tensor]]:
-        value = function(x) if y is None else y.clone()
-        return value, (torch.where(x == 0, slope, value / x),)
+        value = function(x) if y is None else y
+        return value, ((value / x).masked_fill_(x == 0, slope.item()),)
 
     return Ruled.apply(compute, lambda lam, ratio: (lam * ratio,), x)
 

@@ -66,14 +66,15 @@ class TopKMean:
         filled = state.count
         for start in range(0, value_N.numel(), CHUNK):
             value = value_N[start : start + CHUNK].to(state.slots.dtype)
-            value = torch.copysign(value.abs().log1p_().mul_(scale), value)
-            if filled < self.k:
-                state.slots[filled, start : start + CHUNK] = value
-            for row in range(filled if filled == self.k else 0):
-                slot = state.slots[row, start : start + CHUNK]
-                smaller = torch.minimum(slot, value)
-                torch.maximum(slot, value, out=slot)
-                value = smaller
+            slots = state.slots[:, start : start + CHUNK]
+            target = slots[filled] if filled < self.k else torch.empty_like(value)
+            torch.abs(value, out=target).log1p_().mul_(scale)
+            torch.copysign(target, value, out=target)
+            if filled == self.k:  # keep the larger at each slot, carry the smaller on
+                for slot in slots:
+                    smaller = torch.minimum(slot, target)
+                    torch.maximum(slot, target, out=slot)
+                    target = smaller
         state.count = min(filled + 1, self.k)
 
     def finish(self) -> None:
