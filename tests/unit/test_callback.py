@@ -151,6 +151,19 @@ def test_held_weights_stay_in_an_sft_trainer(tmp_path: Path) -> None:
     assert_held(before, weights(model), prior)
 
 
+def test_held_lora_factors_stay_and_the_backbone_is_not_touched(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(
+        tiny_model(), LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    )
+    prior, before = half_prior(model), weights(model)
+    callback = ProtectCallback(prior, mechanism="gate")
+    Trainer(model, arguments(tmp_path), train_dataset=rows(), callbacks=[callback]).train()
+    assert len(prior) == 2 * 7 * 2  # A and B of seven linear maps in two blocks
+    assert_held(before, weights(model), prior)
+
+
 class StopAt(TrainerCallback):
     def __init__(self, step: int) -> None:
         self.step = step

@@ -337,6 +337,17 @@ def test_histogram_puts_values_where_they_belong() -> None:
     assert summary["held"] == pytest.approx(2 / 7)
 
 
-def test_summary_of_an_anchor_needs_a_learning_rate() -> None:
-    with pytest.raises(HoldfastError, match="call attach before summary"):
-        Anchor(graded(network())).summary()
+def test_summary_of_an_anchor_is_of_the_pull_once_the_learning_rate_is_known() -> None:
+    model = network()
+    prior = ImportancePrior({n: torch.ones(p.shape) for n, p in model.named_parameters()})
+    anchor = Anchor(prior, strength=10.0)
+    before = anchor.summary()
+    assert before["held"] is None
+    assert (before["quantity"], before["mean"]) == ("pull per step / learning rate", pytest.approx(10.0))
+    optim = torch.optim.SGD(model.parameters(), lr=0.05)
+    torch.optim.lr_scheduler.LambdaLR(optim, lambda step: step / 10)  # warm-up: the rate is 0 now
+    anchor.attach(model, optim)
+    after = anchor.summary()
+    assert (after["quantity"], after["learning_rate"]) == ("pull per step", 0.05)
+    assert after["mean"] == pytest.approx(0.5)
+    assert after["histogram"]["counts"][10] == prior.elements

@@ -11,9 +11,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from holdfast.config import Options, validate
-from holdfast.errors import HoldfastError
 from holdfast.importance.prior import ImportancePrior
-from holdfast.protect.attach import Handle, bind, blend_, held_summary, hook, place, reference_weights
+from holdfast.protect.attach import (
+    Handle,
+    bind,
+    blend_,
+    held_summary,
+    hook,
+    logarithmic_summary,
+    place,
+    reference_weights,
+)
 
 
 class AnchorOptions(Options):
@@ -97,15 +105,15 @@ class Anchor:
     def summary(self) -> dict[str, Any]:
         """Distribution of the pull min(1, η·λ·I) at the largest learning rate so far.
 
-        Raises
-        ------
-        HoldfastError
-            Nothing was attached yet, so η is unknown.
+        Before `attach` η is unknown: then of λ·I, the pull for each unit of learning rate.
         """
+        strength, tensors = self.options.strength, self.prior.mean_normalised().tensors
         if self.learning_rate is None:
-            raise HoldfastError("anchor: the pull depends on the learning rate; call attach before summary.")
-        factor = self.options.strength * self.learning_rate
-        tensors = self.prior.mean_normalised().tensors
+            result = logarithmic_summary(
+                lambda: (tensor * strength for tensor in tensors.values()), "pull per step / learning rate"
+            )
+            return {**result, "held": None}
+        factor = strength * self.learning_rate
         result = held_summary(
             lambda: ((tensor * factor).clamp_(max=1.0) for tensor in tensors.values()), "pull per step"
         )

@@ -217,3 +217,24 @@ def held_summary(values: Callable[[], Iterator[Tensor]], quantity: str) -> dict[
         "mean": mean / max(total, 1),
         "elements": total,
     }
+
+
+def logarithmic_summary(values: Callable[[], Iterator[Tensor]], quantity: str) -> dict[str, Any]:
+    """Summary of strengths without an upper end, in 20 logarithmic bins over 8 decades below the maximum.
+
+    What is below the first edge counts in the first bin; nothing is ever fully held.
+    """
+    largest, total, mean = 0.0, 0, 0.0
+    for value in values():
+        largest = max(largest, float(value.max()))
+        total += value.numel()
+        mean += float(value.sum(dtype=torch.float64))
+    top = largest if largest > 0 else 1.0
+    edges = [top * 10 ** (-8 * (1 - i / 20)) for i in range(21)]
+    return {
+        "quantity": quantity,
+        "histogram": histogram(values(), edges),
+        "held": 0.0,
+        "mean": mean / max(total, 1),
+        "elements": total,
+    }

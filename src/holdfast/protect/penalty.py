@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from holdfast.config import Options, validate
 from holdfast.errors import HoldfastError, PriorMismatchError
 from holdfast.importance.prior import ImportancePrior, parameters_by_name
-from holdfast.protect.attach import Handle, bind, histogram, hook, place, reference_weights
+from holdfast.protect.attach import Handle, bind, hook, logarithmic_summary, place, reference_weights
 
 
 class PenaltyOptions(Options):
@@ -114,14 +114,6 @@ class Penalty:
 
     def summary(self) -> dict[str, Any]:
         """Distribution of λ·I in 20 logarithmic bins below its maximum; nothing is ever fully held."""
-        largest = max((float(self._scaled(n).max()) for n in self.prior.tensors), default=0.0)
-        top = largest if largest > 0 else 1.0
-        edges = [top * 10 ** (-8 * (1 - i / 20)) for i in range(21)]
-        return {
-            "quantity": "penalty weight",
-            "histogram": histogram((self._scaled(n) for n in self.prior.tensors), edges),
-            "held": 0.0,
-            "mean": sum(float(self._scaled(n).sum(dtype=torch.float64)) for n in self.prior.tensors)
-            / max(self.prior.elements, 1),
-            "elements": self.prior.elements,
-        }
+        return logarithmic_summary(
+            lambda: (self._scaled(name) for name in self.prior.tensors), "penalty weight"
+        )

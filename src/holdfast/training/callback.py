@@ -6,13 +6,13 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from holdfast.errors import ConfigError
-from holdfast.importance.prior import ImportancePrior, parameters_by_name
+from holdfast.importance.prior import ImportancePrior
 from holdfast.protect import Control, Handle, Protection, apply_control, build_mechanism, mechanism_options
+from holdfast.protect.reference import weights_of
 
 
 class ProtectCallback(TrainerCallback):
@@ -118,8 +118,5 @@ class ProtectCallback(TrainerCallback):
         return self.mechanism.name != "gate" and self.given is None
 
     def _capture(self, model: nn.Module) -> None:
-        if not self._needs_reference:
-            return
-        parameters = parameters_by_name(model)
-        with torch.no_grad():
-            self._captured = {name: parameters[name].detach().clone() for name in self.prior.tensors}
+        if self._needs_reference:
+            self._captured = weights_of(model, self.prior)
