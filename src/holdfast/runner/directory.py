@@ -19,7 +19,6 @@ from holdfast.storage import sha256, write_json, write_text
 
 PARTIAL = ".partial"
 MANIFEST = "manifest.json"
-STATE_FILES = ("strategy.safetensors", "strategy.json")
 
 
 class RunDirectory:
@@ -152,18 +151,6 @@ class RunDirectory:
                 f"{partial}: could not be written ({error}). Finished stages are untouched; free some space "
                 "and run the same command again to continue."
             ) from error
-
-    def forget_state(self, stage: str) -> None:
-        """Delete a stage's strategy state once a later stage holds a newer one."""
-        folder = self.path / stage
-        if not folder.is_dir():
-            return
-        digests = json.loads((folder / MANIFEST).read_text())
-        dropped = [name for name in STATE_FILES if digests.pop(name, None) is not None]
-        if dropped:
-            write_json(folder / MANIFEST, digests)
-            for name in dropped:
-                (folder / name).unlink(missing_ok=True)
 
 
 def _files(folder: Path) -> list[Path]:

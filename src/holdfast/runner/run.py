@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from holdfast.evaluation.evaluate import evaluate_task
 from holdfast.evaluation.metrics import summarise
@@ -102,13 +103,9 @@ class _Run:
 
     def _restore(self, folder: Path) -> None:
         load_weights(self.model, folder / "model")
-        values = folder / "strategy.json"
-        if values.exists():
-            from safetensors.torch import load_file
-
-            file = folder / "strategy.safetensors"
-            tensors = load_file(file) if file.exists() else {}
-            self.strategy.load_state_dict(tensors, json.loads(values.read_text()))
+        file = folder / "strategy.safetensors"
+        tensors = load_file(file) if file.exists() else {}
+        self.strategy.load_state_dict(tensors, json.loads((folder / "strategy.json").read_text()))
 
     def _learn(self, index: int, context: Context) -> None:
         stage, name, strategy = self.stages[index], self.names[index], self.strategy
@@ -140,8 +137,6 @@ class _Run:
             seconds["evaluate"] = time.perf_counter() - started
             write_json(folder / "metrics.json", {"stage": stage.name, "scores": scores, "seconds": seconds})
             self._save_state(folder)
-        if index:
-            self.directory.forget_state(self.names[index - 1])
         mean = sum(scores[t.name] for t in stage.tasks) / len(stage.tasks)
         self.progress.say(
             f"  {self.config.title}: learned {stage.name} ({index + 1}/{len(self.stages)}), "

@@ -80,14 +80,6 @@ class Attribution(Strategy):
             return
         prior = apply_control(self.prior, self.options.control, seed=context.seed)
         self._protection = build_mechanism(self.options.mechanism, prior, weights_of(context.model, prior))
-        write_json(
-            context.folder / "protection.json",
-            {
-                **self._protection.summary(),
-                "mechanism": self.options.mechanism.model_dump(),
-                "control": self.options.control,
-            },
-        )
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
         """Hold the weights from the first step on."""
@@ -95,6 +87,9 @@ class Attribution(Strategy):
 
     def end(self, context: Context, stage: Stage) -> None:
         """Compute this task's prior and join it with the earlier ones (eq. 12)."""
+        if self._protection is not None:
+            choice = {"mechanism": self.options.mechanism.model_dump(), "control": self.options.control}
+            write_json(context.folder / "protection.json", {**self._protection.summary(), **choice})
         self._protection = None
         model = context.model
         (task,) = stage.tasks

@@ -51,8 +51,6 @@ class Ewc(Strategy):
             self._penalty = Penalty(
                 self.fisher, strength=self.options.strength, reference=weights_of(context.model, self.fisher)
             )
-            summary = {**self._penalty.summary(), "mechanism": {"name": "penalty"}, "control": "none"}
-            write_json(context.folder / "protection.json", summary)
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
         """Add the penalty's gradient once per optimizer step."""
@@ -60,6 +58,9 @@ class Ewc(Strategy):
 
     def end(self, context: Context, stage: Stage) -> None:
         """Estimate this task's Fisher and add it to the sum."""
+        if self._penalty is not None:
+            choice = {"mechanism": {"name": "penalty", "strength": self.options.strength}, "control": "none"}
+            write_json(context.folder / "protection.json", {**self._penalty.summary(), **choice})
         self._penalty = None
         (task,) = stage.tasks
         rows = context.encoder.many(task.train)

@@ -192,7 +192,6 @@ def _arguments(options: TrainingOptions, folder: Path, seed: int, encoder_decode
         "optim": names[options.optimizer],
         "bf16": options.precision == "bf16",
         "fp16": options.precision == "fp16",
-        "gradient_checkpointing": options.gradient_checkpointing,
         "logging_steps": options.log_steps,
         "report_to": list(options.report_to) or "none",
         "save_strategy": "steps",

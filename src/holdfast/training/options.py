@@ -29,4 +29,3 @@ class TrainingOptions(Options):
     checkpoint_steps: int = Field(500, ge=1, description="save what a resume needs every n steps of a task")
     log_steps: int = Field(10, ge=1)
     report_to: tuple[str, ...] = Field((), description="logging integrations of transformers, such as wandb")
-    gradient_checkpointing: bool = False

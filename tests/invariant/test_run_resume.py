@@ -1,0 +1,209 @@
+"""A run that is killed and started again ends as one that never was."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from holdfast.config import validate
+from holdfast.errors import RunDirectoryError
+from holdfast.progress import Progress
+from holdfast.runner import RunConfig, run
+
+FISHER = {
+    "name": "attribution",
+    "importance": {"name": "fisher", "samples": 8},
+    "mechanism": {"name": "anchor", "strength": 100.0},
+}
+
+
+def config_of(values: dict[str, Any]) -> RunConfig:
+    return validate(RunConfig, values, source="test")
+
+
+def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], list[Any], list[str]]:
+    last = sorted((folder / "tasks").glob("03-*"))[0]
+    metrics = json.loads((folder / "metrics.json").read_text())
+    predictions = [p.read_text() for p in sorted(last.glob("predictions/*.jsonl"))]
+    weights = next((last / "model").glob("*.safetensors"))
+    return load_file(weights), metrics["matrix"], predictions
+
+
+def assert_same_outcome(a: Path, b: Path) -> None:
+    weights_a, matrix_a, predictions_a = outcome(a)
+    weights_b, matrix_b, predictions_b = outcome(b)
+    assert matrix_a == matrix_b
+    assert predictions_a == predictions_b
+    assert weights_a.keys() == weights_b.keys()
+    for name, tensor in weights_a.items():
+        assert torch.equal(tensor, weights_b[name]), name
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the code under test may catch it."""
+
+
+def kill_when(monkeypatch: pytest.MonkeyPatch, target: str, call: int) -> None:
+    """Make the n-th call of a function die before it does anything."""
+    module, name = target.rsplit(".", 1)
+    owner = os if module == "os" else __import__(module, fromlist=[name])
+    original, calls = getattr(owner, name), [0]
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == call:
+            raise Killed
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, dying)
+
+
+@pytest.mark.parametrize(
+    ("where", "call"),
+    [
+        ("holdfast.runner.run.evaluate_task", 2),  # in the zero-shot row
+        ("holdfast.training.loop.completion_loss", 13),  # in task 2, after its first checkpoint
+        ("holdfast.strategies.attribution.compute_prior", 2),  # task 2 trained, its prior not yet made
+        ("holdfast.runner.run.evaluate_task", 11),  # in the row of task 3
+        ("os.rename", 3),  # everything written, not committed
+    ],
+)
+def test_killed_run_ends_bit_identical(
+    where: str, call: int, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = {"epochs": 2, "batch_size": 8, "learning_rate": 3e-3, "log_steps": 2, "checkpoint_steps": 3}
+    whole = config_of(tiny(tmp_path / "whole", strategy=FISHER, training=training))
+    broken = config_of(tiny(tmp_path / "broken", strategy=FISHER, training=training))
+    run(whole)
+    with monkeypatch.context() as patch:
+        kill_when(patch, where, call)
+        with pytest.raises(Killed):
+            run(broken)
+    assert not (tmp_path / "broken" / "tasks" / "03-head").exists()
+    run(broken)
+    assert_same_outcome(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_lora_with_dropout_killed_inside_a_task_ends_bit_identical(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sections = {
+        "model": {"toy": True, "hidden": 32, "layers": 2, "lora": {"r": 4, "dropout": 0.1}},
+        "training": {"epochs": 2, "batch_size": 8, "learning_rate": 3e-3, "checkpoint_steps": 3},
+    }
+    run(config_of(tiny(tmp_path / "whole", **sections)))
+    broken = config_of(tiny(tmp_path / "broken", **sections))
+    with monkeypatch.context() as patch:
+        kill_when(patch, "holdfast.training.loop.completion_loss", 13)
+        with pytest.raises(Killed):
+            run(broken)
+    assert list((tmp_path / "broken" / "tasks").glob("02-*.partial/checkpoints/checkpoint-3"))
+    run(broken)
+    assert_same_outcome(tmp_path / "whole", tmp_path / "broken")
+
+
+@pytest.mark.slow
+def test_kill_9_from_outside_ends_bit_identical(tiny: Any, tmp_path: Path) -> None:
+    training = {"epochs": 6, "batch_size": 8, "learning_rate": 3e-3, "checkpoint_steps": 5}
+    whole = tiny(tmp_path / "whole", strategy=FISHER, training=training)
+    run(config_of(whole))
+    file = tmp_path / "broken.yaml"
+    file.write_text(yaml.safe_dump({**whole, "output": str(tmp_path / "broken")}))
+    command = [sys.executable, "-m", "holdfast", "run", str(file)]
+    kills = 0
+    for _ in range(12):  # each attempt lives a little longer, so kills fall everywhere
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(timeout=9 + 1.5 * kills)
+            break
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
+    else:
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert kills >= 1, "the run was too fast to be killed: this test showed nothing"
+    assert_same_outcome(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_torn_file_is_named_and_its_stage_redone(tiny: Any, tmp_path: Path) -> None:
+    config = config_of(tiny(tmp_path / "r", strategy=FISHER))
+    run(config)
+    before = outcome(tmp_path / "r")
+    weights = next((tmp_path / "r" / "tasks" / "02-flip" / "model").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+    said: list[str] = []
+    progress = Progress(quiet=True)
+    progress.say = said.append  # type: ignore[method-assign]
+    run(config, progress)
+    assert any("02-flip" in line and "torn" in line for line in said)
+    after = outcome(tmp_path / "r")
+    assert before[1] == after[1]
+    assert all(torch.equal(t, after[0][n]) for n, t in before[0].items())
+
+
+def test_torn_checkpoint_is_not_trusted(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = {"epochs": 2, "batch_size": 8, "learning_rate": 3e-3, "checkpoint_steps": 3}
+    run(config_of(tiny(tmp_path / "whole", training=training)))
+    broken = config_of(tiny(tmp_path / "broken", training=training))
+    with monkeypatch.context() as patch:
+        kill_when(patch, "holdfast.training.loop.completion_loss", 15)
+        with pytest.raises(Killed):
+            run(broken)
+    checkpoints = sorted((tmp_path / "broken" / "tasks").glob("02-*.partial/checkpoints/checkpoint-*"))
+    optimizer = checkpoints[-1] / "optimizer.pt"
+    optimizer.write_bytes(optimizer.read_bytes()[:-10])
+    run(broken)
+    assert_same_outcome(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_second_run_in_the_same_directory_is_refused(tiny: Any, tmp_path: Path) -> None:
+    from holdfast.runner.directory import RunDirectory
+
+    config = config_of(tiny(tmp_path / "r"))
+    with (
+        RunDirectory.open(config, {}),
+        pytest.raises(RunDirectoryError, match=rf"another run is working here \(process {os.getpid()}\)"),
+    ):
+        run(config)
+
+
+def test_other_configuration_in_the_same_directory_is_refused(tiny: Any, tmp_path: Path) -> None:
+    run(config_of(tiny(tmp_path / "r")))
+    with pytest.raises(RunDirectoryError, match=r"different: seed \(0 there, 1 here\)"):
+        run(config_of(tiny(tmp_path / "r", seed=1)))
+
+
+def test_foreign_folder_is_refused_and_untouched(tiny: Any, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(RunDirectoryError, match="not empty and not a run directory"):
+        run(config_of(tiny(tmp_path)))
+    assert (tmp_path / "thesis.tex").read_text() == "mine"
+
+
+def test_finished_run_started_again_trains_nothing(tiny: Any, tmp_path: Path) -> None:
+    config = config_of(tiny(tmp_path / "r"))
+    first = run(config)
+    started = time.perf_counter()
+    assert run(config) == first
+    assert time.perf_counter() - started < 5.0
+
+
+def test_seeds_reproduce_and_differ(tiny: Any, tmp_path: Path) -> None:
+    run(config_of(tiny(tmp_path / "a")))
+    run(config_of(tiny(tmp_path / "b")))
+    run(config_of(tiny(tmp_path / "c", seed=1)))
+    assert_same_outcome(tmp_path / "a", tmp_path / "b")
+    a, c = outcome(tmp_path / "a")[0], outcome(tmp_path / "c")[0]
+    assert any(not torch.equal(a[name], c[name]) for name in a)
