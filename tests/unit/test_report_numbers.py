@@ -96,6 +96,15 @@ def test_headline_of_an_unfinished_run_tells_how_far_it_got(run):
     assert said == "gate has learned 2 of 4 tasks so far, at 68 % on average on those."
 
 
+def test_headline_of_several_unfinished_runs_takes_the_furthest(run):
+    full = stream_matrix(90, 0.5)
+    runs = [
+        run(name, matrix=[*full[: seen + 1], *[[None] * 4] * (4 - seen)], finished=False)
+        for name, seen in (("near", 1), ("far", 3))
+    ]
+    assert sentence(*runs).startswith("No run has finished yet: far has learned 3 of 4 tasks so far")
+
+
 def test_headline_of_the_upper_bound_alone(run):
     joint = run("joint", "multitask", matrix=[[0.0, 0.0], [None, None], [96.0, 98.0]], tasks="ab")
     assert sentence(joint) == "joint learns all 2 tasks at once and reaches 97 %."

@@ -126,6 +126,17 @@ def test_an_unfinished_run_is_shown_and_marked(tmp_path, page):
     assert len(figures["matrix-0-0"]["data"][0]["z"]) == 3  # rows that it reached
 
 
+def test_a_stage_that_was_not_measured_makes_no_empty_first_row(tmp_path, page):
+    matrix = [[None] * 4, *stream_matrix(90, 0.5)[1:]]
+    _, figures, _ = page(write_run(tmp_path / "r", "x", matrix=matrix))
+    figure = figures["matrix-0-0"]
+    assert figure["layout"]["yaxis"]["ticktext"][0] == "+ copy"
+    assert [(s["x0"] + s["x1"], s["y0"] + s["y1"]) for s in figure["layout"]["shapes"]][:2] == [
+        (0, 0),
+        (2, 2),
+    ]
+
+
 def test_the_upper_bound_is_a_level_not_a_curve(tmp_path, page):
     _, figures, _ = page(write_run(tmp_path / "j", "joint", "multitask", matrix=JOINT))
     assert figures["curve-0-0"]["data"][0]["y"] == [97.0, 97.0]

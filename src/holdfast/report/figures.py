@@ -102,7 +102,10 @@ def matrix(rows: Matrix, tasks: Sequence[str], joint: bool) -> Json:
     import plotly.graph_objects as go
 
     measured = [j for j, row in enumerate(rows) if any(a is not None for a in row)]
-    stages = measured if joint else list(range(max(measured, default=0) + 1))  # an unfinished run stops early
+    first, last = min(measured, default=0), max(measured, default=0)
+    if not joint:  # no zero-shot row when it was not measured, and an unfinished run stops early
+        measured = list(range(min(first, 1), last + 1))
+    stages = measured
     z = [rows[j] for j in stages]
     names = ["before training", *(f"after {name}" for name in tasks)]
     short = ["before", *(f"+ {text(name, 16)}" for name in tasks)]
@@ -165,7 +168,7 @@ def task_curve(task: int, runs: Sequence[tuple[RunRecord, Json]]) -> Json | None
             mode="lines" if run.joint else "lines+markers",
             line={"color": style["colour"], "dash": style["dash"], "width": 1.6 if run.joint else 2.2},
             marker={"symbol": style["symbol"], "size": 7}, connectgaps=True,
-            hovertemplate="%{customdata}: %{y:.1f} %",
+            hovertemplate="<b>%{fullData.name}</b><br>%{customdata}: %{y:.1f} %<extra></extra>",
         )  # fmt: skip
     if not any(a is not None for trace in figure.data for a in trace.y):
         return None
@@ -191,7 +194,7 @@ def loss_curve(name: str, runs: Sequence[tuple[RunRecord, Json]]) -> Json | None
                 x=[step for step, _ in points], y=[loss for _, loss in points], name=text(run.name, 28),
                 mode="lines" if len(points) > 1 else "markers",
                 line={"color": style["colour"], "dash": style["dash"], "width": 1.8},
-                hovertemplate="step %{x}: %{y:.3g}",
+                hovertemplate="<b>%{fullData.name}</b><br>step %{x}: %{y:.3g}<extra></extra>",
             )  # fmt: skip
     if not figure.data:
         return None

@@ -19,7 +19,11 @@ def headline(groups: Sequence[Group], attributions: Sequence[AttributionRecord] 
     if plain or others:
         return _describe(max(done, key=_ap), len(done))
     if groups:
-        return _so_far(groups[0])
+        furthest = max(groups, key=lambda group: group.runs[0].seen)
+        waiting = (
+            "No run has finished yet: " if len(groups) > 1 and not any(g.finished for g in groups) else ""
+        )
+        return waiting + _so_far(furthest)
     curves = [a.faithfulness for a in attributions if a.faithfulness]
     if curves:
         return faithfulness_sentence(curves[0])

@@ -41,23 +41,31 @@
 
   // One tooltip for all explained words: shown on hover, on focus and on touch.
   const bubble = document.getElementById("bubble");
-  const explain = (event) => {
-    const word = event.currentTarget;
-    bubble.textContent = word.dataset.tip;
-    bubble.hidden = false;
-    const at = word.getBoundingClientRect();
+  let explained = null;
+  const place = () => {
+    if (!explained) return;
+    const at = explained.getBoundingClientRect();
     const left = Math.min(at.left, document.documentElement.clientWidth - bubble.offsetWidth - 12);
     bubble.style.left = `${Math.max(12, left)}px`;
     bubble.style.top = `${at.bottom + 8}px`;
   };
-  const hush = () => { bubble.hidden = true; };
+  const explain = (event) => {
+    explained = event.currentTarget;
+    bubble.textContent = explained.dataset.tip;
+    bubble.hidden = false;
+    place();
+  };
+  const hush = () => {
+    explained = null;
+    bubble.hidden = true;
+  };
   document.querySelectorAll("[data-tip]").forEach((word) => {
     word.addEventListener("pointerenter", explain);
     word.addEventListener("focus", explain);
     word.addEventListener("pointerleave", hush);
     word.addEventListener("blur", hush);
   });
-  addEventListener("scroll", hush, { passive: true, capture: true });
+  addEventListener("scroll", place, { passive: true, capture: true });
 
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
   drawAll();

@@ -123,7 +123,7 @@ def faithfulness(curves: Faithfulness) -> Json:
         figure.add_scatter(
             x=steps, y=values, name=text(who), mode="lines+markers", connectgaps=True,
             line=looks.get(who, {"color": "var(--run-2)", "width": 2}), marker={"size": 7},
-            hovertemplate="%{y:.1f} %",
+            hovertemplate="<b>%{fullData.name}</b>: %{y:.1f} %<extra></extra>",
         )  # fmt: skip
     frame(figure, height=260, left=40, top=8, bottom=44)
     figure.update_layout(
