@@ -17,7 +17,7 @@ class TrainingOptions(Options):
     batch_size: int = Field(16, ge=1)
     gradient_accumulation: int = Field(1, ge=1)
     learning_rate: float = Field(1e-3, gt=0)
-    scheduler: Literal["constant", "linear", "cosine", "constant_with_warmup"] = "constant"
+    scheduler: Literal["linear", "constant", "cosine", "constant_with_warmup"] = "linear"
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, ge=0, description="0 turns clipping off")
