@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 # Of |sum of R - Z|, relative to |Z|, or to the relevance booked on the way where that is larger: terms that
-# cancel bring their rounding errors along. Measured on eleven random models and a trained one, in all modes,
-# relative to |Z|: float64 up to 1e-10; float32 8e-4, but 4e-2 on T5, which has unscaled scores, with `paper`
-# (it divides by small scores); bfloat16 2e-2 with `attnlrp`. Relative to the larger one all are within these.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
+# cancel bring their rounding errors along. Worst measured over twelve random models in all modes: float64
+# 7e-15, float32 2e-6, bfloat16 2e-2 with `attnlrp` (with `paper`, which divides by small scores, 1e-1).
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 
 
 def relevance(value: Tensor, lam: Tensor) -> float:
@@ -96,4 +95,4 @@ class Ledger:
     def conserved(self, dtype: torch.dtype, *, weights_share: bool) -> bool:
         """Whether the leak is within what rounding in `dtype` explains; NaN is not."""
         scale = max(abs(self.target), self.gross)
-        return self.leak(weights_share=weights_share) <= TOLERANCE.get(dtype, 1e-3) * scale
+        return self.leak(weights_share=weights_share) <= TOLERANCE.get(dtype, 5e-2) * scale

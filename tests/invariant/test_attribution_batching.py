@@ -1,0 +1,86 @@
+"""A sample's map depends on the sample alone: not on its batch, its padding, or the number of passes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from attribution_models import ROWS, Keep, build, lora
+from holdfast.attribution import AttributionOptions, attribute_batches, per_sample_gradients
+from holdfast.importance.aggregate import TopKMean
+
+
+def maps(model, *, gradients: bool = False, **arguments) -> dict[str, torch.Tensor]:
+    fold = Keep()
+    if gradients:
+        per_sample_gradients(model, ROWS, fold=fold, pad_id=0, **arguments)
+    else:
+        rules = AttributionOptions(rules=arguments.pop("rules", "attnlrp"))
+        attribute_batches(model, ROWS, options=rules, fold=fold, pad_id=0, correct_only=False, **arguments)
+    return fold.maps
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert set(one) == set(other)
+    floor = 1e-3 * max(float(value.abs().max()) for value in one.values())  # a key's bias gets rounding only
+    for name, value in one.items():
+        scale = max(float(value.abs().max()), floor)
+        assert (other[name] - value).abs().max() <= 1e-12 * scale, name
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "gpt_neox", "opt", "t5"])
+@pytest.mark.parametrize("rules", ["paper", "attnlrp"])
+def test_maps_do_not_depend_on_batch_size_or_padding_side(name: str, rules: str) -> None:
+    model = build(name)
+    alone = maps(model, rules=rules, batch_size=1)
+    assert all(len(value) == len(ROWS) for value in alone.values())
+    for size in (2, 3, 4):
+        for side in ("left", "right"):
+            assert_same(alone, maps(model, rules=rules, batch_size=size, padding_side=side))
+
+
+def test_plain_gradients_do_not_depend_on_batch_size_or_padding_side() -> None:
+    model = build("llama")
+    alone = maps(model, gradients=True, batch_size=1)
+    assert_same(alone, maps(model, gradients=True, batch_size=3))
+    assert_same(alone, maps(model, gradients=True, batch_size=4, padding_side="right"))
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_memory_budget_makes_more_passes_with_the_same_result(adapters: bool) -> None:
+    model = build("llama")
+    if adapters:
+        model = lora(model, ["q_proj", "down_proj"])
+    results, passes = [], []
+    for budget in (None, 40_000, 1):
+        fold = TopKMean(2)
+        report = attribute_batches(
+            model, ROWS, fold=fold, pad_id=0, correct_only=False, batch_size=2, memory_budget=budget
+        )
+        results.append(fold.result())
+        passes.append(report.passes)
+        assert (report.samples_seen, report.samples_used) == (4, 4)
+    assert passes[0] == 1
+    assert passes[-1] == len(results[0])
+    for other in results[1:]:
+        assert set(other) == set(results[0])
+        assert all(torch.equal(other[name], value) for name, value in results[0].items())
+
+
+def test_max_samples_counts_used_samples_and_stops() -> None:
+    model, fold = build("llama"), Keep()
+    report = attribute_batches(
+        model, ROWS * 2, fold=fold, pad_id=0, correct_only=False, batch_size=2, max_samples=3
+    )
+    assert (report.samples_seen, report.samples_used) == (4, 3)
+    whole = maps(model)
+    assert_same({name: value[:3] for name, value in whole.items()}, fold.maps)
+
+
+def test_a_weight_used_twice_gets_the_sum_of_both_uses_as_one_map() -> None:
+    model = build("llama")
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    fold = Keep()
+    report = attribute_batches(model, ROWS, fold=fold, pad_id=0, correct_only=False)
+    assert report.conservation_max_relative_error < 1e-9
+    assert len(fold.maps["model.layers.0.mlp.up_proj.weight"]) == len(ROWS)
