@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +29,40 @@ def _for_model(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.to(device) for k, v in batch.items()}
 
 
+@contextmanager
+def _plain_greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Iterator[None]:
+    """Put the model's own generation settings aside.
+
+    Passing a configuration to ``model.generate`` is not enough: what it leaves open (repetition penalty,
+    suppressed tokens ...) is filled in from the model's own.
+    """
+    from transformers import GenerationConfig
+
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    holders = [m for m in {id(m): m for m in (model, inner)}.values() if "generation_config" in vars(m)]
+    own = [m.generation_config for m in holders]
+    start = getattr(inner.generation_config, "decoder_start_token_id", None)
+    plain = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        decoder_start_token_id=start
+        if start is not None
+        else getattr(inner.config, "decoder_start_token_id", None),
+    )
+    try:
+        for holder in holders:
+            holder.generation_config = plain
+        yield
+    finally:
+        for holder, config in zip(holders, own, strict=True):
+            holder.generation_config = config
+
+
 @torch.no_grad()
 def generate(
     model: Any,
@@ -43,19 +78,7 @@ def generate(
     The key-value cache is used, nothing is sampled, and the model's own generation settings (sampling,
     penalties) are put aside: the same weights always give the same answers.
     """
-    from transformers import GenerationConfig
-
     encoder_decoder = is_encoder_decoder(model)
-    config = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        use_cache=True,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
-    )
     answers = [""] * len(rows)
     model.eval()
     done = 0
@@ -65,7 +88,8 @@ def generate(
         )
         batch.pop("position_ids", None)  # generate() derives them from the mask
         batch = _for_model(model, batch)
-        output = model.generate(**batch, generation_config=config)
+        with _plain_greedy(model, tokenizer, max_new_tokens):
+            output = model.generate(**batch)
         start = 0 if encoder_decoder else batch["input_ids"].shape[1]
         for index, ids in zip(indices, output[:, start:].tolist(), strict=True):
             answers[index] = tokenizer.decode(ids, skip_special_tokens=True).strip()
