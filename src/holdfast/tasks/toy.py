@@ -72,6 +72,12 @@ def _half_with(predicate: Callable[[str], bool]) -> Draw:
     return draw
 
 
+def _distinct(rng: random.Random, size: int) -> str:
+    """Strings of different letters, as far as there are enough."""
+    letters = rng.sample(LETTERS, k=min(size, len(LETTERS)))
+    return "".join(letters) + _any(rng, size - len(letters))
+
+
 def _keyed(rng: random.Random, size: int) -> str:
     """Strings with one letter a, not at the end."""
     letters = rng.choices(LETTERS[1:], k=size)
@@ -102,7 +108,7 @@ def _flip(letters: str) -> str:
     return letters[::-1]
 
 
-@toy_task("sort", "the letters in alphabetical order")
+@toy_task("sort", "the letters in alphabetical order", _distinct)
 def _sort(letters: str) -> str:
     return "".join(sorted(letters))
 
