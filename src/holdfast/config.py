@@ -140,6 +140,8 @@ def _explain(item: Any, section: type[Options]) -> str:
         return f"  {where}: unknown key.{hint}{allowed}"
     if item["type"] == "missing":
         return f"  {where}: required, but not given."
+    if item["type"] == "union_tag_not_found":
+        return f"  {where}: which one? Give its name ({item['ctx']['discriminator']}: ...)."
     got = repr(item.get("input"))
     got = got if len(got) <= 80 else got[:77] + "..."
     return f"  {where}: {item['msg'].removeprefix('Value error, ')} (got {got})"

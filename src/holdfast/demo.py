@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,36 @@ from holdfast.progress import Progress
 from holdfast.report import write_report
 from holdfast.runner import RunConfig, run
 from holdfast.runner.table import metrics_table
-from holdfast.tasks import BASE_TASKS, STREAM_TASKS
+from holdfast.tasks.toy import BASE_TASKS, BASE_TRAINING, SIZE, STREAM_TASKS, STREAM_TRAINING, ToyTraining
+
+
+def _loop(training: ToyTraining) -> dict[str, Any]:
+    return {key: value for key, value in asdict(training).items() if key != "train_rows"}
+
 
 BASE: dict[str, Any] = {
     "label": "base",
-    "model": {"toy": True, "hidden": 128, "layers": 4},
-    "tasks": {"source": "toy", "order": list(BASE_TASKS), "train_rows": 1500, "test_rows": 50},
-    "training": {"epochs": 4, "batch_size": 32, "learning_rate": 1e-3},
+    "model": {"toy": True, "hidden": 128, "layers": 4, "trainable": "all"},
+    "tasks": {
+        "source": "toy",
+        "order": list(BASE_TASKS),
+        "size": SIZE,
+        "train_rows": BASE_TRAINING.train_rows,
+        "test_rows": 50,
+    },
+    "training": _loop(BASE_TRAINING),
     "strategy": "multitask",
+    "evaluation": {"zero_shot": False},
 }
 STREAM: dict[str, Any] = {
-    "tasks": {"source": "toy", "order": list(STREAM_TASKS), "train_rows": 1000, "test_rows": 100},
-    "training": {"epochs": 4, "batch_size": 32, "learning_rate": 1e-3},
+    "tasks": {
+        "source": "toy",
+        "order": list(STREAM_TASKS),
+        "size": SIZE,
+        "train_rows": STREAM_TRAINING.train_rows,
+        "test_rows": 100,
+    },
+    "training": _loop(STREAM_TRAINING),
 }
 WAYS: dict[str, Any] = {
     "sequential": {"name": "sequential"},

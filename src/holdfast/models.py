@@ -144,6 +144,7 @@ def tiny_llama(
         num_attention_heads=heads,
         num_key_value_heads=heads,
         max_position_embeddings=512,
+        initializer_range=hidden**-0.5,  # at transformers' 0.02 so small a model takes twice the steps
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -45,6 +45,14 @@ class AttributionStrategyOptions(Options):
     initial_prior: str | None = Field(
         None, description="folder of a prior made by `holdfast attribute`: protect what the base model knows"
     )
+
+    @field_validator("importance", "mechanism", mode="before")
+    @classmethod
+    def _of_the_default(cls, value: Any, info: ValidationInfo) -> Any:
+        """Options without a name (``mechanism: {strength: 100}``) are those of the default choice."""
+        if isinstance(value, Mapping) and "name" not in value:
+            return {"name": {"importance": "lrp", "mechanism": "anchor"}[str(info.field_name)], **value}
+        return value
 
 
 @register
