@@ -58,7 +58,7 @@ def atomic_write(*paths: str | os.PathLike[str]) -> Iterator[Any]:
         for path in temporary:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
-        if not _is_disk_error(error):
+        if not is_disk_error(error):
             raise
         names = ", ".join(str(target) for target in targets)
         raise StorageError(
@@ -72,8 +72,10 @@ def atomic_write(*paths: str | os.PathLike[str]) -> Iterator[Any]:
         raise
 
 
-def _is_disk_error(error: Exception) -> bool:
-    # safetensors wraps the operating system's error in its own class
+def is_disk_error(error: Exception) -> bool:
+    """Whether writing failed below Python: safetensors and torch wrap the system's error in their own."""
+    if isinstance(error, RuntimeError):  # torch.save; all other errors of torch are of this class too
+        return any(text in str(error) for text in ("PytorchStreamWriter", "inline_container"))
     return isinstance(error, OSError) or type(error).__name__ == "SafetensorError"
 
 
