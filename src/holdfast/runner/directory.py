@@ -15,7 +15,7 @@ import yaml
 
 from holdfast.errors import RunDirectoryError, StorageError
 from holdfast.runner.config import RunConfig
-from holdfast.storage import sha256, write_json, write_text
+from holdfast.storage import is_disk_error, sha256, write_json, write_text
 
 PARTIAL = ".partial"
 MANIFEST = "manifest.json"
@@ -87,14 +87,15 @@ class RunDirectory:
         if path.exists():
             theirs = yaml.safe_load(path.read_text())
             different = sorted(_differences(mine, theirs))
-            if different:
+            if different and self._has_begun():
                 raise RunDirectoryError(
                     f"{self.path}: holds a run with another configuration; different: "
                     f"{', '.join(different)}. Give this run its own directory with output=DIR, or delete the "
                     "old one."
                 )
-            return
-        ours = {"run.lock", "environment.json"}  # a kill can leave these without a config.yaml
+            if not different:
+                return
+        ours = {"run.lock", "environment.json", "config.yaml"}  # what a run leaves that never began
         strangers = [p.name for p in self.path.iterdir() if p.name not in ours and p.name[0] != "."]
         if strangers:
             raise RunDirectoryError(
@@ -103,6 +104,10 @@ class RunDirectory:
             )
         write_json(self.path / "environment.json", environment)
         write_text(path, yaml.safe_dump(mine, sort_keys=False, allow_unicode=True))
+
+    def _has_begun(self) -> bool:
+        """Whether any stage was begun: before that a corrected configuration may take the folder over."""
+        return any((self.path / name).exists() for name in ("tasks", "zero_shot", "zero_shot" + PARTIAL))
 
     def completed(self, stages: list[str]) -> int:
         """How many of the leading stages are on disk and intact.
@@ -146,7 +151,9 @@ class RunDirectory:
                     os.fsync(handle.fileno())
             write_json(partial / MANIFEST, {str(p.relative_to(partial)): sha256(p) for p in files})
             os.rename(partial, self.path / name)  # the commit
-        except OSError as error:
+        except Exception as error:
+            if not is_disk_error(error):
+                raise
             raise StorageError(
                 f"{partial}: could not be written ({error}). Finished stages are untouched; free some space "
                 "and run the same command again to continue."
