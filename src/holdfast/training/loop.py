@@ -96,7 +96,8 @@ class _Bridge:
             penalty = self.interventions.penalty(model, batch, outputs)
             if penalty is not None:
                 # one whole penalty an optimizer step, however many micro-batches it has
-                share = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1  # type: ignore[attr-defined]
+                whole = self.model_accepts_loss_kwargs and num_items_in_batch is not None  # type: ignore[attr-defined]
+                share = self.current_gradient_accumulation_steps if whole else 1  # type: ignore[attr-defined]
                 loss = loss + penalty / share
         if not torch.isfinite(loss):
             self._stop_diverged(float(loss.detach()), batch)
@@ -284,7 +285,8 @@ def train(
         )
         trainer.interventions = steps.interventions
         trainer.bad_batch = folder.parent / "bad_batch.safetensors"
-        trainer.model_accepts_loss_kwargs = True  # our loss divides by the step's token count itself
+        if trainer.own_loss:
+            trainer.model_accepts_loss_kwargs = True  # our loss divides by the step's token count itself
         for noisy in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(noisy)
         checkpoint = latest_checkpoint(folder)
@@ -294,6 +296,7 @@ def train(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             steps.release()
+    trainer.bad_batch.unlink(missing_ok=True)  # of an attempt that diverged before this one
     record.steps = trainer.state.global_step
     record.seconds = time.perf_counter() - started
     model.eval()
