@@ -53,7 +53,7 @@ def _told(again: str = "") -> Iterator[None]:
         yield
     except (Interrupted, KeyboardInterrupt) as stop:
         detail = f"{stop} " if str(stop) else "Stopped. "
-        console.print(f"\n{detail}{again}", style="yellow", highlight=False, markup=False)
+        console.print(f"\n{detail}{again}", style="yellow", highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(130) from stop
     except HoldfastError as error:
         console.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
@@ -198,7 +198,7 @@ def report(
         from holdfast.report import write_report
 
         path = write_report(runs, out, title)
-        console.print(f"Report: {path}", highlight=False)
+        console.print(f"Report: {path}", highlight=False, soft_wrap=True)
 
 
 class Listing(StrEnum):
