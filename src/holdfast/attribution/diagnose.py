@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from holdfast.attribution.ledger import Ledger, relevance
-from holdfast.attribution.mode import RuleMode, operation_name
+from holdfast.attribution.mode import RuleMode, in_place, operation_name
 from holdfast.attribution.trace import Scale, Trace, tensors_in, tracked
 
 SHOWN = 3
@@ -30,7 +30,8 @@ class LocalMode(RuleMode):
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         """Apply the rule of one operation between probes."""
         kwargs = kwargs or {}
-        if self.trace.suspended or not any(map(tracked, tensors_in(*args, *kwargs.values()))):
+        unprobed = self.trace.suspended or in_place(operation_name(func))
+        if unprobed or not any(map(tracked, tensors_in(*args, *kwargs.values()))):
             return super().__torch_function__(func, types, args, kwargs)
         ledger = Ledger()
         self.trace.ledger = ledger

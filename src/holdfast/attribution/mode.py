@@ -17,7 +17,7 @@ from holdfast.attribution.rules import RULES, whole_module
 from holdfast.attribution.trace import Trace, tensors_in, tracked
 
 # Needed for relevance and for plain per-sample gradients alike.
-LINEAR_MAPS = frozenset({"linear", "addmm", "matmul", "__matmul__", "mm"})
+LINEAR_MAPS = frozenset({"linear", "addmm", "matmul", "mm"})
 # New tensors that take only shape and type from an activation.
 _FRESH = frozenset(f"{kind}_like" for kind in ("zeros", "ones", "empty", "full")) | {
     f"new_{kind}" for kind in ("zeros", "ones", "empty", "full")
@@ -29,6 +29,11 @@ def operation_name(func: Any) -> str:
     """The plain name of an operation: ``mul`` for torch.mul, Tensor.mul and Tensor.__mul__ alike."""
     name = getattr(func, "__name__", str(func))
     return getattr(func.__self__, "__name__", name) if name == "__get__" else name
+
+
+def in_place(name: str) -> bool:
+    """Whether an operation changes its first argument."""
+    return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
 
 
 class RuleMode(TorchFunctionMode):
@@ -71,7 +76,7 @@ class RuleMode(TorchFunctionMode):
 
     def _without_relevance(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         """Shapes, comparisons, indices: what has no real-valued result carries no relevance."""
-        if (name.endswith("_") and not name.endswith("__")) or name == "__setitem__":
+        if in_place(name):
             raise self.trace.unruled(name, "(it works in place)")
         with torch.no_grad():
             result = func(*args, **kwargs)

@@ -35,10 +35,10 @@ _SHAPE = {
     "transpose",
     "permute",
 }
-_SCALE = {"mul", "div", "__rmul__", "clamp", "clip", "clamp_min", "maximum", "max"}
-_SHIFT = {"add", "add_", "__radd__"}
+_SCALE = {"mul", "div", "clamp", "clip", "clamp_min", "maximum", "max"}
+_SHIFT = {"add", "add_"}
 _ROOT = {"sqrt", "rsqrt", "reciprocal", "__rdiv__"}
-_APPLY = {"mul", "div", "__rmul__"}
+_APPLY = {"mul", "div"}
 
 
 def role_of(value: object) -> Role | None:

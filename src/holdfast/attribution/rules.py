@@ -58,7 +58,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
         "repeat_interleave",
         "tile",
     ),
-    *("roll", "flip", "movedim", "swapaxes", "swapdims", "view_as", "reshape_as", "neg", "__neg__", "sum"),
+    *("roll", "flip", "movedim", "swapaxes", "swapdims", "view_as", "reshape_as", "neg", "sum"),
     *("mean", "cumsum", "tril", "triu", "diagonal", "T", "mT", "t", "broadcast_to", "unfold", "moveaxis"),
 )
 def linear_unchanged(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
@@ -74,7 +74,7 @@ def cast(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
     return x if lowered and output.is_floating_point() else output
 
 
-@rule("add", "add_", "__radd__", "sub", "sub_", "__rsub__", "rsub", "where", "masked_fill", "masked_fill_")
+@rule("add", "add_", "sub", "sub_", "__rsub__", "rsub", "where", "masked_fill", "masked_fill_")
 @rule("cat", "concat", "stack", "hstack", "pad")
 def affine(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
     """Sums: every addend keeps its Lambda; what is added as a constant absorbs its part."""
@@ -83,6 +83,7 @@ def affine(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         return func(*args, **kwargs)
     with torch.no_grad():  # the constant part is the value at zero
         constant = func(*_at_zero(args), **_at_zero(kwargs))
+        constant = constant.clone() if name.endswith("_") else constant  # the operation is yet to change it
     output = func(*args, **kwargs)
     if constant.count_nonzero():
         trace.book(output, lambda ledger, lam: ledger.absorb(name, relevance(constant, lam)))
@@ -114,7 +115,7 @@ def dropout(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
 # ---- products ----------------------------------------------------------------------------------------------
 
 
-@rule("mul", "mul_", "__rmul__", "multiply")
+@rule("mul", "mul_", "multiply")
 def multiply(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
     """A product of two activations halves; a factor without relevance (norm weight) is a constant."""
     if tracked(args[0]) and tracked(args[1]):
@@ -124,7 +125,7 @@ def multiply(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
     return func(*args, **kwargs)
 
 
-@rule("div", "div_", "true_divide", "__truediv__")
+@rule("div", "div_", "true_divide")
 def divide(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
     """Division by a constant is linear."""
     if tracked(args[1]) or kwargs.get("rounding_mode"):
@@ -164,7 +165,7 @@ def addmm(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
     return linear_map(trace, name, x, weight, bias, out_first=False)
 
 
-@rule("matmul", "__matmul__", "mm", "bmm", "baddbmm")
+@rule("matmul", "mm", "bmm", "baddbmm")
 def matmul(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
     """Activation times weight is a linear map; activation times activation is a product."""
     left, right = args[-2:] if name == "baddbmm" else args[:2]
@@ -234,8 +235,8 @@ def silu(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
     return Ruled.apply(lambda x: (F.silu(x), (torch.sigmoid(x),)), lambda lam, ratio: (lam * ratio,), args[0])
 
 
-@rule("gelu", "relu", "relu_", "tanh", "leaky_relu", "elu", "selu", "celu", "hardswish", "mish", "softsign")
-@rule("hardtanh", "relu6", "erf", "clamp", "clip", "tanhshrink", "softshrink", "hardshrink", "logsigmoid_")
+@rule("gelu", "relu", "tanh", "leaky_relu", "elu", "selu", "celu", "hardswish", "mish", "softsign")
+@rule("hardtanh", "relu6", "erf", "clamp", "clip", "tanhshrink", "softshrink", "hardshrink")
 def activation(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
     """R(U) = R(S): Lambda_U = Lambda_S * f(x) / x, and f'(0) at x = 0."""
     x, rest = args[0], args[1:]

@@ -1,0 +1,288 @@
+"""Every rule alone: what goes out of an operation came in, or is booked. A new rule needs an example here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from attribution_models import Keep
+from holdfast.attribution.diagnose import LocalMode
+from holdfast.attribution.ledger import Ledger
+from holdfast.attribution.maps import WeightMaps
+from holdfast.attribution.mode import RuleMode, in_place
+from holdfast.attribution.rules import RULES
+from holdfast.attribution.trace import Trace
+from holdfast.errors import UnruledOperationError
+
+C = torch.linspace(-2, 3, 12, dtype=torch.float64).view(3, 4)
+INDEX = torch.tensor([2, 0])
+W = nn.Parameter(torch.linspace(-1, 1, 8, dtype=torch.float64).view(2, 4), requires_grad=False)
+B = nn.Parameter(torch.tensor([0.3, -0.2], dtype=torch.float64), requires_grad=False)
+# x and y are (3, 4) activations; each example must use the rule it is listed under
+EXAMPLES: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "view": lambda x, y: x.view(4, 3),
+    "reshape": lambda x, y: x.reshape(2, 6),
+    "transpose": lambda x, y: x.transpose(0, 1),
+    "permute": lambda x, y: x.permute(1, 0),
+    "contiguous": lambda x, y: x.contiguous(),
+    "expand": lambda x, y: x.expand(5, 3, 4),
+    "expand_as": lambda x, y: x.expand_as(torch.zeros(2, 3, 4)),
+    "broadcast_to": lambda x, y: torch.broadcast_to(x, (2, 3, 4)),
+    "unsqueeze": lambda x, y: x.unsqueeze(0),
+    "squeeze": lambda x, y: x.squeeze(),
+    "flatten": lambda x, y: x.flatten(),
+    "unflatten": lambda x, y: x.unflatten(1, (2, 2)),
+    "clone": lambda x, y: x.clone(),
+    "chunk": lambda x, y: x.chunk(2, dim=1),
+    "split": lambda x, y: x.split(1),
+    "split_with_sizes": lambda x, y: x.split_with_sizes([1, 2]),
+    "tensor_split": lambda x, y: x.tensor_split(2),
+    "unbind": lambda x, y: x.unbind(0),
+    "narrow": lambda x, y: x.narrow(0, 1, 2),
+    "select": lambda x, y: x.select(0, 1),
+    "__getitem__": lambda x, y: x[..., 1:3],
+    "index_select": lambda x, y: x.index_select(0, INDEX),
+    "gather": lambda x, y: x.gather(0, torch.zeros(1, 4, dtype=torch.long)),
+    "take_along_dim": lambda x, y: torch.take_along_dim(x, torch.zeros(1, 4, dtype=torch.long), 0),
+    "repeat": lambda x, y: x.repeat(2, 1),
+    "repeat_interleave": lambda x, y: x.repeat_interleave(2, dim=0),
+    "tile": lambda x, y: x.tile(2),
+    "roll": lambda x, y: x.roll(1, 0),
+    "flip": lambda x, y: x.flip(0),
+    "movedim": lambda x, y: x.movedim(0, 1),
+    "moveaxis": lambda x, y: x.moveaxis(0, 1),
+    "swapaxes": lambda x, y: x.swapaxes(0, 1),
+    "swapdims": lambda x, y: x.swapdims(0, 1),
+    "view_as": lambda x, y: x.view_as(torch.zeros(4, 3)),
+    "reshape_as": lambda x, y: x.reshape_as(torch.zeros(4, 3)),
+    "neg": lambda x, y: -x,
+    "sum": lambda x, y: x.sum(0),
+    "mean": lambda x, y: x.mean(1),
+    "cumsum": lambda x, y: x.cumsum(0),
+    "tril": lambda x, y: x.tril(),
+    "triu": lambda x, y: x.triu(),
+    "diagonal": lambda x, y: x.diagonal(),
+    "unfold": lambda x, y: x.unfold(1, 2, 1),
+    "T": lambda x, y: x.T,
+    "mT": lambda x, y: x.mT,
+    "t": lambda x, y: x.t(),
+    "to": lambda x, y: x.to(torch.float32),
+    "float": lambda x, y: x.float(),
+    "double": lambda x, y: x.double(),
+    "half": lambda x, y: x.half(),
+    "bfloat16": lambda x, y: x.bfloat16(),
+    "type": lambda x, y: x.type(torch.float32),
+    "type_as": lambda x, y: x.type_as(torch.zeros(1)),
+    "add": lambda x, y: x + C + y + 2,
+    "add_": lambda x, y: (x * 1).add_(C),
+    "sub": lambda x, y: x - C,
+    "sub_": lambda x, y: (x * 1).sub_(3),
+    "__rsub__": lambda x, y: 1 - x,
+    "rsub": lambda x, y: torch.rsub(x, C),
+    "where": lambda x, y: torch.where(C > 0, x, C),
+    "masked_fill": lambda x, y: x.masked_fill(C > 0, 1.5),
+    "masked_fill_": lambda x, y: (x * 1).masked_fill_(C > 0, 1.5),
+    "cat": lambda x, y: torch.cat([x, C, y]),
+    "concat": lambda x, y: torch.concat([x, y]),
+    "stack": lambda x, y: torch.stack([x, C]),
+    "hstack": lambda x, y: torch.hstack([x, C]),
+    "pad": lambda x, y: F.pad(x, (1, 1), value=2.0),
+    "dropout": lambda x, y: F.dropout(x, 0.5, training=False),
+    "mul": lambda x, y: x * y * C * 3,
+    "mul_": lambda x, y: (x * 1).mul_(C),
+    "multiply": lambda x, y: torch.multiply(x, y),
+    "div": lambda x, y: x / C,
+    "div_": lambda x, y: (x * 1).div_(C),
+    "true_divide": lambda x, y: torch.true_divide(x, C),
+    "einsum": lambda x, y: torch.einsum("ij,kj->ik", x, y) + torch.einsum("ij,kj->ik", x, C),
+    "linear": lambda x, y: F.linear(x, W, B),
+    "addmm": lambda x, y: torch.addmm(B[0], x[:, :2], W),
+    "matmul": lambda x, y: x @ y.mT + x @ C.mT + (x[:, :2] @ W) @ C.mT,
+    "mm": lambda x, y: torch.mm(x, y.mT),
+    "bmm": lambda x, y: torch.bmm(x[None], y.mT[None]),
+    "baddbmm": lambda x, y: torch.baddbmm(
+        torch.empty(1, 3, 3).double(), x[None], y.mT[None], beta=0, alpha=2
+    ),
+    "silu": lambda x, y: F.silu(x),
+    "gelu": lambda x, y: F.gelu(x) + F.gelu(x, approximate="tanh"),
+    "relu": lambda x, y: F.relu(x),
+    "tanh": lambda x, y: torch.tanh(x),
+    "leaky_relu": lambda x, y: F.leaky_relu(x),
+    "elu": lambda x, y: F.elu(x),
+    "selu": lambda x, y: F.selu(x),
+    "celu": lambda x, y: F.celu(x),
+    "hardswish": lambda x, y: F.hardswish(x),
+    "mish": lambda x, y: F.mish(x),
+    "softsign": lambda x, y: F.softsign(x),
+    "hardtanh": lambda x, y: F.hardtanh(x),
+    "relu6": lambda x, y: F.relu6(x),
+    "erf": lambda x, y: torch.erf(x),
+    "clamp": lambda x, y: x.clamp(-1, 1),
+    "clip": lambda x, y: x.clip(-1, 1),
+    "tanhshrink": lambda x, y: F.tanhshrink(x),
+    "softshrink": lambda x, y: F.softshrink(x),
+    "hardshrink": lambda x, y: F.hardshrink(x),
+    "softmax": lambda x, y: F.softmax(x, dim=0) + torch.softmax(y, -1),
+    "layer_norm": lambda x, y: F.layer_norm(x, (4,), C[0], C[1]),
+    "rms_norm": lambda x, y: F.rms_norm(x, (4,), C[0]),
+    "scaled_dot_product_attention": lambda x, y: F.scaled_dot_product_attention(
+        x.view(1, 2, 3, 2), y.view(1, 2, 3, 2)[:, :1], y.view(1, 2, 3, 2)[:, 1:], C[:, :3], enable_gqa=True
+    ),
+}
+
+
+def run(function: Callable[[Tensor, Tensor], Any], rules: Any = "paper", path: float = 0.5) -> LocalMode:
+    """One example between probes; the output gets a random Lambda."""
+    torch.manual_seed(0)
+    model = nn.ParameterList([W, B])
+    maps = WeightMaps(model, {}, Keep(), path)
+    maps.begin_batch(3, {1})
+    x, y = (torch.randn(3, 4, dtype=torch.float64).requires_grad_() for _ in range(2))
+    with LocalMode(Trace(rules, path, maps, None, {})) as mode:
+        outputs = function(x, y)
+    outputs = outputs if isinstance(outputs, tuple | list) else [outputs]
+    torch.autograd.backward(list(outputs), [torch.randn_like(o) for o in outputs])
+    return mode
+
+
+def test_every_rule_has_an_example() -> None:
+    assert set(EXAMPLES) == set(RULES)
+
+
+@pytest.mark.parametrize("path", [0.5, 1.0])
+@pytest.mark.parametrize("rules", ["paper", "attnlrp"])
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if not in_place(name)])
+def test_a_rule_conserves_relevance(name: str, rules: str, path: float) -> None:
+    mode = run(EXAMPLES[name], rules, path)
+    assert name in {operation for operation, _, _ in mode.entries}
+    for operation, _, ledger in mode.entries:
+        leak = ledger.leak(weights_share=path == 0.5)
+        assert leak <= 1e-11 * max(1.0, ledger.gross, abs(ledger.target)), operation
+
+
+@pytest.mark.parametrize("name", list(filter(in_place, EXAMPLES)))
+def test_an_operation_in_place_conserves_relevance(name: str) -> None:
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    ledger, maps = Ledger(), WeightMaps(nn.ParameterList([W]), {}, Keep(), 0.5)
+    with RuleMode(Trace("paper", 0.5, maps, ledger, {})):
+        output = EXAMPLES[name](x, x)
+    assert torch.equal(output, EXAMPLES[name](x, x))
+    ledger.target = output.sum().item()
+    ledger.inputs = (x * torch.autograd.grad(output.sum(), x)[0]).sum().item()
+    assert ledger.leak(weights_share=True) < 1e-11
+
+
+@pytest.mark.parametrize(
+    ("function", "match"),
+    [
+        (lambda x, y: x.sin(), "'sin' has no attribution rule"),
+        (lambda x, y: x**3, "'pow'"),
+        (lambda x, y: x / y, "'div' has no attribution rule by an activation"),
+        (lambda x, y: 1 / x, "'__rdiv__'"),
+        (lambda x, y: x.detach() + y, "'detach'"),
+        (lambda x, y: x.data + y, "'data'"),
+        (lambda x, y: torch.sigmoid(x) * y, "'sigmoid'"),
+        (lambda x, y: x.topk(2).values, "'topk'"),
+        (lambda x, y: x.square() + y, "'add'"),
+        (lambda x, y: x.square().mean(-1, keepdim=True) * y, "'mul'"),
+        (lambda x, y: x.square().mean(-1, keepdim=True).exp(), "may only become a normaliser"),
+        (lambda x, y: x + (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt(), "'add'"),
+        (lambda x, y: F.dropout(x, 0.5), "at random"),
+        (lambda x, y: (x * 1).exp_(), "in place"),
+        (lambda x, y: x.clamp(min=1.0), "at zero"),
+        (lambda x, y: F.linear(x, W) @ F.linear(y, W).mT @ torch.exp(x)[:3, :3], "'exp'"),
+        (lambda x, y: W @ x.mT, "with a weight on its left"),
+    ],
+)
+def test_an_operation_without_a_rule_is_refused(function, match: str) -> None:
+    with pytest.raises(UnruledOperationError, match=match):
+        run(function)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6),
+        lambda x: x / torch.sqrt(x.square().mean(-1, keepdim=True) + 1e-6),
+        lambda x: x * torch.pow((x**2).float().mean(-1, keepdim=True) + 1e-6, -0.5),
+        lambda x: (x - x.mean(-1, keepdim=True)) * (x.var(-1, keepdim=True) + 1e-6).rsqrt(),
+        lambda x: x / x.norm(dim=-1, keepdim=True).clamp(min=1e-6),
+        lambda x: x * (x * x).mean(-1, keepdim=True).rsqrt(),
+    ],
+)
+def test_a_composed_norm_scales_by_a_constant(norm) -> None:
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    maps = WeightMaps(nn.ParameterList([W]), {}, Keep(), 0.5)
+    with LocalMode(Trace("paper", 0.5, maps, None, {})):
+        y = norm(x)
+    lam = torch.randn_like(y)
+    (lam_x,) = torch.autograd.grad(y, x, lam)
+    assert torch.equal(y, norm(x))
+    torch.testing.assert_close((x * lam_x).sum(), (y * lam).sum(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("function", "slope"),
+    [
+        (F.silu, 0.5),
+        (F.gelu, 0.5),
+        (torch.tanh, 1.0),
+        (F.mish, 0.6),
+        (F.relu, 0.0),
+        (torch.erf, 1.1283791671),
+    ],
+)
+def test_at_zero_an_activation_passes_its_slope(function, slope: float) -> None:
+    x = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    maps = WeightMaps(nn.ParameterList([W]), {}, Keep(), 0.5)
+    with LocalMode(Trace("paper", 0.5, maps, None, {})):
+        y = function(x)
+    (lam,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(lam, torch.full_like(lam, slope), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("rules", ["paper", "attnlrp"])
+def test_fused_attention_has_the_lambdas_of_its_parts(rules: str, causal: bool) -> None:
+    """Grouped heads, a float bias, a scale, and a row that is masked whole in the boolean form."""
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(2, h, 5, 3, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2))
+    bias = None if causal else torch.randn(1, 4, 5, 5, dtype=torch.float64)
+    seen = torch.ones(5, 5, dtype=torch.bool).tril()
+
+    def fused():
+        return F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal, scale=0.7, enable_gqa=True)
+
+    def parts():
+        score = 0.7 * (q @ k.repeat_interleave(2, 1).mT)
+        score = score.masked_fill(~seen, torch.finfo(score.dtype).min) if causal else score + bias
+        return torch.softmax(score, -1) @ v.repeat_interleave(2, 1)
+
+    lam, found = torch.randn(2, 4, 5, 3, dtype=torch.float64), []
+    for function in (fused, parts):
+        maps = WeightMaps(nn.ParameterList([W]), {}, Keep(), 0.5)
+        with LocalMode(Trace(rules, 0.5, maps, None, {})):
+            output = function()
+        found.append(torch.autograd.grad(output, (q, k, v), lam))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("rules", ["paper", "attnlrp"])
+def test_rows_that_are_masked_whole_give_no_nan(rules: str) -> None:
+    q, k, v = (torch.randn(1, 2, 4, 3, requires_grad=True) for _ in range(3))
+    mask = torch.ones(4, 4, dtype=torch.bool).tril()
+    mask[:2] = False
+    maps = WeightMaps(nn.ParameterList([W]), {}, Keep(), 0.5)
+    with LocalMode(Trace(rules, 0.5, maps, None, {})) as mode:
+        output = F.scaled_dot_product_attention(q, k, v, mask)
+    lam = torch.randn_like(output)
+    lam[:, :, :2] = 0
+    lams = torch.autograd.grad(output, (q, k, v), lam)
+    assert all(torch.isfinite(x).all() for x in lams)
+    assert mode.entries[0][2].leak(weights_share=True) < 1e-5
