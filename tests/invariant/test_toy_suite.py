@@ -8,13 +8,11 @@ from collections.abc import Iterable, Sequence
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM
 
 from holdfast.models import block_parameters, tiny_llama
 from holdfast.tasks import BASE_TASKS, STREAM_TASKS, TOY_TASKS, Encoder, Example, Task, Template, collate
 from holdfast.tasks.toy import (
     BASE_TRAINING,
-    INITIALIZER_RANGE,
     STREAM_TRAINING,
     ToyTraining,
     make_task,
@@ -67,10 +65,7 @@ def toy(name: str, how: ToyTraining) -> Task:
 
 @pytest.fixture(scope="module")
 def base() -> nn.Module:
-    config = tiny_llama(TOKENIZER).config
-    config.initializer_range = INITIALIZER_RANGE
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
+    model = tiny_llama(TOKENIZER)
     examples = [row for name in BASE_TASKS for row in toy(name, BASE_TRAINING).train]
     train(model, examples, BASE_TRAINING, model.parameters())
     return model
