@@ -13,11 +13,12 @@ from torch.overrides import TorchFunctionMode
 
 import holdfast.attribution.attention  # noqa: F401  (registers its rules)
 from holdfast.attribution import normaliser
-from holdfast.attribution.rules import RULES, whole_module
+from holdfast.attribution.rules import RULES, cast, whole_module
 from holdfast.attribution.trace import Trace, tensors_in, tracked
 
 # Needed for relevance and for plain per-sample gradients alike.
 LINEAR_MAPS = frozenset({"linear", "addmm", "matmul", "mm"})
+CASTS = frozenset(name for name, rule in RULES.items() if rule is cast)
 # New tensors that take only shape and type from an activation.
 _FRESH = frozenset(f"{kind}_like" for kind in ("zeros", "ones", "empty", "full")) | {
     f"new_{kind}" for kind in ("zeros", "ones", "empty", "full")
@@ -68,10 +69,11 @@ class RuleMode(TorchFunctionMode):
 
     def _gradient(self, func: Any, args: Any, kwargs: Any) -> Any:
         name, maps = operation_name(func), self.trace.maps
-        if name in LINEAR_MAPS and any(
-            maps.wants(maps.source(t)) for t in tensors_in(*args, *kwargs.values())
-        ):
+        weights = (maps.source(t) for t in tensors_in(*args, *kwargs.values())) if name in LINEAR_MAPS else ()
+        if name in CASTS or any(map(maps.wants, weights)):
             return RULES[name](self.trace, name, func, args, kwargs)
+        if name == "softmax" and args[0].dtype == torch.float64:  # float64 stays float64, as under the rules
+            kwargs = {key: value for key, value in kwargs.items() if key != "dtype"}
         return func(*args, **kwargs)
 
     def _without_relevance(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
@@ -107,7 +109,8 @@ def attributable(model: nn.Module, leaves: list[Tensor]) -> Iterator[None]:
 
     with ExitStack() as stack:
         for module in _embeddings(model):
-            stack.callback(module.register_forward_hook(cut).remove)
+            # first of all hooks: one of PEFT's and TRL's makes the output require a gradient
+            stack.callback(module.register_forward_hook(cut, prepend=True).remove)
         try:
             for parameter, _ in flags:
                 parameter.requires_grad_(False)

@@ -60,6 +60,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     ),
     *("roll", "flip", "movedim", "swapaxes", "swapdims", "view_as", "reshape_as", "neg", "sum"),
     *("mean", "cumsum", "tril", "triu", "diagonal", "T", "mT", "t", "broadcast_to", "unfold", "moveaxis"),
+    "requires_grad_",  # a hook of PEFT and TRL on the embeddings; it changes no value
 )
 def linear_unchanged(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
     """Selections, shapes and sums: autograd's gradient is the rule."""
