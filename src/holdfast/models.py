@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.|base_model\.model\.)+")
+ADAPTER = "adapter_config.json"
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|block|blocks|layer)\.(\d+)\.")
 
 
@@ -176,6 +178,8 @@ def load_model(
         tokenizer = toy_tokenizer()
         model: Any = tiny_llama(tokenizer, seed, options.hidden, options.layers)
         model.to(getattr(torch, options.dtype))
+    elif (Path(str(options.path)).expanduser() / ADAPTER).is_file():
+        return _load_adapter(Path(str(options.path)).expanduser(), options, seed)
     else:
         model, tokenizer = _load_pretrained(str(options.path), options, seed)
     if options.lora is not None:
@@ -215,6 +219,24 @@ def _load_pretrained(path: str, options: ModelOptions, seed: int) -> tuple[Any, 
         raise ModelError(f"model.path: the tokenizer of '{path}' has no end-of-sequence token.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # the usual choice; padding is masked everywhere
+    return model, tokenizer
+
+
+def _load_adapter(folder: Path, options: ModelOptions, seed: int) -> tuple[Any, Any]:
+    """A PEFT adapter on its base model, trainable, with the base frozen."""
+    from peft import PeftModel
+
+    if options.lora is not None:
+        raise ModelError(f"model.path: '{folder}' is an adapter already; leave out model.lora.")
+    base = json.loads((folder / ADAPTER).read_text()).get("base_model_name_or_path")
+    if not base:
+        raise ModelError(
+            f"model.path: the adapter in '{folder}' doesn't name its base model (base_model_name_or_path in "
+            f"{ADAPTER}); write the base's folder or hub id there."
+        )
+    model, tokenizer = _load_pretrained(base, options, seed)
+    model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    model.eval()
     return model, tokenizer
 
 

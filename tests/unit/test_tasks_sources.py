@@ -205,7 +205,7 @@ def test_a_broken_labels_file_is_named(folder, labels):
     [
         ({"source": "jsonl", "path": "x", "order": [73]}, "YAML read this name as 73; write it in quotes"),
         ({"source": "jsonl"}, "Field required"),
-        ({"source": "json", "path": "x"}, "'jsonl', 'hub', 'cl_benchmark', 'toy'"),
+        ({"source": "json", "path": "x"}, "'cl_benchmark', 'hub', 'jsonl', 'toy'"),
         ({"source": "jsonl", "path": "x", "train_rows": 0}, "greater than or equal to 1"),
         ({"source": "jsonl", "path": "x", "metric": "bleu"}, "'exact_match', 'rouge_l' or 'options'"),
         ({"source": "toy", "path": "x"}, "Extra inputs are not permitted"),

@@ -42,6 +42,11 @@ class AttributionStrategyOptions(Options):
     merge: Literal["max", "sum", "mean"] = Field(
         "max", description="how priors of tasks are joined; max is eq. 12"
     )
+    balance: bool = Field(
+        True,
+        description="scale each task's prior to mean 1 before joining, so that no task outweighs the others "
+        "by the size of its logits or gradients alone",
+    )
     initial_prior: str | None = Field(
         None, description="folder of a prior made by `holdfast attribute`: protect what the base model knows"
     )
@@ -116,6 +121,8 @@ class Attribution(Strategy):
                 progress=bar,
             )
         prior.save(context.folder / "prior")
+        if self.options.balance:
+            prior = prior.mean_normalised()
         self.prior = prior if self.prior is None else self.prior.merge(prior, how=self.options.merge)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

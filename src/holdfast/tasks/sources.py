@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import importlib
+import pkgutil
+from typing import Annotated, Any, Union
 
 from pydantic import Field
 
-from holdfast.tasks.cl_benchmark import ClBenchmarkSource
-from holdfast.tasks.hub import HubSource
-from holdfast.tasks.jsonl import JsonlSource
 from holdfast.tasks.options import SourceOptions, subsample
 from holdfast.tasks.orders import list_orders, match_task
 from holdfast.tasks.problems import Problems, did_you_mean
 from holdfast.tasks.task import MetricName, Task, TaskStream
-from holdfast.tasks.toy import ToySource
 
-TasksOptions = Annotated[
-    JsonlSource | HubSource | ClBenchmarkSource | ToySource, Field(discriminator="source")
+for _module in pkgutil.iter_modules(importlib.import_module("holdfast.tasks").__path__):
+    if _module.name != "sources":  # each file defines its own source: there is no list to keep
+        importlib.import_module(f"holdfast.tasks.{_module.name}")
+
+TasksOptions: Any = Annotated[
+    Union[tuple(SourceOptions.__subclasses__())],  # noqa: UP007 - from the files
+    Field(discriminator="source"),
 ]
 
 
