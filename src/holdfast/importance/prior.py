@@ -70,13 +70,19 @@ class ImportancePrior:
     def mean_normalised(self) -> ImportancePrior:
         """The prior clipped at 0 (eq. 12's [x]+) and scaled so that its mean over all elements is 1.
 
-        A prior without a positive value stays all zero.
+        A prior without a positive value stays all zero. A prior that is in this unit already, or was merged
+        of priors that are (``meta["unit"] == "mean"``), is returned as it is: each task keeps its own scale,
+        however many others are merged with it.
         """
+        if self.meta.get("unit") == "mean":
+            return self
         clipped = {name: tensor.clamp(min=0) for name, tensor in self.tensors.items()}
         total = sum(tensor.sum(dtype=torch.float64).item() for tensor in clipped.values())
         scale = self.elements / total if total > 0 else 0.0
         # in float64: Fisher values are so small that their reciprocal mean may overflow float32
-        return ImportancePrior({n: (t.double() * scale).float() for n, t in clipped.items()}, dict(self.meta))
+        return ImportancePrior(
+            {n: (t.double() * scale).float() for n, t in clipped.items()}, {**self.meta, "unit": "mean"}
+        )
 
     def merge(
         self,
@@ -239,6 +245,9 @@ def _merged_meta(metas: Sequence[dict[str, Any]], how: str) -> dict[str, Any]:
     options = [meta["options"] for meta in metas if "options" in meta]
     if options:
         merged["options"] = options[0] if all(o == options[0] for o in options) else options
+    units = {meta.get("unit") for meta in metas}
+    if units == {"mean"}:
+        merged["unit"] = "mean"
     for key, fold in (
         ("samples_seen", sum),
         ("samples_used", sum),

@@ -44,8 +44,8 @@ class AttributionStrategyOptions(Options):
     )
     balance: bool = Field(
         True,
-        description="scale each task's prior to mean 1 before joining, so that no task outweighs the others "
-        "by the size of its logits or gradients alone",
+        description="scale each task's prior to mean 1 before joining: no task outweighs the others by the size "
+        "of its logits alone, and none loses its hold when more tasks follow",
     )
     initial_prior: str | None = Field(
         None, description="folder of a prior made by `holdfast attribute`: protect what the base model knows"

@@ -18,7 +18,7 @@ for _module in pkgutil.iter_modules(importlib.import_module("holdfast.tasks").__
         importlib.import_module(f"holdfast.tasks.{_module.name}")
 
 TasksOptions: Any = Annotated[
-    Union[tuple(SourceOptions.__subclasses__())],  # noqa: UP007 - from the files
+    Union[tuple(sorted(SourceOptions.__subclasses__(), key=lambda c: c.__name__))],  # noqa: UP007 - from the files
     Field(discriminator="source"),
 ]
 
