@@ -209,3 +209,15 @@ def test_prior_of_another_model_is_named(change: Any, message: str) -> None:
     change(tensors)
     with pytest.raises(PriorMismatchError, match="does not fit the model .LlamaForCausalLM.: " + message):
         ImportancePrior(tensors).check_fits(model)
+
+
+def test_the_hold_of_a_task_does_not_weaken_when_more_are_merged():
+    first = ImportancePrior({"w": torch.tensor([4.0, 0.0])}).mean_normalised()
+    second = ImportancePrior({"w": torch.tensor([0.0, 1e6])}).mean_normalised()
+    merged = first.merge(second)
+    assert merged.tensors["w"].tolist() == [2.0, 2.0]
+    assert torch.equal(merged.mean_normalised().tensors["w"], merged.tensors["w"])
+    raw = ImportancePrior({"w": torch.tensor([4.0, 0.0])}).merge(
+        ImportancePrior({"w": torch.tensor([0.0, 1e6])})
+    )
+    assert raw.mean_normalised().tensors["w"][0] < 1e-4  # the second task's scale drowns the first

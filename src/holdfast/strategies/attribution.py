@@ -44,7 +44,7 @@ class AttributionStrategyOptions(Options):
     )
     balance: bool = Field(
         True,
-        description="scale each task's prior to mean 1 before joining: no task outweighs the others by the size "
+        description="scale each task's prior to mean 1 before joining: none outweighs the others by the size "
         "of its logits alone, and none loses its hold when more tasks follow",
     )
     initial_prior: str | None = Field(
