@@ -82,6 +82,8 @@ def demo(
 
     Trains a tiny Llama, then teaches it the same tasks one after another three times: plainly, with
     attribution-guided protection, and all tasks at once. Ends with a table and an HTML report.
+
+    Example: holdfast demo --out demo --seed 0
     """
     with _told(f"Continue with: holdfast demo --out {out} --seed {seed}"), Progress() as progress:
         from holdfast.demo import run_demo
@@ -124,6 +126,8 @@ def check(
     """Find everything that can go wrong before training starts, and estimate memory and steps.
 
     Exit status 0: ready to run; 2: problems, all listed.
+
+    Example: holdfast check configs/toy.yaml training.batch_size=64
     """
     with _told():
         from holdfast.runner.check import check as check_run
@@ -212,7 +216,10 @@ class Listing(StrEnum):
 
 @app.command("list")
 def list_command(what: Annotated[Listing, typer.Argument(help="what to list")]) -> None:
-    """Show what can be named in a config."""
+    """Show what can be named in a config.
+
+    Example: holdfast list strategies
+    """
     with _told():
         from holdfast.runner.table import listing
 

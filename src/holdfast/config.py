@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,7 +53,7 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    __import__("re").compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
     list("-+0123456789."),
 )
 _Loader.yaml_implicit_resolvers = {
@@ -142,9 +143,20 @@ def _explain(item: Any, section: type[Options]) -> str:
         return f"  {where}: required, but not given."
     if item["type"] == "union_tag_not_found":
         return f"  {where}: which one? Give its name ({item['ctx']['discriminator']}: ...)."
+    if item["type"] == "union_tag_invalid":
+        context = item["ctx"]
+        hint = _near(context["tag"], context["expected_tags"])
+        return f"  {where}: no such choice: '{context['tag']}'.{hint} Allowed: {context['expected_tags']}."
     got = repr(item.get("input"))
     got = got if len(got) <= 80 else got[:77] + "..."
-    return f"  {where}: {item['msg'].removeprefix('Value error, ')} (got {got})"
+    hint = _near(item.get("input"), item["ctx"]["expected"]) if item["type"] == "literal_error" else ""
+    return f"  {where}: {item['msg'].removeprefix('Value error, ')} (got {got}).{hint}"
+
+
+def _near(given: Any, quoted: str) -> str:
+    """A hint at the closest of some names that pydantic lists in quotes."""
+    near = difflib.get_close_matches(str(given), re.findall(r"'([^']+)'", quoted), n=1)
+    return f" Did you mean '{near[0]}'?" if near else ""
 
 
 def _fields_at(section: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
