@@ -45,3 +45,17 @@ def tiny_run(output: Path, **sections: Any) -> dict[str, Any]:
 def tiny() -> Any:
     """The maker of tiny runs' configurations."""
     return tiny_run
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run that has learned something: ``head``, then ``copy``. To be read, not written."""
+    from holdfast.config import validate
+    from holdfast.runner import RunConfig, run
+
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    values = tiny_run(folder)
+    values["tasks"] = {"source": "toy", "order": ["head", "copy"], "train_rows": 200, "test_rows": 16}
+    values["training"] = {"epochs": 10, "batch_size": 16, "learning_rate": 1e-2}
+    run(validate(RunConfig, values, source="test"))
+    return folder
