@@ -89,9 +89,12 @@ class _Bridge:
         if self.own_loss:
             loss, outputs = self._completion_loss(model, batch, num_items_in_batch)
         else:
-            loss, outputs = super().compute_loss(  # type: ignore[misc]
-                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+            # TRL makes the outputs in a second forward pass: only where somebody looks at them
+            wanted = return_outputs or self.interventions.penalty is not None
+            result = super().compute_loss(  # type: ignore[misc]
+                model, inputs, return_outputs=wanted, num_items_in_batch=num_items_in_batch
             )
+            loss, outputs = result if wanted else (result, None)
         if self.interventions.penalty is not None:
             penalty = self.interventions.penalty(model, batch, outputs)
             if penalty is not None:
