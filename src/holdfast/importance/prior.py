@@ -108,18 +108,21 @@ class ImportancePrior:
         shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
         for number, other in enumerate(everyone[1:], start=2):
             _compare(other.tensors, shapes, f"prior {number} of the merge", "the first prior")
+        # a prior that is a mean already counts as often as it has parts, so tasks can be joined one by one
+        parts = [int(p.meta.get("parts", 1)) if how == "mean" else 1 for p in everyone]
         merged: dict[str, Tensor] = {}
         for name, tensor in self.tensors.items():
-            result = tensor.clone()
-            for other in everyone[1:]:
+            result = tensor * parts[0]
+            for other, count in zip(everyone[1:], parts[1:], strict=True):
                 value = other.tensors[name]
-                result = torch.maximum(result, value) if how == "max" else result.add_(value)
+                result = torch.maximum(result, value) if how == "max" else result.add_(value, alpha=count)
             if how == "max":
                 result = result.clamp_(min=0)
             elif how == "mean":
-                result = result.div_(len(everyone))
+                result = result.div_(sum(parts))
             merged[name] = result
-        return ImportancePrior(merged, _merged_meta([p.meta for p in everyone], how))
+        meta = _merged_meta([p.meta for p in everyone], how)
+        return ImportancePrior(merged, {**meta, "parts": sum(parts)} if how == "mean" else meta)
 
     def check_fits(self, model: nn.Module) -> None:
         """Make sure that the prior belongs to this model.
