@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +26,17 @@ Section = TypeVar("Section", bound=Options)
 def named(value: Any) -> Any:
     """Let ``fisher`` stand for ``{name: fisher}`` wherever an option set is chosen by name."""
     return {"name": value} if isinstance(value, str) else value
+
+
+def named_or(default: str) -> Callable[[Any], Any]:
+    """Like `named`; options without a name (``{strength: 100}``) are those of the default choice."""
+
+    def complete(value: Any) -> Any:
+        return (
+            {"name": default, **value} if isinstance(value, Mapping) and "name" not in value else named(value)
+        )
+
+    return complete
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def test_walker_sees_imports_inside_functions(tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", [f for f in FILES if f.parent.name == "strategies"], ids=lambda f: f.name)
 def test_strategy_file_is_short(file: Path) -> None:
     # one paper in one file of at most 120 lines; the protocol beside them may be a little longer
-    limit = 130 if file.name == "protocol.py" else 120
+    limit = 140 if file.name == "protocol.py" else 120
     assert len(file.read_text().splitlines()) <= limit
 
 

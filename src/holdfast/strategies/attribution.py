@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from holdfast.config import Options
-from holdfast.importance import ImportanceOptions, ImportancePrior, compute_prior
+from holdfast.config import Options, named_or
+from holdfast.importance import ImportanceOptions, ImportancePrior
 from holdfast.importance.lrp import LrpOptions
 from holdfast.protect import (
     AnchorOptions,
@@ -31,17 +31,19 @@ class AttributionStrategyOptions(Options):
     """Importance × mechanism × control, and where the prior comes from."""
 
     name: Literal["attribution"] = "attribution"
-    importance: ImportanceOptions = Field(default_factory=LrpOptions)
-    mechanism: MechanismOptions = Field(default_factory=AnchorOptions)
+    importance: Annotated[ImportanceOptions, BeforeValidator(named_or("lrp"))] = Field(
+        default_factory=LrpOptions
+    )
+    mechanism: Annotated[MechanismOptions, BeforeValidator(named_or("anchor"))] = Field(
+        default_factory=AnchorOptions
+    )
     control: Control = "none"
     prior_from: Literal["sequential", "single_task"] = Field(
         "sequential",
         description="sequential: the model right after it learned the task; single_task (A): a separate "
         "model fine-tuned from the base on that task alone",
     )
-    merge: Literal["max", "sum", "mean"] = Field(
-        "max", description="how priors of tasks are joined; max is eq. 12"
-    )
+    merge: Literal["max", "sum", "mean"] = Field("max", description="how priors are joined; max is eq. 12")
     balance: bool = Field(
         True,
         description="scale each task's prior to mean 1 before joining: none outweighs the others by the size "
@@ -50,14 +52,6 @@ class AttributionStrategyOptions(Options):
     initial_prior: str | None = Field(
         None, description="folder of a prior made by `holdfast attribute`: protect what the base model knows"
     )
-
-    @field_validator("importance", "mechanism", mode="before")
-    @classmethod
-    def _of_the_default(cls, value: Any, info: ValidationInfo) -> Any:
-        """Options without a name (``mechanism: {strength: 100}``) are those of the default choice."""
-        if isinstance(value, Mapping) and "name" not in value:
-            return {"name": {"importance": "lrp", "mechanism": "anchor"}[str(info.field_name)], **value}
-        return value
 
 
 @register
@@ -83,8 +77,9 @@ class Attribution(Strategy):
     def prepare(self, context: Context) -> None:
         """Load the initial prior, if one is given."""
         if self.options.initial_prior is not None:
-            self.prior = ImportancePrior.load(Path(self.options.initial_prior))
-            self.prior.check_fits(context.model)
+            prior = ImportancePrior.load(Path(self.options.initial_prior))
+            prior.check_fits(context.model)
+            self.prior = prior.mean_normalised() if self.options.balance else prior
 
     def begin(self, context: Context, stage: Stage) -> None:
         """Build the protection; its reference is the weights that this stage starts from."""
@@ -109,18 +104,7 @@ class Attribution(Strategy):
         if self.options.prior_from == "single_task":
             model = context.base_model()
             context.fit(model, task.train, f"single-task model of {task.name}")
-        rows = context.encoder.many(task.train)
-        with context.progress.bar(f"importance of {task.name}", total=len(rows)) as bar:
-            prior = compute_prior(
-                model,
-                rows,
-                self.options.importance,
-                pad_id=context.tokenizer.pad_token_id,
-                seed=context.seed,
-                task=task.name,
-                progress=bar,
-            )
-        prior.save(context.folder / "prior")
+        prior = context.importance(task, self.options.importance, model)
         if self.options.balance:
             prior = prior.mean_normalised()
         self.prior = prior if self.prior is None else self.prior.merge(prior, how=self.options.merge)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from holdfast.config import Options
-from holdfast.importance import ImportancePrior, compute_prior
+from holdfast.importance import ImportancePrior
 from holdfast.importance.fisher import FisherOptions
 from holdfast.protect import Handle, Penalty
 from holdfast.protect.reference import weights_of
@@ -63,18 +63,7 @@ class Ewc(Strategy):
             write_json(context.folder / "protection.json", {**self._penalty.summary(), **choice})
         self._penalty = None
         (task,) = stage.tasks
-        rows = context.encoder.many(task.train)
-        with context.progress.bar(f"Fisher of {task.name}", total=len(rows)) as bar:
-            fisher = compute_prior(
-                context.model,
-                rows,
-                self.options.fisher,
-                pad_id=context.tokenizer.pad_token_id,
-                seed=context.seed,
-                task=task.name,
-                progress=bar,
-            )
-        fisher.save(context.folder / "prior")
+        fisher = context.importance(task, self.options.fisher)
         self.fisher = fisher if self.fisher is None else self.fisher.merge(fisher, how="sum")
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

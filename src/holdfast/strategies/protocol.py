@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from holdfast.config import Options
 from holdfast.errors import ConfigError
+from holdfast.importance import ImportancePrior, compute_prior
 from holdfast.progress import Progress
 from holdfast.protect import Handle
 from holdfast.tasks.encode import Encoder
@@ -55,6 +56,22 @@ class Context:
     folder: Path
     base_model: Callable[[], Any]
     fit: Callable[[Any, Sequence[Example], str], None]
+
+    def importance(self, task: Task, options: Any, model: Any = None) -> ImportancePrior:
+        """The prior of a model (by default the run's) for a task, saved in ``<folder>/prior``."""
+        rows = self.encoder.many(task.train)
+        with self.progress.bar(f"importance of {task.name}", total=len(rows)) as bar:
+            prior = compute_prior(
+                self.model if model is None else model,
+                rows,
+                options,
+                pad_id=self.tokenizer.pad_token_id,
+                seed=self.seed,
+                task=task.name,
+                progress=bar,
+            )
+        prior.save(self.folder / "prior")
+        return prior
 
 
 class Strategy:
