@@ -1,0 +1,316 @@
+"""Every registered strategy, through the runner: what it declares, what it trains on, what it changes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import tiny_run
+from holdfast.config import Options, validate
+from holdfast.importance import ImportancePrior
+from holdfast.models import block_parameters, load_model, tiny_llama
+from holdfast.runner import RunConfig, run
+from holdfast.strategies import STRATEGIES, build_strategy
+from holdfast.tasks import toy_suite, toy_tokenizer
+
+FISHER = {"name": "fisher", "samples": 8}
+# what a strategy needs so that it is quick and acts at once; one that isn't named here runs on its defaults
+QUICK: dict[str, dict[str, Any]] = {
+    "attribution": {"importance": FISHER},
+    "ewc": {"fisher": {"samples": 8}},
+}
+
+
+def options_of(name: str) -> dict[str, Any]:
+    return {"name": name, **QUICK.get(name, {})}
+
+
+def run_of(output: Path, strategy: Any, **sections: Any) -> dict[str, Any]:
+    """Two toy tasks, eight steps each."""
+    values = tiny_run(output, strategy=strategy, **sections)
+    values["tasks"] = {**values["tasks"], "order": ["copy", "flip"]}
+    values["training"] = {"max_steps": 8, "batch_size": 8, "learning_rate": 3e-3}
+    return run(validate(RunConfig, values, source="test"))
+
+
+def weights_after(output: Path, stage: str) -> dict[str, torch.Tensor]:
+    return load_file(next((output / "tasks" / stage / "model").glob("*.safetensors")))
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    return sum(float((a[name] - b[name]).double().pow(2).sum()) for name in a) ** 0.5
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A run on the toy Llama, made once for each strategy and its options."""
+    made: dict[str, Path] = {}
+
+    def make(strategy: Any) -> Path:
+        key = json.dumps(strategy, sort_keys=True, default=str)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("run") / "run"
+            run_of(made[key], strategy)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random encoder-decoder model with its tokenizer, as a user would have it in a folder."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    folder, tokenizer = tmp_path_factory.mktemp("t5"), toy_tokenizer()
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.pad_token_id,
+    )
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+# every strategy
+
+
+@pytest.mark.parametrize("name", sorted(STRATEGIES))
+def test_strategy_declares_what_a_user_must_know(name: str) -> None:
+    cls = STRATEGIES[name]
+    assert cls.name == name
+    assert len(cls.summary) > 10
+    assert cls.paper
+    assert cls.__doc__
+    assert isinstance(cls.rehearsal_free, bool)
+    assert isinstance(cls.needs_task_identity, bool)
+    assert issubclass(cls.Options, Options)
+    assert build_strategy(cls.Options()).options == cls.Options(), "every option has a default"
+
+
+@pytest.mark.parametrize("kind", ["causal", "encoder-decoder"])
+@pytest.mark.parametrize("name", sorted(STRATEGIES))
+def test_strategy_learns_a_stream_and_leaves_a_whole_run_directory(
+    name: str, kind: str, finished: Any, t5_folder: Path, tmp_path: Path
+) -> None:
+    if kind == "causal":
+        folder = finished(options_of(name))
+    else:
+        folder = tmp_path / "run"
+        sections = {"model": {"path": str(t5_folder)}, "template": {"prompt": "{prompt}{eos}"}}
+        run_of(folder, options_of(name), **sections)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["finished"]
+    assert metrics["strategy"] == name
+    assert metrics["tasks"] == ["copy", "flip"]
+    assert len(metrics["matrix"]) == 3
+    assert None not in metrics["matrix"][0] + metrics["matrix"][-1]
+    assert metrics["ap"] is not None
+    stages = build_strategy(STRATEGIES[name].Options()).stages(toy_suite(["copy", "flip"], 4, 4))
+    for number, stage in enumerate(stages, start=1):
+        part = folder / "tasks" / f"{number:02d}-{stage.name}"
+        assert json.loads((part / "training.json").read_text())["steps"] == 8
+        assert {p.stem for p in part.glob("predictions/*.jsonl")} == {"copy", "flip"}
+        again, _ = load_model_in(part / "model")
+        assert sum(p.numel() for p in again.parameters()) == metrics["parameters"]
+        if (part / "prior").exists():
+            ImportancePrior.load(part / "prior").check_fits(again)
+
+
+def load_model_in(folder: Path) -> Any:
+    from holdfast.models import ModelOptions
+
+    return load_model(ModelOptions(path=str(folder)))
+
+
+@pytest.mark.parametrize("name", sorted(STRATEGIES))
+def test_strategys_state_survives_a_round_trip(name: str, finished: Any) -> None:
+    folder = sorted((finished(options_of(name)) / "tasks").iterdir())[-1]
+    file = folder / "strategy.safetensors"
+    tensors = load_file(file) if file.exists() else {}
+    values = json.loads((folder / "strategy.json").read_text())
+    strategy = build_strategy(STRATEGIES[name].Options())
+    strategy.load_state_dict(tensors, values)
+    tensors_again, values_again = strategy.state_dict()
+    assert same(tensors, tensors_again)
+    assert values_again == values
+
+
+# one by one
+
+
+def test_sequential_changes_weights_at_every_task(finished: Any) -> None:
+    folder = finished(options_of("sequential"))
+    first, second = weights_after(folder, "01-copy"), weights_after(folder, "02-flip")
+    changed = {name for name in first if not torch.equal(first[name], second[name])}
+    model = tiny_llama(toy_tokenizer(), hidden=32, layers=2)
+    assert changed == set(block_parameters(model)), "the linear maps in the blocks, and nothing else"
+    assert not (folder / "tasks" / "02-flip" / "protection.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "mechanism"),
+    [
+        ({**options_of("attribution"), "mechanism": {"name": "anchor", "strength": 100.0}}, "anchor"),
+        ({**options_of("attribution"), "mechanism": {"name": "gate", "shape": "top"}}, "gate"),
+        ({**options_of("attribution"), "mechanism": {"name": "penalty", "strength": 100.0}}, "penalty"),
+        ({**options_of("ewc"), "strength": 1e6}, "penalty"),
+    ],
+    ids=["anchor", "gate", "penalty", "ewc"],
+)
+def test_protection_acts_from_the_second_task_on_and_keeps_weights_near(
+    strategy: dict[str, Any], mechanism: str, finished: Any
+) -> None:
+    plain, held = finished(options_of("sequential")), finished(strategy)
+    assert same(weights_after(plain, "01-copy"), weights_after(held, "01-copy")), (
+        "there was nothing to protect"
+    )
+    start = weights_after(plain, "01-copy")
+    moved, moved_held = (distance(weights_after(f, "02-flip"), start) for f in (plain, held))
+    assert 0 < moved_held < 0.95 * moved
+    assert not (held / "tasks" / "01-copy" / "protection.json").exists()
+    protection = json.loads((held / "tasks" / "02-flip" / "protection.json").read_text())
+    assert protection["mechanism"]["name"] == mechanism
+    assert protection["control"] == "none"
+    assert sum(protection["histogram"]["counts"]) > 0
+
+
+def test_control_changes_which_weights_are_held(finished: Any) -> None:
+    strategy = {**options_of("attribution"), "mechanism": {"name": "gate", "shape": "top"}}
+    real, control = finished(strategy), finished({**strategy, "control": "permuted"})
+    assert not same(weights_after(real, "02-flip"), weights_after(control, "02-flip"))
+    said = json.loads((control / "tasks" / "02-flip" / "protection.json").read_text())
+    assert said["control"] == "permuted"
+    assert (
+        json.loads((control / "metrics.json").read_text())["label"]
+        == "attribution · fisher · gate · permuted"
+    )
+
+
+def test_ewc_sums_fisher_over_tasks(finished: Any) -> None:
+    folder = finished(options_of("ewc"))
+    parts = [ImportancePrior.load(folder / "tasks" / s / "prior").tensors for s in ("01-copy", "02-flip")]
+    total = load_file(folder / "tasks" / "02-flip" / "strategy.safetensors")
+    assert all(torch.equal(total[name], parts[0][name] + parts[1][name]) for name in total)
+
+
+@pytest.mark.parametrize("balance", [True, False])
+@pytest.mark.parametrize("merge", ["max", "mean"])
+def test_attribution_joins_priors_as_it_was_told(merge: Any, balance: bool, finished: Any) -> None:
+    folder = finished({**options_of("attribution"), "merge": merge, "balance": balance})
+    parts = [ImportancePrior.load(folder / "tasks" / s / "prior") for s in ("01-copy", "02-flip")]
+    if balance:
+        parts = [part.mean_normalised() for part in parts]
+    expected = parts[0].merge(parts[1], how=merge)
+    joined = load_file(folder / "tasks" / "02-flip" / "strategy.safetensors")
+    assert same(joined, expected.tensors)
+
+
+def test_mean_of_tasks_joined_one_by_one_is_the_mean_of_all() -> None:
+    one, two, three = (ImportancePrior({"w": torch.tensor([x, 2 * x])}) for x in (3.0, 6.0, 12.0))
+    joined = one.merge(two, how="mean").merge(three, how="mean")
+    assert joined.tensors["w"].tolist() == [7.0, 14.0]
+
+
+def test_initial_prior_weighs_as_much_as_the_tasks_after_it(tmp_path: Path) -> None:
+    base = tiny_llama(toy_tokenizer(), seed=0, hidden=32, layers=2)
+    tensors = {name: torch.full(p.shape, 1e-6) for name, p in block_parameters(base).items()}
+    folder = ImportancePrior(tensors, {"importance": "uniform"}).save(tmp_path / "prior")
+    run_of(tmp_path / "run", {**options_of("attribution"), "initial_prior": str(folder)})
+    joined = load_file(tmp_path / "run" / "tasks" / "01-copy" / "strategy.safetensors")
+    # the maximum of 1 everywhere and of the task's own prior of mean 1; unscaled, 1e-6 would hold nothing
+    assert min(float(t.min()) for t in joined.values()) >= 1.0
+
+
+def test_multitask_trains_on_all_tasks_at_once_and_has_no_backward_transfer(finished: Any) -> None:
+    stream = toy_suite(["copy", "flip", "head"], 4, 4)
+    strategy = build_strategy(STRATEGIES["multitask"].Options())
+    (stage,) = strategy.stages(stream)
+    assert stage.name == "joint"
+    assert list(strategy.examples(stage)) == [example for task in stream for example in task.train]
+    metrics = json.loads((finished(options_of("multitask")) / "metrics.json").read_text())
+    assert metrics["matrix"][1] == [None, None]
+    assert metrics["bwt"] is metrics["fwt"] is metrics["learning_accuracy"] is metrics["forgetting"] is None
+    assert metrics["ap"] == sum(metrics["matrix"][2]) / 2
+
+
+def test_prior_from_single_task_is_that_of_a_model_fine_tuned_from_the_base_on_it_alone(
+    finished: Any, tmp_path: Path
+) -> None:
+    """A, section 4.1: the second task's prior comes from a model that never saw the first."""
+    single = finished({**options_of("attribution"), "prior_from": "single_task"})
+    alone = tiny_run(tmp_path / "alone", strategy=options_of("attribution"))
+    alone["tasks"] = {**alone["tasks"], "order": ["flip"]}
+    alone["training"] = {"max_steps": 8, "batch_size": 8, "learning_rate": 3e-3}
+    # the separate model is trained with the run's own seed, the first stage of a run with the next one
+    seen: list[ImportancePrior] = []
+    fit_alone(alone, seen)
+    there = ImportancePrior.load(single / "tasks" / "02-flip" / "prior")
+    assert same(there.tensors, seen[0].tensors)
+    assert there.meta["model_digest"] == seen[0].meta["model_digest"]
+    sequential = finished(options_of("attribution"))
+    here = ImportancePrior.load(sequential / "tasks" / "02-flip" / "prior")
+    assert not same(there.tensors, here.tensors)
+
+
+def fit_alone(values: dict[str, Any], seen: list[ImportancePrior]) -> None:
+    """Fine-tune the base on the one task of a configuration, and compute its prior, without the runner."""
+    from holdfast.importance import compute_prior
+    from holdfast.tasks import Encoder, build_stream
+    from holdfast.training.loop import train
+
+    config = validate(RunConfig, values, source="test")
+    (task,) = build_stream(config.tasks, config.seed)
+    model, tokenizer = load_model(config.model, config.seed, toy_tokenizer)
+    rows = Encoder(tokenizer, config.template, encoder_decoder=False).many(task.train)
+    folder = Path(config.output) / "checkpoints"
+    train(model, rows, config.training, tokenizer=tokenizer, folder=folder, seed=config.seed)
+    pad = tokenizer.pad_token_id
+    seen.append(compute_prior(model, rows, FISHER, pad_id=pad, seed=config.seed, task=task.name))
+
+
+def test_initial_prior_protects_from_the_first_task_on(finished: Any, tmp_path: Path) -> None:
+    base = tiny_llama(toy_tokenizer(), seed=0, hidden=32, layers=2)
+    tensors = {name: torch.ones(p.shape) for name, p in block_parameters(base).items()}
+    folder = ImportancePrior(tensors, {"importance": "uniform"}).save(tmp_path / "prior")
+    frozen = {
+        **options_of("attribution"),
+        "mechanism": {"name": "gate", "shape": "paper"},
+        "initial_prior": str(folder),
+    }
+    run_of(tmp_path / "run", frozen)
+    start = dict(base.state_dict())
+    for stage in ("01-copy", "02-flip"):
+        after = weights_after(tmp_path / "run", stage)
+        assert all(torch.equal(after[name], start[name]) for name in after), "a fully held weight moved"
+        assert (tmp_path / "run" / "tasks" / stage / "protection.json").exists()
+    plain = weights_after(finished(options_of("sequential")), "01-copy")
+    assert any(not torch.equal(plain[name], start[name]) for name in plain)
+
+
+def test_lora_stream_is_protected_on_the_factors(tmp_path: Path) -> None:
+    model = {"toy": True, "hidden": 32, "layers": 2, "lora": {"r": 4}}
+    strategy = {**options_of("attribution"), "mechanism": {"name": "gate", "shape": "top", "fraction": 1.0}}
+    metrics = run_of(tmp_path / "run", strategy, model=model)
+    stages = [tmp_path / "run" / "tasks" / s / "model" for s in ("01-copy", "02-flip")]
+    first, second = (load_file(s / "adapter_model.safetensors") for s in stages)
+    assert all("lora_" in name for name in first)
+    assert same(first, second), "everything was held, so the second task changed nothing"
+    assert metrics["trainable"] == sum(t.numel() for t in first.values()) < metrics["parameters"] / 4
