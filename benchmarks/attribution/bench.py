@@ -68,9 +68,7 @@ def plain(model: LlamaForCausalLM, batches: list[dict[str, Tensor]], weights: li
 def attribution(model: LlamaForCausalLM, examples: list[Encoded]) -> None:
     """One attribution, folded by eqs. 10 and 11, with the result taken."""
     fold = TopKMean(K)
-    attribute_batches(
-        model, examples, fold=fold, batch_size=SEQUENCES, pad_id=0, correct_only=False, padding_side="right"
-    )
+    attribute_batches(model, examples, fold=fold, batch_size=SEQUENCES, pad_id=0, correct_only=False)
     fold.result()
 
 

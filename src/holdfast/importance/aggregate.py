@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,8 +20,21 @@ def _working_type(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass
 class _TopState:
-    slots: Tensor  # (K, N): the first `count` rows are filled
-    count: int = 0
+    """What is held of one tensor: (K, N) slots, of which the first rows are filled.
+
+    Until a sample comes for which there is no slot, the slots hold raw values, and `scales` what eq. 10
+    multiplies their logarithms by; normalising them at the very end saves a pass over them.
+    """
+
+    slots: Tensor
+    shape: torch.Size
+    scales: list[float] = field(default_factory=list)
+    merged: bool = False
+
+
+def _signed_log(value: Tensor, out: Tensor) -> Tensor:
+    """sign(R) log(1 + |R|), the numerator of eq. 10; `out` is other memory than `value`."""
+    return torch.copysign(torch.abs(value, out=out).log1p_(), value, out=out)
 
 
 class TopKMean:
@@ -44,50 +58,60 @@ class TopKMean:
         self.k, self.per_weight = k, per_weight
         self.bytes_per_element = 4 * k
         self._states: dict[str, _TopState] = {}
-        self._shapes: dict[str, torch.Size] = {}
         self._means: dict[str, Tensor] = {}
 
     def update(self, name: str, weight: Tensor, grad_S: Tensor) -> None:
         """Take maps of samples, see `holdfast.attribution.Fold`."""
+        dtype = _working_type(grad_S.dtype)
         state = self._states.get(name)
         if state is None:
-            dtype = _working_type(grad_S.dtype)
-            state = _TopState(torch.empty((self.k, weight.numel()), dtype=dtype, device=weight.device))
-            self._states[name], self._shapes[name] = state, weight.shape
-        weight_N = weight.reshape(-1)
+            slots = torch.empty((self.k, weight.numel()), dtype=dtype, device=weight.device)
+            state = self._states[name] = _TopState(slots, weight.shape)
+        weight_N = weight.reshape(-1).to(dtype)
         for grad in grad_S:
-            value_N = grad.reshape(-1)
+            grad_N, filled = grad.reshape(-1).to(dtype), len(state.scales)
+            value_N = state.slots[filled] if filled < self.k else grad_N
             if not self.per_weight:
-                value_N = value_N.mul_(weight_N)
-            self._insert(state, value_N)
+                torch.mul(grad_N, weight_N, out=value_N)
+            elif filled < self.k:
+                value_N.copy_(grad_N)
+            low, high = torch.aminmax(value_N)
+            scale = 1.0 / (math.log1p(max(-low.item(), high.item())) + EPSILON)
+            if filled < self.k:
+                state.scales.append(scale)
+            else:
+                self._merge(state, value_N, scale)
 
-    def _insert(self, state: _TopState, value_N: Tensor) -> None:
-        low, high = torch.aminmax(value_N)
-        largest = torch.maximum(-low, high).to(state.slots.dtype)
-        scale = 1.0 / (torch.log1p(largest) + EPSILON)
-        filled = state.count
+    def _merge(self, state: _TopState, value_N: Tensor, scale: float) -> None:
+        """Keep the K largest of the K in the slots and one more."""
+        if not state.merged:
+            state.merged = True
+            for slot_N, slot_scale in zip(state.slots, state.scales, strict=True):
+                for slot in slot_N.split(CHUNK):
+                    slot.copy_(_signed_log(slot, torch.empty_like(slot)).mul_(slot_scale))
         for start in range(0, value_N.numel(), CHUNK):
-            value = value_N[start : start + CHUNK].to(state.slots.dtype)
-            slots = state.slots[:, start : start + CHUNK]
-            target = slots[filled] if filled < self.k else torch.empty_like(value)
-            torch.abs(value, out=target).log1p_().mul_(scale)
-            torch.copysign(target, value, out=target)
-            if filled == self.k:  # keep the larger at each slot, carry the smaller on
-                for slot in slots:
-                    smaller = torch.minimum(slot, target)
-                    torch.maximum(slot, target, out=slot)
-                    target = smaller
-        state.count = min(filled + 1, self.k)
+            value = value_N[start : start + CHUNK]
+            carried, spare = _signed_log(value, torch.empty_like(value)).mul_(scale), torch.empty_like(value)
+            for slot in state.slots[:, start : start + CHUNK]:  # keep the larger, carry the smaller on
+                torch.minimum(slot, carried, out=spare)
+                torch.maximum(slot, carried, out=slot)
+                carried, spare = spare, carried
 
     def finish(self) -> None:
         """Reduce what is held to the means; memory falls from K tensors to one."""
-        for name, state in self._states.items():
-            mean = torch.zeros_like(state.slots[0])
-            for slot in state.slots[: state.count]:  # faster than a sum over the first dimension
-                mean += slot
-            mean /= max(state.count, 1)
-            self._means[name] = mean.to(torch.float32).view(self._shapes[name])
-        self._states.clear()
+        for name in list(self._states):
+            state = self._states.pop(name)
+            mean_N, count = torch.zeros_like(state.slots[0]), len(state.scales)
+            scratch = torch.empty_like(mean_N[:CHUNK])
+            for start in range(0, mean_N.numel(), CHUNK):
+                mean = mean_N[start : start + CHUNK]
+                for slot_N, scale in zip(state.slots, state.scales, strict=False):
+                    slot = slot_N[start : start + CHUNK]
+                    if state.merged:
+                        mean.add_(slot, alpha=1 / count)
+                    else:
+                        mean.add_(_signed_log(slot, scratch[: len(slot)]), alpha=scale / count)
+            self._means[name] = mean_N.to(torch.float32).view(state.shape)
 
     def result(self) -> dict[str, Tensor]:
         """Canonical name to importance, float32, of the weight's shape; zeros where nothing arrived."""
