@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from holdfast.importance import ImportancePrior
     from holdfast.protect import Anchor, Gate, Penalty
     from holdfast.report import write_report
-    from holdfast.runner import RunConfig, load_config, run
+    from holdfast.runner import RunConfig, load_config
+    from holdfast.runner.run import run
     from holdfast.tasks import Example, Task, TaskStream, toy_suite
     from holdfast.training.callback import ProtectCallback
 
