@@ -73,7 +73,7 @@ def kill_when(monkeypatch: pytest.MonkeyPatch, target: str, call: int) -> None:
     ("where", "call"),
     [
         ("holdfast.runner.run.evaluate_task", 2),  # in the zero-shot row
-        ("holdfast.training.loop.completion_loss", 13),  # in task 2, after its first checkpoint
+        ("holdfast.training.bridge.completion_loss", 13),  # in task 2, after its first checkpoint
         ("holdfast.strategies.protocol.compute_prior", 2),  # task 2 trained, its prior not yet made
         ("holdfast.runner.run.evaluate_task", 11),  # in the row of task 3
         ("os.rename", 3),  # everything written, not committed
@@ -105,7 +105,7 @@ def test_lora_with_dropout_killed_inside_a_task_ends_bit_identical(
     run(config_of(tiny(tmp_path / "whole", **sections)))
     broken = config_of(tiny(tmp_path / "broken", **sections))
     with monkeypatch.context() as patch:
-        kill_when(patch, "holdfast.training.loop.completion_loss", 13)
+        kill_when(patch, "holdfast.training.bridge.completion_loss", 13)
         with pytest.raises(Killed):
             run(broken)
     assert list((tmp_path / "broken" / "tasks").glob("02-*.partial/checkpoints/checkpoint-3"))
@@ -158,7 +158,7 @@ def test_torn_checkpoint_is_not_trusted(tiny: Any, tmp_path: Path, monkeypatch: 
     run(config_of(tiny(tmp_path / "whole", training=training)))
     broken = config_of(tiny(tmp_path / "broken", training=training))
     with monkeypatch.context() as patch:
-        kill_when(patch, "holdfast.training.loop.completion_loss", 15)
+        kill_when(patch, "holdfast.training.bridge.completion_loss", 15)
         with pytest.raises(Killed):
             run(broken)
     checkpoints = sorted((tmp_path / "broken" / "tasks").glob("02-*.partial/checkpoints/checkpoint-*"))

@@ -14,8 +14,10 @@ from torch.nn import functional as F
 from holdfast.errors import ConfigError
 from holdfast.models import LoraOptions, add_lora, tiny_llama
 from holdfast.tasks import Encoded, Encoder, Example, Template, collate, toy_suite, toy_tokenizer
-from holdfast.training.loop import Interventions, completion_loss, save_record, train
+from holdfast.training.bridge import completion_loss
+from holdfast.training.loop import save_record, train
 from holdfast.training.options import TrainingOptions
+from holdfast.training.steps import Interventions
 
 TOKENIZER = toy_tokenizer()
 PAD = TOKENIZER.pad_token_id

@@ -23,7 +23,8 @@ from holdfast.storage import write_json, write_tensors, write_text
 from holdfast.strategies import Context, Stage, Strategy, build_strategy
 from holdfast.tasks import Encoder, build_stream, toy_tokenizer
 from holdfast.tasks.task import Example, Task
-from holdfast.training.loop import Interventions, save_record, train
+from holdfast.training.loop import save_record, train
+from holdfast.training.steps import Interventions
 
 ZERO_SHOT = "zero_shot"
 

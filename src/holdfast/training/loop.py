@@ -1,183 +1,26 @@
-"""The bridge to transformers' and TRL's training loops: the loss, and where a strategy may act."""
+"""Training one task: transformers' and TRL's loops do the work; this starts, resumes and records them."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.optim import Optimizer
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback, TrainingArguments
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
-from holdfast.errors import ConfigError, TrainingDivergedError
+from holdfast.errors import ConfigError
 from holdfast.models import accepts, is_encoder_decoder
-from holdfast.progress import Interrupted, Progress, stop_requested
-from holdfast.protect import Handle
-from holdfast.storage import write_json, write_tensors
+from holdfast.progress import Progress
+from holdfast.storage import write_json
 from holdfast.tasks.encode import Encoded, collate
-from holdfast.training.checkpoints import latest_checkpoint, seal_checkpoint
+from holdfast.training.bridge import Bridge, BridgeSeq2SeqTrainer, BridgeTrainer
+from holdfast.training.checkpoints import latest_checkpoint
 from holdfast.training.options import TrainingOptions
-
-Batch = Mapping[str, Any]
-
-
-@dataclass
-class Interventions:
-    """What a strategy does while a task is trained; each is optional.
-
-    Attributes
-    ----------
-    attach : callable
-        ``(model, optimizer) -> handles``, called once when the optimizer exists.
-    penalty : callable
-        ``(model, batch, outputs) -> scalar tensor or None``, added to the loss of a micro-batch.
-    observe : callable
-        ``(model, step)``, called once per optimizer step with the accumulated, clipped gradient in place.
-    """
-
-    attach: Callable[[nn.Module, Optimizer], Sequence[Handle]] | None = None
-    penalty: Callable[[nn.Module, Batch, Any], Tensor | None] | None = None
-    observe: Callable[[nn.Module, int], None] | None = None
-
-
-@dataclass
-class TrainingRecord:
-    """What one task's training did, as it is written to ``training.json``."""
-
-    steps: int = 0
-    seconds: float = 0.0
-    loss: list[list[float]] = field(default_factory=list)
-    learning_rate: list[list[float]] = field(default_factory=list)
-
-
-def completion_loss(logits_BTV: Tensor, labels_BT: Tensor, count: Tensor | int | None = None) -> Tensor:
-    """Next-token cross-entropy over completion tokens (A, eq. 3, averaged over tokens, as transformers does).
-
-    Parameters
-    ----------
-    logits_BTV : Tensor
-        Logits of the last T positions.
-    labels_BT : Tensor
-        Labels of the same positions, -100 where nothing is predicted.
-    count : Tensor or int, optional
-        Label tokens over all micro-batches of the step; the batch's own count when omitted.
-    """
-    logits, targets = logits_BTV[:, :-1], labels_BT[:, 1:]
-    total = F.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]).float(), targets.reshape(-1), ignore_index=-100, reduction="sum"
-    )
-    return total / (count if count is not None else (targets != -100).sum().clamp(min=1))
-
-
-class _Bridge:
-    """Mixed in front of a Trainer class: our loss, the strategy's penalty, and a stop at a bad loss."""
-
-    interventions: Interventions
-    own_loss: bool = True
-    bad_batch: Path
-
-    def compute_loss(
-        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        batch = dict(inputs)
-        if self.own_loss:
-            loss, outputs = self._completion_loss(model, batch, num_items_in_batch)
-        else:
-            # TRL makes the outputs in a second forward pass: only where somebody looks at them
-            wanted = return_outputs or self.interventions.penalty is not None
-            result = super().compute_loss(  # type: ignore[misc]
-                model, inputs, return_outputs=wanted, num_items_in_batch=num_items_in_batch
-            )
-            loss, outputs = result if wanted else (result, None)
-        if self.interventions.penalty is not None:
-            penalty = self.interventions.penalty(model, batch, outputs)
-            if penalty is not None:
-                # one whole penalty an optimizer step, however many micro-batches it has
-                whole = self.model_accepts_loss_kwargs and num_items_in_batch is not None  # type: ignore[attr-defined]
-                share = self.current_gradient_accumulation_steps if whole else 1  # type: ignore[attr-defined]
-                loss = loss + penalty / share
-        if not torch.isfinite(loss):
-            self._stop_diverged(float(loss.detach()), batch)
-        return (loss, outputs) if return_outputs else loss
-
-    def _completion_loss(self, model: nn.Module, batch: dict[str, Any], count: Any) -> tuple[Tensor, Any]:
-        labels = batch["labels"]
-        if is_encoder_decoder(model):
-            outputs = model(**batch)
-            logits = outputs.logits
-            total = F.cross_entropy(
-                logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1), reduction="sum"
-            )
-            return total / (count if count is not None else (labels != -100).sum().clamp(min=1)), outputs
-        # rows are padded on the left, so completions end the row: logits before them are never needed
-        keep = int((labels != -100).any(0).float().argmax())
-        keep = labels.shape[1] - max(keep - 1, 0)
-        extra = {"logits_to_keep": keep} if accepts(model, "logits_to_keep") else {}
-        outputs = model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False, **extra)
-        return completion_loss(outputs.logits[:, -keep:], labels[:, -keep:], count), outputs
-
-    def _stop_diverged(self, loss: float, batch: dict[str, Any]) -> None:
-        step = self.state.global_step + 1  # type: ignore[attr-defined]
-        tensors = {k: v.detach().cpu().contiguous() for k, v in batch.items() if isinstance(v, Tensor)}
-        write_tensors(self.bad_batch, tensors, {"step": str(step), "loss": str(loss)})
-        raise TrainingDivergedError(
-            f"The loss became {loss} at step {step}. The batch is saved in {self.bad_batch}. "
-            "Lower training.learning_rate, set training.max_grad_norm, or use precision bf16 instead of fp16."
-        )
-
-
-class _BridgeTrainer(_Bridge, Trainer):
-    pass
-
-
-class _BridgeSeq2SeqTrainer(_Bridge, Seq2SeqTrainer):
-    pass
-
-
-class _Steps(TrainerCallback):
-    """Progress, the record, the strategy's hooks, sealed checkpoints, and the clean stop."""
-
-    def __init__(self, interventions: Interventions, record: TrainingRecord, bar: Any) -> None:
-        self.interventions, self.record, self.bar = interventions, record, bar
-        self.handles: list[Handle] = []
-        self.stopping = False
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.interventions.attach is not None:
-            self.handles = list(self.interventions.attach(kwargs["model"], kwargs["optimizer"]))
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.interventions.observe is not None:
-            self.interventions.observe(kwargs["model"], state.global_step + 1)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.show(state.global_step, state.max_steps, note=self._note())
-        self.record.steps = state.global_step
-        if stop_requested():
-            control.should_save = self.stopping = True
-
-    def _note(self) -> str:
-        return f"loss {self.record.loss[-1][1]:.3f}" if self.record.loss else ""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs:
-            self.record.loss.append([state.global_step, float(logs["loss"])])
-            self.record.learning_rate.append([state.global_step, float(logs.get("learning_rate", 0.0))])
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        seal_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-        if self.stopping:
-            raise Interrupted(f"Stopped after step {state.global_step} of {state.max_steps}; saved.")
-
-    def release(self) -> None:
-        for handle in self.handles:
-            handle.remove()
+from holdfast.training.steps import Interventions, Steps, TrainingRecord
 
 
 def _arguments(options: TrainingOptions, folder: Path, seed: int, encoder_decoder: bool) -> Any:
@@ -261,11 +104,11 @@ def train(
     record = TrainingRecord()
     started = time.perf_counter()
     arguments = _arguments(options, folder, seed, encoder_decoder)
-    trainer_class: Any = _BridgeSeq2SeqTrainer if encoder_decoder else _BridgeTrainer
+    trainer_class: Any = BridgeSeq2SeqTrainer if encoder_decoder else BridgeTrainer
     if options.trainer == "sft":
         from trl import SFTTrainer
 
-        trainer_class = type("_BridgeSFTTrainer", (_Bridge, SFTTrainer), {"own_loss": False})
+        trainer_class = type("BridgeSFTTrainer", (Bridge, SFTTrainer), {"own_loss": False})
 
     def batch_of(items: list[Encoded]) -> dict[str, Tensor]:
         side: Any = "right" if encoder_decoder or options.trainer == "sft" else "left"
@@ -275,7 +118,7 @@ def train(
         return batch
 
     with progress.bar(description, total=1) as bar:
-        steps = _Steps(interventions or Interventions(), record, bar)
+        steps = Steps(interventions or Interventions(), record, bar)
         trainer = trainer_class(
             model=model,
             args=arguments,

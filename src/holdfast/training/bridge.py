@@ -1,0 +1,100 @@
+"""What is mixed into the Trainers of transformers and TRL: our loss, and a stop where it is not finite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Seq2SeqTrainer, Trainer
+
+from holdfast.errors import TrainingDivergedError
+from holdfast.models import accepts, is_encoder_decoder
+from holdfast.storage import write_tensors
+from holdfast.training.steps import Interventions
+
+
+def completion_loss(logits_BTV: Tensor, labels_BT: Tensor, count: Tensor | int | None = None) -> Tensor:
+    """Next-token cross-entropy over completion tokens (A, eq. 3, averaged over tokens, as transformers does).
+
+    Parameters
+    ----------
+    logits_BTV : Tensor
+        Logits of the last T positions.
+    labels_BT : Tensor
+        Labels of the same positions, -100 where nothing is predicted.
+    count : Tensor or int, optional
+        Label tokens over all micro-batches of the step; the batch's own count when omitted.
+    """
+    logits, targets = logits_BTV[:, :-1], labels_BT[:, 1:]
+    total = F.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]).float(), targets.reshape(-1), ignore_index=-100, reduction="sum"
+    )
+    return total / (count if count is not None else (targets != -100).sum().clamp(min=1))
+
+
+class Bridge:
+    """Mixed in front of a Trainer class: our loss, the strategy's penalty, and a stop at a bad loss."""
+
+    interventions: Interventions
+    own_loss: bool = True
+    bad_batch: Path
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        batch = dict(inputs)
+        if self.own_loss:
+            loss, outputs = self._completion_loss(model, batch, num_items_in_batch)
+        else:
+            # TRL makes the outputs in a second forward pass: only where somebody looks at them
+            wanted = return_outputs or self.interventions.penalty is not None
+            result = super().compute_loss(  # type: ignore[misc]
+                model, inputs, return_outputs=wanted, num_items_in_batch=num_items_in_batch
+            )
+            loss, outputs = result if wanted else (result, None)
+        if self.interventions.penalty is not None:
+            penalty = self.interventions.penalty(model, batch, outputs)
+            if penalty is not None:
+                # one whole penalty an optimizer step, however many micro-batches it has
+                whole = self.model_accepts_loss_kwargs and num_items_in_batch is not None  # type: ignore[attr-defined]
+                share = self.current_gradient_accumulation_steps if whole else 1  # type: ignore[attr-defined]
+                loss = loss + penalty / share
+        if not torch.isfinite(loss):
+            self._stop_diverged(float(loss.detach()), batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def _completion_loss(self, model: nn.Module, batch: dict[str, Any], count: Any) -> tuple[Tensor, Any]:
+        labels = batch["labels"]
+        if is_encoder_decoder(model):
+            outputs = model(**batch)
+            logits = outputs.logits
+            total = F.cross_entropy(
+                logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1), reduction="sum"
+            )
+            return total / (count if count is not None else (labels != -100).sum().clamp(min=1)), outputs
+        # rows are padded on the left, so completions end the row: logits before them are never needed
+        keep = int((labels != -100).any(0).float().argmax())
+        keep = labels.shape[1] - max(keep - 1, 0)
+        extra = {"logits_to_keep": keep} if accepts(model, "logits_to_keep") else {}
+        outputs = model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False, **extra)
+        return completion_loss(outputs.logits[:, -keep:], labels[:, -keep:], count), outputs
+
+    def _stop_diverged(self, loss: float, batch: dict[str, Any]) -> None:
+        step = self.state.global_step + 1  # type: ignore[attr-defined]
+        tensors = {k: v.detach().cpu().contiguous() for k, v in batch.items() if isinstance(v, Tensor)}
+        write_tensors(self.bad_batch, tensors, {"step": str(step), "loss": str(loss)})
+        raise TrainingDivergedError(
+            f"The loss became {loss} at step {step}. The batch is saved in {self.bad_batch}. "
+            "Lower training.learning_rate, set training.max_grad_norm, or use precision bf16 instead of fp16."
+        )
+
+
+class BridgeTrainer(Bridge, Trainer):
+    pass
+
+
+class BridgeSeq2SeqTrainer(Bridge, Seq2SeqTrainer):
+    pass
