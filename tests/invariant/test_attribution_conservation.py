@@ -72,6 +72,13 @@ def test_both_lora_factors_get_relevance_and_the_frozen_backbone_is_counted(name
     assert len(fold.maps) == 2 * sum(n.endswith("lora_A.default") for n, _ in model.named_modules())
 
 
+def test_hooks_that_make_embeddings_require_grad_do_no_harm() -> None:
+    model = build("llama")
+    plain = attribute(model).conservation_max_relative_error
+    model.enable_input_require_grads()  # what PEFT and TRL do for gradient checkpointing
+    assert attribute(model).conservation_max_relative_error == plain
+
+
 class Sine(torch.nn.Module):
     def forward(self, x):
         return torch.sin(x)

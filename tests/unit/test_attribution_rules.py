@@ -87,6 +87,7 @@ EXAMPLES: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "where": lambda x, y: torch.where(C > 0, x, C),
     "masked_fill": lambda x, y: x.masked_fill(C > 0, 1.5),
     "masked_fill_": lambda x, y: (x * 1).masked_fill_(C > 0, 1.5),
+    "requires_grad_": lambda x, y: x.requires_grad_(),
     "cat": lambda x, y: torch.cat([x, C, y]),
     "concat": lambda x, y: torch.concat([x, y]),
     "stack": lambda x, y: torch.stack([x, C]),

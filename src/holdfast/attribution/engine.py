@@ -4,72 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from holdfast.attribution.diagnose import LocalMode
 from holdfast.attribution.ledger import Ledger, relevance
 from holdfast.attribution.maps import Fold, WeightMaps
 from holdfast.attribution.mode import RuleMode, attributable, whole_activations
+from holdfast.attribution.options import AttributionOptions, AttributionReport
 from holdfast.attribution.targets import Batch, correct, initial_lambda, make_batch, module_names
 from holdfast.attribution.trace import RuleSet, Trace
-from holdfast.config import Options
 from holdfast.errors import ConservationError, DataError, ModelError, NoCorrectSampleError
 from holdfast.models import block_parameters
 from holdfast.tasks.encode import Encoded
 
 Progress = Callable[[int, int], None]
-
-
-class AttributionOptions(Options):
-    """Which relevance is computed."""
-
-    rules: Literal["paper", "attnlrp"] = Field(
-        default="attnlrp", description="softmax: identity as in A, Prop. 4.3, or its Jacobian"
-    )
-    halves: Literal["path", "weights", "none"] = Field(
-        default="path",
-        description="where the 1/2 of Lemma 4.1 applies: everywhere (A), in R(W) alone, or nowhere",
-    )
-    target: Literal["all", "first"] = Field(default="all", description="answer tokens: all, or the first (A)")
-    of: Literal["logit", "log_probability"] = Field(
-        default="logit", description="of what relevance is computed"
-    )
-
-
-@dataclass
-class AttributionReport:
-    """How an attribution went.
-
-    Attributes
-    ----------
-    samples_seen, samples_used : int
-        Rows that went through the model, and those among them that were attributed.
-    conservation_max_relative_error : float or None
-        |sum of R - Z| / |Z| on the first batch; None for plain gradients, which are not conserved.
-    seconds : float
-    absorbed : dict
-        On the first batch, as a share of Z: what ended in constants, by operation.
-    created : float
-        On the first batch, as a share of Z: what products handed out twice (`halves` other than `path`).
-    passes : int
-        Passes over the data, more than one where the memory budget demands it.
-    unreached : tuple of str
-        Parameters that nothing reached; their importance is zero.
-    """
-
-    samples_seen: int = 0
-    samples_used: int = 0
-    conservation_max_relative_error: float | None = None
-    seconds: float = 0.0
-    absorbed: dict[str, float] = field(default_factory=dict)
-    created: float = 0.0
-    passes: int = 1
-    unreached: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,8 @@ def attributable(model: nn.Module, leaves: list[Tensor]) -> Iterator[None]:
     modes = [(m, m.training) for m in model.modules()]
 
     def cut(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        leaf = output.detach().requires_grad_()
+        # PEFT and TRL may have a hook there that makes the output such a leaf already
+        leaf = output if output.requires_grad else output.detach().requires_grad_()
         leaves.append(leaf)
         return leaf
 
