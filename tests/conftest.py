@@ -14,6 +14,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
+from tiny_runs import tiny_run
+
 torch.set_num_threads(1)
 
 SHARED = Path(__file__).parents[1] / ".." / "shared"
@@ -25,20 +27,6 @@ def shared() -> Path:
     if not (SHARED / "models" / "base-4m").is_dir():
         pytest.skip(f"needs the benchmark and the base model in {SHARED.resolve()}")
     return SHARED.resolve()
-
-
-def tiny_run(output: Path, **sections: Any) -> dict[str, Any]:
-    """A run of seconds: a two-block toy Llama on three toy tasks."""
-    return {
-        "output": str(output),
-        "seed": 0,
-        "threads": 1,
-        "model": {"toy": True, "hidden": 32, "layers": 2},
-        "tasks": {"source": "toy", "order": ["copy", "flip", "head"], "train_rows": 32, "test_rows": 8},
-        "training": {"epochs": 2, "batch_size": 8, "learning_rate": 3e-3, "log_steps": 2},
-        "strategy": {"name": "sequential"},
-        **sections,
-    }
 
 
 @pytest.fixture

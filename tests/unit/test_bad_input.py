@@ -285,7 +285,7 @@ def test_run_that_met_a_nan_is_resumed_and_ends_bit_identical(
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run of three tasks that the broken ones are held against."""
-    from conftest import tiny_run
+    from tiny_runs import tiny_run
 
     folder = tmp_path_factory.mktemp("whole") / "run"
     run(config_of(tiny_run(folder, strategy=FISHER)))

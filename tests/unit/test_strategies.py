@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import tiny_run
 from holdfast.config import Options, validate
 from holdfast.importance import ImportancePrior
 from holdfast.models import block_parameters, load_model, tiny_llama
 from holdfast.runner import RunConfig, run
 from holdfast.strategies import STRATEGIES, build_strategy
 from holdfast.tasks import toy_suite, toy_tokenizer
+from tiny_runs import tiny_run
 
 FISHER = {"name": "fisher", "samples": 8}
 # what a strategy needs so that it is quick and acts at once; one that isn't named here runs on its defaults
