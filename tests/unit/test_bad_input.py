@@ -255,20 +255,20 @@ def test_nan_in_a_weight_is_told_at_the_first_step(tmp_path: Path) -> None:
 def test_run_that_met_a_nan_is_resumed_and_ends_bit_identical(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from holdfast.training import loop
+    from holdfast.training import bridge
 
     training = {"epochs": 2, "batch_size": 8, "learning_rate": 3e-3, "checkpoint_steps": 3}
     whole = config_of(one_task(tiny, tmp_path / "whole", training=training))
     broken = config_of(one_task(tiny, tmp_path / "broken", training=training))
     run(whole)
-    original, calls = loop.completion_loss, [0]
+    original, calls = bridge.completion_loss, [0]
 
     def nan_at_step_five(*args: Any) -> torch.Tensor:
         calls[0] += 1
         return original(*args) * (float("nan") if calls[0] == 5 else 1.0)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "completion_loss", nan_at_step_five)
+        patch.setattr(bridge, "completion_loss", nan_at_step_five)
         with pytest.raises(TrainingDivergedError, match="at step 5"):
             run(broken)
     partial = tmp_path / "broken" / "tasks" / "01-copy.partial"
