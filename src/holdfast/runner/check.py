@@ -16,7 +16,7 @@ from holdfast.importance import ImportancePrior
 from holdfast.models import block_parameters, is_encoder_decoder, load_model
 from holdfast.runner.config import RunConfig
 from holdfast.strategies import build_strategy
-from holdfast.tasks import Encoder, build_stream, toy_tokenizer
+from holdfast.tasks import Encoder, inspect_stream, toy_tokenizer
 from holdfast.tasks.task import TaskStream
 
 
@@ -52,11 +52,14 @@ class Findings:
 def check(config: RunConfig) -> Findings:
     """Look at data, model, template, output and prior of a valid configuration, without training."""
     findings = Findings()
-    stream = model = tokenizer = None
-    try:
-        stream = build_stream(config.tasks, config.seed)
-    except HoldfastError as error:
-        findings.problems.append(str(error))
+    model = tokenizer = None
+    stream: TaskStream | None
+    stream, data = inspect_stream(config.tasks, config.seed)
+    if data.found:  # what could be read is not what would run
+        findings.problems += data.found
+        stream = None
+    if data.skipped:
+        findings.remarks.append(f"{len(data.skipped)} bad rows are left out, such as {data.skipped[0]}")
     try:
         model, tokenizer = load_model(config.model, config.seed, toy_tokenizer)
     except HoldfastError as error:
