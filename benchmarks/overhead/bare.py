@@ -43,6 +43,8 @@ for number, task in enumerate(sorted(Path(data_dir).iterdir())):
         use_cpu=True,
         seed=number,
     )
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=DataCollatorForSeq2Seq(tokenizer))
+    trainer = Trainer(
+        model=model, args=arguments, train_dataset=rows, data_collator=DataCollatorForSeq2Seq(tokenizer)
+    )
     trainer.train()
     trainer.save_model(f"{out}/{task.name}")

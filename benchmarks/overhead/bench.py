@@ -78,7 +78,14 @@ def main() -> None:
         config = folder / "run.yaml"
         config.write_text(CONFIG.format(model=model, data=data, threads=args.threads))
         ours = [sys.executable, "-m", "holdfast", "run", str(config), f"output={folder / 'ours'}"]
-        bare = [sys.executable, str(HERE / "bare.py"), str(model), str(data), str(folder / "bare"), str(args.threads)]
+        bare = [
+            sys.executable,
+            str(HERE / "bare.py"),
+            str(model),
+            str(data),
+            str(folder / "bare"),
+            str(args.threads),
+        ]
         for number in range(args.rounds + 1):
             seconds = []
             for command, out in ((ours, "ours"), (bare, "bare")):
@@ -88,7 +95,10 @@ def main() -> None:
                 seconds.append(time.perf_counter() - started)
             if number:  # the first pair warms the disk cache
                 pairs.append(seconds)
-                print(f"round {number}: holdfast {seconds[0]:.1f} s, bare Trainer {seconds[1]:.1f} s", flush=True)
+                print(
+                    f"round {number}: holdfast {seconds[0]:.1f} s, bare Trainer {seconds[1]:.1f} s",
+                    flush=True,
+                )
     result = {
         "ratio": round(statistics.median(a / b for a, b in pairs), 4),
         "holdfast_seconds": [round(a, 2) for a, _ in pairs],
