@@ -48,8 +48,7 @@ WAYS: dict[str, Any] = {
     "sequential": {"name": "sequential"},
     "attribution": {
         "name": "attribution",
-        # on the toy suite |R| holds more than the squared LRP gradient, the default; on text it is the other
-        # way round (docs/results.md)
+        # on the toy suite |R| holds more than the squared LRP gradient, the default (docs/log.md)
         "importance": {"name": "lrp", "aggregate": "absolute", "per_weight": False, "halves": "path"},
         "mechanism": {"name": "anchor", "strength": 600.0},
     },

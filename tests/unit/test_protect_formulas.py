@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
 from holdfast.importance.prior import ImportancePrior
@@ -13,34 +12,7 @@ from holdfast.protect import (
     Gate,
     Penalty,
 )
-
-
-def network(dtype: torch.dtype = torch.float64) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).to(dtype)
-
-
-def graded(model: nn.Module, low: float = -0.2, high: float = 1.2) -> ImportancePrior:
-    """Values on both sides of [0, 1]."""
-    generator = torch.Generator().manual_seed(1)
-    return ImportancePrior(
-        {
-            n: low + (high - low) * torch.rand(p.shape, generator=generator)
-            for n, p in model.named_parameters()
-        }
-    )
-
-
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    return {n: p.detach().clone() for n, p in model.named_parameters()}
-
-
-def backward(model: nn.Module, seed: int = 2) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(4, 3, generator=generator, dtype=torch.float64).to(next(model.parameters()).dtype)
-    model.zero_grad()
-    model(x).square().mean().backward()
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+from small_network import backward, graded, network, weights
 
 
 def test_gate_on_gradient_is_equation_13_under_sgd() -> None:

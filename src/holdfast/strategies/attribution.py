@@ -61,7 +61,7 @@ class Attribution(Strategy):
     The prior of each task is computed when the task is learned (or by a model of its own, as A does),
     joined with those of earlier tasks (eq. 12), put under the chosen control, and handed to the chosen
     mechanism for the next task. A's own choices are in ``configs/attribution_paper.yaml``; the defaults
-    differ from them because the letter of A does not hold anything under Adam (docs/results.md).
+    differ from them because eq. 13's constant factor on a gradient cancels under Adam.
     """
 
     name = "attribution"
