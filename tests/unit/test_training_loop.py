@@ -225,18 +225,54 @@ def test_penalty_counts_once_a_step_however_many_micro_batches(
         assert not torch.equal(q, start[name])
 
 
-def test_observe_sees_each_steps_whole_gradient_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("trainer", ["auto", "sft"])
+def test_observe_sees_each_steps_whole_gradient_once_before_clipping(tmp_path: Path, trainer: str) -> None:
     rows = rows_of()
-    seen: list[tuple[int, float]] = []
 
-    def observe(model: Any, step: int) -> None:
-        norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
-        seen.append((step, float(norm)))
+    def norms(folder: str, batch_size: int, accumulation: int, clip: float) -> list[float]:
+        seen: list[tuple[int, float]] = []
 
-    options = {"batch_size": 4, "gradient_accumulation": 2, "max_steps": 5, "max_grad_norm": 0.01}
-    fit(tiny_model(), rows, tmp_path, hooks=Interventions(observe=observe), **options)
-    assert [step for step, _ in seen] == [1, 2, 3, 4, 5]
-    assert all(norm == pytest.approx(0.01, rel=1e-3) for _, norm in seen), "it was not the clipped gradient"
+        def observe(model: Any, step: int, scale: float) -> None:
+            norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+            seen.append((step, float(norm) * scale))
+
+        options = {
+            "batch_size": batch_size,
+            "gradient_accumulation": accumulation,
+            "max_steps": 5,
+            "max_grad_norm": clip,
+            "optimizer": "sgd",
+            "learning_rate": 1e-9,
+            "trainer": trainer,
+        }
+        fit(tiny_model(), rows, tmp_path / folder, hooks=Interventions(observe=observe), **options)
+        assert [step for step, _ in seen] == [1, 2, 3, 4, 5]
+        return [norm for _, norm in seen]
+
+    whole = norms("whole", 8, 1, 0.0)
+    assert norms("clipped", 4, 2, 0.01) == pytest.approx(whole, rel=1e-3)
+
+
+def test_what_a_strategy_gathers_is_in_each_checkpoint_and_comes_back(tmp_path: Path) -> None:
+    rows, count = rows_of(), torch.zeros(1)
+    loaded: list[float] = []
+
+    def observe(model: Any, step: int, scale: float) -> None:
+        count.add_(1)
+        if step == 5 and not loaded:
+            raise RuntimeError("killed")
+
+    hooks = Interventions(
+        observe=observe,
+        state=lambda: {"count": count},
+        load_state=lambda tensors: (loaded.append(float(tensors["count"])), count.copy_(tensors["count"])),
+    )
+    options = {"batch_size": 4, "max_steps": 6, "checkpoint_steps": 2}
+    with pytest.raises(RuntimeError, match="killed"):
+        fit(tiny_model(), rows, tmp_path, hooks=hooks, **options)
+    fit(tiny_model(), rows, tmp_path, hooks=hooks, **options)
+    assert loaded == [4.0]
+    assert count.item() == 6
 
 
 def test_handles_are_attached_once_and_removed_even_if_training_fails(tmp_path: Path) -> None:
@@ -250,7 +286,7 @@ def test_handles_are_attached_once_and_removed_even_if_training_fails(tmp_path: 
         events.append("attached")
         return [Counted()]
 
-    def failing(model: Any, step: int) -> None:
+    def failing(model: Any, step: int, scale: float) -> None:
         raise RuntimeError("on purpose")
 
     fit(tiny_model(), rows_of(), tmp_path / "a", hooks=Interventions(attach=attach), max_steps=2)

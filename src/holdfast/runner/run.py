@@ -77,6 +77,7 @@ class _Run:
             fit=self._fit_aside,
         )
         self.strategy.prepare(context)
+        self.model = context.model  # a strategy may have wrapped it
         before = [ZERO_SHOT] if config.evaluation.zero_shot else []
         done = directory.completed([*before, *self.names])
         for note in directory.notes:
@@ -153,7 +154,13 @@ class _Run:
             write_tensors(folder / "strategy.safetensors", tensors)
         write_json(folder / "strategy.json", values)
 
-    def _fit_aside(self, model: Any, examples: Sequence[Example], description: str) -> None:
+    def _fit_aside(
+        self,
+        model: Any,
+        examples: Sequence[Example],
+        description: str,
+        interventions: Interventions | None = None,
+    ) -> None:
         folder = self.directory.path / "aside"  # not resumable by itself: its stage is redone as a whole
         shutil.rmtree(folder, ignore_errors=True)
         train(
@@ -163,6 +170,7 @@ class _Run:
             tokenizer=self.tokenizer,
             folder=folder / "checkpoints",
             seed=self.config.seed,
+            interventions=interventions,
             progress=self.progress,
             description=description,
         )
@@ -209,13 +217,15 @@ def _interventions(strategy: Strategy) -> Interventions:
     """The strategy's verbs for the training loop; one that it doesn't have costs nothing there."""
     has = {
         verb
-        for verb in ("penalty", "observe")
+        for verb in ("penalty", "observe", "stage_state_dict")
         if getattr(type(strategy), verb) is not getattr(Strategy, verb)
     }
     return Interventions(
         attach=strategy.attach,
         penalty=strategy.penalty if "penalty" in has else None,
         observe=strategy.observe if "observe" in has else None,
+        state=strategy.stage_state_dict if "stage_state_dict" in has else None,
+        load_state=strategy.load_stage_state_dict if "stage_state_dict" in has else None,
     )
 
 

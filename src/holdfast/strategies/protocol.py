@@ -1,16 +1,14 @@
-"""The one protocol of all strategies, their registry, and what the runner hands them.
+"""The one protocol of all strategies, and their registry.
 
 A strategy is one paper in one file. It overrides the verbs that it needs and is called by the runner,
 and by nothing else, in this order: `prepare` once; then for each stage `begin`, `examples`, during
-training `attach`, `penalty` and `observe`, then `end`; for each evaluation `route`; after each stage
-`state_dict`, and on resume `load_state_dict`.
+training `attach`, `penalty` and `observe` (and `stage_state_dict` with each checkpoint), then `end`; for
+each evaluation `route`; after each stage `state_dict`, and on resume `load_state_dict`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
@@ -18,60 +16,9 @@ from torch.optim import Optimizer
 
 from holdfast.config import Options
 from holdfast.errors import ConfigError
-from holdfast.importance import ImportancePrior, compute_prior
-from holdfast.progress import Progress
 from holdfast.protect import Handle
-from holdfast.tasks.encode import Encoder
-from holdfast.tasks.task import Example, Task, TaskStream
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One training of a run: usually one task, for joint training all of them."""
-
-    name: str
-    tasks: tuple[Task, ...]
-
-
-@dataclass
-class Context:
-    """What a strategy may use.
-
-    Attributes
-    ----------
-    folder : Path
-        Where the current stage's artefacts go; it is committed as a whole when the stage is done.
-    base_model : callable
-        ``() -> model``: a fresh copy of the model as it was before the stream.
-    fit : callable
-        ``(model, examples, name) -> None``: plain fine-tuning with the run's training options.
-    """
-
-    model: Any
-    tokenizer: Any
-    encoder: Encoder
-    stream: TaskStream
-    seed: int
-    progress: Progress
-    folder: Path
-    base_model: Callable[[], Any]
-    fit: Callable[[Any, Sequence[Example], str], None]
-
-    def importance(self, task: Task, options: Any, model: Any = None) -> ImportancePrior:
-        """The prior of a model (by default the run's) for a task, saved in ``<folder>/prior``."""
-        rows = self.encoder.many(task.train)
-        with self.progress.bar(f"importance of {task.name}", total=len(rows)) as bar:
-            prior = compute_prior(
-                self.model if model is None else model,
-                rows,
-                options,
-                pad_id=self.tokenizer.pad_token_id,
-                seed=self.seed,
-                task=task.name,
-                progress=bar,
-            )
-        prior.save(self.folder / "prior")
-        return prior
+from holdfast.strategies.context import Context, Stage
+from holdfast.tasks.task import Example, TaskStream
 
 
 class Strategy:
@@ -92,7 +39,7 @@ class Strategy:
         return [Stage(task.name, (task,)) for task in stream]
 
     def prepare(self, context: Context) -> None:
-        """Called once, before anything is trained or resumed."""
+        """Called once, before anything is trained or resumed; may wrap or replace ``context.model``."""
 
     def begin(self, context: Context, stage: Stage) -> None:
         """Called before a stage is trained (again, if it was killed), with the weights it starts from."""
@@ -109,8 +56,15 @@ class Strategy:
         """A term added to the loss of a micro-batch."""
         return None
 
-    def observe(self, model: nn.Module, step: int) -> None:
-        """Look at the accumulated, clipped gradient once per optimizer step."""
+    def observe(self, model: nn.Module, step: int, scale: float) -> None:
+        """Look at the gradient (`scale` times ``.grad``) once per optimizer step, before it is clipped."""
+
+    def stage_state_dict(self) -> Mapping[str, Tensor]:
+        """What `observe` has gathered so far in this stage; saved with each checkpoint of the training."""
+        return {}
+
+    def load_stage_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what `stage_state_dict` gave, after `begin`, when a killed training goes on."""
 
     def end(self, context: Context, stage: Stage) -> None:
         """Called when a stage is trained: consolidate, and write artefacts into ``context.folder``."""

@@ -36,7 +36,7 @@ def completion_loss(logits_BTV: Tensor, labels_BT: Tensor, count: Tensor | int |
 
 
 class Bridge:
-    """Mixed in front of a Trainer class: our loss, the strategy's penalty, and a stop at a bad loss."""
+    """Mixed in front of a Trainer class: our loss, the strategy's penalty and look at the gradient."""
 
     interventions: Interventions
     own_loss: bool = True
@@ -65,6 +65,15 @@ class Bridge:
         if not torch.isfinite(loss):
             self._stop_diverged(float(loss.detach()), batch)
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(model, *args, **kwargs)  # type: ignore[misc]
+        accelerator = self.accelerator  # type: ignore[attr-defined]
+        if self.interventions.observe is not None and accelerator.sync_gradients:
+            scaler = getattr(accelerator, "scaler", None)
+            scale = 1.0 if scaler is None else 1.0 / scaler.get_scale()
+            self.interventions.observe(model, self.state.global_step + 1, scale)  # type: ignore[attr-defined]
+        return loss
 
     def _completion_loss(self, model: nn.Module, batch: dict[str, Any], count: Any) -> tuple[Tensor, Any]:
         labels = batch["labels"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
@@ -20,7 +21,7 @@ from holdfast.tasks.encode import Encoded, collate
 from holdfast.training.bridge import Bridge, BridgeSeq2SeqTrainer, BridgeTrainer
 from holdfast.training.checkpoints import latest_checkpoint
 from holdfast.training.options import TrainingOptions
-from holdfast.training.steps import Interventions, Steps, TrainingRecord
+from holdfast.training.steps import OBSERVED, Interventions, Steps, TrainingRecord
 
 
 def _arguments(options: TrainingOptions, folder: Path, seed: int, encoder_decoder: bool) -> Any:
@@ -138,6 +139,8 @@ def train(
         checkpoint = latest_checkpoint(folder)
         if checkpoint is not None:
             record.loss, record.learning_rate = _history(checkpoint)
+            if steps.interventions.load_state is not None:
+                steps.interventions.load_state(load_file(checkpoint / OBSERVED))
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:

@@ -13,9 +13,11 @@ from transformers import TrainerCallback
 
 from holdfast.progress import Interrupted, stop_requested
 from holdfast.protect import Handle
+from holdfast.storage import write_tensors
 from holdfast.training.checkpoints import seal_checkpoint
 
 Batch = Mapping[str, Any]
+OBSERVED = "strategy.safetensors"  # in a checkpoint: what the strategy has gathered up to this step
 
 
 @dataclass
@@ -29,12 +31,18 @@ class Interventions:
     penalty : callable
         ``(model, batch, outputs) -> scalar tensor or None``, added to the loss of a micro-batch.
     observe : callable
-        ``(model, step)``, called once per optimizer step with the accumulated, clipped gradient in place.
+        ``(model, step, scale)``, called once per optimizer step, when the gradient is accumulated and not
+        yet clipped. ``scale`` times ``.grad`` is the gradient of the loss (not 1 in fp16 only).
+    state, load_state : callable
+        ``() -> tensors`` and ``(tensors)``: what the strategy gathers while a task is trained. It goes into
+        every checkpoint, so that a killed training goes on with it.
     """
 
     attach: Callable[[nn.Module, Optimizer], Sequence[Handle]] | None = None
     penalty: Callable[[nn.Module, Batch, Any], Tensor | None] | None = None
-    observe: Callable[[nn.Module, int], None] | None = None
+    observe: Callable[[nn.Module, int, float], None] | None = None
+    state: Callable[[], Mapping[str, Tensor]] | None = None
+    load_state: Callable[[Mapping[str, Tensor]], None] | None = None
 
 
 @dataclass
@@ -59,10 +67,6 @@ class Steps(TrainerCallback):
         if self.interventions.attach is not None:
             self.handles = list(self.interventions.attach(kwargs["model"], kwargs["optimizer"]))
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.interventions.observe is not None:
-            self.interventions.observe(kwargs["model"], state.global_step + 1)
-
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.show(state.global_step, state.max_steps, note=self._note())
         self.record.steps = state.global_step
@@ -78,7 +82,10 @@ class Steps(TrainerCallback):
             self.record.learning_rate.append([state.global_step, float(logs.get("learning_rate", 0.0))])
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        seal_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self.interventions.state is not None:
+            write_tensors(folder / OBSERVED, self.interventions.state())
+        seal_checkpoint(folder)
         if self.stopping:
             raise Interrupted(f"Stopped after step {state.global_step} of {state.max_steps}; saved.")
 

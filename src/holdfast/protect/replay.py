@@ -1,0 +1,113 @@
+"""Replay memory: the examples of earlier tasks that a rehearsal method keeps, and how they are mixed in."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from holdfast.config import Options
+from holdfast.tasks.task import Example, Task
+
+
+class MemoryOptions(Options):
+    """How many examples are kept, and which."""
+
+    fraction: float | None = Field(
+        None, gt=0, le=1, description="balanced only: share of each task's rows (default 0.02, K, section VI)"
+    )
+    count: int | None = Field(
+        None, ge=1, description="rows instead of a share: of each task (balanced) or in all (reservoir)"
+    )
+    sampling: Literal["balanced", "reservoir"] = Field(
+        "balanced",
+        description="balanced: a draw of each task by itself; reservoir: one buffer of fixed size, in which "
+        "every row seen so far is equally likely",
+    )
+
+    @model_validator(mode="after")
+    def _one_size(self) -> MemoryOptions:
+        if self.fraction is not None and self.count is not None:
+            raise ValueError("give one of `fraction` and `count`")
+        if self.sampling == "reservoir" and self.count is None:
+            raise ValueError("`sampling: reservoir` needs `count`, the size of the whole buffer")
+        return self
+
+
+class Memory:
+    """Examples of the tasks learned so far; it holds copies and never looks at an earlier task again.
+
+    Parameters
+    ----------
+    options : MemoryOptions
+    seed : int
+        Decides every draw: the same tasks in the same order always leave the same rows.
+    """
+
+    def __init__(self, options: MemoryOptions, seed: int) -> None:
+        self.options, self.seed = options, seed
+        self.rows: list[tuple[str, Example]] = []
+        self._seen = self._tasks = 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def examples(self) -> list[Example]:
+        """The examples alone, in the order they came in."""
+        return [example for _, example in self.rows]
+
+    def add(self, task: Task) -> None:
+        """Take in a task that has just been learned."""
+        draw = random.Random(f"memory {self.seed} {self._tasks}")
+        self._tasks += 1
+        options, rows = self.options, len(task.train)
+        if options.sampling == "reservoir":
+            self._fill(task, draw, options.count or 0)
+            return
+        size = options.count or max(1, round((options.fraction or 0.02) * rows))
+        kept = sorted(draw.sample(range(rows), min(size, rows)))
+        self.rows += [(task.name, task.train[i]) for i in kept]
+
+    def _fill(self, task: Task, draw: random.Random, room: int) -> None:
+        """Reservoir sampling (Vitter 1985): after n rows each is in the buffer with probability room / n."""
+        for example in task.train:
+            self._seen += 1
+            if len(self.rows) < room:
+                self.rows.append((task.name, example))
+            elif (slot := draw.randrange(self._seen)) < room:
+                self.rows[slot] = (task.name, example)
+
+    def mixed_with(self, new: Sequence[Example], ratio: float, salt: str = "") -> list[Example]:
+        """New examples and old ones, of which `ratio` are old, in random order.
+
+        The memory is gone through in whole rounds, so no row is replayed twice more often than another.
+        """
+        if not self.rows:
+            return list(new)
+        draw = random.Random(f"mix {self.seed} {salt}")
+        wanted = round(len(new) * ratio / (1 - ratio))
+        old: list[Example] = []
+        while len(old) < wanted:
+            old += draw.sample(self.examples, min(len(self.rows), wanted - len(old)))
+        mixed = [*new, *old]
+        draw.shuffle(mixed)
+        return mixed
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able: the examples themselves, and the counters."""
+        rows = [{"task": task, **asdict(example)} for task, example in self.rows]
+        return {"rows": rows, "seen": self._seen, "tasks": self._tasks}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        self.rows = [(row["task"], _example(row)) for row in state["rows"]]
+        self._seen, self._tasks = state["seen"], state["tasks"]
+
+
+def _example(row: dict[str, Any]) -> Example:
+    prompt = row["prompt"] if isinstance(row["prompt"], str) else tuple(row["prompt"])
+    return Example(prompt, row["completion"], tuple(row["references"]))

@@ -1,0 +1,62 @@
+"""What the runner hands to a strategy: the stage it is in, and all that it may use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from holdfast.importance import ImportancePrior, compute_prior
+from holdfast.progress import Progress
+from holdfast.tasks.encode import Encoder
+from holdfast.tasks.task import Task, TaskStream
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training of a run: usually one task, for joint training all of them."""
+
+    name: str
+    tasks: tuple[Task, ...]
+
+
+@dataclass
+class Context:
+    """What a strategy may use.
+
+    Attributes
+    ----------
+    folder : Path
+        Where the current stage's artefacts go; it is committed as a whole when the stage is done.
+    base_model : callable
+        ``() -> model``: a fresh copy of the model as it was before the stream.
+    fit : callable
+        ``(model, examples, name, interventions=None) -> None``: another training with the run's options.
+    """
+
+    model: Any
+    tokenizer: Any
+    encoder: Encoder
+    stream: TaskStream
+    seed: int
+    progress: Progress
+    folder: Path
+    base_model: Callable[[], Any]
+    fit: Callable[..., None]
+
+    def importance(self, task: Task, options: Any, model: Any = None) -> ImportancePrior:
+        """The prior of a model (by default the run's) for a task, saved in ``<folder>/prior``."""
+        rows = self.encoder.many(task.train)
+        with self.progress.bar(f"importance of {task.name}", total=len(rows)) as bar:
+            prior = compute_prior(
+                self.model if model is None else model,
+                rows,
+                options,
+                pad_id=self.tokenizer.pad_token_id,
+                seed=self.seed,
+                task=task.name,
+                progress=bar,
+            )
+        prior.save(self.folder / "prior")
+        return prior
