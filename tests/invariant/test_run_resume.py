@@ -74,7 +74,7 @@ def kill_when(monkeypatch: pytest.MonkeyPatch, target: str, call: int) -> None:
     [
         ("holdfast.runner.run.evaluate_task", 2),  # in the zero-shot row
         ("holdfast.training.bridge.completion_loss", 13),  # in task 2, after its first checkpoint
-        ("holdfast.strategies.protocol.compute_prior", 2),  # task 2 trained, its prior not yet made
+        ("holdfast.strategies.context.compute_prior", 2),  # task 2 trained, its prior not yet made
         ("holdfast.runner.run.evaluate_task", 11),  # in the row of task 3
         ("os.rename", 3),  # everything written, not committed
     ],
