@@ -72,10 +72,10 @@ def kill_when(monkeypatch: pytest.MonkeyPatch, target: str, call: int) -> None:
 @pytest.mark.parametrize(
     ("where", "call"),
     [
-        ("holdfast.runner.run.evaluate_task", 2),  # in the zero-shot row
+        ("holdfast.runner.run.evaluate_encoded", 2),  # in the zero-shot row
         ("holdfast.training.bridge.completion_loss", 13),  # in task 2, after its first checkpoint
         ("holdfast.strategies.context.compute_prior", 2),  # task 2 trained, its prior not yet made
-        ("holdfast.runner.run.evaluate_task", 11),  # in the row of task 3
+        ("holdfast.runner.run.evaluate_encoded", 11),  # in the row of task 3
         ("os.rename", 3),  # everything written, not committed
     ],
 )

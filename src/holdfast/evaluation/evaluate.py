@@ -11,7 +11,7 @@ from pydantic import Field
 from holdfast.config import Options
 from holdfast.evaluation.generate import generate, rank_options
 from holdfast.evaluation.scores import SCORES
-from holdfast.tasks.encode import Encoder
+from holdfast.tasks.encode import Encoded, Encoder
 from holdfast.tasks.task import Example, Task
 
 
@@ -38,11 +38,48 @@ class TaskScore:
     predictions: list[dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class EncodedTask:
+    """What the test of a task needs as token ids: made once, asked after every stage.
+
+    Attributes
+    ----------
+    task : Task
+    rows : list of Encoded
+        The test rows, in their order.
+    choices : list of (str, list of int)
+        For the metric ``options``: each allowed answer with the tokens of its framed form; else empty.
+    max_new_tokens : int
+        How long a generated answer may be, in tokens; 0 where the answer is one of `choices`.
+    """
+
+    task: Task
+    rows: list[Encoded]
+    choices: list[tuple[str, list[int]]]
+    max_new_tokens: int
+
+
+def encode_task(task: Task, encoder: Encoder, options: EvaluationOptions) -> EncodedTask:
+    """Encode a task's test rows and what bounds its answers."""
+    ranked = task.metric == "options"
+    return EncodedTask(
+        task,
+        encoder.many(task.test),
+        [(text, _answer_ids(text, encoder)) for text in task.options] if ranked else [],
+        0 if ranked else answer_budget(task, encoder, options),
+    )
+
+
 def answer_budget(task: Task, encoder: Encoder, options: EvaluationOptions) -> int:
     """How many tokens an answer may have; learned from training rows only."""
     if options.max_new_tokens is not None:
         return options.max_new_tokens
-    return max((len(encoder(e).completion_ids) for e in task.train), default=32) + 2
+    answers = {example.completion for example in task.train}  # a classification has few
+    return max((len(_answer_ids(text, encoder)) for text in answers), default=32) + 2
+
+
+def _answer_ids(text: str, encoder: Encoder) -> list[int]:
+    return encoder(Example("?", text)).completion_ids
 
 
 def evaluate_task(
@@ -54,20 +91,35 @@ def evaluate_task(
     options: EvaluationOptions,
     progress: Callable[[int, int], None] | None = None,
 ) -> TaskScore:
-    """Generate an answer for every test row and score it by the task's metric."""
-    rows = encoder.many(task.test)
+    """Generate an answer for every test row and score it by the task's metric.
+
+    To test one task again and again, encode it once with `encode_task` and call `evaluate_encoded`.
+    """
+    encoded = encode_task(task, encoder, options)
+    return evaluate_encoded(model, tokenizer, encoded, batch_size=options.batch_size, progress=progress)
+
+
+def evaluate_encoded(
+    model: Any,
+    tokenizer: Any,
+    encoded: EncodedTask,
+    *,
+    batch_size: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> TaskScore:
+    """As `evaluate_task`, of a task that `encode_task` has encoded."""
+    task = encoded.task
     if task.metric == "options":
-        choices = [(text, encoder(Example("?", text)).completion_ids) for text in task.options]
         answers = rank_options(
-            model, tokenizer, rows, choices, batch_size=options.batch_size, progress=progress
+            model, tokenizer, encoded.rows, encoded.choices, batch_size=batch_size, progress=progress
         )
     else:
         answers = generate(
             model,
             tokenizer,
-            rows,
-            batch_size=options.batch_size,
-            max_new_tokens=answer_budget(task, encoder, options),
+            encoded.rows,
+            batch_size=batch_size,
+            max_new_tokens=encoded.max_new_tokens,
             progress=progress,
         )
     score = SCORES[task.metric]

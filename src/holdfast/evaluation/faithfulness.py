@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from holdfast.evaluation.evaluate import EvaluationOptions, evaluate_task
+from holdfast.evaluation.evaluate import EvaluationOptions, encode_task, evaluate_encoded
 from holdfast.tasks.encode import Encoder
 from holdfast.tasks.task import Task
 
@@ -51,15 +51,15 @@ def measure_faithfulness(
         ``{"task", "percent", "curves": {"importance" | "random" | "magnitude": [accuracy, ...]}}``,
         as it is written to ``faithfulness.json``.
     """
+    options = options or EvaluationOptions()
+    encoded = encode_task(task, encoder, options)
     curves: dict[str, list[float]] = {choice: [] for choice in CHOICES}
     total, done = len(CHOICES) * len(percent), 0
     for choice in CHOICES:
         scores = _ranking(choice, importance, parameters, seed)
         for share in percent:
             with _zeroed(parameters, scores, share / 100.0):
-                result = evaluate_task(
-                    model, tokenizer, task, encoder, options=options or EvaluationOptions()
-                )
+                result = evaluate_encoded(model, tokenizer, encoded, batch_size=options.batch_size)
             curves[choice].append(result.score)
             done += 1
             if progress is not None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from holdfast.evaluation.evaluate import evaluate_task
+from holdfast.evaluation.evaluate import EncodedTask, encode_task, evaluate_encoded
 from holdfast.evaluation.metrics import summarise
 from holdfast.models import is_encoder_decoder, load_model, load_weights
 from holdfast.progress import Progress, stoppable
@@ -62,6 +62,7 @@ class _Run:
         self.encoder = Encoder(
             self.tokenizer, config.template, encoder_decoder=is_encoder_decoder(self.model)
         )
+        self._tests: dict[str, EncodedTask] = {}  # by task: its test rows are asked after every stage
 
     def to_the_end(self) -> dict[str, Any]:
         config, directory = self.config, self.directory
@@ -195,8 +196,11 @@ class _Run:
     def _score(self, task: Task, folder: Path, progress: Any) -> float:
         known = task.name if self.strategy.needs_task_identity else None
         model = self.strategy.route(self.model, known)
-        result = evaluate_task(
-            model, self.tokenizer, task, self.encoder, options=self.config.evaluation, progress=progress
+        options = self.config.evaluation
+        if task.name not in self._tests:
+            self._tests[task.name] = encode_task(task, self.encoder, options)
+        result = evaluate_encoded(
+            model, self.tokenizer, self._tests[task.name], batch_size=options.batch_size, progress=progress
         )
         lines = [json.dumps(p, ensure_ascii=False) for p in result.predictions]
         (folder / "predictions").mkdir(exist_ok=True)
