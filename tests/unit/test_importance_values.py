@@ -111,6 +111,17 @@ def test_samples_are_drawn_by_the_seed() -> None:
     assert not torch.equal(fisher(0), fisher(1))
 
 
+def test_fisher_and_taylor_fold_the_same_gradient_of_the_same_sample() -> None:
+    model, data = tiny_model(), rows(9)
+    weights = block_parameters(model)
+    fisher, taylor = (
+        compute_prior(model, data, {"name": name, "samples": 1}, pad_id=0, seed=5).tensors
+        for name in ("fisher", "taylor")
+    )
+    for name, value in taylor.items():
+        torch.testing.assert_close(value, fisher[name].sqrt() * weights[name].detach().float().abs())
+
+
 def test_magnitude_and_uniform_need_no_data() -> None:
     model = tiny_model()
     weights = block_parameters(model)

@@ -6,11 +6,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from holdfast.attribution.engine import per_sample_gradients
 from holdfast.config import Options
 from holdfast.importance.aggregate import SquareMean
-from holdfast.importance.registry import Computed, Inputs, register, sample_counts
-from holdfast.importance.seeding import sample
+from holdfast.importance.gradients import fold_gradients
+from holdfast.importance.registry import Computed, Inputs, register
 
 
 class FisherOptions(Options):
@@ -29,15 +28,6 @@ def fisher(inputs: Inputs, options: FisherOptions) -> Computed:
     size (a frequent mistake: a batch's squared mean gradient shrinks with the batch). It is the empirical
     Fisher: the labels are the data's, not drawn from the model.
     """
-    rows = sample(inputs.rows, options.samples, inputs.seed)
-    fold = SquareMean(per_weight=True)
-    report = per_sample_gradients(
-        inputs.model,
-        rows,
-        fold=fold,
-        parameters=inputs.parameters,
-        batch_size=options.batch_size,
-        pad_id=inputs.pad_id,
-        progress=inputs.progress,
+    return fold_gradients(
+        inputs, SquareMean(per_weight=True), samples=options.samples, batch_size=options.batch_size
     )
-    return Computed(fold.result(), sample_counts(report))

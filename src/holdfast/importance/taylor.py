@@ -6,11 +6,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from holdfast.attribution.engine import per_sample_gradients
 from holdfast.config import Options
 from holdfast.importance.aggregate import AbsoluteMean
-from holdfast.importance.registry import Computed, Inputs, register, sample_counts
-from holdfast.importance.seeding import sample
+from holdfast.importance.gradients import fold_gradients
+from holdfast.importance.registry import Computed, Inputs, register
 
 
 class TaylorOptions(Options):
@@ -24,15 +23,4 @@ class TaylorOptions(Options):
 @register(TaylorOptions, needs_data=True)
 def taylor(inputs: Inputs, options: TaylorOptions) -> Computed:
     """1/S Σ_s |w · ∂ log p(y_s | x_s) / ∂w|, log p summed over the answer's tokens, y_s the true answer."""
-    rows = sample(inputs.rows, options.samples, inputs.seed)
-    fold = AbsoluteMean()
-    report = per_sample_gradients(
-        inputs.model,
-        rows,
-        fold=fold,
-        parameters=inputs.parameters,
-        batch_size=options.batch_size,
-        pad_id=inputs.pad_id,
-        progress=inputs.progress,
-    )
-    return Computed(fold.result(), sample_counts(report))
+    return fold_gradients(inputs, AbsoluteMean(), samples=options.samples, batch_size=options.batch_size)
