@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from holdfast.evaluation.metrics import summarise
+from holdfast.evaluation.predictions import file_safe, predictions_file
 
 TASKS = ("copy", "reverse", "count", "lookup")
 Matrix = list[list[float | None]]
@@ -93,11 +94,11 @@ def write_run(
     for i, stage in enumerate(stages, 1):
         if all(a is None for a in matrix[i]) and strategy != "multitask":
             break
-        folder = path / "tasks" / f"{i:02d}-{stage.replace('/', '_')}"
+        folder = path / "tasks" / f"{i:02d}-{file_safe(stage)}"
         loss = [[s, 3.2 * 0.94**s + 0.05 * random_.random()] for s in range(0, 80, 2)]
         write_json(folder / "training.json", {"loss": loss, "steps": 80, "seconds": 12.0})
         for t, task in enumerate(tasks[:i]):
-            _write_predictions(folder / "predictions" / f"{task.replace('/', '_')}.jsonl", task, matrix[i][t])
+            _write_predictions(predictions_file(folder, task), task, matrix[i][t])
         if protected:
             write_prior(folder / "prior", seed=i)
             if i > 1:

@@ -8,6 +8,7 @@ import pytest
 from report_runs import stream_matrix, write_attribution, write_json, write_run
 
 from holdfast.errors import DataError, StorageError
+from holdfast.evaluation.predictions import predictions_file
 from holdfast.report import write_report
 
 JOINT = [[4.0] * 4, [None] * 4, [None] * 4, [None] * 4, [97.0] * 4]
@@ -92,8 +93,7 @@ def test_names_and_predictions_are_text_and_never_markup(tmp_path, page):
         (last, "<u>no</u>", 0.0),
     ):
         row = {"prompt": "<i>p</i>", "expected": ["a"], "generated": answer, "score": score}
-        (folder / "predictions" / "<b>x<").mkdir(parents=True)  # the name's slash makes a folder
-        (folder / "predictions" / f"{evil}.jsonl").write_text(json.dumps(row))
+        predictions_file(folder, evil).write_text(json.dumps(row))
     shown, figures, html = page(path, title="<s>t</s>")
     assert not {"b>x", "img", "u", "i>p", "s"} & {tag for tag, _ in shown.tags}
     assert html.count("alert(2)</script>") == 0

@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, ValidationError
 
 from holdfast.errors import DataError
+from holdfast.evaluation.predictions import predictions_file
 
 REDO = "It may be torn or edited: run the same `holdfast run` command again to redo it."
 
@@ -108,7 +109,7 @@ class StageRecord:
         DataError
             A row isn't a prediction; the message names the file and the line.
         """
-        path = self.path / "predictions" / f"{task}.jsonl"
+        path = predictions_file(self.path, task)
         if not path.is_file():
             return
         with path.open(encoding="utf-8") as lines:

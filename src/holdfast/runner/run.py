@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 
 from holdfast.evaluation.evaluate import EncodedTask, encode_task, evaluate_encoded
 from holdfast.evaluation.metrics import summarise
+from holdfast.evaluation.predictions import file_safe, write_predictions
 from holdfast.models import is_encoder_decoder, load_model, load_weights
 from holdfast.progress import Progress, stoppable
 from holdfast.runner.config import RunConfig
 from holdfast.runner.directory import RunDirectory
 from holdfast.runner.environment import describe_environment
-from holdfast.storage import write_json, write_tensors, write_text
+from holdfast.storage import write_json, write_tensors
 from holdfast.strategies import Context, Stage, Strategy, build_strategy
 from holdfast.tasks import Encoder, build_stream, toy_tokenizer
 from holdfast.tasks.task import Example, Task
@@ -55,7 +56,9 @@ class _Run:
         self.stream = build_stream(config.tasks, config.seed)
         self.strategy: Strategy = build_strategy(config.strategy)
         self.stages = self.strategy.stages(self.stream)
-        self.names = [f"tasks/{i:02d}-{stage.name}" for i, stage in enumerate(self.stages, start=1)]
+        self.names = [
+            f"tasks/{i:02d}-{file_safe(stage.name)}" for i, stage in enumerate(self.stages, start=1)
+        ]
         self.model, self.tokenizer = load_model(config.model, config.seed, toy_tokenizer)
         if torch.cuda.is_available():
             self.model.cuda()
@@ -202,9 +205,7 @@ class _Run:
         result = evaluate_encoded(
             model, self.tokenizer, self._tests[task.name], batch_size=options.batch_size, progress=progress
         )
-        lines = [json.dumps(p, ensure_ascii=False) for p in result.predictions]
-        (folder / "predictions").mkdir(exist_ok=True)
-        write_text(folder / "predictions" / f"{task.name}.jsonl", "\n".join(lines) + "\n")
+        write_predictions(folder, task.name, result.predictions)
         return result.score
 
     def _write_metrics(self) -> dict[str, Any]:

@@ -1,0 +1,38 @@
+"""Predictions on disk: a JSON Lines file for each task, and how a task's name becomes part of a file name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from holdfast.storage import write_text
+
+
+def file_safe(name: str) -> str:
+    """A task's name as a part of a file name; different names stay different.
+
+    Letters, digits, blanks, ``-``, ``_`` and ``.`` stay. Every other character is written as the bytes of
+    its UTF-8 form, ``%`` and two hexadecimal digits each: ``glue/mnli`` becomes ``glue%2Fmnli``.
+    """
+    return "".join(
+        c if c.isalnum() or c in " -_." else "".join(f"%{byte:02X}" for byte in c.encode()) for c in name
+    )
+
+
+def predictions_file(folder: Path, task: str) -> Path:
+    """Where the predictions for a task's test rows are, in the folder of a stage."""
+    return folder / "predictions" / f"{file_safe(task)}.jsonl"
+
+
+def write_predictions(folder: Path, task: str, predictions: Sequence[dict[str, Any]]) -> None:
+    """Write the predictions of a `TaskScore` into the folder of a stage, one JSON object a line.
+
+    Raises
+    ------
+    StorageError
+        The disk is full, or the folder can't be written.
+    """
+    lines = [json.dumps(row, ensure_ascii=False) for row in predictions]
+    write_text(predictions_file(folder, task), "\n".join(lines) + "\n")
