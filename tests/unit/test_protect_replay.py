@@ -22,26 +22,26 @@ def task(name: str, rows: int) -> Task:
 
 @given(st.integers(1, 300), st.floats(0.01, 1.0))
 def test_balanced_memory_keeps_the_stated_share_of_every_task(rows: int, fraction: float) -> None:
-    memory = Memory(MemoryOptions(fraction=fraction), seed=1)
+    memory = Memory(MemoryOptions(fraction=fraction))
     for name in "abc":
-        memory.add(task(name, rows))
+        memory.add(task(name, rows), 1)
     kept = Counter(name for name, _ in memory.rows)
     assert kept == {name: max(1, round(fraction * rows)) for name in "abc"}
     assert len(set(memory.examples)) == len(memory), "a row was kept twice"
 
 
 def test_default_is_two_percent() -> None:
-    memory = Memory(MemoryOptions(), seed=0)
-    memory.add(task("a", 1000))
+    memory = Memory(MemoryOptions())
+    memory.add(task("a", 1000), 0)
     assert len(memory) == 20
 
 
 def test_reservoir_has_a_fixed_size_and_every_row_the_same_chance() -> None:
     kept: Counter[str] = Counter()
     for seed in range(400):
-        memory = Memory(MemoryOptions(sampling="reservoir", count=10), seed=seed)
+        memory = Memory(MemoryOptions(sampling="reservoir", count=10))
         for name, rows in (("a", 30), ("b", 10), ("c", 60)):
-            memory.add(task(name, rows))
+            memory.add(task(name, rows), seed)
         assert len(memory) == 10
         kept.update(name for name, _ in memory.rows)
     shares = {name: kept[name] / 4000 for name in "abc"}
@@ -50,10 +50,10 @@ def test_reservoir_has_a_fixed_size_and_every_row_the_same_chance() -> None:
 
 @given(st.integers(1, 200), st.floats(0.05, 0.9))
 def test_mixture_has_every_new_row_once_and_the_stated_ratio_of_old_ones(new: int, ratio: float) -> None:
-    memory = Memory(MemoryOptions(count=7), seed=3)
-    memory.add(task("old", 50))
+    memory = Memory(MemoryOptions(count=7))
+    memory.add(task("old", 50), 3)
     fresh = list(task("new", new).train)
-    mixed = memory.mixed_with(fresh, ratio, "stage")
+    mixed = memory.mixed_with(fresh, ratio, 3)
     counts = Counter(mixed)
     assert all(counts[row] == 1 for row in fresh)
     old = len(mixed) - new
@@ -64,27 +64,27 @@ def test_mixture_has_every_new_row_once_and_the_stated_ratio_of_old_ones(new: in
 
 def test_without_old_tasks_nothing_is_mixed_in() -> None:
     fresh = list(task("new", 5).train)
-    assert Memory(MemoryOptions(), seed=0).mixed_with(fresh, 0.5) == fresh
+    assert Memory(MemoryOptions()).mixed_with(fresh, 0.5, 0) == fresh
 
 
 @pytest.mark.parametrize("sampling", ["balanced", "reservoir"])
 def test_memory_restored_from_json_goes_on_as_the_original(sampling: str) -> None:
     options = MemoryOptions(count=4, sampling=sampling)
-    original = Memory(options, seed=5)
-    original.add(task("a", 30))
-    restored = Memory(options, seed=5)
+    original = Memory(options)
+    original.add(task("a", 30), 5)
+    restored = Memory(options)
     restored.load_state_dict(json.loads(json.dumps(original.state_dict())))
     for memory in (original, restored):
-        memory.add(task("b", 30))
+        memory.add(task("b", 30), 5)
     assert restored.rows == original.rows
-    assert restored.mixed_with(task("c", 9).train, 0.5) == original.mixed_with(task("c", 9).train, 0.5)
+    assert restored.mixed_with(task("c", 9).train, 0.5, 5) == original.mixed_with(task("c", 9).train, 0.5, 5)
 
 
 def test_chat_messages_survive_json() -> None:
     chat = Example(({"role": "user", "content": "hi"},), "hello")
-    memory = Memory(MemoryOptions(), seed=0)
-    memory.add(Task("chat", [chat], [chat]))
-    restored = Memory(MemoryOptions(), seed=0)
+    memory = Memory(MemoryOptions())
+    memory.add(Task("chat", [chat], [chat]), 0)
+    restored = Memory(MemoryOptions())
     restored.load_state_dict(json.loads(json.dumps(memory.state_dict())))
     assert restored.examples == [chat]
 

@@ -31,6 +31,11 @@ def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Canonical name to parameter, for all that is trained."""
+    return {name: p for name, p in parameters_by_name(model).items() if p.requires_grad}
+
+
 @dataclass
 class ImportancePrior:
     """How much each weight matters for what a model already knows.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -43,12 +42,10 @@ class Memory:
     Parameters
     ----------
     options : MemoryOptions
-    seed : int
-        Decides every draw: the same tasks in the same order always leave the same rows.
     """
 
-    def __init__(self, options: MemoryOptions, seed: int) -> None:
-        self.options, self.seed = options, seed
+    def __init__(self, options: MemoryOptions) -> None:
+        self.options = options
         self.rows: list[tuple[str, Example]] = []
         self._seen = self._tasks = 0
 
@@ -60,9 +57,9 @@ class Memory:
         """The examples alone, in the order they came in."""
         return [example for _, example in self.rows]
 
-    def add(self, task: Task) -> None:
-        """Take in a task that has just been learned."""
-        draw = random.Random(f"memory {self.seed} {self._tasks}")
+    def add(self, task: Task, seed: int) -> None:
+        """Take in a task that has just been learned; a run's seed leaves the same rows every time."""
+        draw = random.Random(f"memory {seed} {self._tasks}")
         self._tasks += 1
         options, rows = self.options, len(task.train)
         if options.sampling == "reservoir":
@@ -81,14 +78,14 @@ class Memory:
             elif (slot := draw.randrange(self._seen)) < room:
                 self.rows[slot] = (task.name, example)
 
-    def mixed_with(self, new: Sequence[Example], ratio: float, salt: str = "") -> list[Example]:
+    def mixed_with(self, new: Sequence[Example], ratio: float, seed: int) -> list[Example]:
         """New examples and old ones, of which `ratio` are old, in random order.
 
         The memory is gone through in whole rounds, so no row is replayed twice more often than another.
         """
         if not self.rows:
             return list(new)
-        draw = random.Random(f"mix {self.seed} {salt}")
+        draw = random.Random(f"mix {seed} {self._tasks}")
         wanted = round(len(new) * ratio / (1 - ratio))
         old: list[Example] = []
         while len(old) < wanted:
@@ -99,13 +96,18 @@ class Memory:
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able: the examples themselves, and the counters."""
-        rows = [{"task": task, **asdict(example)} for task, example in self.rows]
+        rows = [{"task": task, **_record(example)} for task, example in self.rows]
         return {"rows": rows, "seen": self._seen, "tasks": self._tasks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
         self.rows = [(row["task"], _example(row)) for row in state["rows"]]
         self._seen, self._tasks = state["seen"], state["tasks"]
+
+
+def _record(example: Example) -> dict[str, Any]:
+    prompt = example.prompt if isinstance(example.prompt, str) else [dict(m) for m in example.prompt]
+    return {"prompt": prompt, "completion": example.completion, "references": list(example.references)}
 
 
 def _example(row: dict[str, Any]) -> Example:

@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.table import Table
 
 from holdfast.errors import HoldfastError
-from holdfast.importance import ImportancePrior
 from holdfast.models import block_parameters, is_encoder_decoder, load_model
 from holdfast.runner.config import RunConfig
 from holdfast.strategies import build_strategy
@@ -66,7 +65,10 @@ def check(config: RunConfig) -> Findings:
         findings.problems.append(str(error))
     _check_output(config, findings)
     if model is not None:
-        _check_prior(config, model, findings)
+        try:
+            build_strategy(config.strategy).check(model)
+        except HoldfastError as error:
+            findings.problems.append(str(error))
     if stream is not None and tokenizer is not None:
         try:
             _check_lengths(config, stream, model, tokenizer, findings)
@@ -87,15 +89,6 @@ def _check_output(config: RunConfig, findings: Findings) -> None:
         findings.remarks.append(
             f"output: {output} exists; a run with the same configuration continues there."
         )
-
-
-def _check_prior(config: RunConfig, model: Any, findings: Findings) -> None:
-    folder = getattr(config.strategy, "initial_prior", None)
-    if folder is not None:
-        try:
-            ImportancePrior.load(folder).check_fits(model)
-        except HoldfastError as error:
-            findings.problems.append(f"strategy.initial_prior: {error}")
 
 
 def _check_lengths(

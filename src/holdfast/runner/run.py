@@ -80,6 +80,7 @@ class _Run:
             base_model=lambda: load_model(config.model, config.seed, toy_tokenizer)[0].to(self.model.device),
             fit=self._fit_aside,
         )
+        self.strategy.check(self.model)
         self.strategy.prepare(context)
         self.model = context.model  # a strategy may have wrapped it
         before = [ZERO_SHOT] if config.evaluation.zero_shot else []
@@ -164,13 +165,17 @@ class _Run:
         examples: Sequence[Example],
         description: str,
         interventions: Interventions | None = None,
+        epochs: float | None = None,
     ) -> None:
+        options = self.config.training
+        if epochs is not None:
+            options = options.model_copy(update={"epochs": epochs, "max_steps": None})
         folder = self.directory.path / "aside"  # not resumable by itself: its stage is redone as a whole
         shutil.rmtree(folder, ignore_errors=True)
         train(
             model,
             self.encoder.many(examples),
-            self.config.training,
+            options,
             tokenizer=self.tokenizer,
             folder=folder / "checkpoints",
             seed=self.config.seed,
@@ -222,12 +227,13 @@ def _interventions(strategy: Strategy) -> Interventions:
     """The strategy's verbs for the training loop; one that it doesn't have costs nothing there."""
     has = {
         verb
-        for verb in ("penalty", "observe", "stage_state_dict")
+        for verb in ("watch", "penalty", "observe", "stage_state_dict")
         if getattr(type(strategy), verb) is not getattr(Strategy, verb)
     }
     return Interventions(
         attach=strategy.attach,
         penalty=strategy.penalty if "penalty" in has else None,
+        watch=strategy.watch if "watch" in has else None,
         observe=strategy.observe if "observe" in has else None,
         state=strategy.stage_state_dict if "stage_state_dict" in has else None,
         load_state=strategy.load_stage_state_dict if "stage_state_dict" in has else None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from holdfast.config import Options, named_or
+from holdfast.errors import HoldfastError
 from holdfast.importance import ImportanceOptions, ImportancePrior
 from holdfast.importance.lrp import LrpOptions
 from holdfast.protect import (
@@ -46,11 +46,10 @@ class AttributionStrategyOptions(Options):
     merge: Literal["max", "sum", "mean"] = Field("max", description="how priors are joined; max is eq. 12")
     balance: bool = Field(
         True,
-        description="scale each task's prior to mean 1 before joining: none outweighs the others by the size "
-        "of its logits alone, and none loses its hold when more tasks follow",
+        description="scale each task's prior to mean 1 before joining, so that none outweighs the others",
     )
     initial_prior: str | None = Field(
-        None, description="folder of a prior made by `holdfast attribute`: protect what the base model knows"
+        None, description="folder of a prior of `holdfast attribute`: protect what the base knows"
     )
 
 
@@ -58,10 +57,9 @@ class AttributionStrategyOptions(Options):
 class Attribution(Strategy):
     """A, section 4.2, with every part a choice.
 
-    The prior of each task is computed when the task is learned (or by a model of its own, as A does),
-    joined with those of earlier tasks (eq. 12), put under the chosen control, and handed to the chosen
-    mechanism for the next task. A's own choices are in ``configs/attribution_paper.yaml``; the defaults
-    differ from them because eq. 13's constant factor on a gradient cancels under Adam.
+    Each task's prior (of the model that learned it, or of one of its own) is joined with the earlier ones
+    (eq. 12), put under the control, and handed to the mechanism for the next task. A's own choices are in
+    ``configs/attribution_paper.yaml``; eq. 13's factor on a gradient cancels under Adam, hence the defaults.
     """
 
     name = "attribution"
@@ -74,12 +72,16 @@ class Attribution(Strategy):
         self.prior: ImportancePrior | None = None
         self._protection: Protection | None = None
 
-    def prepare(self, context: Context) -> None:
-        """Load the initial prior, if one is given."""
-        if self.options.initial_prior is not None:
-            prior = ImportancePrior.load(Path(self.options.initial_prior))
-            prior.check_fits(context.model)
-            self.prior = prior.mean_normalised() if self.options.balance else prior
+    def check(self, model: nn.Module) -> None:
+        """Take the initial prior, if one is given, and see that it fits."""
+        if self.options.initial_prior is None:
+            return
+        try:
+            prior = ImportancePrior.load(self.options.initial_prior)
+            prior.check_fits(model)
+        except HoldfastError as error:
+            raise type(error)(f"strategy.initial_prior: {error}") from error
+        self.prior = prior.mean_normalised() if self.options.balance else prior
 
     def begin(self, context: Context, stage: Stage) -> None:
         """Build the protection; its reference is the weights that this stage starts from."""
@@ -99,14 +101,12 @@ class Attribution(Strategy):
             choice = {"mechanism": self.options.mechanism.model_dump(), "control": self.options.control}
             write_json(context.folder / "protection.json", {**self._protection.summary(), **choice})
         self._protection = None
-        model = context.model
-        (task,) = stage.tasks
+        (task,), model = stage.tasks, context.model
         if self.options.prior_from == "single_task":
             model = context.base_model()
             context.fit(model, task.train, f"single-task model of {task.name}")
         prior = context.importance(task, self.options.importance, model)
-        if self.options.balance:
-            prior = prior.mean_normalised()
+        prior = prior.mean_normalised() if self.options.balance else prior
         self.prior = prior if self.prior is None else self.prior.merge(prior, how=self.options.merge)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -32,7 +32,8 @@ class Context:
     base_model : callable
         ``() -> model``: a fresh copy of the model as it was before the stream.
     fit : callable
-        ``(model, examples, name, interventions=None) -> None``: another training with the run's options.
+        ``(model, examples, name, interventions=None, epochs=None) -> None``: another training, with the
+        run's options. It is not resumed by itself: a killed stage goes through its `end` again.
     """
 
     model: Any

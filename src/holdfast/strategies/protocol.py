@@ -1,9 +1,9 @@
 """The one protocol of all strategies, and their registry.
 
 A strategy is one paper in one file. It overrides the verbs that it needs and is called by the runner,
-and by nothing else, in this order: `prepare` once; then for each stage `begin`, `examples`, during
-training `attach`, `penalty` and `observe` (and `stage_state_dict` with each checkpoint), then `end`; for
-each evaluation `route`; after each stage `state_dict`, and on resume `load_state_dict`.
+and by nothing else, in this order: `check` and `prepare` once; then for each stage `begin`, `examples`,
+during training `attach`, `watch`, `penalty` and `observe` (and `stage_state_dict` with each checkpoint),
+then `end`; for each evaluation `route`; after each stage `state_dict`, and on resume `load_state_dict`.
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ class Strategy:
         """The trainings of a run; one a task by default."""
         return [Stage(task.name, (task,)) for task in stream]
 
+    def check(self, model: nn.Module) -> None:
+        """Raise a `HoldfastError` that names the key if the method is not defined for this model."""
+
     def prepare(self, context: Context) -> None:
         """Called once, before anything is trained or resumed; may wrap or replace ``context.model``."""
 
@@ -51,6 +54,9 @@ class Strategy:
     def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
         """Put protections on the optimizer; the handles are removed when the stage is trained."""
         return ()
+
+    def watch(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
+        """Look at a micro-batch before its forward pass."""
 
     def penalty(self, model: nn.Module, batch: Mapping[str, Any], outputs: Any) -> Tensor | None:
         """A term added to the loss of a micro-batch."""
@@ -91,3 +97,9 @@ def register(cls: Class) -> Class:
         raise ConfigError(f"two strategies are called '{cls.name}'")
     STRATEGIES[cls.name] = cls
     return cls
+
+
+def register_variant(cls: type[Strategy], **declarations: Any) -> None:
+    """Make the same strategy known by another name, with declarations (and an Options) of its own."""
+    own = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
+    register(type(cls.__name__, cls.__bases__, {**own, **declarations}))

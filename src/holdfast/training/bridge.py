@@ -46,6 +46,8 @@ class Bridge:
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         batch = dict(inputs)
+        if self.interventions.watch is not None:
+            self.interventions.watch(model, batch)
         if self.own_loss:
             loss, outputs = self._completion_loss(model, batch, num_items_in_batch)
         else:

@@ -30,6 +30,8 @@ class Interventions:
         ``(model, optimizer) -> handles``, called once when the optimizer exists.
     penalty : callable
         ``(model, batch, outputs) -> scalar tensor or None``, added to the loss of a micro-batch.
+    watch : callable
+        ``(model, batch)``, called before the forward pass of each micro-batch.
     observe : callable
         ``(model, step, scale)``, called once per optimizer step, when the gradient is accumulated and not
         yet clipped. ``scale`` times ``.grad`` is the gradient of the loss (not 1 in fp16 only).
@@ -40,6 +42,7 @@ class Interventions:
 
     attach: Callable[[nn.Module, Optimizer], Sequence[Handle]] | None = None
     penalty: Callable[[nn.Module, Batch, Any], Tensor | None] | None = None
+    watch: Callable[[nn.Module, Batch], None] | None = None
     observe: Callable[[nn.Module, int, float], None] | None = None
     state: Callable[[], Mapping[str, Tensor]] | None = None
     load_state: Callable[[Mapping[str, Tensor]], None] | None = None

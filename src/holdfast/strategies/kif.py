@@ -1,0 +1,120 @@
+"""KIF: knowledge localization and fusion (K)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from holdfast.importance.prior import ImportancePrior, trained_parameters
+from holdfast.importance.sensitivity import Sensitivity
+from holdfast.importance.skill_units import accumulated, important, masks, unit_scores
+from holdfast.protect import Gate, Handle
+from holdfast.protect.fuse import fuse, old_shares
+from holdfast.protect.orthogonal import Orthogonality
+from holdfast.protect.replay import Memory
+from holdfast.storage import write_json
+from holdfast.strategies.context import Context, Stage
+from holdfast.strategies.kif_options import KifOptions, check, units_of
+from holdfast.strategies.protocol import Strategy, register
+from holdfast.training.steps import Interventions
+
+
+@register
+class Kif(Strategy):
+    """K, Algorithm 2: localise while a task is learned, then fuse old and new weights unit by unit."""
+
+    name = "kif"
+    paper = "Feng et al. 2024, KIF (extends TaSL, arXiv 2408.05200)"
+    summary = "importance of matrices along the training, then old and new weights fused by it"
+    Options = KifOptions
+
+    def __init__(self, options: KifOptions) -> None:
+        self.options = options
+        self.accumulated: Tensor | None = None
+        self.memory = None if options.memory is None else Memory(options.memory)
+
+    def check(self, model: nn.Module) -> None:
+        """See that the model has what the options are about."""
+        check(self.options, model)
+
+    def begin(self, context: Context, stage: Stage) -> None:
+        """Keep the weights that the stage starts from: they are the fused model of the tasks before."""
+        self.parameters = trained_parameters(context.model)
+        self.units = units_of(self.options, self.parameters)
+        self.sensitivity = Sensitivity(context.model, self.parameters, self.options.sensitivity)
+        self.before = {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
+        """Keep units apart (eq. 5)."""
+        handles = [Handle([self.sensitivity.remove])]
+        if self.options.orthogonality > 0:
+            handles.append(Orthogonality(self.parameters, self.options.orthogonality).attach(optimizer))
+        return handles
+
+    def watch(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
+        """Count each sample's tokens, for eq. 9."""
+        self.sensitivity.watch(batch)
+
+    def observe(self, model: nn.Module, step: int, scale: float) -> None:
+        """Algorithm 1, one step; under online fusion also blend the old weights in every few steps."""
+        self.sensitivity.observe(scale)
+        fusion = self.options.fusion
+        if fusion.name == "online" and step % fusion.every == 0:
+            self._fuse(self._scores())
+
+    def stage_state_dict(self) -> Mapping[str, Tensor]:
+        """Sensitivity so far."""
+        return self.sensitivity.state_dict()
+
+    def load_stage_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the sensitivity back."""
+        self.sensitivity.load_state_dict(tensors)
+
+    def _scores(self) -> Tensor:
+        return unit_scores(self.units, self.sensitivity.result(), self.options.unit_score)
+
+    def _fuse(self, scores: Tensor) -> None:
+        if self.accumulated is not None:  # the first task has nothing to be fused with
+            share = old_shares(self.accumulated, scores, self.options.fusion, self.options.important)
+            fuse(self.units, self.parameters, self.before, share, self.options.averaged)
+
+    def end(self, context: Context, stage: Stage) -> None:
+        """Fuse (eq. 15 or 17), replay if there is a memory (section V), accumulate the scores (eq. 13)."""
+        scores, before = self._scores(), self.accumulated
+        if self.options.fusion.name != "online":
+            self._fuse(scores)
+        if self.memory is not None:
+            self._replay(context, stage, scores)
+            for task in stage.tasks:
+                self.memory.add(task, context.seed)
+        self.accumulated = scores if before is None else accumulated(before, scores, self.options.beta)
+        names, total = (
+            [unit.name for unit in self.units],
+            None if before is None else self.accumulated.tolist(),
+        )
+        record = {"kind": self.options.units, "names": names, "scores": scores.tolist(), "accumulated": total}
+        write_json(context.folder / "units.json", record)
+
+    def _replay(self, context: Context, stage: Stage, scores: Tensor) -> None:
+        """Learn from the memory with this task's important units held fixed (K, section V)."""
+        if not self.memory:
+            return
+        needed = important(scores, self.options.important)
+        gate = Gate(ImportancePrior(masks(self.units, needed, self.parameters)))
+        hold = Interventions(attach=lambda model, optimizer: [gate.attach(model, optimizer)])
+        rows, epochs = self.memory.examples, self.options.replay_epochs
+        context.fit(context.model, rows, f"replay after {stage.name}", hold, epochs)
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The accumulated scores alone, whatever the number of tasks; and the memory."""
+        tensors = {} if self.accumulated is None else {"accumulated": self.accumulated}
+        return tensors, {} if self.memory is None else {"memory": self.memory.state_dict()}
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Take them back."""
+        self.accumulated = tensors.get("accumulated")
+        if self.memory is not None:
+            self.memory.load_state_dict(values["memory"])

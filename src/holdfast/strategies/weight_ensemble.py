@@ -1,0 +1,44 @@
+"""Weight ensemble: one share of the old weights for the whole model (K, eq. 14 and Table V)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from holdfast.config import Options
+from holdfast.importance.prior import trained_parameters
+from holdfast.importance.skill_units import matrix_units
+from holdfast.protect.fuse import fuse
+from holdfast.strategies.context import Context, Stage
+from holdfast.strategies.protocol import Strategy, register
+
+
+class WeightEnsembleOptions(Options):
+    """How much of the old weights stays."""
+
+    name: Literal["weight-ensemble"] = "weight-ensemble"
+    old_share: float = Field(0.5, ge=0, le=1, description="lambda of eq. 14")
+
+
+@register
+class WeightEnsemble(Strategy):
+    """After each task but the first, the weights become lambda old + (1 - lambda) new (K, eq. 14)."""
+
+    name = "weight-ensemble"
+    paper = "K, eq. 14 (Marouf et al. 2023, arXiv 2312.08977)"
+    summary = "after each task, the average of the weights before and after it"
+    Options = WeightEnsembleOptions
+
+    def begin(self, context: Context, stage: Stage) -> None:
+        """Keep the weights that the stage starts from."""
+        self.before = {n: p.detach().clone() for n, p in trained_parameters(context.model).items()}
+
+    def end(self, context: Context, stage: Stage) -> None:
+        """Average; the first task has no model before it (Algorithm 2)."""
+        if stage.tasks[0] is context.stream.tasks[0]:
+            return
+        parameters = trained_parameters(context.model)
+        units = matrix_units(parameters)
+        fuse(units, parameters, self.before, torch.full((len(units),), self.options.old_share))
