@@ -20,9 +20,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check src tests benchmarks examples
 	$(BIN)/mypy
 
-# make -s bench NAME=overhead|gate|attribution: the last line is one JSON object with `ratio`
+# make -s bench NAME=overhead|gate|attribution|sensitivity: the last line is one JSON object with `ratio`
 bench: $(STAMP)
-	@test -n "$(NAME)" || { echo "usage: make -s bench NAME=overhead|gate|attribution" >&2; exit 2; }
+	@test -n "$(NAME)" || { echo "usage: make -s bench NAME=overhead|gate|attribution|sensitivity" >&2; exit 2; }
 	@$(BIN)/python benchmarks/$(NAME)/bench.py
 
 $(STAMP): pyproject.toml constraints.txt
