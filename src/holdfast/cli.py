@@ -70,7 +70,6 @@ def _quiet_libraries() -> None:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 @app.command()

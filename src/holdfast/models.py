@@ -16,6 +16,7 @@ from torch import nn
 
 from holdfast.config import Options
 from holdfast.errors import ModelError
+from holdfast.progress import no_library_bars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -157,6 +158,7 @@ def tiny_llama(
         return LlamaForCausalLM(config)
 
 
+@no_library_bars()
 def load_model(
     options: ModelOptions, seed: int = 0, toy_tokenizer: Callable[[], Any] | None = None
 ) -> tuple[Any, Any]:
@@ -277,8 +279,16 @@ def accepts(model: nn.Module, argument: str) -> bool:
     return argument in inspect.signature(inner.forward).parameters
 
 
+@no_library_bars()
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write a model (with PEFT: its adapter) and its tokenizer as a Hugging Face folder."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@no_library_bars()
 def load_weights(model: Any, folder: Path) -> None:
-    """Put weights written by ``save_pretrained`` (whole, or a PEFT adapter) into a model in memory."""
+    """Put weights that `save_model` wrote (whole, or a PEFT adapter) into a model in memory."""
     if hasattr(model, "peft_config"):
         from peft import load_peft_weights, set_peft_model_state_dict
 

@@ -50,6 +50,21 @@ def stoppable() -> Iterator[None]:
         _stop.clear()
 
 
+@contextmanager
+def no_library_bars() -> Iterator[None]:
+    """No bars of transformers' own for the time of a block; what the user has set is untouched afterwards.
+
+    Without it, models that are loaded and saved draw over the bars here, and in a quiet run on nothing.
+    """
+    from transformers.utils.logging import set_tqdm_hook
+
+    previous = set_tqdm_hook(lambda bar, args, kwargs: bar(*args, **{**kwargs, "disable": True}))
+    try:
+        yield
+    finally:
+        set_tqdm_hook(previous)
+
+
 class Bar:
     """One piece of work with a known number of steps."""
 

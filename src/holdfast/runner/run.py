@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from holdfast.evaluation.evaluate import EncodedTask, encode_task, evaluate_encoded
 from holdfast.evaluation.metrics import summarise
 from holdfast.evaluation.predictions import file_safe, write_predictions
-from holdfast.models import is_encoder_decoder, load_model, load_weights
+from holdfast.models import is_encoder_decoder, load_model, load_weights, save_model
 from holdfast.progress import Progress, stoppable
 from holdfast.runner.config import RunConfig
 from holdfast.runner.directory import RunDirectory
@@ -152,8 +152,7 @@ class _Run:
 
     def _save_state(self, folder: Path) -> None:
         shutil.rmtree(folder / "model", ignore_errors=True)  # a killed attempt may have left a part of it
-        self.model.save_pretrained(folder / "model")
-        self.tokenizer.save_pretrained(folder / "model")
+        save_model(self.model, self.tokenizer, folder / "model")
         tensors, values = self.strategy.state_dict()
         if tensors:
             write_tensors(folder / "strategy.safetensors", tensors)

@@ -15,7 +15,7 @@ from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from holdfast.errors import ConfigError
 from holdfast.models import accepts, is_encoder_decoder
-from holdfast.progress import Progress
+from holdfast.progress import Progress, no_library_bars
 from holdfast.storage import write_json
 from holdfast.tasks.encode import Encoded, collate
 from holdfast.training.bridge import Bridge, BridgeSeq2SeqTrainer, BridgeTrainer
@@ -142,7 +142,8 @@ def train(
             if steps.interventions.load_state is not None:
                 steps.interventions.load_state(load_file(checkpoint / OBSERVED))
         try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            with no_library_bars():  # saving a checkpoint has one
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             steps.release()
     trainer.bad_batch.unlink(missing_ok=True)  # of an attempt that diverged before this one
