@@ -162,6 +162,17 @@ def test_sft_trainer_gives_the_losses_and_weights_of_trainer(accumulation: int, 
     assert_weights_close(auto, sft, tolerance=1e-5)
 
 
+@pytest.mark.parametrize("trainer", ["auto", "sft"])
+def test_no_trainer_switches_gradient_checkpointing_on(trainer: str, tmp_path: Path) -> None:
+    if trainer == "sft":
+        pytest.importorskip("trl")
+    model, seen = tiny_model(), []
+    hooks = Interventions(observe=lambda inside, step, scale: seen.append(inside.is_gradient_checkpointing))
+    fit(model, rows_of(), tmp_path, hooks=hooks, batch_size=8, max_steps=2, trainer=trainer)
+    assert seen == [False, False]
+    assert not model.get_input_embeddings()._forward_hooks, "a hook that it needs was left on the embeddings"
+
+
 def test_sft_trainer_refuses_an_encoder_decoder(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"SFTTrainer trains causal models only; use 'auto'"):
         fit(tiny_model("t5"), rows_of("t5"), tmp_path, trainer="sft")

@@ -47,6 +47,7 @@ def _arguments(options: TrainingOptions, folder: Path, seed: int, encoder_decode
         "save_total_limit": 2,
         "disable_tqdm": True,
         "remove_unused_columns": False,
+        "gradient_checkpointing": False,  # TRL would switch it on
         "seed": seed,
         "data_seed": seed,
         "use_cpu": not torch.cuda.is_available(),
