@@ -226,3 +226,40 @@ def outcome(folder: Path, options: dict[str, Any]) -> Any:
 
     tensors = load_file(folder / "tasks" / "02-flip" / "model" / "adapter_model.safetensors")
     return [tensors[name].tolist() for name in sorted(tensors)]
+
+
+# the coarse relatives of Table V
+
+
+def test_weight_ensemble_is_equation_14(tmp_path: Path) -> None:
+    model = FiveNumbers()
+    stages = [stage("one"), stage("two")]
+    stream = TaskStream("s", tuple(s.tasks[0] for s in stages))
+    context = FakeContext(model, tmp_path, stream=stream)
+    strategy = build_strategy(STRATEGIES["weight-ensemble"].Options(old_share=0.25))
+    for this, learned in zip(stages, ([4, 4, 4, 4, 4], [8, 8, 8, 8, 0]), strict=True):
+        strategy.begin(context, this)
+        model.put(learned)
+        strategy.end(context, this)
+        if this is stages[0]:
+            assert model.values() == [4, 4, 4, 4, 4], "the first task has nothing to be averaged with"
+    assert model.values() == [7, 7, 7, 7, 1]
+
+
+def test_ema_is_the_running_average_of_all_steps(tmp_path: Path) -> None:
+    model = FiveNumbers()
+    context = FakeContext(model, tmp_path)
+    strategy = build_strategy(STRATEGIES["ema"].Options(decay=0.75))
+    model.put([2, 2, 2, 2, 2])
+    strategy.begin(context, stage("one"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    (handle,) = strategy.attach(model, optimizer)
+    for _ in range(2):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, 4.0)
+        optimizer.step()
+    handle.remove()
+    assert model.values() == [-6] * 5, "the average does not disturb the training"
+    strategy.end(context, stage("one"))
+    # 0.75 * (0.75 * 2 + 0.25 * -2) + 0.25 * -6
+    assert model.values() == [-0.75] * 5

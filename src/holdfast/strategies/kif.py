@@ -27,7 +27,7 @@ class Kif(Strategy):
     """K, Algorithm 2: localise while a task is learned, then fuse old and new weights unit by unit."""
 
     name = "kif"
-    paper = "Feng et al. 2024, KIF (extends TaSL, arXiv 2408.05200)"
+    paper = "Feng et al. 2024, arXiv 2408.05200"
     summary = "importance of matrices along the training, then old and new weights fused by it"
     Options = KifOptions
 
