@@ -35,33 +35,13 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 # ---- linear: unchanged -------------------------------------------------------------------------------------
 
 
-@rule(
-    *("view", "reshape", "transpose", "permute", "contiguous", "expand", "expand_as", "unsqueeze", "squeeze"),
-    *(
-        "flatten",
-        "unflatten",
-        "clone",
-        "chunk",
-        "split",
-        "split_with_sizes",
-        "tensor_split",
-        "unbind",
-        "narrow",
-    ),
-    *(
-        "select",
-        "__getitem__",
-        "index_select",
-        "gather",
-        "take_along_dim",
-        "repeat",
-        "repeat_interleave",
-        "tile",
-    ),
-    *("roll", "flip", "movedim", "swapaxes", "swapdims", "view_as", "reshape_as", "neg", "sum"),
-    *("mean", "cumsum", "tril", "triu", "diagonal", "T", "mT", "t", "broadcast_to", "unfold", "moveaxis"),
-    "requires_grad_",  # a hook of PEFT and TRL on the embeddings; it changes no value
-)
+@rule("view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze")
+@rule("expand", "expand_as", "broadcast_to", "repeat", "repeat_interleave", "tile", "roll", "flip", "clone")
+@rule("transpose", "permute", "T", "mT", "t", "swapaxes", "swapdims", "movedim", "moveaxis", "unfold")
+@rule("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "narrow", "select", "__getitem__")
+@rule("index_select", "gather", "take_along_dim", "diagonal", "tril", "triu")
+@rule("neg", "sum", "mean", "cumsum", "contiguous")
+@rule("requires_grad_")  # a hook of PEFT and TRL on the embeddings; it changes no value
 def linear_unchanged(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
     """Selections, shapes and sums: autograd's gradient is the rule."""
     return func(*args, **kwargs)
