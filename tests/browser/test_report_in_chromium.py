@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
-from report_runs import stream_matrix, write_attribution, write_run
+from report_runs import lora_names, stream_matrix, write_attribution, write_run, write_units
 
 from holdfast.report import write_report
 
@@ -21,10 +22,13 @@ def reports(tmp_path_factory) -> dict[str, Path]:
         write_run(folder / "s", "sequential"),
         write_run(folder / "g", "gate", "attribution", matrix=stream_matrix(97, 0.9), protected=True),
         write_run(folder / "j", "joint", "multitask", matrix=JOINT),
+        write_run(folder / "1", "single", "attribution", protected=True, prior_from="single_task"),
+        write_units(write_run(folder / "k", "kif-lora", "kif-lora"), lora_names()),
         write_attribution(folder / "prior"),
     ]
     tasks = LONG.split()
     long = [write_run(folder / f"l{s}", "sequential", tasks=tasks, seed=s) for s in range(2)]
+    write_units(long[0], lora_names(("encoder.block", "decoder.block"), layers=12, ranks=8))
     unfinished = [*stream_matrix(90, 0.8, 9)[:6], *[[None] * 9] * 4]
     long.append(write_run(folder / "u", "<b>x</b>", tasks=tasks, matrix=unfinished, finished=False))
     return {
@@ -93,9 +97,9 @@ def test_every_figure_renders_and_the_page_never_scrolls_sideways(opened, report
     assert state["overflow"] <= 0
     assert state["empty"] == []
     assert state["wide"] == []
-    expected = {"overview", "curve", "matrix", "loss"}
+    expected = {"overview", "first", "curve", "matrix", "loss", "units"}
     if name == "full":
-        expected |= {"importance", "gate", "faithfulness"}
+        expected |= {"importance", "gate", "overlap", "spearman", "faithfulness"}
     else:
         expected -= {"overview"}  # a single finished method has nothing to be compared with
     assert set(state["kinds"]) == expected
@@ -121,6 +125,40 @@ def test_a_selector_swaps_figures_and_says_when_there_is_none(opened, reports):
     block.locator("select").select_option(index=1)
     assert block.get_by_text("Nothing was held during this task").is_hidden()
     assert block.locator(".plot svg.main-svg").last.is_visible()
+
+
+def test_a_unit_s_cell_tells_the_task_the_unit_and_its_raw_score(opened, reports):
+    page = opened(reports["full"])
+    plot = page.locator("#units .plot", has=page.locator("svg.main-svg")).first
+    plot.scroll_into_view_if_needed()
+    box = plot.bounding_box()
+    assert box is not None
+    for step in range(20):  # plotly answers after the pointer has moved
+        page.mouse.move(box["x"] + box["width"] / 2 + step, box["y"] + box["height"] / 2)
+        if plot.locator(".hovertext").count():
+            break
+        page.wait_for_timeout(50)
+    told = plot.locator(".hovertext").first.text_content()
+    assert re.match(r"(copy|reverse|count|lookup) · layer \d, \S+_proj.*\d\.\d\d \(score \S+\)", told or "")
+
+
+def test_pairs_of_tasks_are_chosen_for_both_measures_at_once(opened, reports):
+    page = opened(reports["full"])
+    block = page.locator("#block-agreement")
+    assert block.locator(".legend li").count() == 2
+    assert "single, single-task" in block.locator(".legend").inner_text()
+    block.locator("select").select_option(label="copy and count")
+    shown = [block.locator(".plot").nth(i).get_attribute("data-figure") or "" for i in range(2)]
+    assert [name.split("-")[0] for name in shown] == ["overlap", "spearman"]
+    assert shown[0].split("-")[1] == shown[1].split("-")[1] != "all"
+    assert block.locator(".plot svg.main-svg").last.is_visible()
+
+
+def test_many_units_scroll_inside_their_panel(opened, reports):
+    page = opened(reports["long"], 390)
+    inner, outer = page.locator("#units .scroll").first.evaluate("box => [box.scrollWidth, box.clientWidth]")
+    assert inner > 3 * 12 * 16 > outer
+    assert page.locator("#units .heatmaplayer image").count() == 2  # the encoder's and the decoder's
 
 
 def test_an_explained_word_shows_its_meaning_within_the_screen(opened, reports):

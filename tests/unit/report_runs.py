@@ -36,16 +36,36 @@ def write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data), encoding="utf-8")
 
 
-def write_prior(folder: Path, layers: int = 4, seed: int = 0) -> None:
-    generator = torch.Generator().manual_seed(seed)
+def write_prior(folder: Path, layers: int = 4, seed: int = 0, shared: float = 0.0, **meta: Any) -> None:
+    """A prior; `shared` is the part of each value that is the same whatever the seed."""
+    generator, common = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(99)
     tensors = {"model.embed_tokens.weight": torch.ones(3, 3)}
     for layer in range(layers):
         for m, module in enumerate(MODULES):
             scale = 10 ** (-2 + 0.25 * layer - 0.15 * ((m + seed) % 7))
-            tensors[f"model.layers.{layer}.{module}.weight"] = scale * torch.rand(8, 8, generator=generator)
+            own, same = (torch.rand(8, 8, generator=g) for g in (generator, common))
+            tensors[f"model.layers.{layer}.{module}.weight"] = scale * ((1 - shared) * own + shared * same)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "prior.safetensors")
-    write_json(folder / "prior.json", {"importance": "lrp", "samples_used": 97, "samples_seen": 128})
+    write_json(folder / "prior.json", {"importance": "lrp", "samples_used": 97, "samples_seen": 128, **meta})
+
+
+def lora_names(stacks: Sequence[str] = ("model.layers",), layers: int = 3, ranks: int = 2) -> list[str]:
+    """Names of LoRA-tailored skill units on q and v."""
+    return [
+        f"{stack}.{layer}.self_attn.{x}_proj[{rank}]"
+        for stack in stacks for layer in range(layers) for x in "qv" for rank in range(ranks)
+    ]  # fmt: skip
+
+
+def write_units(path: Path, names: Sequence[str], kind: str = "lora", seed: int = 0) -> Path:
+    """Skill units of random importance in every stage of a run."""
+    random_ = random.Random(seed)
+    for i, folder in enumerate(sorted((path / "tasks").iterdir())):
+        scores = [[1e-6 * random_.random() ** 4 for _ in names] for _ in range(2)]
+        units = {"kind": kind, "names": list(names), "scores": scores[0]}
+        write_json(folder / "units.json", {**units, "accumulated": scores[1] if i else None})
+    return path
 
 
 def write_run(
@@ -59,6 +79,8 @@ def write_run(
     finished: bool = True,
     artefacts: bool = True,
     protected: bool = False,
+    prior_from: str = "sequential",
+    shared: float = 0.0,
     seconds: float = 60.0,
 ) -> Path:
     """A run directory; without `artefacts` it holds metrics.json alone."""
@@ -85,7 +107,8 @@ def write_run(
     )  # fmt: skip
     if not artefacts:
         return path
-    (path / "config.yaml").write_text(f"strategy:\n  name: {strategy}\nseed: {seed}\ntraining:\n  lr: 1e-3\n")
+    options = f"strategy:\n  name: {strategy}\n  prior_from: {prior_from}\n"
+    (path / "config.yaml").write_text(f"{options}seed: {seed}\ntraining:\n  lr: 1e-3\n")
     write_json(
         path / "environment.json", {"python": "3.11.9", "packages": {"torch": "2.9.0", "plotly": "6.0"}}
     )
@@ -100,7 +123,7 @@ def write_run(
         for t, task in enumerate(tasks[:i]):
             _write_predictions(predictions_file(folder, task), task, matrix[i][t])
         if protected:
-            write_prior(folder / "prior", seed=i)
+            write_prior(folder / "prior", seed=i, shared=shared)
             if i > 1:
                 _write_protection(folder / "protection.json")
     return path

@@ -65,7 +65,8 @@ def test_a_full_comparison_has_every_section_and_figure(tmp_path, page):
         write_attribution(tmp_path / "prior"),
     )
     assert shown.sections == [
-        "results", "tasks", "matrix", "weights", "faithfulness", "forgotten", "training", "setup"
+        "results", "tasks", "matrix", "weights", "units", "agreement", "faithfulness", "forgotten",
+        "training", "setup",
     ]  # fmt: skip
     assert set(shown.plots) <= set(figures)
     assert "gate keeps 74 % of what sequential forgets" in shown.text
@@ -139,7 +140,8 @@ def test_a_stage_that_was_not_measured_makes_no_empty_first_row(tmp_path, page):
 
 def test_the_upper_bound_is_a_level_not_a_curve(tmp_path, page):
     _, figures, _ = page(write_run(tmp_path / "j", "joint", "multitask", matrix=JOINT))
-    assert figures["curve-0-0"]["data"][0]["y"] == [97.0, 97.0]
+    assert figures["first-0"]["data"][0]["y"] == [97.0, 97.0]
+    assert figures["curve-0-1"]["data"][0]["y"] == [97.0, 97.0]
     assert len(figures["matrix-0-0"]["data"][0]["z"]) == 2
     assert "shapes" not in figures["matrix-0-0"]["layout"]
 
@@ -156,20 +158,42 @@ def test_one_method_has_one_colour_in_every_figure(tmp_path, page):
     runs = [write_run(tmp_path / str(s), "sequential", seed=s) for s in range(2)]
     runs.append(write_run(tmp_path / "g", "gate", "attribution", protected=True))
     _, figures, _ = page(*runs)
-    for key in ("curve-0-0", "loss-0"):
+    for key in ("curve-0-1", "loss-0"):
         colours = [trace["line"]["color"] for trace in figures[key]["data"]]
         assert colours == ["var(--run-0)", "var(--run-0)", "var(--run-1)"]
+    colours = [trace["line"]["color"] for trace in figures["first-0"]["data"]]
+    assert colours == ["var(--run-0)"] * 3 + ["var(--run-1)"]  # two seeds and their mean; one seed
     assert figures["gate-w2-s1"]["data"][0]["marker"]["color"] == "var(--run-1)"
+
+
+def test_the_first_task_is_drawn_once_with_the_mean_of_the_seeds(tmp_path, page):
+    runs = [
+        write_run(tmp_path / str(s), "plain", matrix=stream_matrix(90, kept), seed=s)
+        for s, kept in enumerate((0.5, 0.7))
+    ]
+    shown, figures, _ = page(*runs)
+    *seeds, mean = figures["first-0"]["data"]
+    ends = [trace["y"][-1] for trace in seeds]
+    assert mean["y"][-1] == pytest.approx(sum(ends) / 2)
+    assert mean["customdata"][-1] == ["after lookup", f" ({min(ends):.1f} to {max(ends):.1f})"]
+    assert "curve-0-0" not in figures
+    assert "The first task, copy" in shown.text
+    assert f"plain 90 → {sum(ends) / 2:.0f} %." in shown.text
+
+
+def test_a_stream_of_one_task_has_no_trajectory(tmp_path, page):
+    shown, figures, _ = page(write_run(tmp_path / "r", "x", tasks=["a"], artefacts=False))
+    assert [key for key in figures if key.startswith(("first", "curve"))] == ["curve-0-0"]
+    assert "first task" not in shown.text
 
 
 def test_runs_of_different_streams_get_their_own_panels(tmp_path, page):
     first = write_run(tmp_path / "1", "one", tasks=["a", "b"])
     second = write_run(tmp_path / "2", "two", tasks=["b", "a", "c"])
     shown, figures, _ = page(first, second)
-    assert [k for k in figures if k.startswith("curve")] == [f"curve-0-{i}" for i in range(2)] + [
-        f"curve-1-{i}" for i in range(3)
-    ]
-    assert "order 2, task 1" in shown.text
+    assert [k for k in figures if k.startswith("curve")] == ["curve-0-1", "curve-1-1", "curve-1-2"]
+    assert {"first-0", "first-1"} <= set(figures)
+    assert "order 2, task 2" in shown.text
 
 
 def test_a_penalty_histogram_over_decades_has_a_log_axis(tmp_path, page):

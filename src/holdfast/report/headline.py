@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from holdfast.report.read import AttributionRecord, Faithfulness
+from holdfast.report.read import AttributionRecord
+from holdfast.report.schemas import Faithfulness
 from holdfast.report.summary import Group, number
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from holdfast.errors import DataError
-from holdfast.models import layer_of, module_of
+from holdfast.importance.agreement import Block, block_of, order_of
+from holdfast.models import module_of
 
 
 @dataclass(frozen=True)
@@ -16,12 +19,15 @@ class ImportanceMap:
 
     Attributes
     ----------
+    blocks : list of Block
+        The rows, from the input up.
     layers, modules : list of str
-        Names of the rows (from the input up) and of the columns (in the model's order).
+        Names of the rows and of the columns (in the model's order).
     means : list of list of float or None
         Mean of |prior| over the weights of each module; None where a block has no such module.
     """
 
+    blocks: list[Block]
     layers: list[str]
     modules: list[str]
     means: list[list[float | None]]
@@ -37,40 +43,54 @@ def importance_map(path: Path) -> ImportanceMap:
     DataError
         The file isn't readable as safetensors (torn, or of another format).
     """
+    totals: dict[tuple[Block, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    with open_prior(path) as tensors:
+        names = tensors.keys()  # the handle can't be iterated
+        for name in names:
+            block = block_of(name)
+            if block is None:
+                continue
+            tensor = tensors.get_tensor(name)
+            cell = totals[block, module_of(name)]
+            cell[0] += tensor.abs().double().sum().item()
+            cell[1] += tensor.numel()
+    return _arrange({key: total / max(count, 1.0) for key, (total, count) in totals.items()})
+
+
+def open_prior(path: Path) -> Any:
+    """A context manager that gives the tensors of a ``prior.safetensors``, read when asked for.
+
+    Raises
+    ------
+    DataError
+        The file isn't readable as safetensors (torn, or of another format).
+    """
     from safetensors import SafetensorError, safe_open
 
-    totals: dict[tuple[str, int, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
     try:
-        with safe_open(path, framework="pt") as tensors:
-            names = tensors.keys()  # the handle can't be iterated
-            for name in names:
-                layer = layer_of(name)
-                if layer is None:
-                    continue
-                tensor = tensors.get_tensor(name)
-                cell = totals[_stack(name), layer, module_of(name)]
-                cell[0] += tensor.abs().double().sum().item()
-                cell[1] += tensor.numel()
+        return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise DataError(
             f"{path}: not readable as safetensors ({error}). It may be torn: compute the prior again."
         ) from error
-    return _arrange({key: total / max(count, 1.0) for key, (total, count) in totals.items()})
 
 
-def _arrange(means: dict[tuple[str, int, str], float]) -> ImportanceMap:
-    rows = sorted({(stack, layer) for stack, layer, _ in means}, key=lambda r: (r[0] != "encoder", r))
-    modules = sorted({module for _, _, module in means}, key=_place)
-    several = len({stack for stack, _ in rows}) > 1
+def block_labels(blocks: Iterable[Block]) -> dict[Block, str]:
+    """What blocks are called, from the input up: "3", or "encoder 3" where a model has both stacks."""
+    ordered = sorted(set(blocks), key=order_of)
+    several = len({stack for stack, _ in ordered}) > 1
+    return {block: f"{block[0]} {block[1]}" if several else str(block[1]) for block in ordered}
+
+
+def _arrange(means: dict[tuple[Block, str], float]) -> ImportanceMap:
+    rows = block_labels(block for block, _ in means)
+    modules = sorted({module for _, module in means}, key=place_of)
     return ImportanceMap(
-        layers=[f"{stack} {layer}" if several else str(layer) for stack, layer in rows],
+        blocks=list(rows),
+        layers=list(rows.values()),
         modules=modules,
-        means=[[means.get((*row, module)) for module in modules] for row in rows],
+        means=[[means.get((row, module)) for module in modules] for row in rows],
     )
-
-
-def _stack(name: str) -> str:
-    return next((part for part in name.split(".") if part in ("encoder", "decoder")), "")
 
 
 # safetensors sorts by name; people think of a block in the order in which data flows through it
@@ -93,7 +113,8 @@ _FLOW = (
 )
 
 
-def _place(module: str) -> tuple[int, int, str]:
+def place_of(module: str) -> tuple[int, int, str]:
+    """Sorts the modules of a block by when data reaches them."""
     parts = module.lower().split(".")
     feed_forward = any(key in module.lower() for key in ("mlp", "fc", "feed", "dense_h", "densereludense"))
     leaf = next((part for part in reversed(parts) if not part.startswith("lora")), module)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import datetime
-import math
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from holdfast.report import figures as draw
 from holdfast.report import weight_figures as weights
+from holdfast.report.agreement_figures import agreement_block
 from holdfast.report.facts import common, costs, details, flat
+from holdfast.report.first_task import first_task_panel
 from holdfast.report.forgotten import forgotten
 from holdfast.report.headline import faithfulness_sentence, headline
-from holdfast.report.importance_map import importance_map
-from holdfast.report.read import AttributionRecord, Faithfulness, RunRecord, StageRecord
+from holdfast.report.importance_map import ImportanceMap, importance_map
+from holdfast.report.panels import Panel, column
+from holdfast.report.read import AttributionRecord, RunRecord, StageRecord
+from holdfast.report.schemas import Faithfulness
 from holdfast.report.summary import (
     COLUMNS,
     Group,
@@ -23,22 +27,10 @@ from holdfast.report.summary import (
     grouped,
     table,
 )
+from holdfast.report.task_agreement import SAMPLE, task_agreements
+from holdfast.report.unit_figures import unit_panels
 
 _HERE = Path(__file__).parent
-_WIDTH, _GAP = 1116, 16  # of the page's column, as in style.css
-
-
-@dataclass
-class Panel:
-    """A place for a figure: its key, a title, and the width it needs before it scrolls."""
-
-    figure: str
-    title: str = ""
-    min_width: int = 0
-    note: str = ""
-    run: int | None = None  # index of the run, or of the method in `legend`, for the colour chip
-    prefix: str = ""  # with `choices`: the key of each figure without its choice
-    choices: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass
@@ -66,6 +58,8 @@ def build(records: Sequence[RunRecord | AttributionRecord], title: str | None) -
     index = {id(run): i for i, g in enumerate(groups) for run in g.runs}
     styled = [(run, draw.style_of(index[id(run)], run.joint)) for run in runs]
     figures: dict[str, draw.Json] = {}
+    map_of = functools.cache(importance_map)  # two sections look at each prior
+    units, measured = unit_panels(figures, groups, map_of)
     sentence = headline(groups, attributions)
     context: dict[str, Any] = {
         "title": title or "holdfast report",
@@ -77,16 +71,22 @@ def build(records: Sequence[RunRecord | AttributionRecord], title: str | None) -
         "columns": COLUMNS,
         "rows": table(groups) if groups else [],
         "overview": _add(figures, "overview", draw.overview(groups)),
+        "seeds": any(len(group.runs) > 1 for group in groups),
+        "firsts": _firsts(figures, groups),
         "curves": _curves(figures, styled),
         "matrices": _matrices(figures, groups),
-        "weights": _weights(figures, styled, attributions),
+        "weights": _weights(figures, styled, attributions, map_of),
+        "units": units,
+        "measured": measured,
+        "agreement": agreement_block(figures, task_agreements(groups, attributions)),
+        "sample": SAMPLE,
         "faithfulness": _faithfulness(figures, runs, attributions),
         "forgotten": [(i, tasks) for i, run in enumerate(runs) if (tasks := forgotten(run))],
         "losses": _losses(figures, styled),
         "costs": costs(runs),
         "details": [details(i, run) for i, run in enumerate(runs)],
         "attributions": [(a, flat(a.meta)) for a in attributions if a.meta],
-        "column": _column,
+        "column": column,
         "figures": figures,
         "plotly": get_plotlyjs(),
         "style": (_HERE / "style.css").read_text(encoding="utf-8"),
@@ -106,14 +106,6 @@ def _add(figures: dict[str, draw.Json], key: str, figure: draw.Json | None) -> s
     return key
 
 
-def _column(panels: Sequence[Panel], least: int) -> int:
-    """Column width (px) of a grid whose rows are equally full: 5 panels as 3 + 2, not as 4 + 1."""
-    needed = max(least, *(panel.min_width + 34 for panel in panels))
-    fitting = max(1, (_WIDTH + _GAP) // (needed + _GAP))
-    across = math.ceil(len(panels) / math.ceil(len(panels) / fitting))
-    return (_WIDTH + _GAP) // max(across, min(2, fitting)) - _GAP
-
-
 Styled = Sequence[tuple[RunRecord, draw.Json]]
 
 
@@ -121,13 +113,27 @@ def _task_names(runs: Sequence[RunRecord]) -> list[str]:
     return list(dict.fromkeys(task for run in runs for task in run.metrics.tasks))
 
 
+def _firsts(figures: dict[str, draw.Json], groups: Sequence[Group]) -> list[Panel]:
+    """The first task of each stream of several tasks, drawn large."""
+    streams = dict.fromkeys(tuple(run.metrics.tasks) for group in groups for run in group.runs)
+    panels = []
+    for s, stream in enumerate(streams):
+        panel = first_task_panel(figures, f"first-{s}", groups, stream) if len(stream) > 1 else None
+        if panel:
+            panel.prefix = f"order {s + 1}" if len(streams) > 1 else ""
+            panels.append(panel)
+    return panels
+
+
 def _curves(figures: dict[str, draw.Json], styled: Styled) -> list[Panel]:
-    """Small multiples, one a task; runs of another stream get their own."""
+    """Small multiples, one a task that isn't drawn large; runs of another stream get their own."""
     streams = dict.fromkeys(tuple(run.metrics.tasks) for run, _ in styled)
     panels = []
     for s, stream in enumerate(streams):
         members = [(run, style) for run, style in styled if tuple(run.metrics.tasks) == stream]
         for i, task in enumerate(stream):
+            if f"first-{s}" in figures and i == 0:
+                continue
             key = _add(figures, f"curve-{s}-{i}", draw.task_curve(i, members))
             if key:
                 note = f"order {s + 1}, task {i + 1}" if len(streams) > 1 else ""
@@ -162,12 +168,15 @@ def _matrices(figures: dict[str, draw.Json], groups: Sequence[Group]) -> list[Pa
 
 
 def _weights(
-    figures: dict[str, draw.Json], styled: Styled, attributions: Sequence[AttributionRecord]
+    figures: dict[str, draw.Json],
+    styled: Styled,
+    attributions: Sequence[AttributionRecord],
+    map_of: Callable[[Path], ImportanceMap],
 ) -> list[WeightBlock]:
     blocks = []
     for i, (run, style) in enumerate(styled):
         block = WeightBlock(f"w{i}", i, run.name, [])
-        maps = _maps(figures, block, [(stage.prior, f"s{n}") for n, stage in enumerate(run.stages)])
+        maps = _maps(figures, block, [(stage.prior, f"s{n}") for n, stage in enumerate(run.stages)], map_of)
         for n, stage in enumerate(run.stages):
             key, gate = f"s{n}", None
             if stage.gate is not None:
@@ -180,16 +189,19 @@ def _weights(
             blocks.append(block)
     for i, record in enumerate(attributions):
         block = WeightBlock(f"a{i}", None, record.name, [("s0", record.name)])
-        if _maps(figures, block, [(record.prior, "s0")]):
+        if _maps(figures, block, [(record.prior, "s0")], map_of):
             blocks.append(block)
     return blocks
 
 
 def _maps(
-    figures: dict[str, draw.Json], block: WeightBlock, priors: list[tuple[Path | None, str]]
+    figures: dict[str, draw.Json],
+    block: WeightBlock,
+    priors: list[tuple[Path | None, str]],
+    map_of: Callable[[Path], ImportanceMap],
 ) -> set[str]:
     """Draw a block's importance maps on one colour scale; the keys of the stages that have one."""
-    maps = {key: importance_map(path) for path, key in priors if path is not None}
+    maps = {key: map_of(path) for path, key in priors if path is not None}
     values = [m for heat in maps.values() for row in heat.means for m in row if m]
     if not values:
         return set()

@@ -3,78 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ValidationError
+import yaml
+from pydantic import BaseModel, ValidationError
 
 from holdfast.errors import DataError
 from holdfast.evaluation.predictions import predictions_file
+from holdfast.report.schemas import Faithfulness, GateSummary, Metrics, Training, Units
 
 REDO = "It may be torn or edited: run the same `holdfast run` command again to redo it."
-
-
-def _finite(value: Any) -> Any:
-    """Not measured is null in JSON; a NaN or infinite score means the same."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-Score = Annotated[float | None, BeforeValidator(_finite)]
-
-
-class Metrics(BaseModel):
-    """``metrics.json`` of a run: scores in percent, ``matrix`` (T + 1) × T with row 0 zero-shot."""
-
-    label: str
-    strategy: str
-    tasks: list[str]
-    matrix: list[list[Score]]
-    ap: Score = None
-    fwt: Score = None
-    bwt: Score = None
-    forgetting: Score = None
-    learning_accuracy: Score = None
-    seconds: dict[str, float] = {}
-    parameters: int | None = None
-    trainable: int | None = None
-    seed: int | None = None
-    finished: bool = True
-
-
-class Training(BaseModel):
-    """``training.json`` of one stage: the logged (step, loss) pairs."""
-
-    loss: list[tuple[float, Score]] = []
-    steps: int | None = None
-    seconds: float | None = None
-
-
-class Histogram(BaseModel):
-    """Counts of values between consecutive edges."""
-
-    edges: list[float]
-    counts: list[float]
-
-
-class GateSummary(BaseModel):
-    """``protection.json`` of one stage: how strongly its weights were held."""
-
-    histogram: Histogram | None = None
-    quantity: str = "held fraction"
-    held: float | None = None
-    mechanism: dict[str, Any] = {}
-    control: str = "none"
-
-
-class Faithfulness(BaseModel):
-    """``faithfulness.json``: accuracy after zeroing the top `percent` of weights, by who chose them."""
-
-    task: str = ""
-    percent: list[float]
-    curves: dict[str, list[Score]]
 
 
 Schema = TypeVar("Schema", bound=BaseModel)
@@ -100,6 +41,7 @@ class StageRecord:
     gate: GateSummary | None = None
     prior: Path | None = None
     faithfulness: Faithfulness | None = None
+    units: Units | None = None
 
     def predictions(self, task: str) -> Iterator[Prediction]:
         """The answers to `task`'s test questions after this stage; nothing when they weren't kept.
@@ -141,6 +83,15 @@ class RunRecord:
     def joint(self) -> bool:
         """Whether all tasks were learned at once (the upper bound), so that nothing can be forgotten."""
         return self.metrics.strategy == "multitask"
+
+    @property
+    def prior_from(self) -> str:
+        """Which model a task's prior was computed on: "sequential", "single_task", or "" if unrecorded."""
+        try:
+            strategy = (yaml.safe_load(self.config) or {}).get("strategy")
+        except (yaml.YAMLError, AttributeError) as error:
+            raise DataError(f"{self.path / 'config.yaml'}: not readable as YAML ({error}). {REDO}") from error
+        return str(strategy.get("prior_from", "sequential")) if isinstance(strategy, dict) else ""
 
     @property
     def seen(self) -> int:
@@ -223,6 +174,7 @@ def _read_stage(path: Path, tasks: list[str]) -> StageRecord:
         gate=_parse_if(GateSummary, path / "protection.json"),
         prior=prior if prior.is_file() else None,
         faithfulness=_read_faithfulness(path),
+        units=_parse_if(Units, path / "units.json"),
     )
 
 

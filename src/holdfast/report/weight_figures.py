@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from holdfast.report.figures import HEAT, Json, finish, frame, text
 from holdfast.report.importance_map import ImportanceMap
-from holdfast.report.read import Faithfulness, GateSummary
+from holdfast.report.schemas import Faithfulness, GateSummary
 
 
 def importance(heat: ImportanceMap, bounds: tuple[float, float]) -> Json:

@@ -1,0 +1,84 @@
+"""What the JSON files of a run must look like."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, model_validator
+
+
+def _finite(value: Any) -> Any:
+    """Not measured is null in JSON; a NaN or infinite score means the same."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Score = Annotated[float | None, BeforeValidator(_finite)]
+
+
+class Metrics(BaseModel):
+    """``metrics.json`` of a run: scores in percent, ``matrix`` (T + 1) × T with row 0 zero-shot."""
+
+    label: str
+    strategy: str
+    tasks: list[str]
+    matrix: list[list[Score]]
+    ap: Score = None
+    fwt: Score = None
+    bwt: Score = None
+    forgetting: Score = None
+    learning_accuracy: Score = None
+    seconds: dict[str, float] = {}
+    parameters: int | None = None
+    trainable: int | None = None
+    seed: int | None = None
+    finished: bool = True
+
+
+class Training(BaseModel):
+    """``training.json`` of one stage: the logged (step, loss) pairs."""
+
+    loss: list[tuple[float, Score]] = []
+    steps: int | None = None
+    seconds: float | None = None
+
+
+class Histogram(BaseModel):
+    """Counts of values between consecutive edges."""
+
+    edges: list[float]
+    counts: list[float]
+
+
+class GateSummary(BaseModel):
+    """``protection.json`` of one stage: how strongly its weights were held."""
+
+    histogram: Histogram | None = None
+    quantity: str = "held fraction"
+    held: float | None = None
+    mechanism: dict[str, Any] = {}
+    control: str = "none"
+
+
+class Faithfulness(BaseModel):
+    """``faithfulness.json``: accuracy after zeroing the top `percent` of weights, by who chose them."""
+
+    task: str = ""
+    percent: list[float]
+    curves: dict[str, list[Score]]
+
+
+class Units(BaseModel):
+    """``units.json`` of one stage: its skill units, their importance, and what has been accumulated (K)."""
+
+    kind: Literal["matrix", "lora"]
+    names: list[str]
+    scores: list[Score]
+    accumulated: list[Score] | None = None
+
+    @model_validator(mode="after")
+    def _one_score_each(self) -> Units:
+        lengths = {len(self.names), len(self.scores), len(self.accumulated or self.names)}
+        if len(lengths) > 1:
+            raise ValueError(f"names, scores and accumulated differ in length: {sorted(lengths)}")
+        return self
