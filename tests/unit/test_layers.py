@@ -77,6 +77,11 @@ def test_walker_sees_imports_inside_functions(tmp_path: Path) -> None:
     assert list(imported(file)) == [("report", 2), ("models", 3)]
 
 
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_file_is_read_in_one_sitting(file: Path) -> None:
+    assert len(file.read_text(encoding="utf-8").splitlines()) <= 310  # about 300
+
+
 @pytest.mark.parametrize("file", [f for f in FILES if f.parent.name == "strategies"], ids=lambda f: f.name)
 def test_strategy_file_is_short(file: Path) -> None:
     # one paper in one file of at most 120 lines; the protocol beside them may be a little longer
