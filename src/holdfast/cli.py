@@ -170,8 +170,10 @@ def attribute(
       holdfast attribute --model m --data d --out p --importance fisher --test-faithfulness
 
     A template option is set with its section: --set template.max_prompt_tokens=128
+
+    Killed and started again, it continues: its state is saved every minute.
     """
-    with _told(), Progress() as progress:
+    with _told("The same command again continues."), Progress() as progress:
         from holdfast.runner.attribute import attribute_to_folder
 
         attribute_to_folder(

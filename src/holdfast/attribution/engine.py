@@ -10,6 +10,7 @@ from torch import nn
 
 from holdfast.attribution.maps import Fold
 from holdfast.attribution.options import AttributionOptions, AttributionReport
+from holdfast.attribution.partial import Partial
 from holdfast.attribution.passes import Job, Pass
 from holdfast.errors import DataError, ModelError
 from holdfast.models import block_parameters
@@ -32,6 +33,7 @@ def attribute_batches(
     memory_budget: int | None = None,
     padding_side: Literal["left", "right"] = "left",
     progress: Progress | None = None,
+    partial: Partial | None = None,
 ) -> AttributionReport:
     """Attribute the model's answers to its weights, and fold the per-sample maps (A, section 4.1).
 
@@ -61,6 +63,9 @@ def attribute_batches(
         Of causal models. Maps don't depend on it; on the left, logits are computed for answers alone.
     progress : callable
         Called with (rows done, rows in all).
+    partial : Partial
+        Where the fold's state is kept, for a killed attribution to go on from; its result is the same, bit
+        for bit. The fold must have ``state()`` and ``load_state(tensors, values, weights)``.
 
     Raises
     ------
@@ -85,7 +90,7 @@ def attribute_batches(
         correct_only,
         max_samples,
     )
-    return _run(model, rows, job, fold, parameters, memory_budget, progress)
+    return _run(model, rows, job, fold, parameters, memory_budget, progress, partial)
 
 
 def per_sample_gradients(
@@ -100,6 +105,7 @@ def per_sample_gradients(
     memory_budget: int | None = None,
     padding_side: Literal["left", "right"] = "left",
     progress: Progress | None = None,
+    partial: Partial | None = None,
 ) -> AttributionReport:
     """Fold the gradient of each answer's log-likelihood (summed over its tokens), sample by sample.
 
@@ -109,7 +115,7 @@ def per_sample_gradients(
     job = Job(
         "gradient", "none", "all", "log_probability", pad_id, padding_side, batch_size, False, max_samples
     )
-    return _run(model, rows, job, fold, parameters, memory_budget, progress)
+    return _run(model, rows, job, fold, parameters, memory_budget, progress, partial)
 
 
 def _run(
@@ -120,6 +126,7 @@ def _run(
     parameters: Mapping[str, nn.Parameter] | None,
     memory_budget: int | None,
     progress: Progress | None,
+    partial: Partial | None,
 ) -> AttributionReport:
     wanted = dict(block_parameters(model) if parameters is None else parameters)
     if not rows:
@@ -133,6 +140,8 @@ def _run(
         raise ValueError(
             f"batch_size and max_samples must be at least 1, got {job.batch_size}, {job.max_samples}"
         )
+    if partial is not None and memory_budget is not None:
+        raise ValueError("an attribution in several passes (memory_budget) can't be continued from `partial`")
     started = time.perf_counter()
     groups = _groups(wanted, getattr(fold, "bytes_per_element", 4), memory_budget)
     report = AttributionReport(passes=len(groups))
@@ -145,7 +154,7 @@ def _run(
             if progress is not None:
                 progress(number * len(rows) + done, len(groups) * len(rows))
 
-        used = once.run(todo, tell)
+        used = once.run(todo, tell, partial)
         unreached += once.maps.fill_unreached(group)
         getattr(fold, "finish", lambda: None)()
         if number == 0:

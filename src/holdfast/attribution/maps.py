@@ -19,7 +19,8 @@ class Fold(Protocol):
 
     Two attributes and a method are optional: ``bytes_per_element`` (memory that the fold keeps for each
     attributed weight; 4 if absent), which tells how many passes fit a memory budget, and ``finish()``, called
-    after each pass so that the fold can shrink what it keeps.
+    after each pass so that the fold can shrink what it keeps. ``state()`` and ``load_state(tensors, values,
+    weights)`` are needed only where an attribution is to be continued after a kill (`Partial`).
     """
 
     def update(self, name: str, weight: Tensor, grad_S: Tensor) -> None:

@@ -14,6 +14,7 @@ from holdfast.attribution.ledger import Ledger, relevance
 from holdfast.attribution.maps import Fold, WeightMaps
 from holdfast.attribution.mode import RuleMode, attributable, whole_activations
 from holdfast.attribution.options import AttributionReport
+from holdfast.attribution.partial import Partial, State
 from holdfast.attribution.targets import Batch, correct, initial_lambda, make_batch, module_names
 from holdfast.attribution.trace import RuleSet, Trace
 from holdfast.errors import ConservationError, ModelError, NoCorrectSampleError
@@ -49,16 +50,19 @@ class Pass:
     ) -> None:
         self.model, self.job, self.report, self.check = model, job, report, check
         self.maps = WeightMaps(model, wanted, fold, factor=1.0 if job.halves == "none" else 0.5)
+        self.weights = {name: parameter.detach() for name, parameter in wanted.items()}
         self.modules = module_names(model)
 
-    def run(self, rows: Sequence[Encoded], tell: Callable[[int], None]) -> list[int]:
-        """Attribute the rows; returns the indices of those that were used."""
+    def run(
+        self, rows: Sequence[Encoded], tell: Callable[[int], None], partial: Partial | None = None
+    ) -> list[int]:
+        """Attribute the rows, or those that `partial` leaves; returns the indices of those that were used."""
         job = self.job
-        used: list[int] = []
         first_pass = not self.report.samples_seen
+        begin, used = (0, []) if partial is None else self._resume(partial)
         leaves: list[Tensor] = []
         with torch.inference_mode(False), torch.enable_grad(), attributable(self.model, leaves):
-            for start in range(0, len(rows), job.batch_size):
+            for start in range(begin, len(rows), job.batch_size):
                 room = None if job.max_samples is None else job.max_samples - len(used)
                 if room == 0:
                     break
@@ -67,6 +71,8 @@ class Pass:
                 used += [start + i for i in self._batch(part, leaves, room, first_pass)]
                 if first_pass:
                     self.report.samples_seen = start + len(part)
+                if partial is not None and partial.due:
+                    partial.save(*self._state(start + len(part), used))
                 tell(start + len(part))
         if not used:
             raise NoCorrectSampleError(
@@ -75,6 +81,30 @@ class Pass:
             )
         tell(len(rows))
         return used
+
+    def _state(self, done: int, used: list[int]) -> State:
+        tensors, folded = self.maps.fold.state()  # type: ignore[attr-defined]
+        reached = sorted(self.maps.reached)
+        return tensors, {
+            "done": done,
+            "used": used,
+            "folded": folded,
+            "reached": reached,
+            "report": vars(self.report),
+        }
+
+    def _resume(self, partial: Partial) -> tuple[int, list[int]]:
+        """Take back what `_state` gave; returns where to begin, and the rows that are used already."""
+        state = partial.load()
+        if state is None:
+            return 0, []
+        tensors, values = state
+        self.maps.fold.load_state(tensors, values["folded"], self.weights)  # type: ignore[attr-defined]
+        self.maps.reached = set(values["reached"])
+        vars(self.report).update(values["report"])
+        self.check = self.check and self.report.conservation_max_relative_error is None
+        partial.say(f"{partial.file}: continuing after {values['done']} samples.")
+        return values["done"], values["used"]
 
     def _batch(
         self, rows: Sequence[Encoded], leaves: list[Tensor], room: int | None, choose: bool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import pkgutil
 import time
@@ -11,6 +12,7 @@ from typing import Annotated, Any, Union
 from pydantic import BeforeValidator, Field
 from torch import nn
 
+from holdfast.attribution.partial import Partial
 from holdfast.config import Options, named, validate
 from holdfast.errors import ConfigError, DataError, ModelError
 from holdfast.importance.prior import ImportancePrior
@@ -39,6 +41,7 @@ def compute_prior(
     task: str = "",
     parameters: Mapping[str, nn.Parameter] | None = None,
     progress: Progress | None = None,
+    partial: Partial | None = None,
 ) -> ImportancePrior:
     """Rate every weight of a model by how much it matters for a task.
 
@@ -60,6 +63,9 @@ def compute_prior(
         The weights to rate; by default the trainable linear maps in the transformer blocks.
     progress : callable, optional
         Called with (samples done, samples in all).
+    partial : Partial, optional
+        Where `lrp`, `fisher` and `taylor` keep what they have, so that a killed computation can be
+        continued with the same arguments, to the same result. Remove it (`Partial.clear`) afterwards.
 
     Raises
     ------
@@ -84,8 +90,18 @@ def compute_prior(
     if importance.needs_data and not rows:
         raise DataError(f"importance '{chosen.name}': the data set is empty.")  # type: ignore[attr-defined]
     start = time.perf_counter()
-    computed = importance.compute(Inputs(model, rows, parameters, pad_id, seed, progress), chosen)
-    values = chosen.model_dump()
+    values, model_digest = chosen.model_dump(), digest(model)
+    if partial is not None:
+        seen = repr([(row.prompt_ids, row.completion_ids) for row in rows])
+        partial.identity = {
+            "options": values.copy(),
+            "seed": seed,
+            "data": hashlib.sha256(seen.encode()).hexdigest(),
+            "model": model_digest,
+            "weights": list(parameters),
+        }
+    computed = importance.compute(Inputs(model, rows, parameters, pad_id, seed, progress, partial), chosen)
+    before = 0.0 if partial is None else partial.seconds
     return ImportancePrior(
         {name: computed.tensors[name] for name in parameters},  # a backward pass gives them last to first
         {
@@ -94,8 +110,8 @@ def compute_prior(
             "tasks": [task] if task else [],
             **computed.record,
             "seed": seed,
-            "seconds": round(time.perf_counter() - start, 3),
-            "model_digest": digest(model),
+            "seconds": round(before + time.perf_counter() - start, 3),
+            "model_digest": model_digest,
         },
     )
 

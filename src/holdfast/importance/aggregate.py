@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from holdfast.attribution.partial import State
 
 CHUNK = 2**16  # elements worked on at once: they fit the fastest caches
 # Of eq. 10; A does not state its value. It is above the rounding noise of a tensor without
@@ -97,6 +101,21 @@ class TopKMean:
                 torch.maximum(slot, carried, out=slot)
                 carried, spare = spare, carried
 
+    def state(self) -> State:
+        """What is folded so far; the tensors are the fold's own memory."""
+        filled = {name: held.slots[: len(held.scales)] for name, held in self._states.items()}
+        return filled, {name: [held.scales, held.merged] for name, held in self._states.items()}
+
+    def load_state(
+        self, tensors: Mapping[str, Tensor], values: Mapping[str, Any], weights: Mapping[str, Tensor]
+    ) -> None:
+        """Take back what `state` gave; `weights` are the current ones by name."""
+        for name, (scales, merged) in values.items():
+            filled_KN, weight = tensors[name], weights[name]
+            slots = torch.empty((self.k, weight.numel()), dtype=filled_KN.dtype, device=weight.device)
+            slots[: len(filled_KN)] = filled_KN
+            self._states[name] = _TopState(slots, weight.shape, scales, merged)
+
     def finish(self) -> None:
         """Reduce what is held to the means; memory falls from K tensors to one."""
         for name in list(self._states):
@@ -142,6 +161,18 @@ class _MeanFold:
                 total.add_(grad.abs_())
         self._sums[name] = (total, weight, count + len(grad_S))
 
+    def state(self) -> State:
+        """What is folded so far; the tensors are the fold's own memory."""
+        return {name: s[0] for name, s in self._sums.items()}, {name: s[2] for name, s in self._sums.items()}
+
+    def load_state(
+        self, tensors: Mapping[str, Tensor], values: Mapping[str, Any], weights: Mapping[str, Tensor]
+    ) -> None:
+        """Take back what `state` gave; `weights` are the current ones by name."""
+        for name, count in values.items():
+            weight = weights[name]
+            self._sums[name] = (tensors[name].to(weight.device, copy=True), weight, count)
+
     def finish(self) -> None:
         """Turn sums into means: |R| = |w| |R / w|, so the weight's factor is applied once."""
         for name, (total, weight, count) in self._sums.items():
@@ -164,6 +195,7 @@ class AbsoluteMean:
     def __init__(self, per_weight: bool = False) -> None:
         self._fold = _MeanFold(1, per_weight)
         self.update, self.finish, self.result = self._fold.update, self._fold.finish, self._fold.result
+        self.state, self.load_state = self._fold.state, self._fold.load_state
 
 
 class SquareMean:
@@ -174,3 +206,4 @@ class SquareMean:
     def __init__(self, per_weight: bool = False) -> None:
         self._fold = _MeanFold(2, per_weight)
         self.update, self.finish, self.result = self._fold.update, self._fold.finish, self._fold.result
+        self.state, self.load_state = self._fold.state, self._fold.load_state

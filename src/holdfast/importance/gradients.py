@@ -24,5 +24,6 @@ def fold_gradients(
         batch_size=batch_size,
         pad_id=inputs.pad_id,
         progress=inputs.progress,
+        partial=inputs.partial,
     )
     return Computed(fold.result(), sample_counts(report))

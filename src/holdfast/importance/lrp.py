@@ -59,6 +59,7 @@ def lrp(inputs: Inputs, options: LrpOptions) -> Computed:
         pad_id=inputs.pad_id,
         correct_only=options.correct_only,
         progress=inputs.progress,
+        partial=inputs.partial,
     )
     return Computed(
         fold.result(),

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from holdfast.attribution.engine import AttributionReport
+from holdfast.attribution.partial import Partial
 from holdfast.config import Options
 from holdfast.tasks.encode import Encoded
 
@@ -32,6 +33,8 @@ class Inputs:
         Chooses the samples, and the values of `random`.
     progress : callable, optional
         Called with (samples done, samples in all).
+    partial : Partial, optional
+        Where a computation over many samples may keep its state, to go on from after a kill.
     """
 
     model: nn.Module
@@ -40,6 +43,7 @@ class Inputs:
     pad_id: int
     seed: int = 0
     progress: Progress | None = None
+    partial: Partial | None = None
 
 
 @dataclass(frozen=True)

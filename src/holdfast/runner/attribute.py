@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import Field
 
+from holdfast.attribution.partial import Partial
 from holdfast.config import Options, override, validate
 from holdfast.errors import DataError
 from holdfast.evaluation.evaluate import EvaluationOptions
@@ -45,6 +46,9 @@ def attribute_to_folder(
 ) -> ImportancePrior:
     """Compute a prior and write it to a folder; with `faithfulness` also ``faithfulness.json``.
 
+    While it is computed, what there is stands in ``partial`` in that folder. Called again after a kill with
+    the same arguments, it goes on from there; the prior is that of an uninterrupted one, bit for bit.
+
     Raises
     ------
     HoldfastError
@@ -62,6 +66,7 @@ def attribute_to_folder(
     loaded, tokenizer = load_model(config.model, seed, toy_tokenizer)
     encoder = Encoder(tokenizer, config.template, encoder_decoder=is_encoder_decoder(loaded))
     rows = encoder.many(task.train)
+    partial = Partial(out / "partial", progress.say)
     with progress.bar(f"importance of {task.name}", total=len(rows)) as bar:
         prior = compute_prior(
             loaded,
@@ -71,8 +76,10 @@ def attribute_to_folder(
             seed=seed,
             task=task.name,
             progress=bar,
+            partial=partial,
         )
     prior.save(out)
+    partial.clear()
     progress.say(f"Prior: {out} ({len(prior)} tensors, {prior.elements:,} weights)")
     if faithfulness:
         with progress.bar("faithfulness", total=1) as bar:

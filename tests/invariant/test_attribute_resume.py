@@ -1,0 +1,142 @@
+"""`holdfast attribute`, killed and started again, ends with the prior of one that never was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from holdfast.attribution import partial, passes
+from holdfast.errors import StorageError
+from holdfast.models import save_model, tiny_llama
+from holdfast.progress import Progress
+from holdfast.runner.attribute import attribute_to_folder
+from holdfast.tasks import toy_suite, toy_tokenizer
+
+TOP_K = ("lrp", ["aggregate=topk", "top_k=3", "correct_only=false"])
+ABSOLUTE = ("lrp", ["aggregate=absolute", "correct_only=false"])
+FISHER = ("fisher", [])
+DUE = partial.Partial.due
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the code under test may catch it."""
+
+
+class Bench:
+    """A tiny model and 11 rows: six batches of two."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.said, self.batches, self.dies_at = folder, list[str](), 0, 0
+        tokenizer = toy_tokenizer()
+        save_model(tiny_llama(tokenizer, hidden=16, layers=1), tokenizer, folder / "model")
+        (task,) = toy_suite(["head"], train_rows=11, test_rows=1)
+        rows = [json.dumps({"prompt": e.prompt, "completion": e.completion}) for e in task.train]
+        (folder / "data.jsonl").write_text("\n".join(rows))
+        original = passes.Pass._batch
+
+        def counted(inside: Any, *arguments: Any) -> Any:
+            self.batches += 1
+            if self.batches == self.dies_at:
+                raise Killed
+            return original(inside, *arguments)
+
+        monkeypatch.setattr(passes.Pass, "_batch", counted)
+        monkeypatch.setattr(partial.Partial, "due", True)  # after every batch
+
+    def attribute(self, out: str, importance: str, options: list[str], dies_at: int = 0) -> tuple[bytes, Any]:
+        """The prior's tensors and its record, without the time it took."""
+        progress = Progress(quiet=True)
+        progress.say = self.said.append  # type: ignore[method-assign]
+        self.batches, self.dies_at = 0, dies_at
+        attribute_to_folder(
+            model=str(self.folder / "model"),
+            data=self.folder / "data.jsonl",
+            out=self.folder / out,
+            importance=importance,
+            assignments=["batch_size=2", *options],
+            faithfulness=False,
+            dtype="float32",
+            seed=0,
+            progress=progress,
+        )
+        record = json.loads((self.folder / out / "prior.json").read_text())
+        assert record.pop("seconds") > 0
+        return (self.folder / out / "prior.safetensors").read_bytes(), record
+
+    def kill(self, out: str, importance: str, options: list[str], at: int = 5) -> Path:
+        """Die in a batch; returns the file that is left."""
+        with pytest.raises(Killed):
+            self.attribute(out, importance, options, at)
+        return self.folder / out / "partial" / "state.safetensors"
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    return Bench(tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("at", [2, 6])  # with slots still free in the top K, and with all of them taken
+@pytest.mark.parametrize("what", [TOP_K, ABSOLUTE, FISHER], ids=["topk", "absolute", "fisher"])
+def test_killed_attribution_ends_bit_identical(what: Any, at: int, bench: Bench) -> None:
+    whole = bench.attribute("whole", *what)
+    assert bench.batches == 6
+    assert bench.kill("broken", *what, at=at).is_file()
+    assert bench.attribute("broken", *what) == whole
+    assert bench.batches == 6 - (at - 1), "what was done is not done again"
+    assert any(f"continuing after {2 * (at - 1)} samples" in line for line in bench.said)
+    assert sorted(p.name for p in (bench.folder / "broken").iterdir()) == ["prior.json", "prior.safetensors"]
+
+
+def test_other_options_in_the_same_folder_start_over_and_say_so(bench: Bench) -> None:
+    whole = bench.attribute("whole", *ABSOLUTE)
+    bench.kill("broken", *TOP_K)
+    assert bench.attribute("broken", *ABSOLUTE) == whole
+    assert bench.batches == 6
+    assert any("begun with another options; starting over" in line for line in bench.said)
+
+
+def test_other_data_start_over_and_say_so(bench: Bench) -> None:
+    bench.kill("broken", *FISHER)
+    lines = (bench.folder / "data.jsonl").read_text().splitlines()
+    (bench.folder / "data.jsonl").write_text("\n".join(lines[::-1]))
+    bench.attribute("broken", *FISHER)
+    assert bench.batches == 6
+    assert any("begun with another data; starting over" in line for line in bench.said)
+
+
+def test_a_torn_state_starts_over_and_says_so(bench: Bench) -> None:
+    whole = bench.attribute("whole", *FISHER)
+    file = bench.kill("broken", *FISHER)
+    file.write_bytes(file.read_bytes()[:-100])
+    assert bench.attribute("broken", *FISHER) == whole
+    assert any("torn" in line and "starting over" in line for line in bench.said)
+
+
+def test_a_full_disk_stops_no_attribution(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = bench.attribute("whole", *FISHER)
+
+    def full(*arguments: Any) -> None:
+        raise StorageError("no space left")
+
+    monkeypatch.setattr(partial, "write_tensors", full)
+    monkeypatch.setattr(partial.Partial, "due", DUE)
+    monkeypatch.setattr(partial.Partial, "every", 0.0)
+    assert bench.attribute("other", *FISHER) == whole
+    assert sum("no space left" in line for line in bench.said) == 1
+
+
+def test_saving_takes_a_tenth_of_the_time_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(partial.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(partial, "write_tensors", lambda *arguments: now.__setitem__(0, now[0] + 30.0))
+    state, due = partial.Partial(tmp_path, print), []
+    for _ in range(100):
+        now[0] += 10.0
+        due.append(state.due)
+        if state.due:
+            state.save({}, {})
+    assert due.index(True) == 5, "a minute without a save"
+    assert sum(due) == 4, "1000 s of work, and four saves of 30 s"
