@@ -94,3 +94,4 @@ def test_check_finds_nothing_wrong(
     result = CliRunner().invoke(app, ["check", str(path), *overrides])
     assert result.exit_code == 0, result.output
     assert "Ready to run." in result.output
+    assert "sensitivity (float32)" in result.output

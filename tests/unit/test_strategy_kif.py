@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from holdfast.config import validate
@@ -207,24 +208,48 @@ def test_what_the_method_does_not_define_is_an_error_before_training(
     ids=str,
 )
 def test_each_option_changes_the_outcome(options: dict[str, Any], tmp_path: Path, plain: Any) -> None:
-    assert outcome(tmp_path / "run", options) != plain, options
+    assert outcome(tmp_path / "run", {"name": "kif-lora", **options}) != plain, options
+
+
+@pytest.mark.parametrize("name", ["kif", "kif-m", "kif-lora-m", "weight-ensemble", "ema"])
+def test_each_method_changes_what_training_leaves(name: str, tmp_path: Path, sequential: Any) -> None:
+    """Against plain fine-tuning; the first task alone is left as it was learned, but by EMA."""
+    strategy: dict[str, Any] = {"name": name}
+    if name in ("kif-m", "kif-lora-m"):
+        strategy["memory"] = {"count": 8}
+    assert outcome(tmp_path / "run", strategy, "02-flip") != sequential["02-flip"]
+    same = outcome_in(tmp_path / "run", "01-copy") == sequential["01-copy"]
+    assert same == (name != "ema")
+
+
+def test_replay_changes_what_fusion_leaves(tmp_path: Path) -> None:
+    with_memory = outcome(tmp_path / "m", {"name": "kif-lora-m", "memory": {"count": 8}})
+    assert with_memory != outcome(tmp_path / "k", {"name": "kif-lora"})
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return outcome(tmp_path_factory.mktemp("kif") / "run", {})
+    return outcome(tmp_path_factory.mktemp("kif") / "run", {"name": "kif-lora"})
 
 
-def outcome(folder: Path, options: dict[str, Any]) -> Any:
-    """All weights after two short tasks under kif-lora."""
-    values = tiny_run(folder, strategy={"name": "kif-lora", **options}, model=LORA)
+@pytest.fixture(scope="module")
+def sequential(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("plain") / "run"
+    return {"02-flip": outcome(folder, {"name": "sequential"}), "01-copy": outcome_in(folder, "01-copy")}
+
+
+def outcome(folder: Path, strategy: dict[str, Any], stage: str = "02-flip") -> Any:
+    """All weights after two short tasks with LoRA."""
+    values = tiny_run(folder, strategy=strategy, model=LORA)
     values["tasks"] = {**values["tasks"], "order": ["copy", "flip"], "test_rows": 2}
     values["training"] = {"max_steps": 6, "batch_size": 8, "learning_rate": 3e-2}
     values["evaluation"] = {"zero_shot": False, "scope": "needed", "max_new_tokens": 1}
     run(validate(RunConfig, values, source="test"))
-    from safetensors.torch import load_file
+    return outcome_in(folder, stage)
 
-    tensors = load_file(folder / "tasks" / "02-flip" / "model" / "adapter_model.safetensors")
+
+def outcome_in(folder: Path, stage: str) -> Any:
+    tensors = load_file(folder / "tasks" / stage / "model" / "adapter_model.safetensors")
     return [tensors[name].tolist() for name in sorted(tensors)]
 
 

@@ -161,6 +161,13 @@ def _estimate(config: RunConfig, model: Any, stream: TaskStream, findings: Findi
                 f"{learned - held_elements:,} trained parameters (embeddings, norms, head) have no relevance "
                 "and are not protected; model.trainable: blocks trains only what is."
             )
+    sensitivity = getattr(config.strategy, "sensitivity", None)
+    if sensitivity is not None:
+        values = 1 + sensitivity.smoothing + (sensitivity.order == "second")
+        findings.estimate += [
+            ("sensitivity (float32)", _mib(learned * 4 * values)),
+            ("the weights before each task", _mib(learned * size)),
+        ]
     if config.model.lora is None and not trainable:
         findings.problems.append("model.trainable: this model has no linear maps inside transformer blocks.")
     strategy = build_strategy(config.strategy)
