@@ -59,6 +59,13 @@ def check(config: RunConfig) -> Findings:
         stream = None
     if data.skipped:
         findings.remarks.append(f"{len(data.skipped)} bad rows are left out, such as {data.skipped[0]}")
+    if stream is not None and config.tasks.test_split == "validation":
+        counts = sorted({len(task.test) for task in stream})
+        rows = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        findings.remarks.append(
+            f"scores are of validation rows, {rows} a task from the training data that training leaves out "
+            "(tasks.test_split); the test rows are not read."
+        )
     try:
         model, tokenizer = load_model(config.model, config.seed, toy_tokenizer)
     except HoldfastError as error:

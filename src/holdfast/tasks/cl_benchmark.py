@@ -77,9 +77,9 @@ class ClBenchmarkSource(SourceOptions):
     def read(self, name: str, problems: Problems, seed: int) -> Task | None:
         folder = self._folders(Problems())[name]
         labels = read_labels(folder / "labels.json", problems)
-        train, test = (
-            self._rows(folder / f"{split}.json", labels, problems) for split in ("train", self.test_file)
-        )
+        train = self._rows(folder / "train.json", labels, problems)
+        tested = self.test_split == "test"
+        test = self._rows(folder / f"{self.test_file}.json", labels, problems) if tested else []
         return Task(name, train, test, options=labels)
 
     def _rows(self, path: Path, labels: tuple[str, ...], problems: Problems) -> list[Example]:

@@ -49,7 +49,9 @@ class HubSource(SourceOptions):
 
     def read(self, name: str, problems: Problems, seed: int) -> Task | None:
         spec = self.tasks[name]
-        return Task(name, _rows(name, spec, spec.train, problems), _rows(name, spec, spec.test, problems))
+        train = _rows(name, spec, spec.train, problems)
+        test = _rows(name, spec, spec.test, problems) if self.test_split == "test" else []
+        return Task(name, train, test)
 
 
 def _rows(name: str, spec: HubTask, split: str, problems: Problems) -> list[Example]:

@@ -35,9 +35,9 @@ class JsonlSource(SourceOptions):
 
     def read(self, name: str, problems: Problems, seed: int) -> Task:
         folder = self.path.expanduser() / name
-        train, test = (
-            read_jsonl(folder / f"{split}.jsonl", problems, self.columns) for split in ("train", "test")
-        )
+        train = read_jsonl(folder / "train.jsonl", problems, self.columns)
+        tested = self.test_split == "test"
+        test = read_jsonl(folder / "test.jsonl", problems, self.columns) if tested else []
         return Task(name, train, test, options=read_labels(folder / "labels.json", problems))
 
 

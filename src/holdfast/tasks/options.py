@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -36,6 +36,11 @@ class SourceOptions(Options):
     )
     train_rows: int | None = Field(default=None, ge=1, description="at most that many training rows a task")
     test_rows: int | None = Field(default=None, ge=1, description="at most that many test rows a task")
+    test_split: Literal["test", "validation"] = Field(
+        default="test",
+        description="validation: test on training data that `train_rows` leaves out, so that options can be "
+        "chosen without looking at a test row; the test data aren't even read",
+    )
     seed: int | None = Field(default=None, description="draws the rows; the run's seed when omitted")
     bad_rows: Literal["error", "skip"] = Field(
         default="error", description="error: a malformed or empty row stops everything; skip: it is left out"
@@ -46,6 +51,8 @@ class SourceOptions(Options):
     options: dict[str, tuple[Name, ...]] = Field(
         default_factory=dict, description="task name to its allowed answers, for the metric `options`"
     )
+
+    makes_validation: ClassVar[bool] = False  # `read` itself gives validation rows in place of test rows
 
     def title(self) -> str:
         """What the stream is called where no named order is used."""
@@ -66,8 +73,28 @@ def subsample(rows: Sequence[Example], limit: int | None, seed: int, *stream: st
     The draw depends on nothing but `seed`, `stream` (task name and split) and the number of rows, so neither
     the other tasks nor the order change it, and the rows of a smaller limit are among those of a larger one.
     """
-    if limit is None or limit >= len(rows):
-        return rows
+    return [rows[i] for i in sorted(_drawn(len(rows), limit, seed, stream)[0])]
+
+
+def left_out(rows: Sequence[Example], limit: int | None, seed: int, *stream: str) -> list[Example]:
+    """The rows that `subsample` leaves out when called with the same arguments, in their original order.
+
+    A row whose prompt stands among the drawn rows too is dropped: data sets repeat themselves, and a prompt
+    that was trained on would measure memory.
+    """
+    drawn, rest = _drawn(len(rows), limit, seed, stream)
+    known = {_key(rows[i]) for i in drawn}
+    return [rows[i] for i in sorted(rest) if _key(rows[i]) not in known]
+
+
+def _drawn(count: int, limit: int | None, seed: int, stream: Sequence[str]) -> tuple[list[int], list[int]]:
+    """Positions that are drawn, and the others."""
+    if limit is None or limit >= count:
+        return list(range(count)), []
     digest = hashlib.sha256("/".join([str(seed), *stream]).encode()).digest()
-    shuffled = random.Random(int.from_bytes(digest[:8])).sample(range(len(rows)), len(rows))
-    return [rows[i] for i in sorted(shuffled[:limit])]
+    shuffled = random.Random(int.from_bytes(digest[:8])).sample(range(count), count)
+    return shuffled[:limit], shuffled[limit:]
+
+
+def _key(row: Example) -> str:
+    return row.prompt if isinstance(row.prompt, str) else repr(row.prompt)  # chat messages can't be hashed

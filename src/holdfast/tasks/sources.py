@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Sequence
 from typing import Annotated, Any, Union
 
 from pydantic import Field
 
-from holdfast.tasks.options import SourceOptions, subsample
+from holdfast.tasks.options import SourceOptions, left_out, subsample
 from holdfast.tasks.orders import list_orders, match_task
 from holdfast.tasks.problems import Problems, did_you_mean
-from holdfast.tasks.task import MetricName, Task, TaskStream
+from holdfast.tasks.task import Example, MetricName, Task, TaskStream
 
 for _module in pkgutil.iter_modules(importlib.import_module("holdfast.tasks").__path__):
     if _module.name != "sources":  # each file defines its own source: there is no list to keep
@@ -106,13 +107,32 @@ def _finish(task: Task, config: SourceOptions, problems: Problems, seed: int) ->
     metric = _metric(config, task)
     if metric == "options":
         _check_options(task, options, problems)
+    drawn = config.test_split == "validation" and not config.makes_validation
+    tested = _validation_rows(task, config, problems, seed) if drawn else task.test
     return Task(
         name=task.name,
         train=subsample(task.train, config.train_rows, seed, task.name, "train"),
-        test=subsample(task.test, config.test_rows, seed, task.name, "test"),
+        test=subsample(tested, config.test_rows, seed, task.name, config.test_split),
         metric=metric,
         options=options,
     )
+
+
+def _validation_rows(task: Task, config: SourceOptions, problems: Problems, seed: int) -> Sequence[Example]:
+    """The training data that `train_rows` leaves out; too few of them are a problem."""
+    left = left_out(task.train, config.train_rows, seed, task.name, "train")
+    wanted = config.test_rows or 1
+    if task.train and len(left) < wanted:
+        trained = min(config.train_rows or len(task.train), len(task.train))
+        most = len(task.train) - wanted
+        advice = f"set tasks.train_rows to {most} or less" if most > 0 else "it is too small to be split"
+        problems.add(
+            f"task '{task.name}'",
+            f"test_split: validation needs {wanted} rows{' (test_rows)' if config.test_rows else ''} that "
+            f"training leaves out, but of {len(task.train)} training rows {trained} are trained on, and "
+            f"{len(left)} with other prompts are left; {advice}",
+        )
+    return left
 
 
 def _metric(config: SourceOptions, task: Task) -> MetricName:

@@ -11,7 +11,7 @@ import hashlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -274,7 +274,12 @@ def toy_tokenizer() -> PreTrainedTokenizerFast:
 
 
 class ToySource(SourceOptions):
-    """The built-in toy suite as a source; by default the demo's stream."""
+    """The built-in toy suite as a source; by default the demo's stream.
+
+    Validation rows are made in addition, so that the training rows are the same with both test splits.
+    """
+
+    makes_validation: ClassVar[bool] = True
 
     source: Literal["toy"] = "toy"
     size: int = Field(
@@ -285,8 +290,12 @@ class ToySource(SourceOptions):
         return list(STREAM_TASKS) if self.order is None else list(TOY_TASKS)
 
     def read(self, name: str, problems: Problems, seed: int) -> Task | None:
+        train, test = self.train_rows or 1000, self.test_rows or 100
         try:
-            return make_task(name, self.train_rows or 1000, self.test_rows or 100, seed, self.size)
+            if self.test_split == "test":
+                return make_task(name, train, test, seed, self.size)
+            made = make_task(name, train + test, test, seed, self.size)  # the first ones are those of "test"
+            return Task(name, made.train[:train], made.train[train:])
         except DataError as error:
             problems.add("tasks", str(error))
             return None
