@@ -104,6 +104,8 @@ def test_killed_run_ends_bit_identical(
         ({"name": "kif", "fusion": {"name": "online", "every": 2}}, 13),
         ("ema", 13),
         ("weight-ensemble", 13),
+        ("replay", 13),
+        ({"strategy": "ewc", "replay": {"memory": {"sampling": "reservoir", "count": 9}}}, 13),
     ],
     ids=str,
 )
@@ -111,7 +113,7 @@ def test_lora_with_dropout_killed_inside_a_task_ends_bit_identical(
     strategy: Any, call: int, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sections = {
-        "strategy": strategy,
+        **(strategy if "strategy" in strategy else {"strategy": strategy}),
         "model": {"toy": True, "hidden": 32, "layers": 2, "lora": {"r": 4, "dropout": 0.1}},
         "training": {"epochs": 2, "batch_size": 8, "learning_rate": 3e-3, "checkpoint_steps": 3},
     }

@@ -36,6 +36,13 @@ class MemoryOptions(Options):
         return self
 
 
+class RehearsalOptions(Options):
+    """Train on a few examples of earlier tasks beside the new ones."""
+
+    memory: MemoryOptions = Field(default_factory=MemoryOptions)
+    ratio: float = Field(0.2, gt=0, lt=1, description="share of a later task's training rows that are old")
+
+
 class Memory:
     """Examples of the tasks learned so far; it holds copies and never looks at an earlier task again.
 
@@ -103,6 +110,26 @@ class Memory:
         """Take back what `state_dict` gave."""
         self.rows = [(row["task"], _example(row)) for row in state["rows"]]
         self._seen, self._tasks = state["seen"], state["tasks"]
+
+
+class Rehearsal:
+    """A memory and the ratio at which it is mixed into what later tasks train on.
+
+    The strategy `replay` and the run config's ``replay:`` section are both this class. A task takes
+    1 / (1 - ratio) times as many steps an epoch as without. Memory: the kept examples, in the state too.
+    """
+
+    def __init__(self, options: RehearsalOptions) -> None:
+        self.ratio, self.memory = options.ratio, Memory(options.memory)
+
+    def mixed(self, new: Sequence[Example], seed: int) -> list[Example]:
+        """What a stage trains on: its own rows, and old ones once a task has been learned."""
+        return self.memory.mixed_with(new, self.ratio, seed)
+
+    def learned(self, tasks: Sequence[Task], seed: int) -> None:
+        """Take in the tasks of a stage that has just been trained."""
+        for task in tasks:
+            self.memory.add(task, seed)
 
 
 def _record(example: Example) -> dict[str, Any]:

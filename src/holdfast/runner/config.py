@@ -6,12 +6,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from holdfast.config import Options, override, read_yaml, validate
 from holdfast.evaluation.evaluate import EvaluationOptions
 from holdfast.models import ModelOptions
-from holdfast.strategies import StrategyOptions
+from holdfast.protect.replay import RehearsalOptions
+from holdfast.strategies import STRATEGIES, StrategyOptions
 from holdfast.tasks import TasksOptions, Template
 from holdfast.training.options import TrainingOptions
 
@@ -28,7 +29,21 @@ class RunConfig(Options):
     template: Template = Field(default_factory=Template)
     training: TrainingOptions = Field(default_factory=TrainingOptions)
     strategy: StrategyOptions
+    replay: RehearsalOptions | None = Field(
+        None, description="mix kept examples of earlier tasks into what the strategy trains on"
+    )
     evaluation: EvaluationOptions = Field(default_factory=EvaluationOptions)
+
+    @model_validator(mode="after")
+    def _one_memory(self) -> RunConfig:
+        options: Any = self.strategy
+        own = getattr(options, "memory", None) is not None or not STRATEGIES[options.name].rehearsal_free
+        if self.replay is not None and own:
+            raise ValueError(
+                f"`replay:` doesn't combine with `strategy: {options.name}`, which sees examples of earlier "
+                "tasks by itself; leave out one of the two"
+            )
+        return self
 
     @property
     def title(self) -> str:
@@ -43,6 +58,8 @@ class RunConfig(Options):
                 parts.append(choice.name)
         if getattr(options, "control", "none") != "none":
             parts.append(options.control)
+        if self.replay is not None:
+            parts.append("replay")
         return " · ".join(parts)
 
 

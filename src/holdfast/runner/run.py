@@ -17,6 +17,7 @@ from holdfast.evaluation.metrics import summarise
 from holdfast.evaluation.predictions import file_safe, write_predictions
 from holdfast.models import is_encoder_decoder, load_model, load_weights, save_model
 from holdfast.progress import Progress, stoppable
+from holdfast.protect.replay import Rehearsal
 from holdfast.runner.config import RunConfig
 from holdfast.runner.directory import RunDirectory
 from holdfast.runner.environment import describe_environment
@@ -55,6 +56,7 @@ class _Run:
         self.config, self.directory, self.progress = config, directory, progress
         self.stream = build_stream(config.tasks, config.seed)
         self.strategy: Strategy = build_strategy(config.strategy)
+        self.replay = None if config.replay is None else Rehearsal(config.replay)
         self.stages = self.strategy.stages(self.stream)
         self.names = [
             f"tasks/{i:02d}-{file_safe(stage.name)}" for i, stage in enumerate(self.stages, start=1)
@@ -113,6 +115,8 @@ class _Run:
         file = folder / "strategy.safetensors"
         tensors = load_file(file) if file.exists() else {}
         self.strategy.load_state_dict(tensors, json.loads((folder / "strategy.json").read_text()))
+        if self.replay is not None:
+            self.replay.memory.load_state_dict(json.loads((folder / "replay.json").read_text()))
 
     def _learn(self, index: int, context: Context) -> None:
         stage, name, strategy = self.stages[index], self.names[index], self.strategy
@@ -122,9 +126,12 @@ class _Run:
             context.folder = folder
             started = time.perf_counter()
             strategy.begin(context, stage)
+            examples = strategy.examples(stage)
+            if self.replay is not None:
+                examples = self.replay.mixed(examples, self.config.seed)
             record = train(
                 self.model,
-                self.encoder.many(strategy.examples(stage)),
+                self.encoder.many(examples),
                 self.config.training,
                 tokenizer=self.tokenizer,
                 folder=folder / "checkpoints",
@@ -138,6 +145,8 @@ class _Run:
             started = time.perf_counter()
             torch.manual_seed(seed)  # a resumed training leaves the generator elsewhere
             strategy.end(context, stage)
+            if self.replay is not None:
+                self.replay.learned(stage.tasks, self.config.seed)
             seconds["prior"] = time.perf_counter() - started
             started = time.perf_counter()
             scores = self._evaluate(folder, f"after {stage.name}", self._tested_after(index))
@@ -157,6 +166,8 @@ class _Run:
         if tensors:
             write_tensors(folder / "strategy.safetensors", tensors)
         write_json(folder / "strategy.json", values)
+        if self.replay is not None:
+            write_json(folder / "replay.json", self.replay.memory.state_dict())
 
     def _fit_aside(
         self,

@@ -1,0 +1,59 @@
+"""Experience replay: a few examples of earlier tasks among those of the new one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from torch import Tensor
+
+from holdfast.protect.replay import Rehearsal, RehearsalOptions
+from holdfast.strategies.context import Context, Stage
+from holdfast.strategies.protocol import Strategy, register
+from holdfast.tasks.task import Example
+
+
+class ReplayOptions(RehearsalOptions):
+    """The same choices as in the run config's ``replay:`` section."""
+
+    name: Literal["replay"] = "replay"
+
+
+@register
+class Replay(Strategy):
+    """Sequential training with a rehearsal memory; nothing else holds the weights.
+
+    After each task the memory keeps 2 % of its rows (K, section VI: 2 % for its replay baselines), and of
+    what a later task trains on `ratio` are old rows, in random order. The share of old rows is ours: 0.2.
+    Any other rehearsal-free strategy is combined with the same memory by the run config's ``replay:``.
+    """
+
+    name = "replay"
+    paper = "Chaudhry et al. 2019, arXiv 1902.10486"
+    summary = "trains on a few kept examples of every earlier task as well"
+    Options = ReplayOptions
+    rehearsal_free = False
+
+    def __init__(self, options: ReplayOptions) -> None:
+        super().__init__(options)
+        self.rehearsal = Rehearsal(options)
+
+    def begin(self, context: Context, stage: Stage) -> None:
+        """Note the seed that draws the rows."""
+        self.seed = context.seed
+
+    def examples(self, stage: Stage) -> Sequence[Example]:
+        """The stage's own rows, and old ones."""
+        return self.rehearsal.mixed(super().examples(stage), self.seed)
+
+    def end(self, context: Context, stage: Stage) -> None:
+        """Keep a few rows of what was learned."""
+        self.rehearsal.learned(stage.tasks, context.seed)
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The memory."""
+        return {}, {"memory": self.rehearsal.memory.state_dict()}
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Take the memory back."""
+        self.rehearsal.memory.load_state_dict(values["memory"])
