@@ -1,4 +1,4 @@
-"""The command line: demo | run | attribute | report | check | list."""
+"""The command line: demo | run | compare | attribute | report | check | list."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ app = typer.Typer(
   holdfast run   configs/toy.yaml
   holdfast run   configs/toy.yaml strategy=sequential output=runs/plain
   holdfast report runs/toy runs/plain --out report.html
+  holdfast compare configs/compare/toy.yaml
 
 [bold]Only the importance of a model's weights[/bold]:
 
@@ -115,6 +116,44 @@ def run_command(
         metrics = run(loaded, progress)
         Console().print(metrics_table([metrics]))
         progress.say(f"Run directory: {loaded.output}   Report: holdfast report {loaded.output}")
+
+
+@app.command("compare")
+def compare_command(
+    grid: Annotated[Path, typer.Argument(metavar="GRID.yaml", help="strategies, options, orders and seeds")],
+    overrides: Overrides = None,
+) -> None:
+    """Compare strategies over options, orders and seeds in one sweep. Killed and started again, it continues.
+
+    Writes compare.json, compare.md and report.html. Exit status 1: a cell failed; the others are finished.
+
+    Examples:
+
+      holdfast compare configs/compare/toy.yaml
+
+      holdfast compare configs/compare/toy.yaml seeds=[0,1] jobs=2 base.training.epochs=2 output=runs/short
+    """
+    again = " ".join(["holdfast compare", str(grid), *(overrides or [])])
+    with _told(f"Continue with: {again}"), Progress() as progress:
+        from holdfast.report import write_report
+        from holdfast.runner.compare import compare
+        from holdfast.runner.compare_config import load_grid
+        from holdfast.runner.compare_table import live_table
+
+        plan = load_grid(grid, overrides or [])
+        output = Path(plan.grid.output)
+        results = compare(plan, progress)
+        Console().print(live_table(results))
+        failed = [f"{item['cell']}: {item['reason']}" for item in results["failed"]]
+        failed += [f"{row}: none of its grid points could be chosen" for row in results["without_point"]]
+        for line in failed:
+            console.print(f"failed: {line}", style="red", highlight=False, markup=False, soft_wrap=True)
+        written = [output / "compare.md"]
+        if any(run["status"] == "finished" for row in results["rows"] for run in row["runs"]):
+            written.append(write_report([output], output / "report.html", title=grid.stem))
+        progress.say(f"Written: {', '.join(map(str, written))}")
+        if failed:
+            raise typer.Exit(1)
 
 
 @app.command()

@@ -6,11 +6,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
@@ -95,6 +95,17 @@ class Bar:
             self._owner._rich.remove_task(self._task)
 
 
+class _Bars(RichProgress):
+    """Bars below something else that changes."""
+
+    above: Callable[[], RenderableType] | None = None
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        if self.above is not None:
+            yield self.above()
+        yield from super().get_renderables()
+
+
 class Progress:
     """The bars of one command.
 
@@ -108,12 +119,12 @@ class Progress:
 
     def __init__(self, quiet: bool = False, console: Console | None = None) -> None:
         self.console = console or Console(file=sys.stderr, quiet=quiet)
-        self._rich: RichProgress | None = None
+        self._rich: _Bars | None = None
         self._quiet = quiet
 
     def __enter__(self) -> Progress:
         if not self._quiet and self.console.is_terminal:
-            self._rich = RichProgress(
+            self._rich = _Bars(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=28),
                 MofNCompleteColumn(),
@@ -134,6 +145,11 @@ class Progress:
     def say(self, text: str) -> None:
         """Print a line above the bars."""
         self.console.print(text, highlight=False, soft_wrap=True)
+
+    def show_above(self, picture: Callable[[], RenderableType] | None) -> None:
+        """Keep what a function draws, such as a table, above the bars; on a terminal only. None ends it."""
+        if self._rich is not None:
+            self._rich.above = picture
 
     @contextmanager
     def bar(self, description: str, total: int) -> Iterator[Bar]:

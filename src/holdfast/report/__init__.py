@@ -15,8 +15,8 @@ def write_report(runs: Sequence[str | Path], out: str | Path, title: str | None 
     Parameters
     ----------
     runs : sequence of path
-        Output folders of ``holdfast run`` (also unfinished ones: shown as far as they got) and of
-        ``holdfast attribute``, in any mix.
+        Output folders of ``holdfast run`` (also unfinished ones: shown as far as they got), of
+        ``holdfast attribute`` and of ``holdfast compare`` (with its runs), in any mix.
     out : path
         The file to write. It appears whole or not at all.
     title : str, optional
@@ -30,7 +30,7 @@ def write_report(runs: Sequence[str | Path], out: str | Path, title: str | None 
     Raises
     ------
     DataError
-        No folder was given, one is neither a run nor an attribution, or one of its files is torn.
+        No folder was given, one is no run, attribution or sweep, or one of its files is torn.
     StorageError
         `out` can't be written; what was there before survives.
     """

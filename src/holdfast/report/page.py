@@ -12,13 +12,14 @@ from typing import Any
 from holdfast.report import figures as draw
 from holdfast.report import weight_figures as weights
 from holdfast.report.agreement_figures import agreement_block
+from holdfast.report.comparison import comparison_blocks
 from holdfast.report.facts import common, costs, details, flat
 from holdfast.report.first_task import first_task_panel
 from holdfast.report.forgotten import forgotten
 from holdfast.report.headline import faithfulness_sentence, headline
 from holdfast.report.importance_map import ImportanceMap, importance_map
 from holdfast.report.panels import Panel, column
-from holdfast.report.read import AttributionRecord, RunRecord, StageRecord
+from holdfast.report.read import AttributionRecord, ComparisonRecord, Record, RunRecord, StageRecord
 from holdfast.report.schemas import Faithfulness
 from holdfast.report.summary import (
     COLUMNS,
@@ -47,12 +48,14 @@ class WeightBlock:
     notes: dict[str, str] = field(default_factory=dict)
 
 
-def build(records: Sequence[RunRecord | AttributionRecord], title: str | None) -> str:
+def build(records: Sequence[Record], title: str | None) -> str:
     """The page's HTML for what was read."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from plotly.offline import get_plotlyjs
 
-    runs = distinct([r for r in records if isinstance(r, RunRecord)])
+    sweeps = [r for r in records if isinstance(r, ComparisonRecord)]
+    given = [r for r in records if isinstance(r, RunRecord)] + [run for r in sweeps for run in r.runs]
+    runs = distinct(list({run.path.resolve(): run for run in given}.values()))
     attributions = [r for r in records if isinstance(r, AttributionRecord)]
     groups = grouped(runs)
     index = {id(run): i for i, g in enumerate(groups) for run in g.runs}
@@ -71,6 +74,7 @@ def build(records: Sequence[RunRecord | AttributionRecord], title: str | None) -
         "columns": COLUMNS,
         "rows": table(groups) if groups else [],
         "overview": _add(figures, "overview", draw.overview(groups)),
+        "comparison": comparison_blocks(figures, [r.sweep for r in sweeps], groups),
         "seeds": any(len(group.runs) > 1 for group in groups),
         "firsts": _firsts(figures, groups),
         "curves": _curves(figures, styled),

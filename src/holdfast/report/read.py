@@ -1,4 +1,4 @@
-"""Reads a run directory, or the directory of one attribution, into typed records."""
+"""Reads the directory of a run, an attribution or a sweep into typed records."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from holdfast.errors import DataError
 from holdfast.evaluation.predictions import predictions_file
-from holdfast.report.schemas import Faithfulness, GateSummary, Metrics, Training, Units
+from holdfast.report.schemas import Comparison, Faithfulness, GateSummary, Metrics, Training, Units
 
 REDO = "It may be torn or edited: run the same `holdfast run` command again to redo it."
 
@@ -111,13 +111,25 @@ class AttributionRecord:
     faithfulness: Faithfulness | None
 
 
-def read(path: Path) -> RunRecord | AttributionRecord:
-    """Read one directory, whichever of the two kinds it is.
+@dataclass(frozen=True)
+class ComparisonRecord:
+    """What ``holdfast compare`` wrote: its results, and those of its runs that have any."""
+
+    path: Path
+    sweep: Comparison
+    runs: tuple[RunRecord, ...]
+
+
+Record = RunRecord | AttributionRecord | ComparisonRecord
+
+
+def read(path: Path) -> Record:
+    """Read one directory, whichever of the kinds it is.
 
     Raises
     ------
     DataError
-        The folder is neither a run nor an attribution, nothing in it has been measured yet, or one of
+        The folder is no run, no attribution and no sweep, nothing in it has been measured yet, or one of
         its files is torn; the message says which file, and what to do.
     """
     if not path.is_dir():
@@ -126,6 +138,8 @@ def read(path: Path) -> RunRecord | AttributionRecord:
         )
     if (path / "metrics.json").is_file():
         return _read_run(path)
+    if (path / "compare.json").is_file():
+        return _read_comparison(path)
     prior = next((p for p in (path / "prior.json", path / "prior" / "prior.json") if p.is_file()), None)
     if prior or (path / "faithfulness.json").is_file():
         return _read_attribution(path, prior)
@@ -135,8 +149,9 @@ def read(path: Path) -> RunRecord | AttributionRecord:
             "Run the same `holdfast run` command again; it continues where it stopped."
         )
     raise DataError(
-        f"{path}: neither a run (no metrics.json) nor an attribution (no prior.json, no faithfulness.json). "
-        "Give the output folder of `holdfast run` or `holdfast attribute`."
+        f"{path}: neither a run (no metrics.json) nor an attribution (no prior.json, no faithfulness.json) "
+        "nor a sweep (no compare.json). "
+        "Give the output folder of `holdfast run`, `holdfast attribute` or `holdfast compare`."
     )
 
 
@@ -161,6 +176,14 @@ def _read_run(path: Path) -> RunRecord:
         stages=tuple(_read_stage(folder, named) for folder in folders),
         config=config.read_text(encoding="utf-8").strip() if config.is_file() else "",
         environment=_json(path / "environment.json") if (path / "environment.json").is_file() else {},
+    )
+
+
+def _read_comparison(path: Path) -> ComparisonRecord:
+    sweep = _parse(Comparison, path / "compare.json")
+    folders = [path / run.path for row in sweep.rows for run in row.runs]
+    return ComparisonRecord(
+        path, sweep, tuple(_read_run(f) for f in folders if (f / "metrics.json").is_file())
     )
 
 

@@ -82,3 +82,104 @@ class Units(BaseModel):
         if len(lengths) > 1:
             raise ValueError(f"names, scores and accumulated differ in length: {sorted(lengths)}")
         return self
+
+
+class Spread(BaseModel):
+    """Mean and standard deviation of a metric over a row's runs."""
+
+    mean: Score = None
+    sd: Score = None
+    n: int = 0
+
+
+class Difference(BaseModel):
+    """Mean paired difference from the reference, with its interval."""
+
+    mean: Score = None
+    low: Score = None
+    high: Score = None
+    pairs: int = 0
+
+
+class ComparedRun(BaseModel):
+    """One run of a sweep; `path` is relative to the sweep's folder."""
+
+    seed: int
+    order: str = ""
+    path: str
+    status: str
+
+
+class ComparisonRow(BaseModel):
+    """One line of a sweep: a row of its grid, at one point."""
+
+    row: str
+    label: str
+    strategy: str
+    command: str
+    scores: dict[str, Spread]
+    differences: dict[str, Difference] | None = None
+    runs: list[ComparedRun]
+
+
+class CurvePoint(BaseModel):
+    """What one strength gave."""
+
+    value: float
+    learning_accuracy: float
+    ap: float
+
+
+class ComparisonCurve(BaseModel):
+    """AP against learning accuracy over a row's strength; `split` says on which rows."""
+
+    row: str
+    split: Literal["test", "validation"]
+    key: str
+    fixed: dict[str, Any] = {}
+    points: list[CurvePoint]
+
+
+class Candidate(BaseModel):
+    """A grid point and its score on validation rows."""
+
+    label: str
+    value: Score = None
+
+
+class ChosenRow(BaseModel):
+    """What a row was chosen from."""
+
+    row: str
+    chosen: str | None = None
+    candidates: list[Candidate]
+
+
+class Choices(BaseModel):
+    """How grid points were chosen."""
+
+    on: str
+    by: str
+    seeds: list[int]
+    rows: list[ChosenRow]
+
+
+class FailedCell(BaseModel):
+    """A cell without a result, and why."""
+
+    cell: str
+    reason: str
+
+
+class Comparison(BaseModel):
+    """``compare.json`` of a sweep."""
+
+    grid: str
+    seeds: list[int]
+    orders: dict[str, Any] = {}
+    reference: str | None = None
+    finished: bool
+    rows: list[ComparisonRow]
+    choice: Choices | None = None
+    curves: list[ComparisonCurve] = []
+    failed: list[FailedCell] = []

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import yaml
+from pydantic import ValidationError
 
 from holdfast.errors import RunDirectoryError, StorageError
 from holdfast.runner.config import RunConfig
@@ -59,22 +60,7 @@ class RunDirectory:
             directory._release()
 
     def _acquire(self) -> None:
-        lock = open(self.path / "run.lock", "a+")  # noqa: SIM115  (held for the life of the run)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            owner = lock.read().strip() or "unknown"
-            lock.close()
-            raise RunDirectoryError(
-                f"{self.path}: another run is working here (process {owner}). Wait for it, stop it, or give "
-                "this one a directory of its own with output=DIR."
-            ) from None
-        lock.seek(0)
-        lock.truncate()
-        lock.write(str(os.getpid()))
-        lock.flush()
-        self._lock = lock
+        self._lock = lock(self.path / "run.lock", "run")
 
     def _release(self) -> None:
         if self._lock is not None:
@@ -85,14 +71,9 @@ class RunDirectory:
         mine = config.model_dump(mode="json")
         path = self.path / "config.yaml"
         if path.exists():
-            theirs = yaml.safe_load(path.read_text())
-            different = sorted(_differences(mine, theirs))
+            different = sorted(_differences(mine, _completed(yaml.safe_load(path.read_text()))))
             if different and self._has_begun():
-                raise RunDirectoryError(
-                    f"{self.path}: holds a run with another configuration; different: "
-                    f"{', '.join(different)}. Give this run its own directory with output=DIR, or delete the "
-                    "old one."
-                )
+                raise RunDirectoryError(self._other(different))
             if not different:
                 return
         ours = {"run.lock", "environment.json", "config.yaml"}  # what a run leaves that never began
@@ -104,6 +85,26 @@ class RunDirectory:
             )
         write_json(self.path / "environment.json", environment)
         write_text(path, yaml.safe_dump(mine, sort_keys=False, allow_unicode=True))
+
+    @classmethod
+    def refusal(cls, config: RunConfig) -> str | None:
+        """Why a run with this configuration would not get its directory; None where it would.
+
+        A look from outside: it neither locks nor writes.
+        """
+        directory = cls(Path(config.output))
+        path = directory.path / "config.yaml"
+        if not path.exists() or not directory._has_begun():
+            return None
+        theirs = _completed(yaml.safe_load(path.read_text()))
+        different = sorted(_differences(config.model_dump(mode="json"), theirs))
+        return directory._other(different) if different else None
+
+    def _other(self, different: list[str]) -> str:
+        return (
+            f"{self.path}: holds a run with another configuration; different: {', '.join(different)}. "
+            "Give this run its own directory with output=DIR, or delete the old one."
+        )
 
     def _has_begun(self) -> bool:
         """Whether any stage was begun: before that a corrected configuration may take the folder over."""
@@ -158,6 +159,45 @@ class RunDirectory:
                 f"{partial}: could not be written ({error}). Finished stages are untouched; free some space "
                 "and run the same command again to continue."
             ) from error
+
+
+def lock(path: Path, what: str) -> IO[str]:
+    """Lock a file for this process; closing it drops the lock, and so does being killed.
+
+    Parameters
+    ----------
+    what : str
+        What the owner does, such as "run".
+
+    Raises
+    ------
+    RunDirectoryError
+        Another process holds it; the message names the process.
+    """
+    file = open(path, "a+")  # noqa: SIM115  (held for the life of the run)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read().strip() or "unknown"
+        file.close()
+        raise RunDirectoryError(
+            f"{path.parent}: another {what} is working here (process {owner}). Wait for it, stop it, or give "
+            "this one a directory of its own with output=DIR."
+        ) from None
+    file.seek(0)
+    file.truncate()
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+def _completed(recorded: Any) -> Any:
+    """A recorded configuration with the defaults of options that are newer than it."""
+    try:
+        return RunConfig.model_validate(recorded).model_dump(mode="json")
+    except ValidationError:  # then its differences tell why
+        return recorded
 
 
 def _files(folder: Path) -> list[Path]:

@@ -1,0 +1,177 @@
+"""``holdfast compare``: runs the cells of a grid, resumable at any point."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.markup import escape
+
+from holdfast.errors import HoldfastError
+from holdfast.models import load_model
+from holdfast.progress import Progress
+from holdfast.runner.check import check
+from holdfast.runner.compare_cells import Outcome, run_cells
+from holdfast.runner.compare_config import Cell, Line, Plan, raise_for_cells
+from holdfast.runner.compare_results import Choice, collect, markdown
+from holdfast.runner.compare_table import live_table
+from holdfast.runner.directory import RunDirectory, lock
+from holdfast.storage import write_json, write_text
+from holdfast.strategies import build_strategy
+from holdfast.tasks import inspect_stream, toy_tokenizer
+
+
+def compare(plan: Plan, progress: Progress) -> dict[str, Any]:
+    """Run every cell of a grid and return the contents of ``compare.json``.
+
+    Each cell is an ordinary run directory below ``<output>/runs`` (candidates of `choose`: ``validation``).
+    Finished ones are not run again; a killed one continues. A cell that fails doesn't stop the rest: it
+    stands in the results with its reason, and its log in ``<output>/logs``.
+
+    Raises
+    ------
+    ConfigError
+        What can be known before training is wrong with any cell; every problem is named.
+    RunDirectoryError
+        Another sweep runs in this folder.
+    Interrupted
+        ctrl-C; what was finished is on disk.
+    """
+    output = Path(plan.grid.output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        held = lock(output / "compare.lock", "sweep")
+    except OSError as error:
+        raise HoldfastError(f"output: '{output}' can't be used as a folder ({error.strerror}).") from error
+    with held:
+        return _Sweep(plan, output, progress).to_the_end()
+
+
+class _Sweep:
+    def __init__(self, plan: Plan, output: Path, progress: Progress) -> None:
+        self.plan, self.output, self.progress = plan, output, progress
+        self.outcomes: dict[Path, Outcome] = {
+            cell.folder: Outcome.of(cell) for cell in (*plan.candidates, *plan.cells)
+        }
+        self.choices: dict[str, Choice] = {}
+
+    def to_the_end(self) -> dict[str, Any]:
+        self._refuse_problems()
+        write_text(self.output / "base.yaml", yaml.safe_dump(self.plan.grid.base, sort_keys=False))
+        self._record()
+        self.progress.show_above(lambda: live_table(self.results))
+        self._run(self.plan.candidates, "choosing on validation rows")
+        self.choices = choose(self.plan, self.outcomes)
+        self._record()
+        self._run([c for c in self.plan.cells if self._is_run(c.line)], "cells")
+        self.progress.show_above(None)
+        return self.results
+
+    def _is_run(self, line: Line) -> bool:
+        choice = self.choices.get(line.row)
+        return choice is None or choice.line == line
+
+    def _run(self, cells: Sequence[Cell], what: str) -> None:
+        waiting = [cell for cell in cells if self.outcomes[cell.folder].status != "finished"]
+        if not waiting:
+            return
+        skipped = len(cells) - len(waiting)
+        if skipped:
+            self.progress.say(f"{self.output}: continuing; {skipped} of {len(cells)} {what} are finished.")
+        with self.progress.bar(what, total=len(cells)) as bar:
+            bar.show(skipped)
+
+            def tell(cell: Cell, outcome: Outcome) -> None:
+                self.outcomes[cell.folder] = outcome
+                self._record()
+                ended = [c for c in cells if self.outcomes[c.folder].status in ("finished", "failed")]
+                bar.show(len(ended))
+                if outcome.status != "running":
+                    self.progress.say(escape(f"[{len(ended)}/{len(cells)}] {cell.name}: {outcome.sentence}"))
+
+            run_cells(waiting, self.plan.grid.jobs, self.output / "logs", self.progress, tell)
+
+    def _record(self) -> None:
+        self.results = collect(self.plan, self.outcomes, self.choices)
+        write_json(self.output / "compare.json", self.results)
+        write_text(self.output / "compare.md", markdown(self.results))
+
+    def _refuse_problems(self) -> None:
+        """Look at directories, data, lengths and models of the cells that are to be run."""
+        cells = [c for c in (*self.plan.candidates, *self.plan.cells) if not self._finished(c)]
+        found: dict[str, list[str]] = {}
+
+        def note(cell: Cell, problems: Sequence[str]) -> None:
+            for problem in problems:
+                where = found.setdefault(problem, [])
+                if cell.name not in where:
+                    where.append(cell.name)
+
+        seen: set[str] = set()
+        with self.progress.bar("checking cells", total=len(cells)) as bar:
+            for done, cell in enumerate(cells, start=1):
+                refusal = RunDirectory.refusal(cell.config)
+                if refusal is not None:
+                    note(cell, [f"{refusal} (For a changed grid: output=DIR.)"])
+                _check_new(cell, seen, note)
+                bar(done)
+        raise_for_cells(self.plan.source, found)
+
+    def _finished(self, cell: Cell) -> bool:
+        return self.outcomes[cell.folder].status == "finished"
+
+
+def _check_new(cell: Cell, seen: set[str], note: Callable[[Cell, Sequence[str]], None]) -> None:
+    """Look at what no earlier cell had: data and model as a whole, a strategy, the rows of a seed."""
+
+    def is_new(*parts: Any) -> bool:
+        key = json.dumps([p.model_dump(mode="json") if hasattr(p, "model_dump") else p for p in parts])
+        known = key in seen
+        seen.add(key)
+        return not known
+
+    config = cell.config
+    new_rows = is_new("rows", config.tasks, config.seed)
+    new_strategy = is_new("strategy", config.model, config.strategy)
+    if is_new("whole", config.model, config.tasks, config.template, config.training.trainer):
+        note(cell, check(config).problems)
+        return
+    if new_rows:
+        note(cell, inspect_stream(config.tasks, config.seed)[1].found)
+    if new_strategy:
+        try:
+            build_strategy(config.strategy).check(load_model(config.model, config.seed, toy_tokenizer)[0])
+        except HoldfastError as error:
+            note(cell, [str(error)])
+
+
+def choose(plan: Plan, outcomes: dict[Path, Outcome]) -> dict[str, Choice]:
+    """Pick each row's grid point with the highest mean on validation rows; of equals, the first.
+
+    A point of which a run failed can't be picked; a row without any other has no line.
+
+    Returns
+    -------
+    dict
+        Row to choice; empty where the grid doesn't choose.
+    """
+    if plan.grid.choose is None:
+        return {}
+    by = plan.grid.choose.by
+    choices: dict[str, Choice] = {}
+    for row in plan.grid.rows:
+        values: list[tuple[Line, float | None]] = []
+        for line in (line for line in plan.lines if line.row == row.name):
+            scores = [outcomes[c.folder].metrics.get(by) for c in plan.candidates if c.line == line]
+            known = [score for score in scores if score is not None]
+            values.append((line, statistics.fmean(known) if scores and len(known) == len(scores) else None))
+        if len(values) == 1:
+            continue  # nothing to choose from
+        best = max((value for _, value in values if value is not None), default=None)
+        chosen = next((line for line, value in values if best is not None and value == best), None)
+        choices[row.name] = Choice(chosen, tuple(values))
+    return choices
