@@ -24,6 +24,7 @@ FISHER = {"name": "fisher", "samples": 8}
 QUICK: dict[str, dict[str, Any]] = {
     "attribution": {"importance": FISHER},
     "ewc": {"fisher": {"samples": 8}},
+    "fisher-mask": {"fisher": {"samples": 8}},
 }
 LORA_ONLY = {"kif-lora", "kif-lora-m"}
 LORA = {"r": 4}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -19,19 +19,34 @@ from holdfast.strategies.protocol import Context, Stage, Strategy, register
 
 
 class EwcOptions(Options):
-    """Strength of the penalty and size of the Fisher estimate."""
+    """Strength of the penalty, size of the Fisher estimate, and how tasks add up."""
 
     name: Literal["ewc"] = "ewc"
     strength: float = Field(1e5, gt=0, description="lambda of the penalty")
     fisher: FisherOptions = Field(default_factory=FisherOptions)
+    variant: Literal["sum", "online", "separate"] = Field(
+        "sum", description="one penalty of the summed Fisher; of a decaying sum; one penalty a task"
+    )
+    gamma: float | None = Field(
+        None, gt=0, le=1, description="online only: share of the old Fisher that is kept (default 0.95)"
+    )
+
+    @model_validator(mode="after")
+    def _only_what_applies(self) -> EwcOptions:
+        if self.gamma is not None and self.variant != "online":
+            raise ValueError(f"`gamma` applies to `variant: online` only, not to `{self.variant}`")
+        return self
 
 
 @register
 class Ewc(Strategy):
-    """EWC with one anchor: per-sample Fisher after each task, summed over tasks, around the latest weights.
+    """The penalty lambda / 2 * sum_k sum F_k (theta - theta*_k)^2 (eq. 3), F_k per sample, after task k.
 
-    The penalty is lambda / 2 * sum F (theta - theta*)^2. Fisher is per sample (not the square of a batch
-    gradient), taken after the task on the true answers.
+    ``sum`` and ``online`` have one anchor, the weights that the task starts from (Huszar 2018), and one F:
+    F <- F + F_k, or F <- gamma F + F_k (Schwarz et al. 2018, arXiv 1805.06370, eq. 9; its further factor
+    gamma on the penalty is a part of lambda here). ``separate`` keeps F_k and theta*_k of each task k, as the
+    original does: 2 values a weight more with every task, in memory and state; the others keep 1 in all.
+    F is of the true answers, and never the square of a batch's gradient. The papers search lambda and gamma.
     """
 
     name = "ewc"
@@ -41,36 +56,60 @@ class Ewc(Strategy):
 
     def __init__(self, options: EwcOptions) -> None:
         super().__init__(options)
-        self.fisher: ImportancePrior | None = None
-        self._penalty: Penalty | None = None
+        self.fishers: list[ImportancePrior] = []  # one, unless `separate`
+        self.anchors: list[dict[str, Tensor]] = []  # theta*_k; `separate` only
+        self._penalties: list[Penalty] = []
 
     def begin(self, context: Context, stage: Stage) -> None:
-        """Anchor to the weights that this stage starts from."""
-        self._penalty = None
-        if self.fisher is not None:
-            self._penalty = Penalty(
-                self.fisher, strength=self.options.strength, reference=weights_of(context.model, self.fisher)
-            )
+        """One penalty around each task's own weights, or one around those that this stage starts from."""
+        anchors = self.anchors or [weights_of(context.model, fisher) for fisher in self.fishers]
+        strength = self.options.strength
+        self._penalties = [
+            Penalty(fisher, strength=strength, reference=anchor)
+            for fisher, anchor in zip(self.fishers, anchors, strict=True)
+        ]
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
-        """Add the penalty's gradient once per optimizer step."""
-        return () if self._penalty is None else (self._penalty.attach(model, optimizer),)
+        """Add the penalties' gradients once per optimizer step."""
+        return [penalty.attach(model, optimizer) for penalty in self._penalties]
 
     def end(self, context: Context, stage: Stage) -> None:
-        """Estimate this task's Fisher and add it to the sum."""
-        if self._penalty is not None:
+        """Estimate this task's Fisher, and add it to the others or put it beside them."""
+        if self._penalties:
+            total = self.fishers[0].merge(self.fishers[1:], how="sum")  # the stiffness of all together
             choice = {"mechanism": {"name": "penalty", "strength": self.options.strength}, "control": "none"}
-            write_json(context.folder / "protection.json", {**self._penalty.summary(), **choice})
-        self._penalty = None
+            summary = Penalty(total, strength=self.options.strength).summary()
+            write_json(context.folder / "protection.json", {**summary, **choice})
+        self._penalties = []
         (task,) = stage.tasks
         fisher = context.importance(task, self.options.fisher)
-        self.fisher = fisher if self.fisher is None else self.fisher.merge(fisher, how="sum")
+        if self.options.variant == "separate":
+            self.fishers.append(fisher)
+            self.anchors.append({n: t.cpu() for n, t in weights_of(context.model, fisher).items()})
+            return
+        for old in self.fishers:
+            kept = (self.options.gamma or 0.95) if self.options.variant == "online" else 1.0
+            decayed = ImportancePrior({n: t * kept for n, t in old.tensors.items()}, old.meta)
+            fisher = decayed.merge(fisher, how="sum")
+        self.fishers = [fisher]
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The summed Fisher."""
-        return ({}, {}) if self.fisher is None else (dict(self.fisher.tensors), dict(self.fisher.meta))
+        """The one Fisher, or all Fishers and anchors."""
+        if self.options.variant != "separate":
+            return next(((dict(f.tensors), dict(f.meta)) for f in self.fishers), ({}, {}))
+        tensors = {f"{k}:fisher:{n}": t for k, f in enumerate(self.fishers) for n, t in f.tensors.items()}
+        tensors |= {f"{k}:anchor:{n}": t for k, a in enumerate(self.anchors) for n, t in a.items()}
+        return tensors, {"tasks": [dict(fisher.meta) for fisher in self.fishers]}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Take the summed Fisher back."""
-        if tensors:
-            self.fisher = ImportancePrior(dict(tensors), dict(values))
+        """Take them back."""
+        if self.options.variant != "separate":
+            self.fishers = [ImportancePrior(dict(tensors), dict(values))] if tensors else []
+            return
+
+        def part(start: str) -> dict[str, Tensor]:
+            return {n[len(start) :]: t for n, t in tensors.items() if n.startswith(start)}
+
+        metas = values["tasks"]
+        self.fishers = [ImportancePrior(part(f"{k}:fisher:"), dict(m)) for k, m in enumerate(metas)]
+        self.anchors = [part(f"{k}:anchor:") for k in range(len(metas))]
