@@ -11,6 +11,7 @@ import tempfile
 
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
 import holdfast
@@ -21,6 +22,7 @@ from holdfast.tasks import Encoder, Template, toy_tokenizer
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 200
 FOLDER = tempfile.mkdtemp()  # yours: where checkpoints and the prior are kept
 
+set_seed(0)  # LoRA's factors are drawn
 tokenizer = toy_tokenizer()  # yours: AutoTokenizer.from_pretrained(...)
 model = tiny_llama(tokenizer, hidden=64, layers=2)  # yours: AutoModelForCausalLM.from_pretrained(...)
 model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
@@ -52,7 +54,7 @@ train(old)
 before = score(old)
 prior = holdfast.attribute(model, tokenizer, old.train, template=template)
 prior.save(f"{FOLDER}/prior")
-protect = holdfast.ProtectCallback(f"{FOLDER}/prior", strength=200)  # larger keeps more and learns less
+protect = holdfast.ProtectCallback(f"{FOLDER}/prior", strength=300)  # larger keeps more and learns less
 train(new, [protect])
 after = f"{score(old):.0f} after {new.name} was learned ({score(new):.0f})"
 print(f"{old.name}: {before:.0f} when learned, {after}")
