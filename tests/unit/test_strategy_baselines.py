@@ -406,3 +406,15 @@ def test_ewcs_fisher_does_not_depend_on_the_batch_size() -> None:
 def test_gamma_without_the_online_variant_is_an_error() -> None:
     with pytest.raises(ConfigError, match="`gamma` applies to `variant: online` only"):
         strategy_of("ewc", gamma=0.9)
+
+
+# the table in the docs
+
+
+def test_the_guide_says_of_every_strategy_what_it_declares() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "how-to" / "choose-a-strategy.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in guide.splitlines() if "| `" in line]
+    said = {name.strip("`"): flags for name, _, *flags in rows}
+    flag = {True: "yes", False: "no"}
+    declared = {n: [flag[c.rehearsal_free], flag[c.needs_task_identity]] for n, c in STRATEGIES.items()}
+    assert said == declared, "docs/how-to/choose-a-strategy.md needs a row for each strategy"
