@@ -20,7 +20,7 @@ class PenaltyOptions(Options):
     """Add λ/2 Σ I (θ − θ*)² to the loss, as its gradient."""
 
     name: Literal["penalty"] = "penalty"
-    strength: float = Field(1e5, ge=0, description="λ; the importance is taken as it is, not normalised")
+    strength: float = Field(3e3, ge=0, description="λ; the importance is taken as it is, not normalised")
 
 
 class Penalty:
@@ -47,7 +47,7 @@ class Penalty:
         self,
         prior: ImportancePrior,
         *,
-        strength: float = 1e5,
+        strength: float = 3e3,
         reference: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.prior = prior

@@ -22,7 +22,7 @@ class EwcOptions(Options):
     """Strength of the penalty, size of the Fisher estimate, and how tasks add up."""
 
     name: Literal["ewc"] = "ewc"
-    strength: float = Field(1e5, gt=0, description="lambda of the penalty")
+    strength: float = Field(3e3, gt=0, description="lambda of the penalty")
     fisher: FisherOptions = Field(default_factory=FisherOptions)
     variant: Literal["sum", "online", "separate"] = Field(
         "sum", description="one penalty of the summed Fisher; of a decaying sum; one penalty a task"
