@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from report_runs import lora_names, stream_matrix, write_attribution, write_run, write_units
+from report_sweeps import write_sweep
 
 from holdfast.report import write_report
 
@@ -16,7 +17,7 @@ JOINT = [[4.0] * 4, [None] * 4, [None] * 4, [None] * 4, [97.0] * 4]
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory) -> dict[str, Path]:
-    """One report with every section, and one of a long stream with seeds and an unfinished run."""
+    """Reports with every section of runs, of a long stream with an unfinished run, and of a sweep."""
     folder = tmp_path_factory.mktemp("reports")
     full = [
         write_run(folder / "s", "sequential"),
@@ -34,6 +35,7 @@ def reports(tmp_path_factory) -> dict[str, Path]:
     return {
         "full": write_report(full, folder / "full.html"),
         "long": write_report(long, folder / "long.html"),
+        "sweep": write_report([write_sweep(folder / "sweep", failed=True)], folder / "sweep.html"),
     }
 
 
@@ -78,7 +80,7 @@ def opened(pages):
     assert [complaint for complaints in used for complaint in complaints] == []
 
 
-@pytest.mark.parametrize(("name", "width"), [("full", 1280), ("full", 390), ("long", 390)])
+@pytest.mark.parametrize(("name", "width"), [("full", 1280), ("full", 390), ("long", 390), ("sweep", 390)])
 def test_every_figure_renders_and_the_page_never_scrolls_sideways(opened, reports, name, width):
     page = opened(reports[name], width)
     state = page.evaluate(
@@ -98,7 +100,9 @@ def test_every_figure_renders_and_the_page_never_scrolls_sideways(opened, report
     assert state["empty"] == []
     assert state["wide"] == []
     expected = {"overview", "first", "curve", "matrix", "loss", "units"}
-    if name == "full":
+    if name == "sweep":  # its runs kept neither losses nor units
+        expected = expected - {"loss", "units"} | {"tradeoff"}
+    elif name == "full":
         expected |= {"importance", "gate", "overlap", "spearman", "faithfulness"}
     else:
         expected -= {"overview"}  # a single finished method has nothing to be compared with
@@ -184,3 +188,22 @@ def test_forgotten_answers_open_on_a_click(opened, reports):
 def test_a_task_or_run_named_like_markup_is_shown_as_text(opened, reports):
     page = opened(reports["long"], 390)
     assert page.locator("#results th", has_text="<b>x</b>").count() == 1
+
+
+def test_a_sweep_s_curve_tells_row_and_strength(opened, reports):
+    page = opened(reports["sweep"])
+    plot = page.locator("#comparison .plot").first
+    plot.scroll_into_view_if_needed()
+    assert plot.locator("text", has_text="ewc").count() == 1
+    for _ in range(20):  # plotly answers after the pointer has moved
+        for point in plot.locator(".scatterlayer .point").all():
+            box = point.bounding_box()
+            page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+            page.wait_for_timeout(50)
+            told = (
+                plot.locator(".hovertext").first.text_content() if plot.locator(".hovertext").count() else ""
+            )
+            if "at 10" in (told or ""):
+                assert re.search(r"ewc at 100?learning accuracy \d+\.\d %, AP \d+\.\d %", told)
+                return
+    raise AssertionError("no point tells its strength")

@@ -20,7 +20,7 @@ from holdfast.strategies import STRATEGIES
 from holdfast.tasks import TOY_TASKS, list_orders, toy_suite
 
 WIDE = {"COLUMNS": "240", "NO_COLOR": "1", "TERM": "dumb"}
-COMMANDS = ("demo", "run", "attribute", "report", "check", "list")
+COMMANDS = ("demo", "run", "compare", "attribute", "report", "check", "list")
 
 
 def holdfast_cli(*arguments: object) -> Result:

@@ -16,6 +16,7 @@ import yaml
 
 import holdfast
 from holdfast.config import override, read_yaml, validate
+from holdfast.runner.compare_config import load_grid
 from holdfast.runner.config import RunConfig
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +26,7 @@ GUIDES = [p for p in PAGES if p.parent.name == "how-to" or p.name == "tour.md"]
 INDEX = ROOT / "docs" / "paper-index.md"
 TOP = "src|configs|examples|docs|tests|benchmarks"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-COMMAND = re.compile(r"\bholdfast (?:demo|run|attribute|report|check|list)\b[^\n;|&]*")
+COMMAND = re.compile(r"\bholdfast (?:demo|run|compare|attribute|report|check|list)\b[^\n;|&]*")
 COMPLETE = {"model", "tasks", "strategy"}  # the sections a whole config must have
 
 
@@ -108,6 +109,9 @@ def test_every_command_in_the_docs_parses(page: Path, command: tuple[str, bool])
     if config is not None and (ROOT / config).exists():
         data = override(read_yaml(ROOT / config), context.params["overrides"] or [])
         validate(RunConfig, {"output": "runs/x", **data}, line)
+    grid = context.params.get("grid")
+    if grid is not None and (ROOT / grid).exists():
+        assert load_grid(ROOT / grid, context.params["overrides"] or []).cells
 
 
 def test_a_wrong_command_in_the_docs_would_be_noticed() -> None:
@@ -129,6 +133,9 @@ def test_every_yaml_block_is_a_valid_config_or_part_of_one(page: Path, text: str
     file = tmp_path / "config.yaml"
     file.write_text(text)
     data = read_yaml(file)
+    if "rows" in data:  # a sweep
+        assert load_grid(file).cells
+        return
     rest = {"output": "runs/x", "model": {"toy": True}, "tasks": {"source": "toy"}, "strategy": "sequential"}
     validate(
         RunConfig, {**(rest if not data.keys() >= COMPLETE else {"output": "runs/x"}), **data}, str(page)
@@ -146,6 +153,16 @@ def test_every_committed_config_is_valid_and_named_by_its_own_launch_command(fil
         assert context.params["config"] == Path("configs") / file.name
         data = override(read_yaml(file), context.params["overrides"] or [])
         validate(RunConfig, {"output": "runs/x", **data}, line)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs" / "compare").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_committed_grid_is_valid_and_named_by_its_own_launch_command(file: Path) -> None:
+    header = re.findall(r"^#\s+(holdfast compare .*)$", file.read_text(), re.MULTILINE)
+    assert header
+    for line in header:
+        context = parse(line)
+        assert context.params["grid"] == Path("configs") / "compare" / file.name
+        assert load_grid(file, context.params["overrides"] or []).cells
 
 
 @pytest.mark.parametrize(("page", "code"), of_each(lambda page: fences(page, "python")))

@@ -1,0 +1,183 @@
+"""Sweeps: resumable, choosing on validation rows only, and not stopped by a cell that fails."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+from holdfast.cli import app
+from holdfast.errors import ConfigError, RunDirectoryError
+from holdfast.progress import Progress
+from holdfast.runner.compare import compare
+from holdfast.runner.compare_config import load_grid
+from holdfast.runner.directory import lock
+from tiny_runs import tiny_run
+
+PLAIN = {"name": "plain", "set": {"strategy": "sequential"}}
+# a learning rate so small that nothing is learned, and one that teaches `head`
+RATES = {"name": "rate", "grid": {"training.learning_rate": [1e-9, 1e-2]}}
+BROKEN = {"name": "broken", "set": {"training.learning_rate": 1e30}}
+
+
+def grid_file(folder: Path, rows: list[Any], **sections: Any) -> Path:
+    base = tiny_run(folder)
+    base["tasks"] = {"source": "toy", "order": ["head"], "size": 3, "train_rows": 48, "test_rows": 6}
+    base["training"] = {"epochs": 6, "batch_size": 8, "learning_rate": 3e-3}
+    base["evaluation"] = {"zero_shot": False}
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "grid.yaml"
+    file.write_text(yaml.safe_dump({"output": str(folder / "out"), "base": base, "rows": rows, **sections}))
+    return file
+
+
+def sweep(file: Path, *overrides: str) -> dict[str, Any]:
+    with Progress(quiet=True) as progress:
+        return compare(load_grid(file, overrides), progress)
+
+
+def holdfast_cli(*arguments: object) -> Result:
+    environment = {"COLUMNS": "240", "NO_COLOR": "1", "TERM": "dumb"}
+    return CliRunner(env=environment).invoke(app, [str(a) for a in arguments])
+
+
+def found(results: dict[str, Any]) -> str:
+    """Results without what differs between two folders and two days."""
+    text = json.dumps({k: v for k, v in results.items() if k != "grid"}, sort_keys=True)
+    return re.sub(r'"(command|seconds)": ("[^"]*"|[\d.e-]+|null)', r'"\1": 0', text)
+
+
+@pytest.fixture(scope="module")
+def chosen(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A finished sweep that chose its learning rate."""
+    file = grid_file(tmp_path_factory.mktemp("sweep"), [PLAIN, RATES], choose={"by": "learning_accuracy"})
+    return file, sweep(file)
+
+
+def test_a_point_is_chosen_on_validation_rows_and_only_that_sees_test_rows(chosen):
+    file, results = chosen
+    (row,) = results["choice"]["rows"]
+    values = {c["label"]: c["value"] for c in row["candidates"]}
+    assert row["chosen"] == "rate · learning_rate=0.01" == max(values, key=values.__getitem__)
+    assert len(set(values.values())) == 2
+    assert [r["label"] for r in results["rows"]] == ["plain", "rate · learning_rate=0.01"]
+    asked: dict[str, set[str]] = {"runs": set(), "validation": set()}
+    rates: dict[str, set[float]] = {"runs": set(), "validation": set()}
+    for config in (file.parent / "out").rglob("config.yaml"):
+        phase = config.relative_to(file.parent / "out").parts[0]
+        recorded = yaml.safe_load(config.read_text())
+        assert recorded["tasks"]["test_split"] == {"runs": "test"}.get(phase, phase)
+        rates[phase].add(recorded["training"]["learning_rate"])
+        for predictions in config.parent.rglob("predictions/*.jsonl"):
+            asked[phase] |= {json.loads(line)["prompt"] for line in predictions.read_text().splitlines()}
+    assert rates == {"runs": {3e-3, 1e-2}, "validation": {1e-9, 1e-2}}
+    assert len(asked["runs"]) == len(asked["validation"]) == 6
+    assert not asked["runs"] & asked["validation"]
+    (curve,) = results["curves"]
+    assert (curve["split"], [p["value"] for p in curve["points"]]) == ("validation", [1e-9, 1e-2])
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the code under test may catch it."""
+
+
+@pytest.mark.parametrize("call", [2, 4])  # while choosing, and in the last cell
+def test_a_sweep_killed_in_the_middle_ends_as_one_that_never_was(chosen, call, tmp_path, monkeypatch):
+    module: Any = importlib.import_module("holdfast.runner.run")
+    original, calls = module.evaluate_encoded, [0]
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == call:
+            raise Killed
+        return original(*args, **kwargs)
+
+    file = grid_file(tmp_path / "broken", [PLAIN, RATES], choose={"by": "learning_accuracy"})
+    monkeypatch.setattr(module, "evaluate_encoded", dying)
+    with pytest.raises(Killed):
+        sweep(file)
+    assert not json.loads((tmp_path / "broken" / "out" / "compare.json").read_text())["finished"]
+    results = sweep(file)
+    assert calls[0] == 5  # four cells, one of them asked twice: no finished one was run again
+    assert results["finished"]
+    assert found(results) == found(chosen[1])
+    assert calls[0] == 5
+    sweep(file)
+    assert calls[0] == 5
+
+
+def test_a_cell_that_fails_is_shown_and_the_rest_goes_on(tmp_path):
+    file = grid_file(tmp_path, [PLAIN, BROKEN, {**PLAIN, "name": "last"}])
+    result = holdfast_cli("compare", file, "base.training.max_steps=2")
+    assert result.exit_code == 1, result.output
+    assert "failed: broken, seed 0: " in result.output
+    results = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert [row["runs"][0]["status"] for row in results["rows"]] == ["finished", "failed", "finished"]
+    (failed,) = results["failed"]
+    assert failed["cell"] == "broken, seed 0"
+    assert failed["reason"] in result.output
+    text = (tmp_path / "out" / "compare.md").read_text()
+    assert f"* broken, seed 0: {failed['reason']}" in text
+    assert "**The sweep is not complete**" in text
+    assert "Traceback" in (tmp_path / "out" / "logs" / "broken%2C seed 0.log").read_text()
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_the_command_line_shows_the_table_and_writes_all_three_forms(chosen):
+    file, results = chosen
+    result = holdfast_cli("compare", file)  # finished: everything is read from disk
+    assert result.exit_code == 0, result.output
+    assert "rate · learning_rate=0.01" in result.output
+    out = file.parent / "out"
+    text = (out / "compare.md").read_text()
+    assert f"`{results['rows'][1]['command']}`" in text
+    assert "| rate · learning_rate=0.01 |" in text
+    page = (out / "report.html").read_text()
+    assert 'id="comparison"' in page
+    assert "tradeoff-0-validation" in page
+
+
+def test_problems_of_all_cells_are_found_before_anything_is_trained(tmp_path):
+    rows = [
+        PLAIN,
+        {"name": "a", "set": {"strategy": "kif-lora"}},
+        {"name": "b", "set": {"tasks.order": ["coppy"]}},
+    ]
+    file = grid_file(tmp_path, rows)
+    with pytest.raises(ConfigError) as caught:
+        sweep(file)
+    message = str(caught.value)
+    assert "2 problems; nothing was run" in message
+    assert re.search(r"\n  a, seed 0: .*lora", message)
+    assert re.search(r"\n  b, seed 0: tasks.order: no task 'coppy'", message)
+    assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_a_changed_grid_in_the_same_folder_is_refused(chosen):
+    file, _ = chosen
+    with pytest.raises(ConfigError, match=r"plain, seed 0: .*training.epochs \(6 there, 1 here\)"):
+        sweep(file, "base.training.epochs=1")
+
+
+def test_a_second_sweep_in_one_folder_is_refused(chosen):
+    file, _ = chosen
+    with (
+        lock(file.parent / "out" / "compare.lock", "sweep"),
+        pytest.raises(RunDirectoryError, match="another sweep is working here"),
+    ):
+        sweep(file)
+
+
+@pytest.mark.slow
+def test_processes_side_by_side_find_what_one_after_another_find(tmp_path):
+    rows = [PLAIN, BROKEN, {"name": "rate", "set": {"training.learning_rate": 1e-2}}]
+    alone = sweep(grid_file(tmp_path / "1", rows))
+    together = sweep(grid_file(tmp_path / "2", rows), "jobs=2")
+    assert found(together) == found(alone)
+    assert len(together["failed"]) == 1
