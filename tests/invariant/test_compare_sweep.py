@@ -161,7 +161,9 @@ def test_problems_of_all_cells_are_found_before_anything_is_trained(tmp_path):
 
 def test_a_changed_grid_in_the_same_folder_is_refused(chosen):
     file, _ = chosen
-    with pytest.raises(ConfigError, match=r"plain, seed 0: .*training.epochs \(6 there, 1 here\)"):
+    with pytest.raises(
+        ConfigError, match=r"1 problem; .*\n  .* and 1 more: .*training.epochs \(6.0 there, 1.0"
+    ):
         sweep(file, "base.training.epochs=1")
 
 

@@ -114,9 +114,9 @@ class _Sweep:
         seen: set[str] = set()
         with self.progress.bar("checking cells", total=len(cells)) as bar:
             for done, cell in enumerate(cells, start=1):
-                refusal = RunDirectory.refusal(cell.config)
-                if refusal is not None:
-                    note(cell, [f"{refusal} (For a changed grid: output=DIR.)"])
+                if different := RunDirectory.conflicts(cell.config):
+                    problem = f"there is a run with another configuration; different: {', '.join(different)}"
+                    note(cell, [f"{problem}. Give the sweep another folder with output=DIR."])
                 _check_new(cell, seen, note)
                 bar(done)
         raise_for_cells(self.plan.source, found)

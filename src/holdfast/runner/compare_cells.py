@@ -47,7 +47,7 @@ class Outcome:
             metrics = json.loads((cell.folder / "metrics.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return cls("waiting")
-        if not metrics.get("finished") or RunDirectory.refusal(cell.config) is not None:
+        if not metrics.get("finished") or RunDirectory.conflicts(cell.config):
             return cls("waiting")
         return cls("finished", metrics)
 

@@ -73,7 +73,11 @@ class RunDirectory:
         if path.exists():
             different = sorted(_differences(mine, _completed(yaml.safe_load(path.read_text()))))
             if different and self._has_begun():
-                raise RunDirectoryError(self._other(different))
+                raise RunDirectoryError(
+                    f"{self.path}: holds a run with another configuration; different: "
+                    f"{', '.join(different)}. Give this run its own directory with output=DIR, or delete the "
+                    "old one."
+                )
             if not different:
                 return
         ours = {"run.lock", "environment.json", "config.yaml"}  # what a run leaves that never began
@@ -87,24 +91,17 @@ class RunDirectory:
         write_text(path, yaml.safe_dump(mine, sort_keys=False, allow_unicode=True))
 
     @classmethod
-    def refusal(cls, config: RunConfig) -> str | None:
-        """Why a run with this configuration would not get its directory; None where it would.
+    def conflicts(cls, config: RunConfig) -> list[str]:
+        """What differs from the run that has begun in the configuration's directory; nothing if none has.
 
         A look from outside: it neither locks nor writes.
         """
         directory = cls(Path(config.output))
         path = directory.path / "config.yaml"
         if not path.exists() or not directory._has_begun():
-            return None
+            return []
         theirs = _completed(yaml.safe_load(path.read_text()))
-        different = sorted(_differences(config.model_dump(mode="json"), theirs))
-        return directory._other(different) if different else None
-
-    def _other(self, different: list[str]) -> str:
-        return (
-            f"{self.path}: holds a run with another configuration; different: {', '.join(different)}. "
-            "Give this run its own directory with output=DIR, or delete the old one."
-        )
+        return sorted(_differences(config.model_dump(mode="json"), theirs))
 
     def _has_begun(self) -> bool:
         """Whether any stage was begun: before that a corrected configuration may take the folder over."""
