@@ -253,6 +253,12 @@ def outcome_in(folder: Path, stage: str) -> Any:
     return [tensors[name].tolist() for name in sorted(tensors)]
 
 
+@pytest.mark.parametrize("name", sorted(STRATEGIES))
+def test_a_resolved_configuration_can_be_read_back(name: str, tmp_path: Path) -> None:
+    config = validate(RunConfig, tiny_run(tmp_path, strategy=name), source="test")
+    assert validate(RunConfig, config.model_dump(mode="json"), source="test") == config
+
+
 # the coarse relatives of Table V
 
 

@@ -74,12 +74,12 @@ class Kif(Strategy):
         self.sensitivity.load_state_dict(tensors)
 
     def _scores(self) -> Tensor:
-        return unit_scores(self.units, self.sensitivity.result(), self.options.unit_score)
+        return unit_scores(self.units, self.sensitivity.result(), self.options.unit_score or "product")
 
     def _fuse(self, scores: Tensor) -> None:
         if self.accumulated is not None:  # the first task has nothing to be fused with
-            share = old_shares(self.accumulated, scores, self.options.fusion, self.options.important)
-            fuse(self.units, self.parameters, self.before, share, self.options.averaged)
+            share = old_shares(self.accumulated, scores, self.options.fusion, self.options.important or 0.2)
+            fuse(self.units, self.parameters, self.before, share, self.options.averaged or "factors")
 
     def end(self, context: Context, stage: Stage) -> None:
         """Fuse (eq. 15 or 17), replay if there is a memory (section V), accumulate the scores (eq. 13)."""
@@ -102,7 +102,7 @@ class Kif(Strategy):
         """Learn from the memory with this task's important units held fixed (K, section V)."""
         if not self.memory:
             return
-        needed = important(scores, self.options.important)
+        needed = important(scores, self.options.important or 0.2)
         gate = Gate(ImportancePrior(masks(self.units, needed, self.parameters)))
         hold = Interventions(attach=lambda model, optimizer: [gate.attach(model, optimizer)])
         rows, epochs = self.memory.examples, self.options.replay_epochs

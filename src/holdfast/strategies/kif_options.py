@@ -24,17 +24,17 @@ class KifOptions(Options):
 
     name: Literal["kif"] = "kif"
     units: Literal["matrix", "lora"] = Field("matrix", description="lora: one unit a rank, u = b a (eq. 3)")
-    unit_score: Literal["product", "mean"] = Field(
-        "product", description="units: lora only. Mean over the entries of b a, or of b and a (eq. 6)"
+    unit_score: Literal["product", "mean"] | None = Field(
+        None, description="units: lora only. Mean over the entries of b a (default), or of b and a (eq. 6)"
     )
     sensitivity: Order = Field(default_factory=SensitivityOptions)
     beta: float = Field(0.7, ge=0, le=1, description="of the accumulated scores (eq. 13)")
-    important: Annotated[float, Field(gt=0, lt=1)] | Literal["distribution"] = Field(
-        0.2, description="which units are: this share of them, or those that the distribution sets apart"
+    important: Annotated[float, Field(gt=0, lt=1)] | Literal["distribution"] | None = Field(
+        None, description="which units are: this share of them (default 0.2), or what the distribution tells"
     )
     fusion: FusionOptions = Field(default_factory=StaticFusionOptions)
-    averaged: Literal["factors", "product"] = Field(
-        "factors", description="units: lora only. Fuse b and a each by themselves, or their product"
+    averaged: Literal["factors", "product"] | None = Field(
+        None, description="units: lora only. Fuse b and a each by themselves (default), or their product"
     )
     orthogonality: float = Field(0.0, ge=0, description="weight of eq. 5; needs LoRA")
     memory: MemoryOptions | None = Field(None, description="replay these after each fusion (section V)")
@@ -42,12 +42,11 @@ class KifOptions(Options):
 
     @model_validator(mode="after")
     def _only_what_applies(self) -> KifOptions:
-        given = self.model_fields_set
-        if self.units != "lora" and given & {"unit_score", "averaged"}:
+        if self.units != "lora" and (self.unit_score is not None or self.averaged is not None):
             raise ValueError("`unit_score` and `averaged` apply to `units: lora` only")
-        if self.memory is None and "replay_epochs" in given:
+        if self.memory is None and self.replay_epochs is not None:
             raise ValueError("`replay_epochs` applies with a `memory` only")
-        if "important" in given and self.fusion.name != "static" and self.memory is None:
+        if self.important is not None and self.fusion.name != "static" and self.memory is None:
             raise ValueError("`important` applies to `fusion: static` or with a `memory` only")
         return self
 

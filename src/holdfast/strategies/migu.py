@@ -30,8 +30,8 @@ class Migu(Strategy):
     """Gradient mask by the L1-normalised size of linear maps' outputs, made anew at each step (section 3).
 
     n_i = |h_i| / sum_j |h_j| for the output h = W x of every linear map; the gradient of row i of W (and of
-    its bias) is kept if n_i is among the largest. The paper finds its threshold 0.7 best; we take that as the
-    masked share. As there, the gradient is masked, so under Adam a unit that was updated before drifts on
+    its bias) is kept if n_i is among the largest. The default masked share, 0.7, is our reading of the
+    paper's threshold, not checked against its text. As there, the gradient is masked, so under Adam a unit that was updated before drifts on
     with its momentum, and weight decay acts on all. It acts from the first task on.
 
     LoRA: A is rated by its output A x. B is rated by the output of the whole layer, W x + s B A x: rated by
