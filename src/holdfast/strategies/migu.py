@@ -31,8 +31,9 @@ class Migu(Strategy):
 
     n_i = |h_i| / sum_j |h_j| for the output h = W x of every linear map; the gradient of row i of W (and of
     its bias) is kept if n_i is among the largest. The default masked share, 0.7, is our reading of the
-    paper's threshold, not checked against its text. As there, the gradient is masked, so under Adam a unit that was updated before drifts on
-    with its momentum, and weight decay acts on all. It acts from the first task on.
+    paper's threshold, not checked against its text. As there, the gradient is masked, so under Adam a unit
+    that was updated before drifts on with its momentum, and weight decay acts on all. It acts from the first
+    task on.
 
     LoRA: A is rated by its output A x. B is rated by the output of the whole layer, W x + s B A x: rated by
     B A x alone, which is zero at the start, an arbitrary set of units would be the only one ever to learn.
