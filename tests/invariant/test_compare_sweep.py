@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -181,5 +183,15 @@ def test_processes_side_by_side_find_what_one_after_another_find(tmp_path):
     rows = [PLAIN, BROKEN, {"name": "rate", "set": {"training.learning_rate": 1e-2}}]
     alone = sweep(grid_file(tmp_path / "1", rows))
     together = sweep(grid_file(tmp_path / "2", rows), "jobs=2")
-    assert found(together) == found(alone)
+    assert found(together).replace(str(tmp_path / "2"), str(tmp_path / "1")) == found(alone)
     assert len(together["failed"]) == 1
+
+
+@pytest.mark.slow
+def test_a_process_ends_with_the_sweep_that_started_it_and_otherwise_on_its_own():
+    start = "from holdfast.runner.compare_cells import stop_with_parent; stop_with_parent(); import time; "
+    command = [sys.executable, "-c", start + "time.sleep(600)"]
+    gone = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    assert "KeyboardInterrupt" in gone.stderr
+    with subprocess.Popen([sys.executable, "-c", start + "time.sleep(0.5)"], stdin=subprocess.PIPE) as there:
+        assert there.wait() == 0

@@ -168,7 +168,7 @@ def stop_with_parent() -> None:
     """Stop this process as ctrl-C does once its standard input ends: the sweep that started it is gone."""
 
     def watch() -> None:
-        sys.stdin.buffer.read()
+        os.read(0, 1)  # not sys.stdin: waiting with its lock held makes Python abort when it exits
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=watch, daemon=True).start()
