@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,15 +14,31 @@ from holdfast.errors import ConfigError
 
 
 class _SumOfSquares:
-    """A fold (`holdfast.attribution.Fold`) that keeps the sum over samples of squared gradients."""
+    """A fold (`holdfast.attribution.Fold`): the sum over samples of (share_s times gradient) squared.
+
+    Samples come in order, in one or more parts a parameter. Shares are applied here and not to the gradients
+    of outputs, which are many times larger than LoRA's factors.
+    """
 
     bytes_per_element = 4
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.sums = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in parameters.items()}
+        self._seen: Counter[str] = Counter()
+        self._squared_S = torch.ones(0)
+
+    def begin(self, share_S: Tensor) -> None:
+        """Start a micro-batch."""
+        self._seen.clear()
+        self._squared_S = share_S.float().square()
 
     def update(self, name: str, weight: Tensor, grad_S: Tensor) -> None:
-        self.sums[name] += grad_S.float().square_().sum(0)
+        """Take in some samples' gradients; they are overwritten."""
+        start = self._seen[name]
+        self._seen[name] += len(grad_S)
+        total, square_SN = self.sums[name], grad_S.float().square_().flatten(1)
+        squared_S = self._squared_S[start : start + len(grad_S)].to(total.device)
+        total.view(-1).addmv_(square_SN.T, squared_S)
 
 
 class SampleSquares:
@@ -50,7 +67,6 @@ class SampleSquares:
         self._fold = _SumOfSquares(parameters)
         self._maps = WeightMaps(model, parameters, self._fold, factor=1.0)
         self._tokens = 0
-        self._share_S = torch.ones(0)
         maps = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D)]
         covered = {id(p) for module in maps for p in module.parameters(recurse=False)}
         others = [name for name, p in parameters.items() if id(p) not in covered]
@@ -71,7 +87,7 @@ class SampleSquares:
         self._maps.end_batch()  # of the micro-batch before
         counts_S = (labels_ST != -100).sum(1).clamp(min=1)
         self._tokens += int(counts_S.sum())
-        self._share_S = 1.0 / counts_S
+        self._fold.begin(1.0 / counts_S)
         self._maps.begin_batch(len(labels_ST), set())
 
     def _hook(self, out_first: bool) -> Any:
@@ -83,12 +99,10 @@ class SampleSquares:
             self._maps.expect(module.bias)
 
             def take(lam: Tensor) -> None:
-                lam_STO = lam.reshape(self._maps.samples, -1, lam.shape[-1])
-                lam_STO = lam_STO * self._share_S.to(lam)[:, None, None]
                 if self._maps.wants(module.weight):
-                    self._maps.weight(module.weight, x, lam_STO, out_first, None)
+                    self._maps.weight(module.weight, x, lam, out_first, None)
                 if self._maps.wants(module.bias):
-                    self._maps.bias(module.bias, lam_STO, None)
+                    self._maps.bias(module.bias, lam, None)
 
             output.register_hook(take)
 
