@@ -235,18 +235,18 @@ class _Run:
 
 def _interventions(strategy: Strategy) -> Interventions:
     """The strategy's verbs for the training loop; one that it doesn't have costs nothing there."""
-    has = {
-        verb
-        for verb in ("watch", "penalty", "observe", "stage_state_dict")
-        if getattr(type(strategy), verb) is not getattr(Strategy, verb)
-    }
+
+    def own(verb: str) -> Any:
+        overridden = getattr(type(strategy), verb) is not getattr(Strategy, verb)
+        return getattr(strategy, verb) if overridden else None
+
     return Interventions(
         attach=strategy.attach,
-        penalty=strategy.penalty if "penalty" in has else None,
-        watch=strategy.watch if "watch" in has else None,
-        observe=strategy.observe if "observe" in has else None,
-        state=strategy.stage_state_dict if "stage_state_dict" in has else None,
-        load_state=strategy.load_stage_state_dict if "stage_state_dict" in has else None,
+        watch=own("watch"),
+        penalty=own("penalty"),
+        observe=own("observe"),
+        state=own("stage_state_dict"),
+        load_state=own("load_stage_state_dict"),
     )
 
 
