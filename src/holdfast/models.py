@@ -89,7 +89,8 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
-def _linear_maps(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of every linear map (nn.Linear, transformers' Conv1D; LoRA's factors are such)."""
     from transformers.pytorch_utils import Conv1D
 
     for name, module in model.named_modules():
@@ -113,7 +114,7 @@ def block_parameters(model: nn.Module, trainable_only: bool = True) -> dict[str,
         Canonical name to parameter, in the model's order. Norms, embeddings and heads are not in it.
     """
     found: dict[str, nn.Parameter] = {}
-    for module_name, module in _linear_maps(model):
+    for module_name, module in linear_modules(model):
         if layer_of(module_name + ".") is None:
             continue
         for leaf, parameter in module.named_parameters(recurse=False):
@@ -265,7 +266,7 @@ def add_lora(model: Any, options: LoraOptions, seed: int = 0) -> Any:
         try:
             return get_peft_model(model, config)
         except ValueError as error:
-            names = sorted({name.rsplit(".", 1)[-1] for name, _ in _linear_maps(model)})
+            names = sorted({name.rsplit(".", 1)[-1] for name, _ in linear_modules(model)})
             raise ModelError(
                 f"model.lora.target_modules: {error} Linear modules here: {', '.join(names)}."
             ) from error

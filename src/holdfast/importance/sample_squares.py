@@ -11,6 +11,25 @@ from torch import Tensor, nn
 
 from holdfast.attribution.maps import WeightMaps
 from holdfast.errors import ConfigError
+from holdfast.models import linear_modules
+
+
+def require_linear_maps(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    """See that single samples' gradients can be had for all of these parameters.
+
+    Raises
+    ------
+    ConfigError
+        One of them belongs to something else than a linear map.
+    """
+    covered = {id(p) for _, module in linear_modules(model) for p in module.parameters(recurse=False)}
+    others = [name for name, p in parameters.items() if id(p) not in covered]
+    if others:
+        raise ConfigError(
+            "strategy.sensitivity: 'second' needs gradients of single samples, which exist for linear "
+            f"maps only, not for {', '.join(others[:3])}. Use 'second-batch', or train LoRA or "
+            "model.trainable: blocks."
+        )
 
 
 class _SumOfSquares:
@@ -62,23 +81,13 @@ class SampleSquares:
     """
 
     def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
-        from transformers.pytorch_utils import Conv1D
-
+        require_linear_maps(model, parameters)
         self._fold = _SumOfSquares(parameters)
         self._maps = WeightMaps(model, parameters, self._fold, factor=1.0)
         self._tokens = 0
-        maps = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D)]
-        covered = {id(p) for module in maps for p in module.parameters(recurse=False)}
-        others = [name for name, p in parameters.items() if id(p) not in covered]
-        if others:
-            raise ConfigError(
-                "strategy.sensitivity: 'second' needs gradients of single samples, which exist for linear "
-                f"maps only, not for {', '.join(others[:3])}. Use 'second-batch', or train LoRA or "
-                "model.trainable: blocks."
-            )
         self._removers = [
             module.register_forward_hook(self._hook(isinstance(module, nn.Linear))).remove
-            for module in maps
+            for _, module in linear_modules(model)
             if any(map(self._maps.wants, module.parameters(recurse=False)))
         ]
 

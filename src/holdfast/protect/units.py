@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from holdfast.errors import ConfigError
-from holdfast.models import canonical_name, layer_of
+from holdfast.models import canonical_name, layer_of, linear_modules
 from holdfast.protect.attach import Handle, hook, unwrap
 
 
@@ -49,19 +49,17 @@ def linear_maps(model: nn.Module) -> list[LinearMap]:
     ConfigError
         There are none.
     """
-    from transformers.pytorch_utils import Conv1D
-
     modules = dict(model.named_modules())
     found = []
-    for name, module in modules.items():
-        if not isinstance(module, nn.Linear | Conv1D) or layer_of(f"{name}.") is None:
+    for name, module in linear_modules(model):
+        if layer_of(f"{name}.") is None:
             continue
         own = {canonical_name(f"{name}.{n}"): p for n, p in module.named_parameters(recurse=False)}
         own = {n: p for n, p in own.items() if p.requires_grad}
         if own:
             layer, factor, _ = name.rpartition(".lora_B.")
             found.append(
-                LinearMap(modules[layer] if factor else module, own, int(isinstance(module, Conv1D)))
+                LinearMap(modules[layer] if factor else module, own, int(not isinstance(module, nn.Linear)))
             )
     if not found:
         raise ConfigError("strategy: masks are made for linear maps in blocks, and this model trains none.")

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from holdfast.config import Options
 from holdfast.errors import ConfigError
 from holdfast.importance.prior import trained_parameters
-from holdfast.importance.sensitivity import Sensitivity, SensitivityOptions, sensitivity_options
+from holdfast.importance.sample_squares import require_linear_maps
+from holdfast.importance.sensitivity import SensitivityOptions, sensitivity_options
 from holdfast.importance.skill_units import SkillUnit, lora_units, matrix_units
 from holdfast.protect.fuse import FusionOptions, StaticFusionOptions
 from holdfast.protect.replay import MemoryOptions
@@ -65,7 +66,8 @@ def check(options: KifOptions, model: nn.Module) -> None:
             "strategy.orthogonality: eq. 5 is about LoRA's factors; set model.lora, or leave it at 0."
         )
     units_of(options, parameters)
-    Sensitivity(model, parameters, options.sensitivity).remove()
+    if options.sensitivity.order == "second":
+        require_linear_maps(model, parameters)
 
 
 def units_of(options: KifOptions, parameters: Mapping[str, Tensor]) -> list[SkillUnit]:
