@@ -43,21 +43,21 @@ class ModelOptions(Options):
     path: str | None = Field(None, description="folder or hub id of a causal or encoder-decoder model")
     toy: bool = Field(False, description="a tiny Llama with a character tokenizer, made on the spot")
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
-    trainable: Literal["blocks", "all"] = Field(
-        "blocks", description="blocks: the linear maps in the transformer blocks; all: every weight"
+    trainable: Literal["blocks", "all"] | None = Field(
+        None, description="blocks (default): the linear maps in the transformer blocks; all: every weight"
     )
     lora: LoraOptions | None = Field(None, description="train low-rank adapters instead of the weights")
     random_init: bool = Field(False, description="take the architecture from `path`, but random weights")
-    hidden: int = Field(128, ge=8, description="toy only: hidden size")
-    layers: int = Field(4, ge=1, description="toy only: number of blocks")
+    hidden: int | None = Field(None, ge=8, description="toy only: hidden size (default 128)")
+    layers: int | None = Field(None, ge=1, description="toy only: number of blocks (default 4)")
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelOptions:
         if (self.path is None) == (not self.toy):
             raise ValueError("give exactly one of `path` (folder or hub id) and `toy: true`")
-        if not self.toy and {"hidden", "layers"} & self.model_fields_set:
+        if not self.toy and (self.hidden is not None or self.layers is not None):
             raise ValueError("`hidden` and `layers` apply to `toy: true` only")
-        if self.lora is not None and "trainable" in self.model_fields_set:
+        if self.lora is not None and self.trainable is not None:
             raise ValueError("`trainable` does not apply with `lora`: only the adapters are trained")
         return self
 
@@ -179,7 +179,7 @@ def load_model(
         if toy_tokenizer is None:
             raise ModelError("model.toy: no tokenizer for it was given (holdfast.tasks.toy_tokenizer).")
         tokenizer = toy_tokenizer()
-        model: Any = tiny_llama(tokenizer, seed, options.hidden, options.layers)
+        model: Any = tiny_llama(tokenizer, seed, options.hidden or 128, options.layers or 4)
         model.to(getattr(torch, options.dtype))
     elif (Path(str(options.path)).expanduser() / ADAPTER).is_file():
         return _load_adapter(Path(str(options.path)).expanduser(), options, seed)

@@ -21,10 +21,14 @@ class Columns(Options):
     `messages` the last assistant message is the completion and the ones before it are the prompt.
     """
 
-    prompt: str = Field(default="prompt", description="a column, or a text with {column} in it")
-    completion: str = Field(default="completion", description="a column, or a text with {column} in it")
+    prompt: str | None = Field(
+        default=None, description="a column, or a text with {column} in it; default: prompt"
+    )
+    completion: str | None = Field(
+        default=None, description="a column, or a text with {column} in it; default: completion"
+    )
     references: str | None = Field(
-        default="references", description="a column with all right answers, if there is one"
+        default=None, description="a column with all right answers; default: references, where there is one"
     )
     messages: str | None = Field(
         default=None, description="a column of chat messages, instead of the two above"
@@ -32,7 +36,7 @@ class Columns(Options):
 
     @model_validator(mode="after")
     def _one_form(self) -> Columns:
-        if self.messages is not None and {"prompt", "completion"} & self.model_fields_set:
+        if self.messages is not None and (self.prompt is not None or self.completion is not None):
             raise ValueError("give either `messages`, or `prompt` and `completion`")
         return self
 
@@ -86,7 +90,7 @@ def _example(row: object, columns: Columns) -> Example:
         raise _Fault(
             f"a row must be an object such as {{'prompt': ..., 'completion': ...}}, got {_kind(row)}"
         )
-    messages = columns.messages or ("messages" if columns is STANDARD and _is_chat(row) else None)
+    messages = columns.messages or ("messages" if columns == STANDARD and _is_chat(row) else None)
     if messages is not None:
         turns = _messages(_get(row, messages), messages)
         if turns[-1]["role"] != "assistant":
@@ -96,8 +100,9 @@ def _example(row: object, columns: Columns) -> Example:
         prompt: str | tuple[Message, ...] = turns[:-1]
         completion = turns[-1]["content"]
     else:
-        prompt = _prompt(_get(row, columns.prompt), columns.prompt)
-        completion = _completion(_get(row, columns.completion), columns.completion)
+        asked, answered = columns.prompt or "prompt", columns.completion or "completion"
+        prompt = _prompt(_get(row, asked), asked)
+        completion = _completion(_get(row, answered), answered)
     if not completion.strip():
         raise _Fault("empty completion: give the row an answer or leave it out")
     return Example(prompt, completion, _references(row, columns))
@@ -161,14 +166,10 @@ def _messages(value: object, column: str) -> tuple[Message, ...]:
 
 
 def _references(row: Mapping[str, Any], columns: Columns) -> tuple[str, ...]:
-    column = columns.references
-    if column is None:
+    if columns.references is None and "references" not in row:
         return ()
-    if column not in row:
-        if "references" in columns.model_fields_set:
-            _get(row, column)
-        return ()
-    value = row[column]
+    column = columns.references or "references"
+    value = _get(row, column)
     if value is None:
         return ()
     if isinstance(value, str):
