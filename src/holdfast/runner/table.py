@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 
 def _number(value: float | None) -> str:
@@ -34,10 +35,13 @@ def listing(what: str) -> Table:
 def _strategies() -> Table:
     from holdfast.strategies import STRATEGIES
 
-    table = Table("name", "what it does", "paper", "rehearsal-free", "needs task identity")
+    table = Table("name", "what it does", show_lines=True, caption="of each with its default options")
+    for head in ("keeps no\nexamples", "must know\nthe task", "extra\nstate", "extra cost\nof an answer"):
+        table.add_column(head, no_wrap=True)
     for name, cls in sorted(STRATEGIES.items()):
+        what = Text.assemble(cls.summary, "\n", (cls.paper, "dim"))
         flags = ("yes" if flag else "no" for flag in (cls.rehearsal_free, cls.needs_task_identity))
-        table.add_row(name, cls.summary, cls.paper, *flags)
+        table.add_row(name, what, *flags, cls.state, cls.inference)
     return table
 
 

@@ -66,6 +66,7 @@ class Attribution(Strategy):
     paper = "Liu et al. 2026, arXiv 2605.05285"
     summary = "holds the weights that earlier tasks need; any importance, mechanism and control"
     Options = AttributionStrategyOptions
+    state = "constant"
 
     def __init__(self, options: AttributionStrategyOptions) -> None:
         super().__init__(options)

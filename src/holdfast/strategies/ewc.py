@@ -53,6 +53,7 @@ class Ewc(Strategy):
     paper = "Kirkpatrick et al. 2017, arXiv 1612.00796"
     summary = "quadratic penalty on leaving the old weights, scaled by Fisher information"
     Options = EwcOptions
+    state = "constant"
 
     def __init__(self, options: EwcOptions) -> None:
         super().__init__(options)

@@ -30,6 +30,7 @@ class Kif(Strategy):
     paper = "Feng et al. 2024, arXiv 2408.05200"
     summary = "importance of matrices along the training, then old and new weights fused by it"
     Options = KifOptions
+    state = "constant"
 
     def __init__(self, options: KifOptions) -> None:
         self.options = options

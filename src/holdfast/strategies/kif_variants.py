@@ -49,6 +49,7 @@ register_variant(
     Options=KifMOptions,
     summary="KIF, then a replay of a small memory with the new task's units held",
     rehearsal_free=False,
+    state="per task",
 )
 register_variant(
     Kif,
@@ -56,4 +57,5 @@ register_variant(
     Options=KifLoraMOptions,
     summary="KIFLoRA, then a replay of a small memory with the new task's units held",
     rehearsal_free=False,
+    state="per task",
 )

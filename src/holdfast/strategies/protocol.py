@@ -9,7 +9,7 @@ then `end`; for each evaluation `route`; after each stage `state_dict`, and on r
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -21,8 +21,28 @@ from holdfast.strategies.context import Context, Stage
 from holdfast.tasks.task import Example, TaskStream
 
 
+Extra = Literal["none", "constant", "per task"]
+
+
 class Strategy:
-    """Base of all strategies: every verb does nothing unless a strategy says otherwise."""
+    """Base of all strategies: every verb does nothing unless a strategy says otherwise.
+
+    Attributes
+    ----------
+    name, paper, summary : str
+        How configs call it, where it is from, and what it does in a line.
+    Options : type
+        Its section of a config. What is declared below holds for its defaults.
+    rehearsal_free : bool
+        It never reads an example of an earlier task again.
+    needs_task_identity : bool
+        `route` must be told which task an input belongs to.
+    state : str
+        What is kept between tasks beside a model of the size it had at the start: nothing, as much whatever
+        the number of tasks, or more with each task.
+    inference : str
+        What an answer costs beside that of the plain model, in the same terms.
+    """
 
     name: ClassVar[str]
     paper: ClassVar[str]
@@ -30,6 +50,8 @@ class Strategy:
     Options: ClassVar[type[Options]]
     rehearsal_free: ClassVar[bool] = True
     needs_task_identity: ClassVar[bool] = False
+    state: ClassVar[Extra] = "none"
+    inference: ClassVar[Extra] = "none"
 
     def __init__(self, options: Any) -> None:
         self.options = options

@@ -33,6 +33,7 @@ class Replay(Strategy):
     summary = "trains on a few kept examples of every earlier task as well"
     Options = ReplayOptions
     rehearsal_free = False
+    state = "per task"
 
     def __init__(self, options: ReplayOptions) -> None:
         super().__init__(options)
