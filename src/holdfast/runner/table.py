@@ -35,8 +35,9 @@ def listing(what: str) -> Table:
 def _strategies() -> Table:
     from holdfast.strategies import STRATEGIES
 
-    table = Table("name", "what it does", show_lines=True, caption="of each with its default options")
-    for head in ("keeps no\nexamples", "must know\nthe task", "extra\nstate", "extra cost\nof an answer"):
+    about = "state: kept between tasks beside the model; answer: its extra cost; both with default options"
+    table = Table("name", "what it does", show_lines=True, padding=(0, 0, 0, 1), caption=about)
+    for head in ("rehearsal-\nfree", "task\nidentity", "state", "answer"):
         table.add_column(head, no_wrap=True)
     for name, cls in sorted(STRATEGIES.items()):
         what = Text.assemble(cls.summary, "\n", (cls.paper, "dim"))

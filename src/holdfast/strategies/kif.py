@@ -92,10 +92,8 @@ class Kif(Strategy):
             for task in stage.tasks:
                 self.memory.add(task, context.seed)
         self.accumulated = scores if before is None else accumulated(before, scores, self.options.beta)
-        names, total = (
-            [unit.name for unit in self.units],
-            None if before is None else self.accumulated.tolist(),
-        )
+        names = [unit.name for unit in self.units]
+        total = None if before is None else self.accumulated.tolist()
         record = {"kind": self.options.units, "names": names, "scores": scores.tolist(), "accumulated": total}
         write_json(context.folder / "units.json", record)
 

@@ -20,7 +20,6 @@ from holdfast.protect import Handle
 from holdfast.strategies.context import Context, Stage
 from holdfast.tasks.task import Example, TaskStream
 
-
 Extra = Literal["none", "constant", "per task"]
 
 
