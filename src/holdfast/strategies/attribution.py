@@ -87,10 +87,10 @@ class Attribution(Strategy):
     def begin(self, context: Context, stage: Stage) -> None:
         """Build the protection; its reference is the weights that this stage starts from."""
         self._protection = None
-        if self.prior is None:
-            return
-        prior = apply_control(self.prior, self.options.control, seed=context.seed)
-        self._protection = build_mechanism(self.options.mechanism, prior, weights_of(context.model, prior))
+        if self.prior is not None:
+            prior = apply_control(self.prior, self.options.control, seed=context.seed)
+            reference = weights_of(context.model, prior.tensors)
+            self._protection = build_mechanism(self.options.mechanism, prior, reference)
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
         """Hold the weights from the first step on."""

@@ -63,7 +63,7 @@ class Ewc(Strategy):
 
     def begin(self, context: Context, stage: Stage) -> None:
         """One penalty around each task's own weights, or one around those that this stage starts from."""
-        anchors = self.anchors or [weights_of(context.model, fisher) for fisher in self.fishers]
+        anchors = self.anchors or [weights_of(context.model, fisher.tensors) for fisher in self.fishers]
         strength = self.options.strength
         self._penalties = [
             Penalty(fisher, strength=strength, reference=anchor)
@@ -86,7 +86,8 @@ class Ewc(Strategy):
         fisher = context.importance(task, self.options.fisher)
         if self.options.variant == "separate":
             self.fishers.append(fisher)
-            self.anchors.append({n: t.cpu() for n, t in weights_of(context.model, fisher).items()})
+            anchor = weights_of(context.model, fisher.tensors)
+            self.anchors.append({n: t.cpu() for n, t in anchor.items()})
             return
         for old in self.fishers:
             kept = (self.options.gamma or 0.95) if self.options.variant == "online" else 1.0

@@ -14,6 +14,7 @@ from holdfast.importance.skill_units import accumulated, important, masks, unit_
 from holdfast.protect import Gate, Handle
 from holdfast.protect.fuse import fuse, old_shares
 from holdfast.protect.orthogonal import Orthogonality
+from holdfast.protect.reference import weights_of
 from holdfast.protect.replay import Memory
 from holdfast.storage import write_json
 from holdfast.strategies.context import Context, Stage
@@ -46,7 +47,7 @@ class Kif(Strategy):
         self.parameters = trained_parameters(context.model)
         self.units = units_of(self.options, self.parameters)
         self.sensitivity = Sensitivity(context.model, self.parameters, self.options.sensitivity)
-        self.before = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.before = weights_of(context.model, self.parameters)
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
         """Keep units apart (eq. 5)."""

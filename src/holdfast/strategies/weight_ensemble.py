@@ -11,6 +11,7 @@ from holdfast.config import Options
 from holdfast.importance.prior import trained_parameters
 from holdfast.importance.skill_units import matrix_units
 from holdfast.protect.fuse import fuse
+from holdfast.protect.reference import weights_of
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.protocol import Strategy, register
 
@@ -33,7 +34,7 @@ class WeightEnsemble(Strategy):
 
     def begin(self, context: Context, stage: Stage) -> None:
         """Keep the weights that the stage starts from."""
-        self.before = {n: p.detach().clone() for n, p in trained_parameters(context.model).items()}
+        self.before = weights_of(context.model, trained_parameters(context.model))
 
     def end(self, context: Context, stage: Stage) -> None:
         """Average; the first task has no model before it (Algorithm 2)."""

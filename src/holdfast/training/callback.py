@@ -119,4 +119,4 @@ class ProtectCallback(TrainerCallback):
 
     def _capture(self, model: nn.Module) -> None:
         if self._needs_reference:
-            self._captured = weights_of(model, self.prior)
+            self._captured = weights_of(model, self.prior.tensors)
