@@ -35,9 +35,9 @@ class FisherMask(Strategy):
     """Before each task, the diagonal Fisher of that task; only what lies above its quantile is updated.
 
     M = 1 where F > Q(F), Q the `masked` quantile of each tensor (hence an adaptive threshold), F first
-    averaged over a linear map's inputs, so that output units are kept whole. That the rate of 0.7
-    is the masked share, and a quantile is taken in each tensor, is our reading, not checked against the text.
-    It takes F from all training rows; here from ``fisher.samples`` of them, per sample.
+    averaged over a linear map's inputs, so that output units are kept whole. By reviews of the paper the
+    threshold is a quantile, and a rate of 0.7 leaves the highest 30 % to be updated; that the quantile is
+    taken in each tensor is our reading. It takes F from all training rows; here from ``fisher.samples``.
 
     Ours: the mask holds the step, not the gradient (the same under Adam without weight decay, and a held
     weight stays bit-identical with it); a tensor whose Fisher is zero throughout is not masked (LoRA's A,

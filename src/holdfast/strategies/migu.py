@@ -30,15 +30,16 @@ class Migu(Strategy):
     """Gradient mask by the L1-normalised size of linear maps' outputs, made anew at each step (section 3).
 
     n_i = |h_i| / sum_j |h_j| for the output h = W x of every linear map; the gradient of row i of W (and of
-    its bias) is kept if n_i is among the largest. The default masked share, 0.7, is our reading of the
-    paper's threshold, not checked against its text. As there, the gradient is masked, so under Adam a unit
-    that was updated before drifts on with its momentum, and weight decay acts on all. It acts from the first
-    task on.
+    its bias) is kept if n_i is above the `masked` quantile of that map. In the authors' code too 0.7 is the
+    masked share, by a quantile in each map. As there, the gradient is masked, so under Adam a unit that was
+    updated before drifts on with its momentum, and weight decay acts on all. That code differs in four
+    things: it sums |h_i| over tokens without normalising, counts padding, masks the output head as well, and
+    its scripts begin with the second task. Here it acts from the first task on.
 
-    LoRA: A is rated by its output A x. B is rated by the output of the whole layer, W x + s B A x: rated by
-    B A x alone, which is zero at the start, an arbitrary set of units would be the only one ever to learn.
-    That is our reading. What isn't a linear map in a block (norms, embeddings, head) is not masked. The mask
-    comes after clipping, so the clipped norm is that of the whole gradient. Extra state: none.
+    LoRA: A is rated by its output A x. B is rated by the output of the whole layer, W x + s B A x, as in the
+    authors' scripts: rated by B A x alone, which is zero at the start, an arbitrary set of units would be the
+    only one ever to learn. What isn't a linear map in a block (norms, embeddings, head) is not masked. The
+    mask comes after clipping, so the clipped norm is that of the whole gradient. Extra state: none.
     """
 
     name = "migu"
