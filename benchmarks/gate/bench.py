@@ -23,45 +23,30 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from holdfast.importance.prior import ImportancePrior
 from holdfast.models import block_parameters
 from holdfast.protect import Gate
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file
+from shapes import VOCABULARY, base_4m_shapes, train_blocks_only
+
 TARGET = 1.10
-
-
-def base_4m_shapes() -> LlamaForCausalLM:
-    """A random Llama of base-4m's shapes whose blocks alone are trained."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=8192,
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-    )
-    model = LlamaForCausalLM(config).requires_grad_(False)
-    for parameter in block_parameters(model, trainable_only=False).values():
-        parameter.requires_grad_(True)
-    return model.train()
 
 
 def measure(steps: int, warm_up: int = 3) -> dict[str, float | int | str]:
     """Time `steps` gated and `steps` ungated training steps, in turn."""
-    model = base_4m_shapes()
+    model = train_blocks_only(base_4m_shapes())
     weights = block_parameters(model)
     generator = torch.Generator().manual_seed(1)
     prior = ImportancePrior({n: torch.rand(p.shape, generator=generator) for n, p in weights.items()})
     optimizer = torch.optim.AdamW(weights.values(), lr=1e-4)
-    ids = torch.randint(8192, (16, 128), generator=generator)
+    ids = torch.randint(VOCABULARY, (16, 128), generator=generator)
     gate = Gate(prior)
     whole: dict[bool, list[float]] = {False: [], True: []}
     alone: dict[bool, list[float]] = {False: [], True: []}

@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))  # run as a file
 CONFIG = """
 model: {{path: "{model}", trainable: blocks}}
 tasks: {{source: jsonl, path: "{data}", order: [a, b]}}
@@ -35,25 +36,13 @@ threads: {threads}
 
 
 def prepare(folder: Path) -> tuple[Path, Path]:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from shapes import base_4m_shapes
 
     from holdfast.tasks import toy_tokenizer
 
     tokenizer = toy_tokenizer()
-    config = LlamaConfig(
-        vocab_size=8192,
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    base_4m_shapes(max_position_embeddings=1024, **special).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     rng = random.Random(0)
     for task in "ab":

@@ -24,47 +24,37 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from holdfast.importance.prior import trained_parameters
 from holdfast.importance.sensitivity import Sensitivity, SensitivityOptions
-from holdfast.models import LoraOptions, add_lora, block_parameters
+from holdfast.models import LoraOptions, add_lora
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file
+from shapes import VOCABULARY, base_4m_shapes, train_blocks_only
 
 TARGETS = {"lora": 1.10, "full": 1.25}
 ANSWER = 4
 
 
-def base_4m_shapes(lora: bool) -> Any:
-    """A random Llama of base-4m's shapes, with adapters or with its blocks trained."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=8192,
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-    )
-    model: Any = LlamaForCausalLM(config).requires_grad_(False)
-    if lora:
-        return add_lora(model, LoraOptions(r=8, target_modules="all-linear")).train()
-    for parameter in block_parameters(model, trainable_only=False).values():
-        parameter.requires_grad_(True)
-    return model.train()
+def model_of(lora: bool) -> Any:
+    """The shapes of base-4m, with adapters or with its blocks trained."""
+    if not lora:
+        return train_blocks_only(base_4m_shapes())
+    return add_lora(base_4m_shapes(), LoraOptions(r=8, target_modules="all-linear")).train()
 
 
 def measure(lora: bool, order: Any, steps: int, warm_up: int = 3) -> dict[str, float]:
     """Time `steps` observed and `steps` unobserved training steps, in turn."""
-    model = base_4m_shapes(lora)
+    model = model_of(lora)
     weights = trained_parameters(model)
     optimizer = torch.optim.AdamW(weights.values(), lr=1e-4)
-    ids = torch.randint(8192, (16, 128), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(VOCABULARY, (16, 128), generator=torch.Generator().manual_seed(1))
     labels = torch.full_like(ids, -100)
     labels[:, -ANSWER:] = ids[:, -ANSWER:]
     options = SensitivityOptions(order=order)
