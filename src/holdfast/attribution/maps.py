@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from holdfast.attribution.ledger import Ledger, relevance
 
+NARROW = 4  # a weight with this many times more rows than columns is narrow
 GROUP_BYTES = 2**20  # maps handed over at once: few enough to stay in the cache, enough to amortise calls
 
 
@@ -35,7 +36,8 @@ class Fold(Protocol):
         grad_S : Tensor, shape (S, *weight.shape)
             Per-sample LRP gradient with its 1/2 factor in it: the relevance is ``weight * grad_S[s]``. S is
             any part of the batch's selected samples (0 for a parameter that nothing reached); each sample
-            comes once per parameter. The memory is the engine's: it may be overwritten, but not kept.
+            comes once per parameter. The memory is the engine's: it may be overwritten, but not kept; a
+            narrow weight's maps come transposed, so flatten them with ``reshape``.
         """
 
 
@@ -115,13 +117,20 @@ class WeightMaps:
         several = self._uses[id(parameter)] > 1
         for start in range(0, samples, samples if several else group):
             part = slice(start, None if several else start + group)
-            left_SMT, right_STN = left[part].transpose(1, 2), right[part]
-            grad_S = self._buffer((len(right_STN), *parameter.shape), x)
-            if len(right_STN) == 1:  # a plain matrix product beats a batch of one
-                torch.addmm(grad_S[0], left_SMT[0], right_STN[0], beta=0, alpha=self.factor, out=grad_S[0])
-            else:
-                torch.baddbmm(grad_S, left_SMT, right_STN, beta=0, alpha=self.factor, out=grad_S)
-            self._take(parameter, grad_S, several, ledger)
+            self._take(parameter, self._product(left[part], right[part]), several, ledger)
+
+    def _product(self, left_STM: Tensor, right_STN: Tensor) -> Tensor:
+        """factor * left^T right of each sample, (S, M, N)."""
+        samples, _, m = left_STM.shape
+        n = right_STN.shape[-1]
+        if n * NARROW < m:  # LoRA's B: a product with few columns is several times slower than its transpose
+            return self._product(right_STN, left_STM).transpose(1, 2)
+        left_SMT, grad_SMN = left_STM.transpose(1, 2), self._buffer((samples, m, n), right_STN)
+        if samples == 1:  # a plain matrix product beats a batch of one
+            torch.addmm(grad_SMN[0], left_SMT[0], right_STN[0], beta=0, alpha=self.factor, out=grad_SMN[0])
+        else:
+            torch.baddbmm(grad_SMN, left_SMT, right_STN, beta=0, alpha=self.factor, out=grad_SMN)
+        return grad_SMN
 
     def bias(self, parameter: nn.Parameter, lam: Tensor, ledger: Ledger | None) -> None:
         """Make the maps of a bias, R(B) = B * sum of lam over positions; lam is (S, ..., O) or (S * T, O)."""

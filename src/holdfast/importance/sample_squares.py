@@ -42,7 +42,11 @@ class _SumOfSquares:
     bytes_per_element = 4
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        self.sums = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in parameters.items()}
+        shapes = {name: p.shape for name, p in parameters.items()}
+        like = next(iter(parameters.values()))
+        # one piece of memory for all: a model has hundreds of small factors
+        self.total_N = torch.zeros(sum(s.numel() for s in shapes.values()), device=like.device)
+        self.sums = named_views(self.total_N, shapes)
         self._seen: Counter[str] = Counter()
         self._squared_S = torch.ones(0)
 
@@ -55,9 +59,17 @@ class _SumOfSquares:
         """Take in some samples' gradients; they are overwritten."""
         start = self._seen[name]
         self._seen[name] += len(grad_S)
-        total, square_SN = self.sums[name], grad_S.float().square_().flatten(1)
-        squared_S = self._squared_S[start : start + len(grad_S)].to(total.device)
-        total.view(-1).addmv_(square_SN.T, squared_S)
+        total, square_S = self.sums[name], grad_S.float().square_()
+        if not square_S.is_contiguous():  # a narrow weight's, transposed
+            total, square_S = total.T, square_S.transpose(1, 2)
+        squared_S = self._squared_S[start : start + len(grad_S)].to(square_S.device)
+        total.add_((squared_S @ square_S.flatten(1)).view(total.shape).to(total.device))
+
+
+def named_views(flat_N: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """Name to its part of a flat tensor, in the order and with the shapes given."""
+    parts = flat_N.split([shape.numel() for shape in shapes.values()])
+    return {name: part.view(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
 
 
 class SampleSquares:
@@ -126,12 +138,10 @@ class SampleSquares:
             What a gradient has to be multiplied by (the inverse of fp16's loss scale).
         """
         self._maps.end_batch()
-        factor = (self._tokens * scale) ** 2
-        result = {name: total * factor for name, total in self._fold.sums.items()}
-        for total in self._fold.sums.values():
-            total.zero_()
+        result = self._fold.total_N * (self._tokens * scale) ** 2
+        self._fold.total_N.zero_()
         self._tokens = 0
-        return result
+        return named_views(result, {name: total.shape for name, total in self._fold.sums.items()})
 
     def remove(self) -> None:
         """Take the hooks off the model."""

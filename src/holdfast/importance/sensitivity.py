@@ -125,7 +125,8 @@ class Sensitivity:
             torch._foreach_addcmul_(value, list(torch._foreach_mul(value, -0.5)), list(value))
         elif self.options.order == "second":
             curvature = torch._foreach_mul(weights, weights)
-            torch._foreach_addcmul_(value, list(curvature), [squares[n] for n in names], -0.5)
+            of_samples = [squares[n].to(w.device) for n, w in zip(names, weights, strict=True)]
+            torch._foreach_addcmul_(value, list(curvature), of_samples, -0.5)
         torch._foreach_abs_(value)
         return list(value)
 
