@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from holdfast.cli import app
+from holdfast.models import tiny_llama
 from holdfast.runner.config import load_config
 from holdfast.tasks import toy_tokenizer
 from holdfast.tasks.orders import list_orders
+from tiny_t5 import write_tiny_t5
 
 FOLDER = Path(__file__).parents[2] / "configs" / "kif"
 CONFIGS = sorted(FOLDER.glob("*.yaml"))
@@ -21,21 +22,11 @@ CONFIGS = sorted(FOLDER.glob("*.yaml"))
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A tiny T5 and a tiny Llama, as folders with a tokenizer."""
-    from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
-
+    folders = {kind: tmp_path_factory.mktemp(kind) for kind in ("t5", "llama")}
+    write_tiny_t5(folders["t5"], d_model=16, d_kv=4, d_ff=32, num_layers=1)
     tokenizer = toy_tokenizer()
-    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    sizes = {"vocab_size": len(tokenizer), **special}
-    torch.manual_seed(0)
-    t5 = T5Config(d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=4, decoder_start_token_id=0, **sizes)
-    llama = LlamaConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, **sizes
-    )
-    folders = {}
-    for kind, model in (("t5", T5ForConditionalGeneration(t5)), ("llama", LlamaForCausalLM(llama))):
-        folders[kind] = tmp_path_factory.mktemp(kind)
-        model.save_pretrained(folders[kind])
-        tokenizer.save_pretrained(folders[kind])
+    tiny_llama(tokenizer, hidden=16, layers=1, heads=4).save_pretrained(folders["llama"])
+    tokenizer.save_pretrained(folders["llama"])
     return folders
 
 

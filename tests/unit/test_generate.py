@@ -11,6 +11,7 @@ from holdfast.evaluation.evaluate import EvaluationOptions, answer_budget, evalu
 from holdfast.evaluation.generate import generate, rank_options
 from holdfast.models import tiny_llama
 from holdfast.tasks import Encoded, Encoder, Example, Task, Template, toy_tokenizer
+from tiny_t5 import tiny_t5
 
 PROMPTS = ["copy abc=", "flip abcdefgh=", "h=", "sort bdca=", "next aa=", "find ahbgcfb=", "a="]
 
@@ -18,25 +19,6 @@ PROMPTS = ["copy abc=", "flip abcdefgh=", "h=", "sort bdca=", "next aa=", "find 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     return toy_tokenizer()
-
-
-def tiny_t5(tokenizer: Any) -> Any:
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    torch.manual_seed(0)
-    config = T5Config(
-        vocab_size=len(tokenizer),
-        d_model=32,
-        d_kv=8,
-        d_ff=64,
-        num_layers=2,
-        num_decoder_layers=2,
-        num_heads=4,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        decoder_start_token_id=tokenizer.pad_token_id,
-    )
-    return T5ForConditionalGeneration(config)
 
 
 @pytest.fixture(scope="module", params=["llama", "t5"])

@@ -25,6 +25,7 @@ from holdfast.strategies import STRATEGIES, Stage, Strategy, build_strategy
 from holdfast.tasks import Encoder, Template, toy_suite, toy_tokenizer
 from holdfast.tasks.encode import collate
 from tiny_runs import tiny_run
+from tiny_t5 import tiny_t5
 
 TOKENIZER = toy_tokenizer()
 STREAM = toy_suite(["copy", "flip", "head"], 8, 2)
@@ -39,11 +40,7 @@ def model_of(kind: str) -> Any:
 
         model: Any = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=128, **size))
     elif kind == "t5":
-        from transformers import T5Config, T5ForConditionalGeneration
-
-        start = {"decoder_start_token_id": TOKENIZER.pad_token_id, "dropout_rate": 0.0}
-        layers = {"num_layers": 2, "num_heads": 2, "d_model": 16, "d_kv": 8, "d_ff": 32}
-        model = T5ForConditionalGeneration(T5Config(**layers, **start, **size))
+        model = tiny_t5(TOKENIZER, d_model=16, d_ff=32, num_heads=2, dropout_rate=0.0)
     else:
         model = tiny_llama(TOKENIZER, hidden=16, layers=2, heads=2)
     if kind == "llama-lora":

@@ -18,34 +18,17 @@ from holdfast.training.bridge import completion_loss
 from holdfast.training.loop import save_record, train
 from holdfast.training.options import TrainingOptions
 from holdfast.training.steps import Interventions
+from tiny_t5 import tiny_t5
 
 TOKENIZER = toy_tokenizer()
 PAD = TOKENIZER.pad_token_id
 PLAIN = {"scheduler": "constant", "max_grad_norm": 0.0, "log_steps": 1}
 
 
-def tiny_t5(seed: int = 0) -> Any:
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    torch.manual_seed(seed)
-    config = T5Config(
-        vocab_size=len(TOKENIZER),
-        d_model=32,
-        d_kv=8,
-        d_ff=64,
-        num_layers=2,
-        num_decoder_layers=2,
-        num_heads=4,
-        dropout_rate=0.0,
-        pad_token_id=PAD,
-        eos_token_id=TOKENIZER.eos_token_id,
-        decoder_start_token_id=PAD,
-    )
-    return T5ForConditionalGeneration(config)
-
-
 def tiny_model(kind: str = "llama") -> Any:
-    return tiny_t5() if kind == "t5" else tiny_llama(TOKENIZER, hidden=32, layers=2)
+    if kind == "t5":
+        return tiny_t5(TOKENIZER, dropout_rate=0.0)
+    return tiny_llama(TOKENIZER, hidden=32, layers=2)
 
 
 def rows_of(kind: str = "llama", count: int = 16) -> list[Encoded]:
@@ -183,7 +166,7 @@ def test_seq2seq_trainer_teaches_a_t5(tmp_path: Path) -> None:
 
     (task,) = toy_suite(["head"], train_rows=64, test_rows=16)
     encoder = Encoder(TOKENIZER, Template(prompt="{prompt}{eos}"), encoder_decoder=True)
-    model = tiny_t5()
+    model = tiny_model("t5")
     record = fit(
         model,
         encoder.many(task.train),
