@@ -121,6 +121,10 @@ def register(cls: Class) -> Class:
 
 
 def register_variant(cls: type[Strategy], **declarations: Any) -> None:
-    """Make the same strategy known by another name, with declarations (and an Options) of its own."""
+    """Make the same strategy known by another name, with declarations (and an Options) of its own.
+
+    The copied methods stay bound to the original class, so they can't use `super()` without arguments: a
+    strategy with variants writes out what it needs of its base (as `Kif.__init__` sets `options`).
+    """
     own = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
     register(type(cls.__name__, cls.__bases__, {**own, **declarations}))
