@@ -64,8 +64,8 @@ class Kif(Strategy):
         """Algorithm 1, one step; under online fusion also blend the old weights in every few steps."""
         self.sensitivity.observe(scale)
         fusion = self.options.fusion
-        if fusion.name == "online" and step % fusion.every == 0:
-            self._fuse(self._scores())
+        if self.accumulated is not None and fusion.name == "online" and step % fusion.every == 0:
+            self._fuse(self.accumulated, self._scores())
 
     def stage_state_dict(self) -> Mapping[str, Tensor]:
         """Sensitivity so far."""
@@ -78,16 +78,15 @@ class Kif(Strategy):
     def _scores(self) -> Tensor:
         return unit_scores(self.units, self.sensitivity.result(), self.options.unit_score or "product")
 
-    def _fuse(self, scores: Tensor) -> None:
-        if self.accumulated is not None:  # the first task has nothing to be fused with
-            share = old_shares(self.accumulated, scores, self.options.fusion, self.options.important or 0.2)
-            fuse(self.units, self.parameters, self.before, share, self.options.averaged or "factors")
+    def _fuse(self, old: Tensor, new: Tensor) -> None:
+        share = old_shares(old, new, self.options.fusion, self.options.important or 0.2)
+        fuse(self.units, self.parameters, self.before, share, self.options.averaged or "factors")
 
     def end(self, context: Context, stage: Stage) -> None:
         """Fuse (eq. 15 or 17), replay if there is a memory (section V), accumulate the scores (eq. 13)."""
         scores, before = self._scores(), self.accumulated
-        if self.options.fusion.name != "online":
-            self._fuse(scores)
+        if before is not None and self.options.fusion.name != "online":  # nothing precedes the first task
+            self._fuse(before, scores)
         if self.memory is not None:
             self._replay(context, stage, scores)
             for task in stage.tasks:
