@@ -187,6 +187,12 @@ def attribute(
     importance: Annotated[
         str, typer.Option(help="lrp, fisher, taylor, magnitude, ... (holdfast list importances)")
     ] = "lrp",
+    like: Annotated[
+        Path | None,
+        typer.Option(
+            "--config", metavar="RUN_OR_CONFIG.yaml", help="take template and evaluation of this run"
+        ),
+    ] = None,
     options: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="options of the importance, or of the template"),
@@ -202,13 +208,14 @@ def attribute(
 
     Examples:
 
-      holdfast attribute --model runs/toy/tasks/01-reverse/model --data my-task --out prior
+      holdfast attribute --model runs/toy/tasks/01-reverse/model --config runs/toy --data my-task --out prior
 
       holdfast attribute --model m --data d --out p --set rules=paper --set aggregate=topk
 
       holdfast attribute --model m --data d --out p --importance fisher --test-faithfulness
 
-    A template option is set with its section: --set template.max_prompt_tokens=128
+    Prompts must look as in training: --config takes the run's template, and
+    --set template.max_prompt_tokens=128 changes one option of it.
 
     Killed and started again, it continues: its state is saved every minute.
     """
@@ -225,6 +232,7 @@ def attribute(
             dtype=dtype,
             seed=seed,
             progress=progress,
+            like=like,
         )
 
 

@@ -19,6 +19,7 @@ from holdfast.importance.registry import REGISTRY
 from holdfast.strategies import STRATEGIES
 from holdfast.tasks import TOY_TASKS, list_orders, toy_suite
 
+ROOT = Path(__file__).parents[2]
 WIDE = {"COLUMNS": "240", "NO_COLOR": "1", "TERM": "dumb"}
 COMMANDS = ("demo", "run", "compare", "attribute", "report", "check", "list")
 
@@ -304,6 +305,55 @@ def test_attribute_tests_faithfulness(trained: Path, head_data: Path, tmp_path: 
     assert "importance:" in result.output
 
 
+def test_attribute_takes_the_template_of_a_run_and_set_wins(
+    trained: Path, head_data: Path, tmp_path: Path, tiny: Any
+) -> None:
+    framed = {"prompt": "{prompt}?", "max_prompt_tokens": 6}
+    file = config_file(tmp_path, tiny(tmp_path / "r", template=framed))
+    model = trained / "tasks" / "01-head" / "model"
+
+    def prior(*arguments: object) -> bytes:
+        common = ("attribute", "--model", model, "--data", head_data, "--out", tmp_path / "p")
+        result = holdfast_cli(*common, "--importance", "fisher", "--set", "samples=4", *arguments)
+        assert result.exit_code == 0, result.output
+        return (tmp_path / "p" / "prior.safetensors").read_bytes()
+
+    typed = [part for key, value in framed.items() for part in ("--set", f"template.{key}='{value}'")]
+    plain = prior()
+    assert prior("--config", trained) == plain, "that run has the default template"
+    assert prior("--config", file) == prior(*typed) != plain
+    back = ("--set", "template.prompt='{bos}{prompt}'", "--set", "template.max_prompt_tokens=512")
+    assert prior("--config", file, *back) == plain
+
+
+def test_attribute_tests_answers_as_the_run_does(
+    trained: Path, head_data: Path, tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = config_file(tmp_path, tiny(tmp_path / "r", evaluation={"max_new_tokens": 3, "batch_size": 7}))
+    seen: list[Any] = []
+
+    def measured(*_: Any, options: Any, **__: Any) -> dict[str, Any]:
+        seen.append((options.max_new_tokens, options.batch_size))
+        return {"curves": {}, "percent": []}
+
+    monkeypatch.setattr("holdfast.runner.attribute.measure_faithfulness", measured)
+    result = holdfast_cli(
+        *(
+            "attribute",
+            "--model",
+            trained / "tasks/01-head/model",
+            "--data",
+            head_data,
+            "--out",
+            tmp_path / "p",
+        ),
+        *("--importance", "magnitude", "--config", file, "--set", "evaluation.batch_size=5"),
+        "--test-faithfulness",
+    )
+    assert result.exit_code == 0, result.output
+    assert seen == [(3, 5)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -313,6 +363,13 @@ def test_attribute_tests_faithfulness(trained: Path, head_data: Path, tmp_path: 
         (["--dtype", "int8"], "model.dtype: Input should be 'float32'"),
         (["--data", "nowhere"], "no 'nowhere'; give a JSONL file, or a folder with train.jsonl in it"),
         (["--model", "./nowhere"], "no Hugging Face model at './nowhere'"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml: can't be read (No such file or directory)"),
+        (
+            ["--config", "tests"],
+            "--config takes a run's folder, its config.yaml, or a file for `holdfast run`.",
+        ),
+        (["--config", str(ROOT / "README.md")], "--config takes a run's folder"),
+        (["--config", str(ROOT / "configs/compare/toy.yaml")], "base: unknown key"),
     ],
 )
 def test_attribute_tells_what_is_wrong(

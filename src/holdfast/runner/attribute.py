@@ -10,12 +10,13 @@ from pydantic import Field
 
 from holdfast.attribution.partial import Partial
 from holdfast.config import Options, override, validate
-from holdfast.errors import DataError
+from holdfast.errors import ConfigError, DataError
 from holdfast.evaluation.evaluate import EvaluationOptions
 from holdfast.evaluation.faithfulness import measure_faithfulness
 from holdfast.importance import ImportanceOptions, ImportancePrior, compute_prior
 from holdfast.models import ModelOptions, block_parameters, is_encoder_decoder, load_model
 from holdfast.progress import Progress
+from holdfast.runner.config import load_config
 from holdfast.storage import write_json
 from holdfast.tasks import Encoder, Template, load_task, toy_tokenizer
 
@@ -43,8 +44,12 @@ def attribute_to_folder(
     dtype: str,
     seed: int,
     progress: Progress,
+    like: Path | None = None,
 ) -> ImportancePrior:
     """Compute a prior and write it to a folder; with `faithfulness` also ``faithfulness.json``.
+
+    `like` is a run's folder or a run's configuration, whose ``template`` and ``evaluation`` hold unless the
+    assignments say otherwise.
 
     While it is computed, what there is stands in ``partial`` in that folder. Called again after a kill with
     the same arguments, it goes on from there; the prior is that of an uninterrupted one, bit for bit.
@@ -52,10 +57,12 @@ def attribute_to_folder(
     Raises
     ------
     HoldfastError
-        The options, the model or the data are wrong, or attribution of this model can't be trusted.
+        The options, the configuration, the model or the data are wrong, or attribution of this model can't
+        be trusted.
     """
     qualified = [a if a.split(".")[0] in SECTIONS else f"importance.{a}" for a in assignments]
     values: dict[str, Any] = {
+        **({} if like is None else _sections_of(like)),
         "importance": {"name": importance},
         "model": {"path": model, "dtype": dtype, "trainable": "all"},
     }
@@ -101,3 +108,14 @@ def attribute_to_folder(
                 + "  ".join(f"{p:g} %: {a:.1f}" for p, a in zip(result["percent"], curve, strict=True))
             )
     return prior
+
+
+def _sections_of(path: Path) -> dict[str, Any]:
+    """How a run shapes its prompts and tests its answers."""
+    try:
+        config = load_config(path / "config.yaml" if path.is_dir() else path)
+    except ConfigError as error:
+        raise ConfigError(
+            f"--config takes a run's folder, its config.yaml, or a file for `holdfast run`.\n{error}"
+        ) from error
+    return {"template": config.template.model_dump(), "evaluation": config.evaluation.model_dump()}
