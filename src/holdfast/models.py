@@ -14,6 +14,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
+from holdfast.adapters import ADAPTER, load_adapter
 from holdfast.config import Options
 from holdfast.errors import ModelError
 from holdfast.progress import no_library_bars
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.|base_model\.model\.)+")
-ADAPTER = "adapter_config.json"
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|block|blocks|layer)\.(\d+)\.")
 
 
@@ -291,9 +291,7 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
 def load_weights(model: Any, folder: Path) -> None:
     """Put weights that `save_model` wrote (whole, or a PEFT adapter) into a model in memory."""
     if hasattr(model, "peft_config"):
-        from peft import load_peft_weights, set_peft_model_state_dict
-
-        set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+        load_adapter(model, folder)
         return
     cls: Any = type(model)
     saved = cls.from_pretrained(folder, dtype=model.dtype)

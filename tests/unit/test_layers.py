@@ -24,7 +24,7 @@ LAYERS = [  # from the top down; those in one line may import each other
     {"importance"},
     {"attribution"},
     {"tasks"},
-    {"models"},
+    {"models", "adapters"},
     {"config"},
     {"progress", "storage"},
     {"errors"},
