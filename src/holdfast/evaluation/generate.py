@@ -125,7 +125,9 @@ def rank_options(
         batch = collate(pairs, tokenizer.pad_token_id, encoder_decoder=encoder_decoder)
         batch = _for_model(model, batch)
         labels = batch["labels"]
-        inputs = batch if encoder_decoder else {k: v for k, v in batch.items() if k != "labels"}
+        # without them no loss is computed; prompts that an input finds need them to tell it from the answer
+        labelled = encoder_decoder or getattr(model, "reads_labels", False)
+        inputs = batch if labelled else {k: v for k, v in batch.items() if k != "labels"}
         logits = model(**inputs).logits
         if not encoder_decoder:
             logits, labels = logits[:, :-1], labels[:, 1:]
