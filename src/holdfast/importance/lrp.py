@@ -38,6 +38,11 @@ class LrpOptions(Options):
             raise ValueError(f"`top_k` applies to `aggregate: topk` only, not to `{self.aggregate}`")
         return self
 
+    @property
+    def folded(self) -> int:
+        """Values of each weight that are held while samples are folded: K of eq. 11, or one."""
+        return (self.top_k or 8) if self.aggregate == "topk" else 1
+
 
 @register(LrpOptions, needs_data=True)
 def lrp(inputs: Inputs, options: LrpOptions) -> Computed:
@@ -74,7 +79,7 @@ def lrp(inputs: Inputs, options: LrpOptions) -> Computed:
 
 def _fold(options: LrpOptions) -> TopKMean | AbsoluteMean | SquareMean:
     if options.aggregate == "topk":
-        return TopKMean(8 if options.top_k is None else options.top_k, per_weight=options.per_weight)
+        return TopKMean(options.folded, per_weight=options.per_weight)
     if options.aggregate == "absolute":
         return AbsoluteMean(per_weight=options.per_weight)
     return SquareMean(per_weight=options.per_weight)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from holdfast.errors import ConfigError
+from holdfast.storage import write_json
 
 _FACTOR_A = re.compile(r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?A(?P<leaf>\.weight)?$")
 
@@ -168,3 +170,22 @@ def masks(units: Sequence[SkillUnit], chosen: Tensor, parameters: Mapping[str, T
         for part in unit.slices:
             part.of(held[part.parameter]).fill_(float(take))
     return held
+
+
+def write_units(
+    path: Path, kind: str, units: Sequence[SkillUnit], scores: Tensor, accumulated: Tensor | None
+) -> None:
+    """Write ``units.json``, which the report draws: each unit's name and score.
+
+    Parameters
+    ----------
+    kind : str
+        ``matrix`` or ``lora``.
+    scores : Tensor, shape (units,)
+        Of the task that was just learned.
+    accumulated : Tensor, shape (units,), or None
+        Of all tasks so far; None after the first.
+    """
+    total = None if accumulated is None else accumulated.tolist()
+    names = [unit.name for unit in units]
+    write_json(path, {"kind": kind, "names": names, "scores": scores.tolist(), "accumulated": total})

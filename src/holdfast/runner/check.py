@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 from holdfast.errors import HoldfastError
-from holdfast.models import block_parameters, is_encoder_decoder, load_model
+from holdfast.models import is_encoder_decoder, load_model
+from holdfast.protect.replay import Rehearsal
 from holdfast.runner.config import RunConfig
-from holdfast.strategies import build_strategy
+from holdfast.strategies import Strategy, build_strategy
 from holdfast.tasks import Encoder, inspect_stream, toy_tokenizer
-from holdfast.tasks.task import TaskStream
+from holdfast.tasks.task import Example, TaskStream
 
 
 @dataclass
@@ -71,9 +73,10 @@ def check(config: RunConfig) -> Findings:
     except HoldfastError as error:
         findings.problems.append(str(error))
     _check_output(config, findings)
+    strategy = build_strategy(config.strategy)
     if model is not None:
         try:
-            build_strategy(config.strategy).check(model)
+            strategy.check(model)
         except HoldfastError as error:
             findings.problems.append(str(error))
     if stream is not None and tokenizer is not None:
@@ -84,7 +87,7 @@ def check(config: RunConfig) -> Findings:
     if model is not None and config.training.trainer == "sft" and is_encoder_decoder(model):
         findings.problems.append("training.trainer: 'sft' trains causal models only; use 'auto'.")
     if model is not None and stream is not None:
-        _estimate(config, model, stream, findings)
+        _estimate(config, model, stream, strategy, findings)
     return findings
 
 
@@ -136,12 +139,12 @@ def _check_lengths(
             )
 
 
-def _estimate(config: RunConfig, model: Any, stream: TaskStream, findings: Findings) -> None:
+def _estimate(
+    config: RunConfig, model: Any, stream: TaskStream, strategy: Strategy, findings: Findings
+) -> None:
     parameters = list(model.parameters())
     trainable = [p for p in parameters if p.requires_grad]
-    held = block_parameters(model)
     total, learned = sum(p.numel() for p in parameters), sum(p.numel() for p in trainable)
-    held_elements = sum(p.numel() for p in held.values())
     size = torch.finfo(model.dtype).bits // 8
     states = {"adamw": 2, "sgd": 0, "adafactor": 0}[config.training.optimizer]
     findings.estimate += [
@@ -150,37 +153,13 @@ def _estimate(config: RunConfig, model: Any, stream: TaskStream, findings: Findi
         ("gradients", _mib(learned * size)),
         ("optimizer state", _mib(learned * size * states)),
     ]
-    importance = getattr(config.strategy, "importance", None) or getattr(config.strategy, "fisher", None)
-    if importance is not None and held:
-        batch = getattr(importance, "batch_size", 0)
-        buffers = getattr(importance, "top_k", None) or 1
-        largest = max(p.numel() for p in held.values())
-        findings.estimate += [
-            ("prior (float32, on the CPU)", _mib(held_elements * 4)),
-            ("protection (reference or snapshot, and its factors)", _mib(held_elements * size * 2)),
-            (
-                "per-sample maps (one layer at a time) and fold",
-                _mib((batch * largest + buffers * held_elements) * 4),
-            ),
-        ]
-        if learned > held_elements:
-            findings.remarks.append(
-                f"{learned - held_elements:,} trained parameters (embeddings, norms, head) have no relevance "
-                "and are not protected; model.trainable: blocks trains only what is."
-            )
-    sensitivity = getattr(config.strategy, "sensitivity", None)
-    if sensitivity is not None:
-        values = 1 + sensitivity.smoothing + (sensitivity.order == "second")
-        findings.estimate += [
-            ("sensitivity (float32)", _mib(learned * 4 * values)),
-            ("the weights before each task", _mib(learned * size)),
-        ]
+    for cost in strategy.estimate(model, stream):
+        findings.estimate.append((cost.what, _mib(cost.size)))
+        findings.remarks += [cost.note] if cost.note else []
     if config.model.lora is None and not trainable:
         findings.problems.append("model.trainable: this model has no linear maps inside transformer blocks.")
-    strategy = build_strategy(config.strategy)
     options, steps = config.training, []
-    for stage in strategy.stages(stream):
-        rows = sum(len(task.train) for task in stage.tasks)
+    for rows in _rows(config, stream, strategy):
         batches = math.ceil(rows / options.batch_size)
         epoch = max(math.ceil(batches / options.gradient_accumulation), 1)
         steps.append(options.max_steps or math.ceil(epoch * options.epochs))
@@ -190,6 +169,17 @@ def _estimate(config: RunConfig, model: Any, stream: TaskStream, findings: Findi
     findings.estimate.append(
         ("answers generated", f"up to {tests * rounds:,} ({tests:,} in each of {rounds} rounds)")
     )
+
+
+def _rows(config: RunConfig, stream: TaskStream, strategy: Strategy) -> Iterator[int]:
+    """How many rows each stage trains on, replayed ones included: a memory is filled as in the run."""
+    rehearsal = strategy.rehearsal if config.replay is None else Rehearsal(config.replay)
+    for stage in strategy.stages(stream):
+        examples: Sequence[Example] = [example for task in stage.tasks for example in task.train]
+        if rehearsal is not None:
+            examples = rehearsal.mixed(examples, config.seed)
+            rehearsal.learned(stage.tasks, config.seed)
+        yield len(examples)
 
 
 def _mib(size: float) -> str:

@@ -13,18 +13,13 @@ from holdfast.config import Options, named_or
 from holdfast.errors import HoldfastError
 from holdfast.importance import ImportanceOptions, ImportancePrior
 from holdfast.importance.lrp import LrpOptions
-from holdfast.protect import (
-    AnchorOptions,
-    Control,
-    Handle,
-    MechanismOptions,
-    Protection,
-    apply_control,
-    build_mechanism,
-)
+from holdfast.protect import AnchorOptions, Control, MechanismOptions, apply_control, build_mechanism
+from holdfast.protect.attach import Handle, Protection
+from holdfast.protect.cost import Cost, prior_costs
 from holdfast.protect.reference import weights_of
 from holdfast.storage import write_json
 from holdfast.strategies.protocol import Context, Stage, Strategy, register
+from holdfast.tasks.task import TaskStream
 
 
 class AttributionStrategyOptions(Options):
@@ -83,6 +78,10 @@ class Attribution(Strategy):
         except HoldfastError as error:
             raise type(error)(f"strategy.initial_prior: {error}") from error
         self.prior = prior.mean_normalised() if self.options.balance else prior
+
+    def estimate(self, model: nn.Module, stream: TaskStream) -> list[Cost]:
+        """The prior, and what acts on it."""
+        return prior_costs(model, self.options.importance)
 
     def begin(self, context: Context, stage: Stage) -> None:
         """Build the protection; its reference is the weights that this stage starts from."""

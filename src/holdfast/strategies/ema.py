@@ -14,8 +14,10 @@ from holdfast.config import Options
 from holdfast.importance.prior import trained_parameters
 from holdfast.protect import Handle
 from holdfast.protect.attach import hook, unwrap
+from holdfast.protect.cost import Cost, trained_bytes
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.protocol import Strategy, register
+from holdfast.tasks.task import TaskStream
 
 
 class EmaOptions(Options):
@@ -37,6 +39,10 @@ class Ema(Strategy):
     paper = "K, Table V (Szegedy et al. 2016)"
     summary = "the model is the running average of the weights over all steps"
     Options = EmaOptions
+
+    def estimate(self, model: nn.Module, stream: TaskStream) -> list[Cost]:
+        """The average."""
+        return [Cost("average of the weights (float32)", trained_bytes(model, each=4))]
 
     def begin(self, context: Context, stage: Stage) -> None:
         """Start the average at the present weights, which are the last task's average."""

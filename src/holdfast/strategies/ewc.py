@@ -13,9 +13,11 @@ from holdfast.config import Options
 from holdfast.importance import ImportancePrior
 from holdfast.importance.fisher import FisherOptions
 from holdfast.protect import Handle, Penalty
+from holdfast.protect.cost import Cost, prior_costs
 from holdfast.protect.reference import weights_of
 from holdfast.storage import write_json
 from holdfast.strategies.protocol import Context, Stage, Strategy, register
+from holdfast.tasks.task import TaskStream
 
 
 class EwcOptions(Options):
@@ -61,14 +63,16 @@ class Ewc(Strategy):
         self.anchors: list[dict[str, Tensor]] = []  # theta*_k; `separate` only
         self._penalties: list[Penalty] = []
 
+    def estimate(self, model: nn.Module, stream: TaskStream) -> list[Cost]:
+        """A Fisher and a penalty; with `separate`, in the last task, of each task before it."""
+        kept = max(len(stream) - 1, 1) if self.options.variant == "separate" else 1
+        return prior_costs(model, self.options.fisher, kept)
+
     def begin(self, context: Context, stage: Stage) -> None:
         """One penalty around each task's own weights, or one around those that this stage starts from."""
         anchors = self.anchors or [weights_of(context.model, fisher.tensors) for fisher in self.fishers]
-        strength = self.options.strength
-        self._penalties = [
-            Penalty(fisher, strength=strength, reference=anchor)
-            for fisher, anchor in zip(self.fishers, anchors, strict=True)
-        ]
+        pairs = zip(self.fishers, anchors, strict=True)
+        self._penalties = [Penalty(f, strength=self.options.strength, reference=a) for f, a in pairs]
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
         """Add the penalties' gradients once per optimizer step."""
@@ -112,6 +116,5 @@ class Ewc(Strategy):
         def part(start: str) -> dict[str, Tensor]:
             return {n[len(start) :]: t for n, t in tensors.items() if n.startswith(start)}
 
-        metas = values["tasks"]
-        self.fishers = [ImportancePrior(part(f"{k}:fisher:"), dict(m)) for k, m in enumerate(metas)]
-        self.anchors = [part(f"{k}:anchor:") for k in range(len(metas))]
+        self.fishers = [ImportancePrior(part(f"{k}:fisher:"), dict(m)) for k, m in enumerate(values["tasks"])]
+        self.anchors = [part(f"{k}:anchor:") for k in range(len(self.fishers))]

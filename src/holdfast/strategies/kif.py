@@ -10,16 +10,16 @@ from torch.optim import Optimizer
 
 from holdfast.importance.prior import ImportancePrior, trained_parameters
 from holdfast.importance.sensitivity import Sensitivity
-from holdfast.importance.skill_units import accumulated, important, masks, unit_scores
+from holdfast.importance.skill_units import accumulated, important, masks, unit_scores, write_units
 from holdfast.protect import Gate, Handle
 from holdfast.protect.fuse import fuse, old_shares
 from holdfast.protect.orthogonal import Orthogonality
 from holdfast.protect.reference import weights_of
 from holdfast.protect.replay import Memory
-from holdfast.storage import write_json
 from holdfast.strategies.context import Context, Stage
-from holdfast.strategies.kif_options import KifOptions, check, units_of
-from holdfast.strategies.protocol import Strategy, register
+from holdfast.strategies.kif_options import KifOptions, check, costs, units_of
+from holdfast.strategies.protocol import Cost, Strategy, register
+from holdfast.tasks.task import TaskStream
 from holdfast.training.steps import Interventions
 
 
@@ -41,6 +41,10 @@ class Kif(Strategy):
     def check(self, model: nn.Module) -> None:
         """See that the model has what the options are about."""
         check(self.options, model)
+
+    def estimate(self, model: nn.Module, stream: TaskStream) -> list[Cost]:
+        """Sensitivity, and the old weights."""
+        return costs(self.options, model)
 
     def begin(self, context: Context, stage: Stage) -> None:
         """Keep the weights that the stage starts from: they are the fused model of the tasks before."""
@@ -89,13 +93,10 @@ class Kif(Strategy):
             self._fuse(before, scores)
         if self.memory is not None:
             self._replay(context, stage, scores)
-            for task in stage.tasks:
-                self.memory.add(task, context.seed)
+            self.memory.add(stage.tasks[0], context.seed)
         self.accumulated = scores if before is None else accumulated(before, scores, self.options.beta)
-        names = [unit.name for unit in self.units]
-        total = None if before is None else self.accumulated.tolist()
-        record = {"kind": self.options.units, "names": names, "scores": scores.tolist(), "accumulated": total}
-        write_json(context.folder / "units.json", record)
+        total = None if before is None else self.accumulated
+        write_units(context.folder / "units.json", self.options.units, self.units, scores, total)
 
     def _replay(self, context: Context, stage: Stage, scores: Tensor) -> None:
         """Learn from the memory with this task's important units held fixed (K, section V)."""

@@ -14,6 +14,7 @@ from holdfast.importance.prior import trained_parameters
 from holdfast.importance.sample_squares import require_linear_maps
 from holdfast.importance.sensitivity import SensitivityOptions, sensitivity_options
 from holdfast.importance.skill_units import SkillUnit, lora_units, matrix_units
+from holdfast.protect.cost import Cost, trained_bytes
 from holdfast.protect.fuse import FusionOptions, StaticFusionOptions
 from holdfast.protect.replay import MemoryOptions
 
@@ -68,6 +69,16 @@ def check(options: KifOptions, model: nn.Module) -> None:
     units_of(options, parameters)
     if options.sensitivity.order == "second":
         require_linear_maps(model, parameters)
+
+
+def costs(options: KifOptions, model: nn.Module) -> list[Cost]:
+    """Sensitivity, and the old weights that the new ones are fused with."""
+    sensitivity = options.sensitivity
+    values = 1 + sensitivity.smoothing + (sensitivity.order == "second")
+    return [
+        Cost("sensitivity (float32)", trained_bytes(model, each=4 * values)),
+        Cost("the weights before each task", trained_bytes(model)),
+    ]
 
 
 def units_of(options: KifOptions, parameters: Mapping[str, Tensor]) -> list[SkillUnit]:

@@ -9,9 +9,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from holdfast.config import Options
+from holdfast.protect.cost import Cost, trained_bytes
 from holdfast.protect.distil import Teacher
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.protocol import Strategy, register
+from holdfast.tasks.task import TaskStream
 
 
 class LwfOptions(Options):
@@ -41,6 +43,10 @@ class Lwf(Strategy):
     def __init__(self, options: LwfOptions) -> None:
         super().__init__(options)
         self.teacher: Teacher | None = None
+
+    def estimate(self, model: nn.Module, stream: TaskStream) -> list[Cost]:
+        """The teacher, from the second task on."""
+        return [Cost("teacher (the trained weights before the task)", trained_bytes(model))]
 
     def begin(self, context: Context, stage: Stage) -> None:
         """Keep the model as it is; before the first task there is nothing to keep."""

@@ -1,9 +1,10 @@
 """The one protocol of all strategies, and their registry.
 
 A strategy is one paper in one file. It overrides the verbs that it needs and is called by the runner,
-and by nothing else, in this order: `check` and `prepare` once; then for each stage `begin`, `examples`,
-during training `attach`, `watch`, `penalty` and `observe` (and `stage_state_dict` with each checkpoint),
-then `end`; for each evaluation `route`; after each stage `state_dict`, and on resume `load_state_dict`.
+and by nothing else, in this order: `check` and `prepare` once (by ``holdfast check``: `check`, `estimate`);
+then for each stage `begin`, `examples`, during training `attach`, `watch`, `penalty` and `observe` (and
+`stage_state_dict` with each checkpoint), then `end`; for each evaluation `route`; after each stage
+`state_dict`, and on resume `load_state_dict`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from torch.optim import Optimizer
 from holdfast.config import Options
 from holdfast.errors import ConfigError
 from holdfast.protect import Handle
+from holdfast.protect.cost import Cost
+from holdfast.protect.replay import Rehearsal
 from holdfast.strategies.context import Context, Stage
 from holdfast.tasks.task import Example, TaskStream
 
@@ -41,6 +44,8 @@ class Strategy:
         the number of tasks, or more with each task.
     inference : str
         What an answer costs beside that of the plain model, in the same terms.
+    rehearsal : Rehearsal or None
+        The memory that `examples` mixes in, if it does: `holdfast check` counts its rows.
     """
 
     name: ClassVar[str]
@@ -51,6 +56,7 @@ class Strategy:
     needs_task_identity: ClassVar[bool] = False
     state: ClassVar[Extra] = "none"
     inference: ClassVar[Extra] = "none"
+    rehearsal: Rehearsal | None = None
 
     def __init__(self, options: Any) -> None:
         self.options = options
@@ -61,6 +67,10 @@ class Strategy:
 
     def check(self, model: nn.Module) -> None:
         """Raise a `HoldfastError` that names the key if the method is not defined for this model."""
+
+    def estimate(self, model: nn.Module, stream: TaskStream) -> list[Cost]:
+        """What it holds in memory beside model, gradients and optimizer, for `holdfast check`."""
+        return []
 
     def prepare(self, context: Context) -> None:
         """Called once, before anything is trained or resumed; may wrap or replace ``context.model``."""

@@ -37,7 +37,7 @@ class Replay(Strategy):
 
     def __init__(self, options: ReplayOptions) -> None:
         super().__init__(options)
-        self.rehearsal = Rehearsal(options)
+        self.rehearsal: Rehearsal = Rehearsal(options)
 
     def begin(self, context: Context, stage: Stage) -> None:
         """Note the seed that draws the rows."""

@@ -6,14 +6,17 @@ from typing import Literal
 
 import torch
 from pydantic import Field
+from torch import nn
 
 from holdfast.config import Options
 from holdfast.importance.prior import trained_parameters
 from holdfast.importance.skill_units import matrix_units
+from holdfast.protect.cost import Cost, trained_bytes
 from holdfast.protect.fuse import fuse
 from holdfast.protect.reference import weights_of
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.protocol import Strategy, register
+from holdfast.tasks.task import TaskStream
 
 
 class WeightEnsembleOptions(Options):
@@ -31,6 +34,10 @@ class WeightEnsemble(Strategy):
     paper = "K, eq. 14 (Marouf et al. 2023, arXiv 2312.08977)"
     summary = "after each task, the average of the weights before and after it"
     Options = WeightEnsembleOptions
+
+    def estimate(self, model: nn.Module, stream: TaskStream) -> list[Cost]:
+        """The old weights."""
+        return [Cost("the weights before each task", trained_bytes(model))]
 
     def begin(self, context: Context, stage: Stage) -> None:
         """Keep the weights that the stage starts from."""

@@ -1,0 +1,70 @@
+"""What a method holds in memory beside model, gradients and optimizer, told before a run."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from holdfast.importance.registry import REGISTRY
+from holdfast.models import block_parameters
+
+
+class Cost(NamedTuple):
+    """A line of the estimate of ``holdfast check``.
+
+    Attributes
+    ----------
+    what : str
+    size : int
+        Bytes, at the most that there is of it at one time.
+    note : str
+        A remark for the user, if there is one.
+    """
+
+    what: str
+    size: int
+    note: str = ""
+
+
+def trained_bytes(model: nn.Module, each: int | None = None) -> int:
+    """Bytes of one value for each trained weight: of its own dtype, or `each` bytes."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return sum(p.numel() * (each or p.element_size()) for p in trained)
+
+
+def prior_costs(model: nn.Module, options: Any, kept: int = 1) -> list[Cost]:
+    """Of computing priors and protecting weights by them.
+
+    Parameters
+    ----------
+    options : options model
+        Of an importance.
+    kept : int
+        How many priors act at the same time, each with a mechanism of its own.
+    """
+    weights = list(block_parameters(model).values())
+    if not weights:
+        return []
+    elements, largest = sum(p.numel() for p in weights), max(p.numel() for p in weights)
+    unrated = trained_bytes(model, each=1) - elements
+    several = "" if kept == 1 else f", {kept} of them"
+    costs = [
+        Cost(
+            f"prior (float32, on the CPU){several}",
+            kept * elements * 4,
+            f"{unrated:,} trained parameters (embeddings, norms, head) have no relevance and are not "
+            "protected; model.trainable: blocks trains only what is."
+            if unrated
+            else "",
+        ),
+        Cost(
+            f"protection (reference or snapshot, and its factors){several}",
+            kept * 2 * sum(p.numel() * p.element_size() for p in weights),
+        ),
+    ]
+    if REGISTRY[options.name].needs_data:
+        folded = getattr(options, "folded", 1)
+        maps = options.batch_size * largest + folded * elements
+        costs.append(Cost("per-sample maps (one layer at a time) and fold", maps * 4))
+    return costs

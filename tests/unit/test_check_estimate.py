@@ -1,0 +1,131 @@
+"""What `holdfast check` says that a run will take is what it takes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from holdfast.config import validate
+from holdfast.importance import ImportancePrior
+from holdfast.importance.lrp import LrpOptions
+from holdfast.models import LoraOptions, add_lora, block_parameters, tiny_llama
+from holdfast.protect.cost import prior_costs, trained_bytes
+from holdfast.protect.distil import Teacher
+from holdfast.runner import RunConfig, run
+from holdfast.runner.check import check
+from holdfast.strategies import STRATEGIES, Stage, build_strategy
+from holdfast.tasks import toy_suite, toy_tokenizer
+
+STREAM = toy_suite(["copy", "flip", "head", "tail"], 8, 2)
+
+
+def model(lora: bool = False) -> Any:
+    made = tiny_llama(toy_tokenizer(), hidden=16, layers=1, heads=2)
+    return add_lora(made, LoraOptions(r=2)) if lora else made
+
+
+def held_by(tensors: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def costs_of(name: str, made: nn.Module, **options: Any) -> dict[str, int]:
+    strategy = build_strategy(STRATEGIES[name].Options(**options))
+    return {cost.what: cost.size for cost in strategy.estimate(made, STREAM)}
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_lwf_keeps_one_copy_of_what_is_trained(lora: bool) -> None:
+    made = model(lora)
+    (size,) = costs_of("lwf", made).values()
+    assert size == held_by(Teacher(made).weights.values())
+
+
+@pytest.mark.parametrize(("name", "width"), [("ema", 4), ("weight-ensemble", 2)])
+def test_an_average_is_one_copy_of_what_is_trained(name: str, width: int) -> None:
+    made = model().to(torch.bfloat16)
+    (size,) = costs_of(name, made).values()
+    assert size == width * sum(p.numel() for p in made.parameters())
+
+
+@dataclass
+class FakeContext:
+    """What EWC uses of a run."""
+
+    model: nn.Module
+    folder: Path
+
+    def importance(self, task: Any, options: Any) -> ImportancePrior:
+        return ImportancePrior({n: torch.ones_like(p) for n, p in block_parameters(self.model).items()})
+
+
+@pytest.mark.parametrize(("variant", "kept"), [("sum", 1), ("online", 1), ("separate", 3)])
+def test_ewc_keeps_as_many_fishers_as_estimated(variant: str, kept: int, tmp_path: Path) -> None:
+    made = model()
+    context: Any = FakeContext(made, tmp_path)
+    strategy: Any = build_strategy(STRATEGIES["ewc"].Options(variant=variant))
+    for task in STREAM.tasks[:-1]:
+        strategy.begin(context, Stage(task.name, (task,)))
+        strategy.end(context, Stage(task.name, (task,)))
+    fishers, protection, _ = costs_of("ewc", made, variant=variant).values()
+    assert len(strategy.fishers) == kept
+    assert fishers == held_by(t for fisher in strategy.fishers for t in fisher.tensors.values())
+    strategy.begin(context, Stage("last", STREAM.tasks[-1:]))
+    references: list[Tensor] = [t for penalty in strategy._penalties for t in penalty.reference.values()]
+    assert protection == 2 * held_by(references), "the reference, and the factors of the same size"
+
+
+def test_eq_11_holds_k_values_of_each_weight_8_by_default() -> None:
+    made, sizes = model(), {}
+    for k in (None, 8, 3):
+        options = LrpOptions(aggregate="topk", top_k=k)
+        sizes[k] = prior_costs(made, options)[-1].size
+    weights = sum(p.numel() for p in block_parameters(made).values())
+    assert sizes[None] == sizes[8] == sizes[3] + 5 * 4 * weights
+    assert sizes[3] == prior_costs(made, LrpOptions())[-1].size + 2 * 4 * weights
+
+
+def test_what_a_prior_does_not_rate_is_noted() -> None:
+    made = model()
+    options = STRATEGIES["ewc"].Options().fisher
+    rated = sum(p.numel() for p in block_parameters(made).values())
+    notes = [cost.note for cost in prior_costs(made, options) if cost.note]
+    assert [note.split()[0] for note in notes] == [f"{trained_bytes(made, each=1) - rated:,}"]
+    for name, p in made.named_parameters():
+        p.requires_grad_(name in block_parameters(made))
+    assert not any(cost.note for cost in prior_costs(made, options))
+
+
+@pytest.mark.parametrize("name", sorted(STRATEGIES))
+def test_every_strategy_can_be_estimated(name: str) -> None:
+    assert all(size > 0 for size in costs_of(name, model(lora=True)).values())
+
+
+REPLAYED = {"ratio": 0.5, "memory": {"count": 3}}
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [{"strategy": {"name": "replay", **REPLAYED}}, {"replay": REPLAYED}],
+    ids=["strategy", "section"],
+)
+def test_steps_are_estimated_with_replayed_rows(sections: dict[str, Any], tmp_path: Path, tiny: Any) -> None:
+    values = tiny(tmp_path / "r", **sections)
+    values["model"] = {"toy": True, "hidden": 16, "layers": 1}
+    values["tasks"] = {"source": "toy", "order": ["copy", "flip"], "train_rows": 8, "test_rows": 1}
+    values["training"] = {"epochs": 1, "batch_size": 8}
+    values["evaluation"] = {"zero_shot": False, "scope": "needed"}
+    config = validate(RunConfig, values, "test")
+    (estimated,) = [much for what, much in check(config).estimate if what == "optimizer steps"]
+    run(config)
+    steps = [
+        json.loads((tmp_path / "r" / "tasks" / stage / "training.json").read_text())["steps"]
+        for stage in ("01-copy", "02-flip")
+    ]
+    assert steps == [1, 2]
+    assert estimated == f"{sum(steps)} ({', '.join(map(str, steps))} by stage)"
