@@ -337,18 +337,10 @@ def test_attribute_tests_answers_as_the_run_does(
         return {"curves": {}, "percent": []}
 
     monkeypatch.setattr("holdfast.runner.attribute.measure_faithfulness", measured)
+    model, out = trained / "tasks" / "01-head" / "model", tmp_path / "p"
     result = holdfast_cli(
-        *(
-            "attribute",
-            "--model",
-            trained / "tasks/01-head/model",
-            "--data",
-            head_data,
-            "--out",
-            tmp_path / "p",
-        ),
-        *("--importance", "magnitude", "--config", file, "--set", "evaluation.batch_size=5"),
-        "--test-faithfulness",
+        *("attribute", "--model", model, "--data", head_data, "--out", out, "--importance", "magnitude"),
+        *("--config", file, "--set", "evaluation.batch_size=5", "--test-faithfulness"),
     )
     assert result.exit_code == 0, result.output
     assert seen == [(3, 5)]
