@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from holdfast.adapters import grow, lora_factors, rank_of
 from holdfast.protect.attach import Handle, hook, unwrap
+from holdfast.protect.cost import Cost, trained_bytes
 
 
 class Grown:
@@ -84,3 +85,8 @@ class Grown:
     def summary(self) -> dict[str, Any]:
         """The adapter's rank, and how many of its ranks are frozen; JSON-able."""
         return {"rank": self.rank, "frozen": self.frozen}
+
+
+def grown_cost(model: nn.Module, times: int) -> Cost:
+    """Of growing by the model's rank so many times: weights, gradients, AdamW's states, and the copy."""
+    return Cost("LoRA of later tasks (with gradients, optimizer, a copy)", 5 * times * trained_bytes(model))

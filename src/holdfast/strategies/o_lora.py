@@ -13,10 +13,12 @@ from torch.optim import Optimizer
 from holdfast.adapters import check_growable, rank_of
 from holdfast.config import Options
 from holdfast.protect import Handle
-from holdfast.protect.grown import Grown
+from holdfast.protect.cost import Cost
+from holdfast.protect.grown import Grown, grown_cost
 from holdfast.storage import write_json
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.protocol import Strategy, register
+from holdfast.tasks.task import TaskStream
 
 
 class OLoraOptions(Options):
@@ -65,6 +67,10 @@ class OLora(Strategy):
     def check(self, model: nn.Module) -> None:
         """See that the model has a plain LoRA adapter."""
         check_growable(model, self.name)
+
+    def estimate(self, model: nn.Module, stream: TaskStream) -> list[Cost]:
+        """Of the ranks that later tasks add."""
+        return [grown_cost(model, len(stream) - 1)]
 
     def prepare(self, context: Context) -> None:
         """Note the rank of a task's LoRA."""
