@@ -25,9 +25,7 @@ class OgdOptions(Options):
     """Whose gradients are kept, and what is projected off them."""
 
     name: Literal["ogd"] = "ogd"
-    samples: int = Field(
-        100, ge=1, description="rows of each task whose gradients are kept (4 bytes a weight)"
-    )
+    samples: int = Field(100, ge=1, description="kept gradients of each task (each 4 bytes a weight)")
     target: Literal["all", "first"] = Field(
         "all", description="a row's output: the sum of its answer tokens' logits, or the first one's"
     )
@@ -55,7 +53,7 @@ def logit_gradient(
 
 @register
 class Ogd(Strategy):
-    """No step of a later task moves the weights along the gradients of earlier answers' logits (section 4).
+    """No step of a later task moves the weights along the gradients of earlier answers' logits.
 
     After a task, of each of `samples` rows the gradient of f = the sum of its true tokens' logits (OGD-GTL;
     of logits, not of the loss, which is flat after training) is orthonormalised against all before it. In

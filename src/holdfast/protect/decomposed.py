@@ -1,0 +1,102 @@
+"""Decomposed: linear maps of which only the lesser singular directions are trained, by PEFT's OSF."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from holdfast.models import layer_of, linear_modules
+from holdfast.protect.attach import Handle, hook, unwrap
+
+_ADAPTER = "default"
+
+
+def trained_maps(model: nn.Module) -> dict[str, Any]:
+    """Name and module of the linear maps in transformer blocks whose weight is trained."""
+    return {
+        name: module
+        for name, module in linear_modules(model)
+        if layer_of(f"{name}.") is not None and module.weight.requires_grad
+    }
+
+
+class Decomposed:
+    """W = U_h S_h V_h + U_l S_l V_l of each trained linear map in blocks; U_l, S_l, V_l take W's place.
+
+    The model is changed in place until `merge`. PEFT projects the gradients of U_l and V_l off the columns of
+    U_h and the rows of V_h. What else was trained before is trained as before.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A transformers model without adapters, its maps `torch.nn.Linear`.
+    share : float
+        Of each map's singular values, the largest: how many belong to the part h, rounded down, at least 1.
+
+    Notes
+    -----
+    Memory beside the model, in its dtype: the factors l (with their gradients and optimizer state instead of
+    W's), their first values, and U_h or V_h of the longer side of a map that is not square.
+    """
+
+    def __init__(self, model: nn.Module, share: float) -> None:
+        from peft.tuners.osf import OSFConfig, OSFModel
+
+        maps = trained_maps(model)
+        ranks: dict[str, Any] = {
+            f"^{re.escape(name)}$": max(int(min(module.weight.shape) * share), 1)
+            for name, module in maps.items()
+        }
+        self._trained = [p for p in model.parameters() if p.requires_grad]
+        config = OSFConfig(target_modules="|".join(map(re.escape, maps)), rank_pattern=ranks)
+        self._tuner: Any = OSFModel(model, config, _ADAPTER)  # freezes all but the factors
+        decomposed = {id(module.weight) for module in maps.values()}
+        for parameter in self._trained:
+            parameter.requires_grad_(id(parameter) not in decomposed)
+        self.layers: dict[str, Any] = {name: model.get_submodule(name) for name in maps}
+
+    def attach(self, optimizer: Optimizer) -> Handle:
+        """Project U_l and V_l themselves, too, after every step, until the handle is removed.
+
+        Under Adam a step is not orthogonal though its gradient is.
+        """
+        factors = [
+            layer.osf_svd_params[_ADAPTER][name]
+            for layer in self.layers.values()
+            for name in ("U_low", "V_low")
+        ]
+
+        @torch.enable_grad()
+        def project() -> None:
+            for factor in factors:
+                # PEFT's gradient hook is the projection: here it gets the factor as if it were the gradient
+                (inside,) = torch.autograd.grad(factor.view_as(factor), factor, factor.detach())
+                factor.data.copy_(inside)
+
+        return hook(unwrap(optimizer), after=project)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """U_h or V_h and the first values of the factors, live. PEFT leaves them out of checkpoints.
+
+        A resumed training needs the same ones, and a second SVD may differ in its last bits.
+        """
+        return {f"{n}.{key}": b for n, layer in self.layers.items() for key, b in layer.named_buffers()}
+
+    def merge(self) -> None:
+        """W ← W + U_l S_l V_l − what it was at first; then the model is a plain one, trained as before.
+
+        Of 16-bit weights this is done in float32, one map at a time, and rounded once: the change is a small
+        difference of two products.
+        """
+        for layer in self.layers.values():
+            dtype = layer.weight.dtype
+            layer.to(torch.promote_types(dtype, torch.float32))
+            layer.merge()
+            layer.to(dtype)
+        self._tuner.unload()  # takes the wrappers off; without the merge it would undo the training
+        for parameter in self._trained:
+            parameter.requires_grad_(True)
