@@ -1,11 +1,10 @@
-"""Models: loading, LoRA, what is trained, and the one canonical name of each weight."""
+"""Models: loading, LoRA, and what is trained."""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
 import json
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,13 +16,11 @@ from torch import nn
 from holdfast.adapters import ADAPTER, load_adapter
 from holdfast.config import Options
 from holdfast.errors import ModelError
+from holdfast.names import canonical_name, layer_of
 from holdfast.progress import no_library_bars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-_WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.|base_model\.model\.)+")
-_LAYER = re.compile(r"(?:^|\.)(?:layers|h|block|blocks|layer)\.(\d+)\.")
 
 
 class LoraOptions(Options):
@@ -60,28 +57,6 @@ class ModelOptions(Options):
         if self.lora is not None and self.trainable is not None:
             raise ValueError("`trainable` does not apply with `lora`: only the adapters are trained")
         return self
-
-
-def canonical_name(name: str) -> str:
-    """The name a weight has in the bare model, whatever wraps it (PEFT, DDP, torch.compile).
-
-    LoRA factors lose the adapter's name: ``...q_proj.lora_A.default.weight`` becomes
-    ``...q_proj.lora_A.weight``.
-    """
-    name = _WRAPPERS.sub("", name).replace("._orig_mod", "").replace(".base_layer", "")
-    return re.sub(r"\.(lora_[AB]|lora_embedding_[AB])\.[^.]+", r".\1", name)
-
-
-def layer_of(name: str) -> int | None:
-    """Index of the transformer block a parameter belongs to; None outside the blocks."""
-    match = _LAYER.search(name)
-    return int(match.group(1)) if match else None
-
-
-def module_of(name: str) -> str:
-    """The module's path inside its block, such as ``self_attn.q_proj``."""
-    match = _LAYER.search(name)
-    return (name[match.end() :] if match else name).rsplit(".", 1)[0]
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from holdfast.errors import PriorMismatchError
-from holdfast.importance.agreement import agreement, block_of, compare, ranks, sampled, top_shares
+from holdfast.importance.agreement import agreement, compare, ranks, sampled, top_shares
 from holdfast.importance.prior import ImportancePrior
+from holdfast.names import block_of
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 UP = "model.layers.0.mlp.up_proj.weight"

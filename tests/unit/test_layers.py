@@ -25,7 +25,7 @@ LAYERS = [  # from the top down; those in one line may import each other
     {"attribution"},
     {"tasks"},
     {"models", "adapters"},
-    {"config"},
+    {"names", "config"},
     {"progress", "storage"},
     {"errors"},
 ]

@@ -12,11 +12,11 @@ from holdfast.models import (
     LoraOptions,
     ModelOptions,
     block_parameters,
-    canonical_name,
     digest,
     load_model,
     load_weights,
 )
+from holdfast.names import canonical_name
 from holdfast.tasks import toy_tokenizer
 
 

@@ -12,11 +12,9 @@ from torch import Tensor
 
 from holdfast.errors import PriorMismatchError
 from holdfast.importance.prior import ImportancePrior
-from holdfast.models import layer_of
+from holdfast.names import Block, block_of, order_of
 
 TOP = 0.1  # A speaks of the "top-K" elements of each tensor without giving K: here a tenth of them
-
-Block = tuple[str, int]  # ("encoder" | "decoder" | "", index of the transformer block)
 
 
 @dataclass(frozen=True)
@@ -193,16 +191,3 @@ def sampled(size: int, most: int | None, seed: int) -> Tensor | None:
         most, dtype=torch.float64, generator=generator
     )
     return torch.unique_consecutive((starts * (size / most)).long().clamp(max=size - 1))
-
-
-def block_of(name: str) -> Block | None:
-    """The transformer block of a parameter, by its canonical name; None outside the blocks."""
-    layer = layer_of(name)
-    if layer is None:
-        return None
-    return next((part for part in name.split(".") if part in ("encoder", "decoder")), ""), layer
-
-
-def order_of(block: Block) -> tuple[bool, Block]:
-    """Sorts blocks from the input up: the encoder's before the decoder's."""
-    return block[0] != "encoder", block

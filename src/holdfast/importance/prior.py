@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.errors import DataError, PriorMismatchError
-from holdfast.models import block_parameters, canonical_name
+from holdfast.models import block_parameters
+from holdfast.names import canonical_name
 from holdfast.storage import atomic_write, json_text, save_tensors, sha256
 
 TENSORS = "prior.safetensors"

@@ -142,7 +142,7 @@ def reference_weights(chunk: Chunk, reference: Mapping[str, Tensor] | None, whos
             raise PriorMismatchError(
                 f"{whose}: reference weights don't fit the model: '{name}' is "
                 f"{'missing' if got is None else f'{tuple(got.shape)} instead of {tuple(parameter.shape)}'}. "
-                "Give canonical names (holdfast.models.canonical_name) to tensors of the same shapes."
+                "Give canonical names (holdfast.names.canonical_name) to tensors of the same shapes."
             )
         value = got.detach().to(device=parameter.device, dtype=parameter.dtype)
         # the live parameter itself, such as from dict(model.named_parameters()), would move along

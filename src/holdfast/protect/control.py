@@ -11,7 +11,7 @@ from torch import Tensor
 from holdfast.errors import ConfigError
 from holdfast.importance.prior import ImportancePrior
 from holdfast.importance.seeding import seed_for
-from holdfast.models import layer_of, module_of
+from holdfast.names import layer_of, module_of
 
 Control = Literal["none", "permuted", "tensor-mean", "layer-mean"]
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from holdfast.errors import ConfigError
-from holdfast.models import canonical_name, layer_of, linear_modules
+from holdfast.models import linear_modules
+from holdfast.names import canonical_name, layer_of
 from holdfast.protect.attach import Handle, hook, unwrap
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from holdfast.importance.agreement import TOP, Block
+from holdfast.importance.agreement import TOP
+from holdfast.names import Block
 from holdfast.report.figures import COLOURS, DASHES, Json, finish, frame, style_of, text
 from holdfast.report.importance_map import block_labels
 from holdfast.report.task_agreement import KINDS, Pair, TaskAgreement

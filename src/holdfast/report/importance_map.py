@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import DataError
-from holdfast.importance.agreement import Block, block_of, order_of
-from holdfast.models import module_of
+from holdfast.names import Block, block_of, module_of, order_of
 
 
 @dataclass(frozen=True)

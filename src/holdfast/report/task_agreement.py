@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from holdfast.importance.agreement import Block, pairwise_by_block
+from holdfast.importance.agreement import pairwise_by_block
+from holdfast.names import Block
 from holdfast.report.importance_map import open_prior
 from holdfast.report.read import AttributionRecord
 from holdfast.report.summary import Group

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from holdfast.importance.agreement import Block, block_of, order_of
-from holdfast.models import module_of
+from holdfast.names import Block, block_of, module_of, order_of
 from holdfast.report.importance_map import ImportanceMap, place_of
 from holdfast.report.read import RunRecord
 

@@ -10,7 +10,8 @@ from torch import nn
 from holdfast.config import Options
 from holdfast.errors import ConfigError
 from holdfast.importance.prior import parameters_by_name
-from holdfast.models import block_parameters, layer_of
+from holdfast.models import block_parameters
+from holdfast.names import layer_of
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.protocol import Strategy, register
 

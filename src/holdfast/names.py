@@ -1,0 +1,44 @@
+"""Names of weights: the one canonical name of each, and where in the model it says that the weight is."""
+
+from __future__ import annotations
+
+import re
+
+_WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.|base_model\.model\.)+")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|block|blocks|layer)\.(\d+)\.")
+Block = tuple[str, int]  # ("encoder" | "decoder" | "", index of the transformer block)
+
+
+def canonical_name(name: str) -> str:
+    """The name a weight has in the bare model, whatever wraps it (PEFT, DDP, torch.compile).
+
+    LoRA factors lose the adapter's name: ``...q_proj.lora_A.default.weight`` becomes
+    ``...q_proj.lora_A.weight``.
+    """
+    name = _WRAPPERS.sub("", name).replace("._orig_mod", "").replace(".base_layer", "")
+    return re.sub(r"\.(lora_[AB]|lora_embedding_[AB])\.[^.]+", r".\1", name)
+
+
+def layer_of(name: str) -> int | None:
+    """Index of the transformer block a parameter belongs to; None outside the blocks."""
+    match = _LAYER.search(name)
+    return int(match.group(1)) if match else None
+
+
+def module_of(name: str) -> str:
+    """The module's path inside its block, such as ``self_attn.q_proj``."""
+    match = _LAYER.search(name)
+    return (name[match.end() :] if match else name).rsplit(".", 1)[0]
+
+
+def block_of(name: str) -> Block | None:
+    """The transformer block of a parameter, by its canonical name; None outside the blocks."""
+    layer = layer_of(name)
+    if layer is None:
+        return None
+    return next((part for part in name.split(".") if part in ("encoder", "decoder")), ""), layer
+
+
+def order_of(block: Block) -> tuple[bool, Block]:
+    """Sorts blocks from the input up: the encoder's before the decoder's."""
+    return block[0] != "encoder", block
