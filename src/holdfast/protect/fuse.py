@@ -32,7 +32,7 @@ class OnlineFusionOptions(Options):
 
     name: Literal["online"] = "online"
     tau: float = Field(0.15, gt=0, description="temperature")
-    every: int = Field(10, ge=1, description="optimizer steps between two fusions")
+    every: int = Field(50, ge=1, description="optimizer steps between two fusions; about three times a task")
 
 
 _Union: Any = Union[StaticFusionOptions, AdaptiveFusionOptions, OnlineFusionOptions]  # noqa: UP007
