@@ -98,16 +98,9 @@ def test_killed_run_ends_bit_identical(
 @pytest.mark.parametrize(
     ("strategy", "call"),
     [
-        ("sequential", 13),
-        ("kif-lora", 13),
         ("kif-lora-m", 18),  # in the replay after task 2
         ({"name": "kif", "fusion": {"name": "online", "every": 2}}, 13),
         ("ema", 13),
-        ("weight-ensemble", 13),
-        ("replay", 13),
-        ("freeze", 13),
-        ("migu", 13),
-        ("fisher-mask", 13),
         ("lwf", 13),
         ({"name": "ewc", "variant": "separate"}, 13),
         ({"name": "ewc", "variant": "online"}, 13),

@@ -1,4 +1,4 @@
-"""Every registered strategy, through the runner: what it declares, what it trains on, what it changes."""
+"""Sequential and joint training, attribution and EWC, through the runner: what they train on and change."""
 
 from __future__ import annotations
 
@@ -11,34 +11,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from holdfast.config import Options, validate
+from holdfast.config import validate
 from holdfast.importance import ImportancePrior
 from holdfast.models import block_parameters, load_model, tiny_llama
 from holdfast.runner import RunConfig, run
 from holdfast.strategies import STRATEGIES, build_strategy
 from holdfast.tasks import toy_suite, toy_tokenizer
+from strategy_runs import FISHER, options_of
 from tiny_runs import tiny_run
-
-FISHER = {"name": "fisher", "samples": 8}
-# what a strategy needs so that it is quick and acts at once; one that isn't named here runs on its defaults
-QUICK: dict[str, dict[str, Any]] = {
-    "attribution": {"importance": FISHER},
-    "ewc": {"fisher": {"samples": 8}},
-    "fisher-mask": {"fisher": {"samples": 8}},
-}
-LORA_ONLY = {"kif-lora", "kif-lora-m"}
-LORA = {"r": 4}
-
-
-def options_of(name: str) -> dict[str, Any]:
-    return {"name": name, **QUICK.get(name, {})}
 
 
 def run_of(output: Path, strategy: Any, **sections: Any) -> dict[str, Any]:
-    """Two toy tasks, eight steps each; with LoRA for the methods that are made for it."""
+    """Two toy tasks, eight steps each."""
     values = tiny_run(output, strategy=strategy, **sections)
-    if strategy["name"] in LORA_ONLY:
-        values["model"] = {**values["model"], "lora": LORA}
     values["tasks"] = {**values["tasks"], "order": ["copy", "flip"]}
     values["training"] = {"max_steps": 8, "batch_size": 8, "learning_rate": 3e-3}
     return run(validate(RunConfig, values, source="test"))
@@ -69,98 +54,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return make
-
-
-@pytest.fixture(scope="module")
-def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random encoder-decoder model with its tokenizer, as a user would have it in a folder."""
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    folder, tokenizer = tmp_path_factory.mktemp("t5"), toy_tokenizer()
-    torch.manual_seed(0)
-    config = T5Config(
-        vocab_size=len(tokenizer),
-        d_model=32,
-        d_kv=8,
-        d_ff=64,
-        num_layers=2,
-        num_heads=4,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        decoder_start_token_id=tokenizer.pad_token_id,
-    )
-    T5ForConditionalGeneration(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-# every strategy
-
-
-@pytest.mark.parametrize("name", sorted(STRATEGIES))
-def test_strategy_declares_what_a_user_must_know(name: str) -> None:
-    cls = STRATEGIES[name]
-    assert cls.name == name
-    assert len(cls.summary) > 10
-    assert cls.paper
-    assert cls.__doc__
-    assert isinstance(cls.rehearsal_free, bool)
-    assert isinstance(cls.needs_task_identity, bool)
-    assert issubclass(cls.Options, Options)
-    assert build_strategy(cls.Options()).options == cls.Options(), "every option has a default"
-
-
-@pytest.mark.parametrize("kind", ["causal", "encoder-decoder"])
-@pytest.mark.parametrize("name", sorted(STRATEGIES))
-def test_strategy_learns_a_stream_and_leaves_a_whole_run_directory(
-    name: str, kind: str, finished: Any, t5_folder: Path, tmp_path: Path
-) -> None:
-    if kind == "causal":
-        folder = finished(options_of(name))
-    else:
-        folder = tmp_path / "run"
-        sections = {"model": {"path": str(t5_folder)}, "template": {"prompt": "{prompt}{eos}"}}
-        run_of(folder, options_of(name), **sections)
-    metrics = json.loads((folder / "metrics.json").read_text())
-    assert metrics["finished"]
-    assert metrics["strategy"] == name
-    assert metrics["tasks"] == ["copy", "flip"]
-    assert len(metrics["matrix"]) == 3
-    assert None not in metrics["matrix"][0] + metrics["matrix"][-1]
-    assert metrics["ap"] is not None
-    stages = build_strategy(STRATEGIES[name].Options()).stages(toy_suite(["copy", "flip"], 4, 4))
-    for number, stage in enumerate(stages, start=1):
-        part = folder / "tasks" / f"{number:02d}-{stage.name}"
-        assert json.loads((part / "training.json").read_text())["steps"] == 8
-        assert {p.stem for p in part.glob("predictions/*.jsonl")} == {"copy", "flip"}
-        if (part / "model" / "adapter_config.json").exists() and kind == "causal":
-            continue  # the toy model is made on the spot, so its adapters have no base in a folder
-        again, _ = load_model_in(part / "model")
-        assert sum(p.numel() for p in again.parameters()) == metrics["parameters"]
-        if (part / "prior").exists():
-            ImportancePrior.load(part / "prior").check_fits(again)
-
-
-def load_model_in(folder: Path) -> Any:
-    from holdfast.models import ModelOptions
-
-    return load_model(ModelOptions(path=str(folder)))
-
-
-@pytest.mark.parametrize("name", sorted(STRATEGIES))
-def test_strategys_state_survives_a_round_trip(name: str, finished: Any) -> None:
-    folder = sorted((finished(options_of(name)) / "tasks").iterdir())[-1]
-    file = folder / "strategy.safetensors"
-    tensors = load_file(file) if file.exists() else {}
-    values = json.loads((folder / "strategy.json").read_text())
-    strategy = build_strategy(STRATEGIES[name].Options())
-    strategy.load_state_dict(tensors, values)
-    tensors_again, values_again = strategy.state_dict()
-    assert same(tensors, tensors_again)
-    assert values_again == values
-
-
-# one by one
 
 
 def test_sequential_changes_weights_at_every_task(finished: Any) -> None:

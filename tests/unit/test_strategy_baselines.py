@@ -413,5 +413,8 @@ def test_the_guide_says_of_every_strategy_what_it_declares() -> None:
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in guide.splitlines() if "| `" in line]
     said = {name.strip("`"): flags for name, _, *flags in rows}
     flag = {True: "yes", False: "no"}
-    declared = {n: [flag[c.rehearsal_free], flag[c.needs_task_identity]] for n, c in STRATEGIES.items()}
+    declared = {
+        name: [flag[cls.rehearsal_free], flag[cls.needs_task_identity], cls.state, cls.inference]
+        for name, cls in STRATEGIES.items()
+    }
     assert said == declared, "docs/how-to/choose-a-strategy.md needs a row for each strategy"

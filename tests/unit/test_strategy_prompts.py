@@ -288,8 +288,8 @@ def test_options_are_ranked_with_the_prompts_that_the_question_finds() -> None:
 
 
 def test_more_prompts_than_the_pool_has_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="`chosen: 5` prompts can't be taken from a `pool` of 4"):
-        strategy_of("l2p", pool=4)
+    with pytest.raises(ConfigError, match="`chosen: 4` prompts can't be taken from a `pool` of 3"):
+        strategy_of("l2p", pool=3)
 
 
 def test_model_without_a_body_has_no_hidden_states(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,335 @@
+"""What holds for every registered strategy: three tasks, two architectures, a kill, and true declarations."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, overload
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
+
+from holdfast.config import Options, validate
+from holdfast.errors import ConfigError
+from holdfast.importance import ImportancePrior
+from holdfast.models import ModelOptions, is_encoder_decoder, load_model
+from holdfast.runner import RunConfig, run
+from holdfast.strategies import STRATEGIES, build_strategy
+from holdfast.tasks import toy_suite, toy_tokenizer
+from holdfast.tasks.task import Example, TaskStream
+from holdfast.training.bridge import Bridge
+from strategy_runs import options_of
+from tiny_runs import tiny_run
+from tiny_t5 import write_tiny_t5
+
+runner = importlib.import_module("holdfast.runner.run")  # the package has a function of that name
+TASKS = ["copy", "flip", "head"]
+KINDS = ["causal", "encoder-decoder"]
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the code under test may catch it."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run's directory, and the operations of one answer after each stage (first: before any)."""
+
+    folder: Path
+    operations: list[int]
+
+    @property
+    def stages(self) -> list[Path]:
+        return sorted((self.folder / "tasks").iterdir())
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_t5(tmp_path_factory.mktemp("t5"))
+
+
+@pytest.fixture(scope="module")
+def config_of(t5: Path) -> Callable[[str, str, Path], RunConfig]:
+    """The configuration of a run of 3 × 8 steps; with LoRA for the methods that are made for it."""
+
+    def make(name: str, kind: str, output: Path) -> RunConfig:
+        training = {"epochs": 2, "batch_size": 8, "learning_rate": 3e-3, "checkpoint_steps": 3}
+        values = tiny_run(output, strategy=options_of(name), training=training)
+        assert values["tasks"]["order"] == TASKS
+        if kind == "encoder-decoder":
+            values |= {"model": {"path": str(t5)}, "template": {"prompt": "{prompt}{eos}"}}
+        if needs_lora(name):
+            values["model"] = {**values["model"], "lora": {"r": 4}}
+        return validate(RunConfig, values, source="test")
+
+    return make
+
+
+def needs_lora(name: str) -> bool:
+    """Whether the method refuses full fine-tuning."""
+    model, _ = load_model(ModelOptions(toy=True, hidden=32, layers=2), 0, toy_tokenizer)
+    try:
+        build_strategy(validate(STRATEGIES[name].Options, options_of(name), source="test")).check(model)
+    except ConfigError as error:
+        return "model.lora" in str(error)
+    return False
+
+
+@pytest.fixture(scope="module")
+def finished(config_of: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Finished]:
+    """An uninterrupted run, made once for each strategy and architecture."""
+    made: dict[tuple[str, str], Finished] = {}
+
+    def make(name: str, kind: str) -> Finished:
+        if (name, kind) not in made:
+            folder = tmp_path_factory.mktemp("run") / "run"
+            with pytest.MonkeyPatch.context() as patch:
+                counted = count_operations(patch)
+                run(config_of(name, kind, folder))
+            rounds = [counted[i : i + len(TASKS)] for i in range(0, len(counted), len(TASKS))]
+            # a method that knows the task may answer early ones more cheaply: the dearest is meant
+            made[name, kind] = Finished(folder, [max(costs) for costs in rounds])
+        return made[name, kind]
+
+    return make
+
+
+def count_operations(patch: pytest.MonkeyPatch) -> list[int]:
+    """Count the multiplications of one forward pass of each model that is asked, in the order of asking."""
+    original, counted = runner.evaluate_encoded, []
+
+    def counting(model: Any, *args: Any, **kwargs: Any) -> Any:
+        ids = torch.full((1, 12), 5)
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if is_encoder_decoder(model):
+            batch["decoder_input_ids"] = ids[:, :3]
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(**batch)
+        counted.append(counter.get_total_flops())
+        return original(model, *args, **kwargs)
+
+    patch.setattr(runner, "evaluate_encoded", counting)
+    return counted
+
+
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(next((folder / "model").glob("*.safetensors")))
+
+
+def state_in(folder: Path) -> dict[str, torch.Tensor]:
+    file = folder / "strategy.safetensors"
+    return load_file(file) if file.exists() else {}
+
+
+def values_in(folder: Path) -> dict[str, Any]:
+    """Without the time that something took."""
+    values = json.loads((folder / "strategy.json").read_text())
+    return {key: value for key, value in values.items() if key != "seconds"}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", sorted(STRATEGIES))
+def test_strategy_learns_a_stream_and_leaves_a_whole_run_directory(
+    name: str, kind: str, finished: Any, config_of: Any
+) -> None:
+    folder = finished(name, kind).folder
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["finished"]
+    assert metrics["strategy"] == name
+    assert metrics["tasks"] == TASKS
+    assert len(metrics["matrix"]) == 4
+    assert None not in metrics["matrix"][0] + metrics["matrix"][-1]
+    assert metrics["ap"] is not None
+    stages = build_strategy(STRATEGIES[name].Options()).stages(toy_suite(TASKS, 4, 4))
+    for number, stage in enumerate(stages, start=1):
+        part = folder / "tasks" / f"{number:02d}-{stage.name}"
+        assert json.loads((part / "training.json").read_text())["steps"] == 8 * len(stage.tasks) or (
+            not STRATEGIES[name].rehearsal_free
+        )
+        assert {p.stem for p in part.glob("predictions/*.jsonl")} == set(TASKS)
+        if (part / "model" / "adapter_config.json").exists() and kind == "causal":
+            continue  # the toy model is made on the spot, so its adapters have no base in a folder
+        again, _ = load_model(ModelOptions(path=str(part / "model")))
+        if number == len(stages):
+            assert sum(p.numel() for p in again.parameters()) == metrics["parameters"]
+        if (part / "prior").exists():
+            ImportancePrior.load(part / "prior").check_fits(again)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", sorted(STRATEGIES))
+def test_strategy_killed_in_the_middle_ends_bit_identical(
+    name: str, kind: str, finished: Any, config_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, config = finished(name, kind), config_of(name, kind, tmp_path / "broken")
+    steps, original = [0], Bridge.training_step
+
+    def dying(self: Any, *args: Any, **kwargs: Any) -> Any:
+        steps[0] += 1
+        if steps[0] == 13:  # in the second task (of joint training: in its second epoch), after a checkpoint
+            raise Killed
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bridge, "training_step", dying)
+        with pytest.raises(Killed):
+            run(config)
+    assert list((tmp_path / "broken").rglob("checkpoint-*")), "there was something to go on from"
+    assert not (tmp_path / "broken" / "tasks" / whole.stages[-1].name).exists()
+    run(config)
+    for stage in whole.stages:
+        again = tmp_path / "broken" / "tasks" / stage.name
+        assert same(weights_in(stage), weights_in(again))
+        assert same(state_in(stage), state_in(again))
+        assert values_in(stage) == values_in(again)
+        for file in stage.glob("predictions/*.jsonl"):
+            assert file.read_text() == (again / "predictions" / file.name).read_text()
+    matrices = [
+        json.loads((f / "metrics.json").read_text())["matrix"] for f in (whole.folder, tmp_path / "broken")
+    ]
+    assert matrices[0] == matrices[1]
+
+
+@pytest.mark.parametrize("name", sorted(STRATEGIES))
+def test_strategys_state_survives_a_round_trip(name: str, finished: Any) -> None:
+    folder = finished(name, "causal").stages[-1]
+    tensors, values = state_in(folder), json.loads((folder / "strategy.json").read_text())
+    strategy = build_strategy(validate(STRATEGIES[name].Options, options_of(name), source="test"))
+    strategy.load_state_dict(tensors, values)
+    tensors_again, values_again = strategy.state_dict()
+    assert same(tensors, dict(tensors_again))
+    assert values_again == values
+
+
+# what strategies declare
+
+
+@pytest.mark.parametrize("name", sorted(STRATEGIES))
+def test_strategy_declares_what_a_user_must_know(name: str) -> None:
+    cls = STRATEGIES[name]
+    assert cls.name == name
+    assert len(cls.summary) > 10
+    assert cls.paper
+    assert cls.__doc__
+    assert {cls.state, cls.inference} <= {"none", "constant", "per task"}
+    assert issubclass(cls.Options, Options)
+    assert build_strategy(cls.Options()).options == cls.Options(), "every option has a default"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", sorted(STRATEGIES))
+def test_declared_state_is_what_is_kept_between_tasks(name: str, kind: str, finished: Any) -> None:
+    stages, declared = finished(name, kind).stages, STRATEGIES[name].state
+    models = [sum(t.nbytes for t in weights_in(stage).values()) for stage in stages]
+    kept = [sum(t.nbytes for t in state_in(stage).values()) for stage in stages]
+    values = [os.path.getsize(stage / "strategy.json") for stage in stages]
+    if declared == "none":
+        assert kept == [0] * len(stages)
+        assert all(json.loads((stage / "strategy.json").read_text()) == {} for stage in stages)
+        assert len(set(models)) == 1
+        return
+    sizes = [k + v + m - models[0] for k, v, m in zip(kept, values, models, strict=True)]
+    first, second = sizes[1] - sizes[0], sizes[2] - sizes[1]
+    if declared == "constant":
+        assert sizes[0] > 4, "something is kept"
+        assert second < 0.02 * sizes[1], "as much after three tasks as after two"
+    else:
+        assert declared == "per task"
+        assert first > 100
+        assert second == pytest.approx(first, rel=0.3), "as much more with the third task as with the second"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", sorted(STRATEGIES))
+def test_declared_cost_of_an_answer_is_what_it_takes(name: str, kind: str, finished: Any) -> None:
+    before, *after = finished(name, kind).operations
+    declared = STRATEGIES[name].inference
+    if declared == "none":
+        assert set(after) == {before}
+    elif declared == "constant":
+        assert len(set(after)) == 1
+        assert after[0] > before
+    else:
+        assert declared == "per task"
+        assert after[0] < after[1] < after[2]
+
+
+class Guarded(Sequence[Example]):
+    """Training rows that may be read while their task is learned, and never again."""
+
+    def __init__(self, rows: Sequence[Example]) -> None:
+        self.rows, self.closed = rows, False
+
+    def _open(self) -> Sequence[Example]:
+        if self.closed:
+            raise AssertionError("an earlier task's examples were read")
+        return self.rows
+
+    def __len__(self) -> int:
+        return len(self._open())
+
+    def __iter__(self) -> Iterator[Example]:
+        return iter(self._open())
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
+        return self._open()[index]
+
+
+def guard(patch: pytest.MonkeyPatch) -> None:
+    """Close the rows of all other tasks whenever a stage begins; the runner has encoded its tests by then."""
+    stream_of, strategy_of, guarded = runner.build_stream, runner.build_strategy, []
+
+    def build_stream(*args: Any) -> TaskStream:
+        stream = stream_of(*args)
+        guarded.extend(replace(task, train=Guarded(task.train)) for task in stream)
+        return replace(stream, tasks=tuple(guarded))
+
+    def build_strategy(options: Any) -> Any:
+        strategy = strategy_of(options)
+        begin = strategy.begin
+
+        def guarding(context: Any, stage: Any) -> None:
+            for task in guarded:
+                task.train.closed = task not in stage.tasks
+            begin(context, stage)
+
+        strategy.begin = guarding
+        return strategy
+
+    patch.setattr(runner, "build_stream", build_stream)
+    patch.setattr(runner, "build_strategy", build_strategy)
+
+
+@pytest.mark.parametrize("name", [n for n in sorted(STRATEGIES) if STRATEGIES[n].rehearsal_free])
+def test_rehearsal_free_strategy_never_reads_an_earlier_tasks_examples(
+    name: str, config_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guard(monkeypatch)
+    assert run(config_of(name, "causal", tmp_path / "run"))["finished"]
+
+
+def test_the_guard_catches_a_strategy_that_reads_an_earlier_task(
+    config_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guard(monkeypatch)
+
+    def peeking(self: Any, context: Any, stage: Any) -> None:
+        assert all(len(task.train) for task in context.stream)
+
+    monkeypatch.setattr(STRATEGIES["freeze"], "begin", peeking)
+    with pytest.raises(AssertionError, match="earlier task"):
+        run(config_of("freeze", "causal", tmp_path / "run"))

@@ -1,0 +1,22 @@
+"""Options under which each strategy is quick and acts at once on the tiny runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+FISHER = {"name": "fisher", "samples": 8}
+# a strategy that isn't named here runs on its defaults
+QUICK: dict[str, dict[str, Any]] = {
+    "attribution": {"importance": FISHER},
+    "ewc": {"fisher": {"samples": 8}},
+    "fisher-mask": {"fisher": {"samples": 8}},
+    "replay": {"memory": {"count": 4}},
+    "kif-m": {"memory": {"count": 4}},
+    "kif-lora-m": {"memory": {"count": 4}},
+    "ogd": {"samples": 4},
+}
+
+
+def options_of(name: str) -> dict[str, Any]:
+    """The ``strategy:`` section."""
+    return {"name": name, **QUICK.get(name, {})}
