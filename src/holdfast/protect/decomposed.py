@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from holdfast.models import layer_of, linear_modules
+from holdfast.models import linear_modules
+from holdfast.names import layer_of
 from holdfast.protect.attach import Handle, hook, unwrap
 
 _ADAPTER = "default"

@@ -12,9 +12,11 @@ from torch.optim import Optimizer
 from holdfast.config import Options
 from holdfast.errors import ConfigError
 from holdfast.protect import Handle
+from holdfast.protect.cost import Cost, trained_bytes
 from holdfast.protect.decomposed import Decomposed, trained_maps
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.protocol import Strategy, register
+from holdfast.tasks.task import TaskStream
 
 
 class OsfOptions(Options):
@@ -75,6 +77,11 @@ class Osf(Strategy):
                 f"strategy: osf is not defined here: {what}, and PEFT's OSF decomposes torch.nn.Linear only. "
                 "Choose another strategy or another model."
             )
+
+    def estimate(self, model: nn.Module, stream: TaskStream) -> list[Cost]:
+        """The lower factors of square maps, and what they started from."""
+        trained = 1 - (self.options.rank or 0.5) if self.options.schedule == "constant" else 1.0
+        return [Cost("singular factors, and their start", round(4 * trained * trained_bytes(model)))]
 
     def begin(self, context: Context, stage: Stage) -> None:
         """Decompose the weights that this stage starts from."""
