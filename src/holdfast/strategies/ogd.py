@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from holdfast.attribution.targets import initial_lambda, make_batch
 from holdfast.config import Options
+from holdfast.importance.logit_gradient import logit_gradient
 from holdfast.importance.prior import trained_parameters
 from holdfast.importance.seeding import sample
 from holdfast.protect import Handle
@@ -19,7 +18,6 @@ from holdfast.protect.cost import Cost, trained_bytes
 from holdfast.protect.subspace import Subspace
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.protocol import Strategy, register
-from holdfast.tasks.encode import Encoded
 from holdfast.tasks.task import TaskStream
 
 
@@ -34,23 +32,6 @@ class OgdOptions(Options):
     on: Literal["update", "gradient"] = Field(
         "update", description="what is projected: the change of the weights, or the gradient (the paper)"
     )
-
-
-def logit_gradient(
-    model: nn.Module, row: Encoded, pad_id: int, target: Literal["all", "first"]
-) -> dict[str, Tensor]:
-    """Canonical name to the gradient of one row's true logit, by everything that is trained."""
-    weights = trained_parameters(model)
-    device = next(iter(weights.values())).device
-    batch = make_batch(model, [row], pad_id, device, "left")
-    with torch.enable_grad():
-        logits = model(**batch.inputs).logits
-    lam = initial_lambda(logits.detach(), batch.answer_ST, target=target, of="logit")
-    found = torch.autograd.grad(logits, list(weights.values()), lam, allow_unused=True)
-    return {
-        name: torch.zeros_like(p) if g is None else g
-        for (name, p), g in zip(weights.items(), found, strict=True)
-    }
 
 
 @register
