@@ -21,9 +21,9 @@ class L2pOptions(Options):
     """The pool, what an input is found by, and the pull on the keys."""
 
     name: Literal["l2p"] = "l2p"
-    pool: int = Field(10, ge=1, description="M, prompts in the pool")
+    pool: int = Field(20, ge=1, description="M, prompts in the pool; keeps M / N tasks apart")
     length: int = Field(5, ge=1, description="L, vectors of each prompt")
-    chosen: int = Field(5, ge=1, description="N, prompts in front of an input")
+    chosen: int = Field(4, ge=1, description="N, prompts in front of an input")
     weight: float = Field(0.5, ge=0, description="lambda of eq. 5")
     query: Feature = Field("hidden", description="mean last hidden state, or mean embedding, of the question")
     diversify: bool = Field(True, description="eq. 4: in training, shun what earlier tasks have used")
@@ -39,10 +39,10 @@ class L2pOptions(Options):
 class L2p(Strategy):
     """x reads [P_s1, ..., P_sN, x]; loss + lambda sum_i (1 - cos(q(x), k_si)) (eqs. 2, 3 and 5).
 
-    s_1 ... s_N are the keys nearest to q(x) by cosine; prompts and keys learn, the model is frozen. M 10,
-    L 5, N 5, lambda 0.5 are the paper's for similar tasks (M 20, N 4 for diverse ones), at a constant rate of
-    0.03. ``diversify``: in training a distance is weighted by how often earlier tasks took that prompt, plus
-    one, so that of unused prompts the nearest come first (eq. 4). A test knows no task: eq. 3.
+    s_1 ... s_N are the keys nearest to q(x) by cosine; prompts and keys learn, the model is frozen. M 20,
+    N 4, L 5, lambda 0.5 and ``diversify`` are the paper's for diverse tasks (for similar ones M 10, N 5 and
+    without), at a constant rate of 0.03: in training a distance is weighted by how often earlier tasks took
+    that prompt, plus one, so that of unused prompts the nearest come first (eq. 4). A test follows eq. 3.
 
     Deviations: the paper's q is a vision transformer's [class] feature, and its classifier sees the prompts'
     outputs; here q is a mean over the question (never the answer), and the model answers. Prompts start from
