@@ -150,7 +150,7 @@ def test_peft_gives_the_same_logits_with_the_written_adapter(kind: str, tmp_path
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
-    a, b = a.double(), b.double()
+    a, b = a.detach().double(), b.detach().double()
     return float((a * b).sum() / (a.pow(2).sum().sqrt() * b.pow(2).sum().sqrt()))
 
 
