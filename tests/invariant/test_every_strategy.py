@@ -147,6 +147,8 @@ def test_strategy_learns_a_stream_and_leaves_a_whole_run_directory(
     assert metrics["finished"]
     assert metrics["strategy"] == name
     assert metrics["tasks"] == TASKS
+    assert metrics["knows_task"] is STRATEGIES[name].needs_task_identity
+    assert metrics["rehearses"] is not STRATEGIES[name].rehearsal_free
     assert len(metrics["matrix"]) == 4
     assert None not in metrics["matrix"][0] + metrics["matrix"][-1]
     assert metrics["ap"] is not None

@@ -82,6 +82,8 @@ def write_run(
     prior_from: str = "sequential",
     shared: float = 0.0,
     seconds: float = 60.0,
+    knows_task: bool = False,
+    rehearses: bool = False,
 ) -> Path:
     """A run directory; without `artefacts` it holds metrics.json alone."""
     matrix = matrix if matrix is not None else stream_matrix(97, 0.5, len(tasks))
@@ -102,6 +104,8 @@ def write_run(
             "parameters": 1_020_000,
             "trainable": 983_000,
             "seed": seed,
+            "knows_task": knows_task,
+            "rehearses": rehearses,
             "finished": finished,
         },
     )  # fmt: skip

@@ -73,6 +73,17 @@ def test_a_full_comparison_has_every_section_and_figure(tmp_path, page):
     assert "upper bound" in shown.text
 
 
+def test_methods_that_are_told_the_task_or_keep_examples_are_marked(tmp_path, page):
+    shown, _, html = page(
+        write_run(tmp_path / "s", "sequential"),
+        write_run(tmp_path / "p", "prompts", "prog-prompt", knows_task=True),
+        write_run(tmp_path / "r", "replayed", "replay", rehearses=True),
+    )
+    tags = re.findall(r'<small class="tag">([^<]*)</small>', html)
+    assert tags == ["told the task", "keeps examples"]
+    assert "gets the name of the task with each test question" in shown.text
+
+
 def test_sections_without_data_are_left_out(tmp_path, page):
     shown, figures, _ = page(write_run(tmp_path / "s", "sequential", artefacts=False))
     assert shown.sections == ["results", "tasks", "matrix", "training", "setup"]

@@ -32,6 +32,8 @@ class Metrics(BaseModel):
     parameters: int | None = None
     trainable: int | None = None
     seed: int | None = None
+    knows_task: bool = False
+    rehearses: bool = False
     finished: bool = True
 
 

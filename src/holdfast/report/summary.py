@@ -70,6 +70,15 @@ class Group:
         return self.runs[0].joint
 
     @property
+    def tags(self) -> tuple[str, ...]:
+        """What a fair comparison must know: an upper bound, the task told with each test, old examples."""
+        metrics = self.runs[0].metrics
+        if self.joint:
+            return ("upper bound",)
+        told = ("told the task", metrics.knows_task), ("keeps examples", metrics.rehearses)
+        return tuple(tag for tag, is_so in told if is_so)
+
+    @property
     def finished(self) -> bool:
         """Whether every run reached the end of its stream."""
         return all(run.metrics.finished for run in self.runs)
@@ -111,9 +120,9 @@ class Row:
     name: str
     group: int
     cells: tuple[Cell, ...]
-    joint: bool
     finished: bool
     member: bool = False
+    tags: tuple[str, ...] = ()
     note: str = ""
 
 
@@ -201,11 +210,11 @@ def table(groups: Sequence[Group]) -> list[Row]:
             cells.append(Cell(_print(column, mean), spread, best))
         many = len(group.runs) > 1
         note = f"mean of {len(group.runs)} runs" if many else _progress(group.runs[0])
-        rows.append(Row(group.label, index, tuple(cells), group.joint, group.finished, note=note))
+        rows.append(Row(group.label, index, tuple(cells), group.finished, tags=group.tags, note=note))
         for run in group.runs if many else ():
             alone = tuple(Cell(_print(column, value_of(run, column.key))) for column in COLUMNS)
             name = run.name.removeprefix(f"{group.label} · ")
-            rows.append(Row(name, index, alone, run.joint, run.metrics.finished, True, _progress(run)))
+            rows.append(Row(name, index, alone, run.metrics.finished, True, note=_progress(run)))
     return rows
 
 
