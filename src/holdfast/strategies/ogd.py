@@ -47,7 +47,7 @@ class Ogd(Strategy):
     Under AdamW a step is not orthogonal though its gradient is. By default, therefore, the weights' change
     since the task began is projected after each step: the same under SGD, and exact with all. Toy, copy ->
     next -> lang, AdamW 3e-4, kept of 100 on the first two, mean of three seeds: update 38, gradient 37,
-    unprotected 6.5; of samples 32, 100, 200 keep 16, 39, 59 (one seed), hence 100. It is a first-order method:
+    unprotected 6.5; of samples 32, 100, 200 keep 16, 39, 59 (one seed), hence 100. A first-order method:
     at 1e-3 it keeps 4 (unprotected 1). All learned 100.
 
     Extra state: 4 bytes x samples x trained weights with EVERY task (100 samples of 1 M weights: 400 MB), on
