@@ -95,6 +95,28 @@ def test_killed_run_ends_bit_identical(
     assert_same_outcome(tmp_path / "whole", tmp_path / "broken")
 
 
+@pytest.mark.parametrize("strategy", ["sequential", "osf", "prog-prompt", "ema", "kif"])
+def test_run_killed_after_a_training_that_ended_inside_an_epoch_trains_no_further(
+    strategy: str, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four steps an epoch, six in all, at a rate that doesn't fall to zero."""
+    training = {"max_steps": 6, "batch_size": 8, "learning_rate": 3e-3, "scheduler": "constant"}
+    whole = config_of(tiny(tmp_path / "whole", strategy=strategy, training=training))
+    broken = config_of(tiny(tmp_path / "broken", strategy=strategy, training=training))
+    run(whole)
+    with monkeypatch.context() as patch:
+        kill_when(patch, "holdfast.runner.run.save_record", 2)
+        with pytest.raises(Killed):
+            run(broken)
+    run(broken)
+    assert_same_outcome(tmp_path / "whole", tmp_path / "broken")
+    steps = [
+        json.loads((f / "tasks" / "02-flip" / "training.json").read_text())["steps"]
+        for f in (tmp_path / "whole", tmp_path / "broken")
+    ]
+    assert steps == [6, 6]
+
+
 @pytest.mark.parametrize(
     ("strategy", "call"),
     [

@@ -144,7 +144,12 @@ def train(
                 steps.interventions.load_state(load_file(checkpoint / OBSERVED))
         try:
             with no_library_bars():  # saving a checkpoint has one
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                if checkpoint is not None and _is_last(checkpoint):
+                    # killed after the training: the Trainer would make one step more inside an epoch
+                    trainer._load_from_checkpoint(str(checkpoint))
+                    trainer.state.global_step = _state(checkpoint)["global_step"]
+                else:
+                    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             steps.release()
     trainer.bad_batch.unlink(missing_ok=True)  # of an attempt that diverged before this one
@@ -160,9 +165,17 @@ def save_record(record: TrainingRecord, path: Path) -> None:
     write_json(path, vars(record))
 
 
+def _state(checkpoint: Path) -> Any:
+    return json.loads((checkpoint / "trainer_state.json").read_text())
+
+
+def _is_last(checkpoint: Path) -> bool:
+    state = _state(checkpoint)
+    return bool(state["global_step"] >= state["max_steps"])
+
+
 def _history(checkpoint: Path) -> tuple[list[list[float]], list[list[float]]]:
-    logs = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
-    logs = [entry for entry in logs if "loss" in entry]
+    logs = [entry for entry in _state(checkpoint)["log_history"] if "loss" in entry]
     return (
         [[entry["step"], entry["loss"]] for entry in logs],
         [[entry["step"], entry.get("learning_rate", 0.0)] for entry in logs],
