@@ -148,6 +148,8 @@ def train(
                     # killed after the training: the Trainer would make one step more inside an epoch
                     trainer._load_from_checkpoint(str(checkpoint))
                     trainer.state.global_step = _state(checkpoint)["global_step"]
+                    optimizer = trainer.create_optimizer()  # what is attached is also what is released
+                    steps.on_train_begin(arguments, trainer.state, None, model=model, optimizer=optimizer)
                 else:
                     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
