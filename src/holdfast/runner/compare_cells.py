@@ -171,6 +171,8 @@ def stop_with_parent() -> None:
         os.read(0, 1)  # not sys.stdin: waiting with its lock held makes Python abort when it exits
         os.kill(os.getpid(), signal.SIGINT)
 
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job is started so
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=watch, daemon=True).start()
 
 
