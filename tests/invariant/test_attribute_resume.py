@@ -14,15 +14,12 @@ from holdfast.models import save_model, tiny_llama
 from holdfast.progress import Progress
 from holdfast.runner.attribute import attribute_to_folder
 from holdfast.tasks import toy_suite, toy_tokenizer
+from kills import Killed
 
 TOP_K = ("lrp", ["aggregate=topk", "top_k=3", "correct_only=false"])
 ABSOLUTE = ("lrp", ["aggregate=absolute", "correct_only=false"])
 FISHER = ("fisher", [])
 DUE = partial.Partial.due
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing in the code under test may catch it."""
 
 
 class Bench:

@@ -20,6 +20,7 @@ from holdfast.progress import Progress
 from holdfast.runner.compare import compare
 from holdfast.runner.compare_config import load_grid
 from holdfast.runner.directory import lock
+from kills import Killed, dying
 from tiny_runs import tiny_run
 
 PLAIN = {"name": "plain", "set": {"strategy": "sequential"}}
@@ -85,23 +86,12 @@ def test_a_point_is_chosen_on_validation_rows_and_only_that_sees_test_rows(chose
     assert (curve["split"], [p["value"] for p in curve["points"]]) == ("validation", [1e-9, 1e-2])
 
 
-class Killed(BaseException):
-    """Stands for a kill: nothing in the code under test may catch it."""
-
-
 @pytest.mark.parametrize("call", [2, 4])  # while choosing, and in the last cell
 def test_a_sweep_killed_in_the_middle_ends_as_one_that_never_was(chosen, call, tmp_path, monkeypatch):
     module: Any = importlib.import_module("holdfast.runner.run")
-    original, calls = module.evaluate_encoded, [0]
-
-    def dying(*args: Any, **kwargs: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == call:
-            raise Killed
-        return original(*args, **kwargs)
-
+    calls = [0]
     file = grid_file(tmp_path / "broken", [PLAIN, RATES], choose={"by": "learning_accuracy"})
-    monkeypatch.setattr(module, "evaluate_encoded", dying)
+    monkeypatch.setattr(module, "evaluate_encoded", dying(module.evaluate_encoded, call, calls))
     with pytest.raises(Killed):
         sweep(file)
     assert not json.loads((tmp_path / "broken" / "out" / "compare.json").read_text())["finished"]

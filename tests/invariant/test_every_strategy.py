@@ -24,6 +24,7 @@ from holdfast.strategies import STRATEGIES, build_strategy
 from holdfast.tasks import toy_suite, toy_tokenizer
 from holdfast.tasks.task import Example, TaskStream
 from holdfast.training.bridge import Bridge
+from kills import Killed, dying
 from strategy_runs import options_of
 from tiny_runs import tiny_run
 from tiny_t5 import write_tiny_t5
@@ -31,10 +32,6 @@ from tiny_t5 import write_tiny_t5
 runner = importlib.import_module("holdfast.runner.run")  # the package has a function of that name
 TASKS = ["copy", "flip", "head"]
 KINDS = ["causal", "encoder-decoder"]
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing in the code under test may catch it."""
 
 
 @dataclass(frozen=True)
@@ -174,16 +171,9 @@ def test_strategy_killed_in_the_middle_ends_bit_identical(
     name: str, kind: str, finished: Any, config_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, config = finished(name, kind), config_of(name, kind, tmp_path / "broken")
-    steps, original = [0], Bridge.training_step
-
-    def dying(self: Any, *args: Any, **kwargs: Any) -> Any:
-        steps[0] += 1
-        if steps[0] == 13:  # in the second task (of joint training: in its second epoch), after a checkpoint
-            raise Killed
-        return original(self, *args, **kwargs)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Bridge, "training_step", dying)
+        # in the second task (of joint training: in its second epoch), after a checkpoint
+        patch.setattr(Bridge, "training_step", dying(Bridge.training_step, 13))
         with pytest.raises(Killed):
             run(config)
     assert list((tmp_path / "broken").rglob("checkpoint-*")), "there was something to go on from"

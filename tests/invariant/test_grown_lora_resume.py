@@ -12,13 +12,10 @@ from safetensors.torch import load_file
 
 from holdfast.config import validate
 from holdfast.runner import RunConfig, run
+from kills import Killed, kill_when
 from tiny_runs import tiny_run
 
 INC, O = {"name": "inc-lora"}, {"name": "o-lora", "norm": 0.1}
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing in the code under test may catch it."""
 
 
 def config_of(output: Path, strategy: Any) -> RunConfig:
@@ -80,18 +77,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[dict[str, Any]]
 def test_growing_run_killed_at_any_point_ends_bit_identical(
     strategy: Any, function: str, call: int, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module, name = function.rsplit(".", 1)
-    owner = __import__(module, fromlist=[name])
-    original, calls = getattr(owner, name), [0]
-
-    def dying(*args: Any, **kwargs: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == call:
-            raise Killed
-        return original(*args, **kwargs)
-
     with monkeypatch.context() as patch:
-        patch.setattr(owner, name, dying)
+        kill_when(patch, function, call)
         with pytest.raises(Killed):
             run(config_of(tmp_path / "broken", strategy))
     assert not (tmp_path / "broken" / "tasks" / "03-head").exists()

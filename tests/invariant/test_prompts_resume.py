@@ -13,11 +13,7 @@ from safetensors.torch import load_file
 from holdfast.config import validate
 from holdfast.protect.prompts import SUBMODULE
 from holdfast.runner import RunConfig, run
-from holdfast.training import bridge
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing in the code under test may catch it."""
+from kills import Killed, kill_when
 
 
 @pytest.mark.parametrize(
@@ -46,16 +42,8 @@ def test_killed_inside_a_task_ends_bit_identical(
     }
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run(validate(RunConfig, tiny(whole, **sections), source="test"))
-    original, calls = bridge.completion_loss, [0]
-
-    def dying(*args: Any, **kwargs: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == 10:  # in the second task's fourth step
-            raise Killed
-        return original(*args, **kwargs)
-
     with monkeypatch.context() as patch:
-        patch.setattr(bridge, "completion_loss", dying)
+        kill_when(patch, "holdfast.training.bridge.completion_loss", 10)  # in the second task's fourth step
         with pytest.raises(Killed):
             run(validate(RunConfig, tiny(broken, **sections), source="test"))
     (checkpoint,) = (broken / "tasks").glob("02-*.partial/checkpoints/checkpoint-*")

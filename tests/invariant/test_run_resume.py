@@ -20,6 +20,7 @@ from holdfast.config import validate
 from holdfast.errors import RunDirectoryError
 from holdfast.progress import Progress
 from holdfast.runner import RunConfig, run
+from kills import Killed, kill_when
 
 FISHER = {
     "name": "attribution",
@@ -48,25 +49,6 @@ def assert_same_outcome(a: Path, b: Path) -> None:
     assert weights_a.keys() == weights_b.keys()
     for name, tensor in weights_a.items():
         assert torch.equal(tensor, weights_b[name]), name
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing in the code under test may catch it."""
-
-
-def kill_when(monkeypatch: pytest.MonkeyPatch, target: str, call: int) -> None:
-    """Make the n-th call of a function die before it does anything."""
-    module, name = target.rsplit(".", 1)
-    owner = os if module == "os" else __import__(module, fromlist=[name])
-    original, calls = getattr(owner, name), [0]
-
-    def dying(*args: Any, **kwargs: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == call:
-            raise Killed
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, dying)
 
 
 @pytest.mark.parametrize(

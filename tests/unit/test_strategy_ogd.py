@@ -25,6 +25,7 @@ from holdfast.protect.subspace import Subspace
 from holdfast.runner import RunConfig, run
 from holdfast.strategies import STRATEGIES, Stage, Strategy, build_strategy
 from holdfast.tasks import Encoder, Template, toy_suite, toy_tokenizer
+from kills import Killed, kill_when
 from tiny_runs import tiny_run
 
 TOKENIZER = toy_tokenizer()
@@ -383,10 +384,6 @@ def test_first_task_is_trained_without_a_hook() -> None:
     assert not optimizer._optimizer_step_post_hooks
 
 
-class Killed(BaseException):
-    """Stands for a kill."""
-
-
 @pytest.mark.parametrize(
     ("where", "call", "lora"),
     [
@@ -403,18 +400,8 @@ def test_killed_run_ends_bit_identical(
     if lora is not None:
         sections = {"model": {"toy": True, "hidden": 32, "layers": 2, "lora": lora}}
     whole = finished if lora is None else one_run(tmp_path / "whole", UPDATE, **sections)
-    module, name = where.rsplit(".", 1)
-    owner = __import__(module, fromlist=[name])
-    original, calls = getattr(owner, name), [0]
-
-    def dying(*args: Any, **kwargs: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == call:
-            raise Killed
-        return original(*args, **kwargs)
-
     with monkeypatch.context() as patch:
-        patch.setattr(owner, name, dying)
+        kill_when(patch, where, call)
         with pytest.raises(Killed):
             one_run(tmp_path / "broken", UPDATE, **sections)
     assert list((tmp_path / "broken" / "tasks").glob("02-*.partial/checkpoints/checkpoint-*"))

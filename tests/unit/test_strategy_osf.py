@@ -18,6 +18,7 @@ from holdfast.runner import RunConfig, run
 from holdfast.strategies import STRATEGIES, Stage, build_strategy
 from holdfast.tasks import Encoder, Template, toy_suite, toy_tokenizer
 from holdfast.tasks.encode import collate
+from kills import Killed, kill_when
 from tiny_runs import tiny_run
 
 TOKENIZER = toy_tokenizer()
@@ -300,10 +301,6 @@ def test_growing_run_learns_the_first_task_plainly_and_the_second_otherwise(tmp_
         assert all(torch.equal(a[n], b[n]) for n in a) == same
 
 
-class Killed(BaseException):
-    """Stands for a kill."""
-
-
 @pytest.mark.parametrize(
     ("options", "other"),
     [
@@ -319,18 +316,9 @@ def test_killed_run_ends_bit_identical_even_if_the_second_svd_differs(
 ) -> None:
     strategy = {"name": "osf", **options}
     whole = one_run(tmp_path / "whole", strategy)
-    from holdfast.training import bridge
-
-    original, calls = bridge.completion_loss, [0]
-
-    def dying(*args: Any, **kwargs: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == 14:  # in task 2, after its first checkpoint
-            raise Killed
-        return original(*args, **kwargs)
-
     with monkeypatch.context() as patch:
-        patch.setattr(bridge, "completion_loss", dying)
+        # in task 2, after its first checkpoint
+        kill_when(patch, "holdfast.training.bridge.completion_loss", 14)
         with pytest.raises(Killed):
             one_run(tmp_path / "broken", strategy)
     assert list((tmp_path / "broken" / "tasks").glob("02-*.partial/checkpoints/checkpoint-*"))
