@@ -21,6 +21,12 @@ torch.set_num_threads(1)
 SHARED = Path(__file__).parents[1] / ".." / "shared"
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """What a test draws depends on no other test."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def shared() -> Path:
     """The folder with the benchmark and the base model, where this machine has it."""
