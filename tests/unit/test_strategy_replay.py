@@ -78,3 +78,19 @@ def test_replay_combines_with_a_strategy_that_protects(tmp_path: Path) -> None:
 def test_two_memories_at_once_are_an_error(strategy: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"`replay:` doesn't combine with `strategy: .*leave out one"):
         validate(RunConfig, tiny_run(tmp_path, strategy=strategy, replay={}), source="test")
+
+
+@pytest.mark.parametrize(
+    ("sections", "rehearses"),
+    [
+        ({"strategy": "kif"}, False),
+        ({"strategy": "kif", "replay": {}}, True),
+        ({"strategy": {"name": "kif", "memory": {"count": 3}}}, True),
+        ({"strategy": "kif-m"}, True),
+    ],
+)
+def test_a_run_says_whether_it_trains_on_earlier_examples_again(
+    sections: Any, rehearses: bool, tmp_path: Path
+) -> None:
+    config = validate(RunConfig, tiny_run(tmp_path, **sections), source="test")
+    assert config.rehearses is rehearses

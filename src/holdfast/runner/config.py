@@ -36,14 +36,22 @@ class RunConfig(Options):
 
     @model_validator(mode="after")
     def _one_memory(self) -> RunConfig:
-        options: Any = self.strategy
-        own = getattr(options, "memory", None) is not None or not STRATEGIES[options.name].rehearsal_free
-        if self.replay is not None and own:
+        if self.replay is not None and self._strategy_rehearses:
             raise ValueError(
-                f"`replay:` doesn't combine with `strategy: {options.name}`, which sees examples of earlier "
-                "tasks by itself; leave out one of the two"
+                f"`replay:` doesn't combine with `strategy: {self.strategy.name}`, which sees examples of "
+                "earlier tasks by itself; leave out one of the two"
             )
         return self
+
+    @property
+    def _strategy_rehearses(self) -> bool:
+        options: Any = self.strategy
+        return getattr(options, "memory", None) is not None or not STRATEGIES[options.name].rehearsal_free
+
+    @property
+    def rehearses(self) -> bool:
+        """Whether examples of earlier tasks are trained on again."""
+        return self.replay is not None or self._strategy_rehearses
 
     @property
     def title(self) -> str:

@@ -229,7 +229,7 @@ class _Run:
         )
         metrics["parameters"] = sum(p.numel() for p in self.model.parameters())
         metrics["knows_task"] = self.strategy.needs_task_identity
-        metrics["rehearses"] = not self.strategy.rehearsal_free or self.replay is not None
+        metrics["rehearses"] = self.config.rehearses
         metrics["trainable"] = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         write_json(self.directory.path / "metrics.json", metrics)
         return metrics
