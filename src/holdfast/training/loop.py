@@ -139,15 +139,16 @@ def train(
             trainer.remove_callback(noisy)
         checkpoint = latest_checkpoint(folder)
         if checkpoint is not None:
-            record.loss, record.learning_rate = _history(checkpoint)
+            state = json.loads((checkpoint / "trainer_state.json").read_text())
+            record.loss, record.learning_rate = _history(state["log_history"])
             if steps.interventions.load_state is not None:
                 steps.interventions.load_state(load_file(checkpoint / OBSERVED))
         try:
             with no_library_bars():  # saving a checkpoint has one
-                if checkpoint is not None and _is_last(checkpoint):
+                if checkpoint is not None and state["global_step"] >= state["max_steps"]:
                     # killed after the training: the Trainer would make one step more inside an epoch
                     trainer._load_from_checkpoint(str(checkpoint))
-                    trainer.state.global_step = _state(checkpoint)["global_step"]
+                    trainer.state.global_step = state["global_step"]
                     optimizer = trainer.create_optimizer()  # what is attached is also what is released
                     steps.on_train_begin(arguments, trainer.state, None, model=model, optimizer=optimizer)
                 else:
@@ -167,17 +168,8 @@ def save_record(record: TrainingRecord, path: Path) -> None:
     write_json(path, vars(record))
 
 
-def _state(checkpoint: Path) -> Any:
-    return json.loads((checkpoint / "trainer_state.json").read_text())
-
-
-def _is_last(checkpoint: Path) -> bool:
-    state = _state(checkpoint)
-    return bool(state["global_step"] >= state["max_steps"])
-
-
-def _history(checkpoint: Path) -> tuple[list[list[float]], list[list[float]]]:
-    logs = [entry for entry in _state(checkpoint)["log_history"] if "loss" in entry]
+def _history(entries: list[dict[str, Any]]) -> tuple[list[list[float]], list[list[float]]]:
+    logs = [entry for entry in entries if "loss" in entry]
     return (
         [[entry["step"], entry["loss"]] for entry in logs],
         [[entry["step"], entry.get("learning_rate", 0.0)] for entry in logs],
