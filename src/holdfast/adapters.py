@@ -77,9 +77,8 @@ def check_growable(model: Any, strategy: str) -> None:
         for field in fields(config)
         if field.name not in _PLAIN and getattr(config, field.name) != getattr(plain, field.name)
     }
-    if (
-        odd.get("init_lora_weights") == "gaussian"
-    ):  # as plain as the default; others change the base's weights
+    # as plain as the default; others change the base's weights
+    if odd.get("init_lora_weights") == "gaussian":
         del odd["init_lora_weights"]
     layers = [module.lora_A[NAME] for module in model.modules() if NAME in getattr(module, "lora_A", {})]
     if any(NAME in getattr(module, "lora_embedding_A", {}) for module in model.modules()):

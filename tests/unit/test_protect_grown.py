@@ -61,7 +61,7 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
 def test_frozen_ranks_are_bit_identical_whatever_the_optimizer_and_its_weight_decay(name: str) -> None:
     model = model_of()
-    grown = Grown.for_task(model, ranks=2, task=1, seed=0)
+    grown = Grown.for_task(model, task=1, seed=0)
     old, new = copies([*grown.old_a(), *grown.old_b()]), copies([*grown.new_a(), *grown.new_b()])
     optimizer = OPTIMIZERS[name](trained(model))
     grown.attach(optimizer)
@@ -76,7 +76,7 @@ def test_frozen_ranks_are_bit_identical_whatever_the_optimizer_and_its_weight_de
 
 def test_without_the_mechanism_the_frozen_ranks_would_move() -> None:
     model = model_of()
-    grown = Grown.for_task(model, ranks=2, task=1, seed=0)
+    grown = Grown.for_task(model, task=1, seed=0)
     old = copies(grown.old_a())
     optimizer = OPTIMIZERS["adamw"](trained(model))
     grown.attach(optimizer).remove()  # a removed handle holds nothing
@@ -108,7 +108,7 @@ def separate_of(model: Any) -> Any:
 def test_new_ranks_take_the_steps_of_a_separate_adapter_clipping_included(name: str, clip: float) -> None:
     """Three steps of two micro-batches each; the clipped norm is that of the new LoRA alone."""
     model = model_of(torch.float64)
-    grown = Grown.for_task(model, ranks=2, task=1, seed=0)
+    grown = Grown.for_task(model, task=1, seed=0)
     apart = separate_of(model)
     runs = [(m, OPTIMIZERS[name](trained(m))) for m in (model, apart)]
     grown.attach(runs[0][1])
@@ -129,7 +129,7 @@ def test_new_ranks_take_the_steps_of_a_separate_adapter_clipping_included(name: 
 
 def test_gradient_that_overflows_in_a_frozen_rank_does_not_reach_it() -> None:
     model = model_of()
-    grown = Grown.for_task(model, ranks=2, task=1, seed=0)
+    grown = Grown.for_task(model, task=1, seed=0)
     optimizer = OPTIMIZERS["sgd"](trained(model))
     grown.attach(optimizer)
     a = grown.factors[0].a
@@ -142,7 +142,7 @@ def test_gradient_that_overflows_in_a_frozen_rank_does_not_reach_it() -> None:
 def test_first_task_trains_the_ranks_that_are_there_and_touches_nothing() -> None:
     model = model_of()
     before = [id(p) for p in trained(model)]
-    grown = Grown.for_task(model, ranks=2, task=0, seed=0)
+    grown = Grown.for_task(model, task=0, seed=0)
     assert grown.summary() == {"rank": 2, "frozen": 0}
     assert [id(p) for p in trained(model)] == before
     optimizer = OPTIMIZERS["adamw"](trained(model))

@@ -202,7 +202,6 @@ def begun(strategy: Strategy, tasks: int, dtype: torch.dtype = torch.float64) ->
     torch.manual_seed(0)
     model = add_lora(tiny_llama(TOKENIZER, hidden=16, layers=2, heads=2).to(dtype), LoraOptions(r=R))
     context: Any = SimpleNamespace(model=model, stream=STREAM, seed=0)
-    strategy.prepare(context)
     for task in STREAM.tasks[:tasks]:
         strategy.begin(context, Stage(task.name, (task,)))
         with torch.no_grad():

@@ -39,11 +39,15 @@ class Grown:
         self.rank = rank_of(model)
 
     @classmethod
-    def for_task(cls, model: nn.Module, ranks: int, task: int, seed: int) -> Grown:
-        """Append `ranks` for the task of this number, from 0; the first trains what is there."""
-        frozen = rank_of(model) if task else 0
-        if task:
-            grow(model, ranks, seed * 1000 + task)
+    def for_task(cls, model: nn.Module, task: int, seed: int) -> Grown:
+        """Append the ranks of the task of this number, from 0, as many as each before it has.
+
+        The first task trains what is there.
+        """
+        if not task:
+            return cls(model, 0)
+        frozen = rank_of(model)
+        grow(model, frozen // task, seed * 1000 + task)
         return cls(model, frozen)
 
     def old_a(self) -> list[Tensor]:

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from holdfast.adapters import check_growable, rank_of
+from holdfast.adapters import check_growable
 from holdfast.config import Options
 from holdfast.protect import Handle
 from holdfast.protect.cost import Cost
@@ -72,14 +72,10 @@ class OLora(Strategy):
         """Of the ranks that later tasks add."""
         return [grown_cost(model, len(stream) - 1)]
 
-    def prepare(self, context: Context) -> None:
-        """Note the rank of a task's LoRA."""
-        self.ranks = rank_of(context.model)
-
     def begin(self, context: Context, stage: Stage) -> None:
         """Append the task's LoRA."""
         task = context.stream.tasks.index(stage.tasks[0])
-        self.grown = Grown.for_task(context.model, self.ranks, task, context.seed)
+        self.grown = Grown.for_task(context.model, task, context.seed)
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
         """Freeze the earlier ones."""
