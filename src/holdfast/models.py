@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -253,6 +254,17 @@ def accepts(model: nn.Module, argument: str) -> bool:
     if hasattr(model, "get_base_model"):
         inner = inner.get_base_model()
     return argument in inspect.signature(inner.forward).parameters
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block, and the mode it was in behind it."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 @no_library_bars()

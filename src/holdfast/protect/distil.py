@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from holdfast.models import accepts, is_encoder_decoder
+from holdfast.models import accepts, evaluating, is_encoder_decoder
 
 
 def distillation(student_NV: Tensor, teacher_NV: Tensor, temperature: float) -> Tensor:
@@ -42,12 +42,8 @@ class Teacher:
             inputs["use_cache"] = False
             if accepts(model, "logits_to_keep"):
                 inputs["logits_to_keep"] = length
-        training = model.training
-        model.eval()
-        try:
+        with evaluating(model):
             result: Tensor = torch.func.functional_call(model, self.weights, (), inputs).logits
-        finally:
-            model.train(training)
         return result[:, -length:]
 
     def penalty(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from holdfast.errors import ConfigError
-from holdfast.models import accepts, is_encoder_decoder
+from holdfast.models import accepts, evaluating, is_encoder_decoder
 from holdfast.protect.prompts import Source, positions, vocabulary_rows
 
 Feature = Literal["hidden", "embeddings"]
@@ -50,13 +50,9 @@ def query(model: Any, ids_BT: Tensor, question_BT: Tensor, feature: Feature) -> 
         extra: dict[str, Any] = {} if encoder else {"use_cache": False}
         if not encoder and accepts(body, "position_ids"):
             extra["position_ids"] = positions(question_BT)
-        training = body.training
-        body.eval()
-        try:
+        with evaluating(body):
             outputs = body(input_ids=ids_BT, attention_mask=question_BT.long(), **extra)
             states_BTK = outputs.last_hidden_state
-        finally:
-            body.train(training)
     # where, not a product: the states of padding may be anything
     states_BTK = states_BTK.float().where(question_BT[..., None], 0.0)
     return states_BTK.sum(1) / question_BT.sum(1, keepdim=True).clamp(min=1)
