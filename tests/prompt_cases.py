@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from holdfast.config import validate
-from holdfast.models import digest, tiny_llama
+from holdfast.models import digest
 from holdfast.strategies import STRATEGIES, Stage, Strategy, build_strategy
 from holdfast.tasks import Encoder, Template, toy_suite, toy_tokenizer
 from holdfast.tasks.encode import Encoded, collate
 from holdfast.training.loop import train
 from holdfast.training.options import TrainingOptions
 from holdfast.training.steps import Interventions
+from tiny_models import tiny_model
 
 TOKENIZER = toy_tokenizer()
 PAD = TOKENIZER.pad_token_id
@@ -27,24 +28,10 @@ BOTH = ["prog-prompt", "l2p"]
 
 
 def model_of(kind: str, noise: float = 0.2) -> Any:
-    torch.manual_seed(0)
-    size = {"vocab_size": len(TOKENIZER), "pad_token_id": PAD}
+    model = tiny_model(kind)
     if kind == "llama":
-        return tiny_llama(TOKENIZER, hidden=16, layers=2, heads=2).eval()
-    if kind == "gpt2":
-        from transformers import GPT2Config, GPT2LMHeadModel
-
-        model: Any = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=128, **size))
-    elif kind == "bloom":
-        from transformers import BloomConfig, BloomForCausalLM
-
-        model = BloomForCausalLM(BloomConfig(hidden_size=16, n_layer=2, n_head=2, **size))
-    else:
-        from transformers import T5Config, T5ForConditionalGeneration
-
-        layers = {"num_layers": 2, "num_heads": 2, "d_model": 16, "d_kv": 8, "d_ff": 32}
-        start = {"decoder_start_token_id": PAD, "dropout_rate": 0.0}
-        model = T5ForConditionalGeneration(T5Config(**layers, **start, **size))
+        return model
+    torch.manual_seed(0)
     for p in model.parameters():  # so that all answers differ, and depend on the prompts
         p.data += noise * torch.randn_like(p)
     return model.eval()

@@ -17,35 +17,19 @@ from holdfast.config import validate
 from holdfast.errors import ConfigError
 from holdfast.importance import ImportancePrior, compute_prior
 from holdfast.importance.prior import parameters_by_name
-from holdfast.models import LoraOptions, ModelOptions, add_lora, block_parameters, load_model, tiny_llama
+from holdfast.models import ModelOptions, block_parameters, load_model
 from holdfast.protect.distil import Teacher, distillation
 from holdfast.protect.units import OutputMask, linear_maps, lowest
 from holdfast.runner import RunConfig, run
 from holdfast.strategies import STRATEGIES, Stage, Strategy, build_strategy
 from holdfast.tasks import Encoder, Template, toy_suite, toy_tokenizer
 from holdfast.tasks.encode import collate
+from tiny_models import tiny_model
 from tiny_runs import tiny_run
-from tiny_t5 import tiny_t5
 
 TOKENIZER = toy_tokenizer()
 STREAM = toy_suite(["copy", "flip", "head"], 8, 2)
 KINDS = ["llama", "llama-lora", "gpt2", "t5"]
-
-
-def model_of(kind: str) -> Any:
-    torch.manual_seed(0)
-    size = {"vocab_size": len(TOKENIZER), "pad_token_id": TOKENIZER.pad_token_id}
-    if kind == "gpt2":
-        from transformers import GPT2Config, GPT2LMHeadModel
-
-        model: Any = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=128, **size))
-    elif kind == "t5":
-        model = tiny_t5(TOKENIZER, d_model=16, d_ff=32, num_heads=2, dropout_rate=0.0)
-    else:
-        model = tiny_llama(TOKENIZER, hidden=16, layers=2, heads=2)
-    if kind == "llama-lora":
-        model = add_lora(model, LoraOptions(r=4))
-    return model.eval()
 
 
 def batch_of(kind: str, rows: int = 3) -> dict[str, Tensor]:
@@ -104,7 +88,7 @@ def test_frozen_weights_are_bit_identical_and_all_others_move(embeddings: bool, 
 
 
 def test_freezing_may_begin_with_a_later_task() -> None:
-    model = model_of("llama")
+    model = tiny_model("llama")
     strategy = strategy_of("freeze", from_task=2)
     strategy.begin(context_of(model), stage_of(0))
     assert all(p.requires_grad for p in model.parameters())
@@ -114,7 +98,7 @@ def test_freezing_may_begin_with_a_later_task() -> None:
 
 
 def test_both_stacks_of_an_encoder_decoder_model_are_frozen() -> None:
-    names = set(strategy_of("freeze", blocks=1).frozen(model_of("t5")))  # type: ignore[attr-defined]
+    names = set(strategy_of("freeze", blocks=1).frozen(tiny_model("t5")))  # type: ignore[attr-defined]
     parts = {n.rsplit(".layer.", 1)[0] for n in names}
     assert parts == {"shared.weight", "encoder.block.0", "decoder.block.0"}
 
@@ -128,7 +112,7 @@ def test_both_stacks_of_an_encoder_decoder_model_are_frozen() -> None:
 )
 def test_freezing_more_than_there_is_is_an_error(blocks: int, kind: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        strategy_of("freeze", blocks=blocks).check(model_of(kind))
+        strategy_of("freeze", blocks=blocks).check(tiny_model(kind))
 
 
 # migu
@@ -163,7 +147,7 @@ def expected_units(output_BTO: Tensor, batch: dict[str, Tensor], masked: float) 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_migu_lets_exactly_the_units_with_the_largest_outputs_move(kind: str) -> None:
-    model, batch = model_of(kind), batch_of(kind)
+    model, batch = tiny_model(kind), batch_of(kind)
     if kind == "llama-lora":  # as after some training: the factors' gradients are not zero
         for name, p in model.named_parameters():
             if "lora_B" in name:
@@ -191,7 +175,7 @@ def test_migu_lets_exactly_the_units_with_the_largest_outputs_move(kind: str) ->
 
 
 def test_migu_of_lora_b_is_not_stuck_with_arbitrary_units_while_b_is_zero() -> None:
-    model, batch = model_of("llama-lora"), batch_of("llama-lora")
+    model, batch = tiny_model("llama-lora"), batch_of("llama-lora")
     mask = OutputMask(0.7)
     mask.attach(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0))
     mask.watch(batch)
@@ -204,7 +188,7 @@ def test_migu_of_lora_b_is_not_stuck_with_arbitrary_units_while_b_is_zero() -> N
 
 
 def test_padding_does_not_change_the_mask() -> None:
-    model, masks = model_of("llama"), []
+    model, masks = tiny_model("llama"), []
     for pad in (0, 5):
         batch = batch_of("llama")
         fill = {"input_ids": TOKENIZER.pad_token_id, "attention_mask": 0, "labels": -100, "position_ids": 0}
@@ -224,7 +208,7 @@ def test_padding_does_not_change_the_mask() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("unit", ["output", "weight"])
 def test_fisher_mask_holds_the_units_below_the_quantile(unit: str, kind: str) -> None:
-    model = model_of(kind)
+    model = tiny_model(kind)
     shapes = {n: p.shape for n, p in block_parameters(model).items()}
     fisher = ImportancePrior({n: torch.rand(s) for n, s in shapes.items()})
     strategy = strategy_of("fisher-mask", masked=0.7, unit=unit)
@@ -256,7 +240,7 @@ def test_fisher_mask_moves_its_units_only_even_with_weight_decay(tmp_path: Path)
 
 
 def test_tensor_without_any_fisher_information_is_not_masked() -> None:
-    model = model_of("llama-lora")
+    model = tiny_model("llama-lora")
     fisher = ImportancePrior({n: torch.zeros(p.shape) for n, p in block_parameters(model).items()})
     held = strategy_of("fisher-mask").held(model, fisher)  # type: ignore[attr-defined]
     assert not any(mask.any() for mask in held.values())
@@ -285,7 +269,7 @@ def test_distillation_is_lwfs_equation() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_lwf_penalty_is_that_of_a_copy_of_the_model_and_moves_the_student_only(kind: str) -> None:
-    model, batch = model_of(kind), batch_of(kind)
+    model, batch = tiny_model(kind), batch_of(kind)
     before = copy.deepcopy(model)
     strategy = strategy_of("lwf", weight=3.0)
     strategy.begin(context_of(model), stage_of(0))
@@ -323,8 +307,8 @@ def test_lwf_penalty_is_that_of_a_copy_of_the_model_and_moves_the_student_only(k
 
 
 def test_lwf_sees_the_same_logits_where_the_loop_keeps_only_the_last() -> None:
-    model, batch = model_of("llama"), batch_of("llama")
-    teacher, moved = Teacher(model), model_of("llama")
+    model, batch = tiny_model("llama"), batch_of("llama")
+    teacher, moved = Teacher(model), tiny_model("llama")
     nn.init.normal_(moved.model.layers[0].mlp.up_proj.weight)
     logits = moved(**batch).logits
     whole = teacher.penalty(moved, batch, logits, 2.0)
@@ -351,7 +335,7 @@ def priors_of(model: Any, count: int) -> list[ImportancePrior]:
 
 @pytest.mark.parametrize("variant", ["sum", "online", "separate"])
 def test_ewc_penaltys_gradient_is_its_formula(variant: str, tmp_path: Path) -> None:
-    model, gamma = model_of("llama"), 0.5
+    model, gamma = tiny_model("llama"), 0.5
     parameters = block_parameters(model)
     fishers = priors_of(model, 3)
     left = iter(fishers)
@@ -390,7 +374,7 @@ def test_ewc_penaltys_gradient_is_its_formula(variant: str, tmp_path: Path) -> N
 
 
 def test_ewcs_fisher_does_not_depend_on_the_batch_size() -> None:
-    model = model_of("llama")
+    model = tiny_model("llama")
     rows = Encoder(TOKENIZER, Template(), encoder_decoder=False).many(STREAM.tasks[0].train)
     one, many = (
         compute_prior(model, rows, strategy_of("ewc", fisher={"batch_size": size}).options.fisher, pad_id=0)

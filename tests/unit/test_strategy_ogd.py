@@ -19,13 +19,14 @@ from holdfast.errors import ConfigError, PriorMismatchError
 from holdfast.importance.logit_gradient import logit_gradient
 from holdfast.importance.prior import trained_parameters
 from holdfast.importance.seeding import sample
-from holdfast.models import LoraOptions, add_lora, block_parameters, tiny_llama
+from holdfast.models import block_parameters, tiny_llama
 from holdfast.progress import Progress
 from holdfast.protect.subspace import Subspace
 from holdfast.runner import RunConfig, run
 from holdfast.strategies import STRATEGIES, Stage, Strategy, build_strategy
 from holdfast.tasks import Encoder, Template, toy_suite, toy_tokenizer
 from kills import Killed, kill_when
+from tiny_models import tiny_model
 from tiny_runs import tiny_run
 
 TOKENIZER = toy_tokenizer()
@@ -199,26 +200,6 @@ def test_projected_gradients_and_a_closure_are_refused() -> None:
 # the gradients that are kept
 
 
-def model_of(kind: str) -> Any:
-    torch.manual_seed(0)
-    size = {"vocab_size": len(TOKENIZER), "pad_token_id": TOKENIZER.pad_token_id}
-    if kind == "gpt2":
-        from transformers import GPT2Config, GPT2LMHeadModel
-
-        model: Any = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=128, **size))
-    elif kind == "t5":
-        from transformers import T5Config, T5ForConditionalGeneration
-
-        start = {"decoder_start_token_id": TOKENIZER.pad_token_id}
-        layers = {"num_layers": 2, "num_heads": 2, "d_model": 16, "d_kv": 8, "d_ff": 32}
-        model = T5ForConditionalGeneration(T5Config(**layers, **start, **size))
-    else:
-        model = tiny_llama(TOKENIZER, hidden=16, layers=2, heads=2)
-    if kind == "llama-lora":
-        model = add_lora(model, LoraOptions(r=4))
-    return model.eval()
-
-
 def rows_of(kind: str = "llama", task: int = 0, count: int = 8) -> list[Any]:
     encoder = Encoder(TOKENIZER, Template(), encoder_decoder=kind == "t5")
     return encoder.many(STREAM.tasks[task].train[:count])
@@ -243,7 +224,7 @@ def true_logits(model: Any, kind: str, row: Any) -> Tensor:
 @pytest.mark.parametrize("target", ["all", "first"])
 @pytest.mark.parametrize("kind", ["llama", "llama-lora", "gpt2", "t5"])
 def test_kept_gradient_is_that_of_the_true_answers_logits(kind: str, target: Any) -> None:
-    model, row = model_of(kind), rows_of(kind)[0]
+    model, row = tiny_model(kind), rows_of(kind)[0]
     got = logit_gradient(model, row, TOKENIZER.pad_token_id, target)
     weights = trained_parameters(model)
     assert got.keys() == weights.keys()
@@ -279,7 +260,7 @@ def stage_of(number: int) -> Stage:
 
 @pytest.mark.parametrize("on", ["update", "gradient"])
 def test_small_sgd_step_leaves_earlier_true_logits_unchanged_to_first_order(on: str) -> None:
-    model = model_of("llama").double()  # so that the second order can be told from rounding
+    model = tiny_model("llama").double()  # so that the second order can be told from rounding
     strategy = strategy_of(samples=4, on=on)
     strategy.begin(context_of(model), stage_of(0))
     strategy.end(context_of(model), stage_of(0))
@@ -376,7 +357,7 @@ def test_state_grows_by_a_value_for_each_sample_and_weight(finished: Path) -> No
 
 
 def test_first_task_is_trained_without_a_hook() -> None:
-    model, strategy = model_of("llama"), strategy_of()
+    model, strategy = tiny_model("llama"), strategy_of()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     strategy.begin(context_of(model), stage_of(0))
     strategy.attach(model, optimizer)
