@@ -129,3 +129,44 @@ def test_steps_are_estimated_with_replayed_rows(sections: dict[str, Any], tmp_pa
     ]
     assert steps == [1, 2]
     assert estimated == f"{sum(steps)} ({', '.join(map(str, steps))} by stage)"
+
+
+TRAINED = [
+    ("sequential", {}),
+    ("sequential", {"lora": True}),
+    ("freeze", {"blocks": 1}),
+    ("freeze", {"blocks": 1, "from_task": 2}),
+    ("osf", {"rank": 0.3}),
+    ("osf", {"schedule": "growing"}),
+    ("prog-prompt", {}),
+    ("prog-prompt", {"reparametrise": False}),
+    ("l2p", {}),
+    ("inc-lora", {"lora": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), TRAINED, ids=lambda v: v if isinstance(v, str) else None)
+def test_what_is_estimated_to_be_trained_is_what_the_run_trains(
+    name: str, options: dict[str, Any], tmp_path: Path, tiny: Any
+) -> None:
+    lora = {"lora": {"r": 2}} if options.pop("lora", False) else {}
+    values = tiny(tmp_path / "r", strategy={"name": name, **options})
+    values["model"] = {"toy": True, "hidden": 16, "layers": 2, **lora}
+    values["tasks"] = {"source": "toy", "order": ["copy", "flip"], "train_rows": 8, "test_rows": 1}
+    values["training"] = {"epochs": 1, "batch_size": 8}
+    values["evaluation"] = {"zero_shot": False, "scope": "needed"}
+    config = validate(RunConfig, values, "test")
+    (estimated,) = [much for what, much in check(config).estimate if what == "parameters"]
+    metrics = run(config)
+    assert metrics["trainable"] > 0
+    assert f"({metrics['trainable']:,} trained)" in estimated
+
+
+def test_a_method_that_does_not_fit_the_model_is_a_problem_without_an_estimate(
+    tmp_path: Path, tiny: Any
+) -> None:
+    values = tiny(tmp_path / "r", strategy="l2p")
+    values["model"] = {"toy": True, "hidden": 16, "layers": 1, "lora": {"r": 2}}
+    findings = check(validate(RunConfig, values, "test"))
+    assert [problem.split(":")[0] for problem in findings.problems] == ["model.lora"]
+    assert not findings.estimate

@@ -25,6 +25,17 @@ def trained_maps(model: nn.Module) -> dict[str, Any]:
     }
 
 
+def preserved(weight: Tensor, share: float) -> int:
+    """How many of a map's singular values are preserved: this share, rounded down, at least 1."""
+    return max(int(min(weight.shape) * share), 1)
+
+
+def lower_size(model: nn.Module, share: float) -> int:
+    """How many numbers U_l, S_l and V_l of all trained maps have together."""
+    weights = [module.weight for module in trained_maps(model).values()]
+    return sum((min(w.shape) - preserved(w, share)) * (sum(w.shape) + 1) for w in weights)
+
+
 class Decomposed:
     """W = U_h S_h V_h + U_l S_l V_l of each trained linear map in blocks; U_l, S_l, V_l take W's place.
 
@@ -36,7 +47,7 @@ class Decomposed:
     model : nn.Module
         A transformers model without adapters, its maps `torch.nn.Linear`.
     share : float
-        Of each map's singular values, the largest: how many belong to the part h, rounded down, at least 1.
+        Of each map's singular values, the largest: how many belong to the part h, see `preserved`.
 
     Notes
     -----
@@ -49,8 +60,7 @@ class Decomposed:
 
         maps = trained_maps(model)
         ranks: dict[str, Any] = {
-            f"^{re.escape(name)}$": max(int(min(module.weight.shape) * share), 1)
-            for name, module in maps.items()
+            f"^{re.escape(name)}$": preserved(module.weight, share) for name, module in maps.items()
         }
         self._trained = [p for p in model.parameters() if p.requires_grad]
         config = OSFConfig(target_modules="|".join(map(re.escape, maps)), rank_pattern=ranks)

@@ -73,11 +73,12 @@ def check(config: RunConfig) -> Findings:
     except HoldfastError as error:
         findings.problems.append(str(error))
     _check_output(config, findings)
-    strategy = build_strategy(config.strategy)
+    strategy, fits = build_strategy(config.strategy), model is not None
     if model is not None:
         try:
             strategy.check(model)
         except HoldfastError as error:
+            fits = False
             findings.problems.append(str(error))
     if stream is not None and tokenizer is not None:
         try:
@@ -86,7 +87,7 @@ def check(config: RunConfig) -> Findings:
             findings.problems.append(str(error))
     if model is not None and config.training.trainer == "sft" and is_encoder_decoder(model):
         findings.problems.append("training.trainer: 'sft' trains causal models only; use 'auto'.")
-    if model is not None and stream is not None:
+    if fits and stream is not None:
         _estimate(config, model, stream, strategy, findings)
     return findings
 
@@ -142,9 +143,7 @@ def _check_lengths(
 def _estimate(
     config: RunConfig, model: Any, stream: TaskStream, strategy: Strategy, findings: Findings
 ) -> None:
-    parameters = list(model.parameters())
-    trainable = [p for p in parameters if p.requires_grad]
-    total, learned = sum(p.numel() for p in parameters), sum(p.numel() for p in trainable)
+    total, learned = sum(p.numel() for p in model.parameters()), strategy.trained(model)
     size = torch.finfo(model.dtype).bits // 8
     states = {"adamw": 2, "sgd": 0, "adafactor": 0}[config.training.optimizer]
     findings.estimate += [
@@ -156,7 +155,7 @@ def _estimate(
     for cost in strategy.estimate(model, stream):
         findings.estimate.append((cost.what, _mib(cost.size)))
         findings.remarks += [cost.note] if cost.note else []
-    if config.model.lora is None and not trainable:
+    if config.model.lora is None and not any(p.requires_grad for p in model.parameters()):
         findings.problems.append("model.trainable: this model has no linear maps inside transformer blocks.")
     options, steps = config.training, []
     for rows in _rows(config, stream, strategy):

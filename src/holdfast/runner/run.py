@@ -230,7 +230,8 @@ class _Run:
         metrics["parameters"] = sum(p.numel() for p in self.model.parameters())
         metrics["knows_task"] = self.strategy.needs_task_identity
         metrics["rehearses"] = self.config.rehearses
-        metrics["trainable"] = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        first = json.loads((self.directory.path / self.names[0] / "training.json").read_text())
+        metrics["trainable"] = first.get("trained")  # none in a run of an earlier version
         write_json(self.directory.path / "metrics.json", metrics)
         return metrics
 

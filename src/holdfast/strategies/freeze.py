@@ -71,6 +71,11 @@ class Freeze(Strategy):
                 "left to train. Freeze fewer, or train more (model.trainable, model.lora)."
             )
 
+    def trained(self, model: nn.Module) -> int:
+        """All but what is frozen."""
+        frozen = self.frozen(model).values() if self.options.from_task == 1 else ()
+        return super().trained(model) - sum(p.numel() for p in frozen if p.requires_grad)
+
     def begin(self, context: Context, stage: Stage) -> None:
         """Freeze, unless this is a task before `from_task`."""
         first = min(context.stream.names.index(task.name) for task in stage.tasks) + 1

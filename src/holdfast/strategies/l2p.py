@@ -66,14 +66,22 @@ class L2p(Strategy):
         check_promptable(model, self.name)
         check_feature(model, self.options.query)
 
+    def trained(self, model: nn.Module) -> int:
+        """The pool: prompts and keys."""
+        return sum(p.numel() for p in self._fresh(model, 0).parameters())
+
+    def _fresh(self, model: nn.Module, seed: int) -> PromptPool:
+        options = self.options
+        return fresh_pool(model, options.pool, options.length, options.query, seed)
+
     def begin(self, context: Context, stage: Stage) -> None:
         """Put the pool into the model, as the last task left it."""
-        options = self.options
+        size = self.options.pool
         if not self.tensors:
-            fresh = fresh_pool(context.model, options.pool, options.length, options.query, context.seed)
-            self.tensors = {**fresh.state_dict(), "counts": torch.zeros(options.pool)}
+            fresh = self._fresh(context.model, context.seed)
+            self.tensors = {**fresh.state_dict(), "counts": torch.zeros(size)}
         pool = self._pool = PromptPool(self.tensors["prompts"], self.tensors["keys"])
-        self._counts = torch.zeros(options.pool)  # how often this task has taken each prompt
+        self._counts = torch.zeros(size)  # how often this task has taken each prompt
         self._training = learn(context.model, pool, lambda ids_BT, _: pool.chosen(self._indices))
 
     def watch(self, model: nn.Module, batch: Mapping[str, Any]) -> None:

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from holdfast.config import Options
 from holdfast.errors import ConfigError
 from holdfast.protect import Handle
-from holdfast.protect.cost import Cost, trained_bytes
-from holdfast.protect.decomposed import Decomposed, trained_maps
+from holdfast.protect.cost import Cost
+from holdfast.protect.decomposed import Decomposed, lower_size, trained_maps
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.protocol import Strategy, register
 from holdfast.tasks.task import TaskStream
@@ -78,16 +78,31 @@ class Osf(Strategy):
                 "Choose another strategy or another model."
             )
 
+    def trained(self, model: nn.Module) -> int:
+        """The lower factors, and what is trained beside the maps."""
+        share = self._share(0, 1)
+        if not share:
+            return super().trained(model)
+        maps = sum(module.weight.numel() for module in trained_maps(model).values())
+        return super().trained(model) - maps + lower_size(model, share)
+
     def estimate(self, model: nn.Module, stream: TaskStream) -> list[Cost]:
-        """The lower factors of square maps, and what they started from."""
-        trained = 1 - (self.options.rank or 0.5) if self.options.schedule == "constant" else 1.0
-        return [Cost("singular factors, and their start", round(4 * trained * trained_bytes(model)))]
+        """The lower factors, and what they started from."""
+        least = self._share(min(1, len(stream) - 1), len(stream))
+        if not least:
+            return []
+        size = next(model.parameters()).element_size() * lower_size(model, least)
+        return [Cost("singular factors, and their start", 2 * size)]
+
+    def _share(self, known: int, tasks: int) -> float:
+        """What is preserved behind so many of the stream's tasks."""
+        return known / tasks if self.options.schedule == "growing" else self.options.rank or 0.5
 
     def begin(self, context: Context, stage: Stage) -> None:
         """Decompose the weights that this stage starts from."""
         names = context.stream.names
         known = min(names.index(task.name) for task in stage.tasks)
-        share = known / len(names) if self.options.schedule == "growing" else self.options.rank or 0.5
+        share = self._share(known, len(names))
         self.decomposed = Decomposed(context.model, share) if share else None
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:

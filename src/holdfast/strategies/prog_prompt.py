@@ -63,15 +63,21 @@ class ProgPrompt(Strategy):
         """See that prompts can be put in front of the model's input."""
         check_promptable(model, self.name)
 
-    def begin(self, context: Context, stage: Stage) -> None:
-        """Put a new prompt in front of the earlier ones."""
-        seed, options = context.seed * 1000 + len(self.prompts), self.options
-        rows = vocabulary_rows(context.model, options.tokens, seed)
+    def trained(self, model: nn.Module) -> int:
+        """A prompt and its network."""
+        return sum(p.numel() for p in self._fresh(model, 0).parameters())
+
+    def _fresh(self, model: nn.Module, seed: int) -> Prompt:
+        options = self.options
+        rows_ND = vocabulary_rows(model, options.tokens, seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            new = Prompt(rows, (options.bottleneck or 800) if options.reparametrise else None)
-        earlier = self._joined(self.prompts) if self.prompts else rows[:0]
-        self._new = new
+            return Prompt(rows_ND, (options.bottleneck or 800) if options.reparametrise else None)
+
+    def begin(self, context: Context, stage: Stage) -> None:
+        """Put a new prompt in front of the earlier ones."""
+        new = self._new = self._fresh(context.model, context.seed * 1000 + len(self.prompts))
+        earlier = self._joined(self.prompts) if self.prompts else new.rows.detach()[:0]
 
         def source(ids_BT: Tensor, question_BT: Tensor) -> Tensor:
             prompt_ND = torch.cat([new(), earlier.to(ids_BT.device)])

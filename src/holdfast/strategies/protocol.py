@@ -68,6 +68,10 @@ class Strategy:
     def check(self, model: nn.Module) -> None:
         """Raise a `HoldfastError` that names the key if the method is not defined for this model."""
 
+    def trained(self, model: nn.Module) -> int:
+        """How many numbers the first stage trains, for `holdfast check`."""
+        return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
     def estimate(self, model: nn.Module, stream: TaskStream) -> list[Cost]:
         """What it holds in memory beside model, gradients and optimizer, for `holdfast check`."""
         return []

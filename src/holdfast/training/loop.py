@@ -103,7 +103,7 @@ def train(
         )
     set_seed(seed)
     progress = progress or Progress(quiet=True)
-    record = TrainingRecord()
+    record = TrainingRecord(trained=sum(p.numel() for p in model.parameters() if p.requires_grad))
     started = time.perf_counter()
     arguments = _arguments(options, folder, seed, encoder_decoder)
     trainer_class: Any = BridgeSeq2SeqTrainer if encoder_decoder else BridgeTrainer

@@ -54,6 +54,7 @@ class TrainingRecord:
 
     steps: int = 0
     seconds: float = 0.0
+    trained: int = 0  # numbers with a gradient, earlier ranks of a grown LoRA among them
     loss: list[list[float]] = field(default_factory=list)
     learning_rate: list[list[float]] = field(default_factory=list)
 
