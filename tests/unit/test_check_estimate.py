@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,6 +130,42 @@ def test_steps_are_estimated_with_replayed_rows(sections: dict[str, Any], tmp_pa
     ]
     assert steps == [1, 2]
     assert estimated == f"{sum(steps)} ({', '.join(map(str, steps))} by stage)"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "aside"),
+    [
+        (
+            {"name": "kif", "memory": {"count": 9}, "replay_epochs": 2},
+            [4, 6],
+        ),  # 9 and 18 rows in batches of 8
+        ({"name": "attribution", "importance": "fisher", "prior_from": "single_task"}, [3, 3, 3]),
+        ({"name": "attribution", "importance": "fisher"}, []),
+    ],
+    ids=["kif", "single-task", "sequential"],
+)
+def test_trainings_aside_are_estimated_as_they_are_made(
+    strategy: dict[str, Any], aside: list[int], tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner: Any = importlib.import_module("holdfast.runner.run")
+    values = tiny(tmp_path / "r", strategy=strategy)
+    values["model"] = {"toy": True, "hidden": 16, "layers": 1, "lora": {"r": 2}}
+    values["tasks"] = {"source": "toy", "order": ["copy", "flip", "head"], "train_rows": 20, "test_rows": 1}
+    values["training"] = {"epochs": 1, "batch_size": 8}
+    values["evaluation"] = {"zero_shot": False, "scope": "needed"}
+    config = validate(RunConfig, values, "test")
+    estimated = [much for what, much in check(config).estimate if what == "steps aside"]
+    made, train = [], runner.train
+
+    def counting(*args: Any, folder: Path, **kwargs: Any) -> Any:
+        record = train(*args, folder=folder, **kwargs)
+        made.extend([record.steps] if "aside" in folder.parts else [])
+        return record
+
+    monkeypatch.setattr(runner, "train", counting)
+    run(config)
+    assert made == aside
+    assert estimated == ([f"{sum(aside)} ({', '.join(map(str, aside))})"] if aside else [])
 
 
 TRAINED = [

@@ -19,6 +19,7 @@ from holdfast.runner.config import RunConfig
 from holdfast.strategies import Strategy, build_strategy
 from holdfast.tasks import Encoder, inspect_stream, toy_tokenizer
 from holdfast.tasks.task import Example, TaskStream
+from holdfast.training.options import TrainingOptions
 
 
 @dataclass
@@ -157,17 +158,24 @@ def _estimate(
         findings.remarks += [cost.note] if cost.note else []
     if config.model.lora is None and not any(p.requires_grad for p in model.parameters()):
         findings.problems.append("model.trainable: this model has no linear maps inside transformer blocks.")
-    options, steps = config.training, []
-    for rows in _rows(config, stream, strategy):
-        batches = math.ceil(rows / options.batch_size)
-        epoch = max(math.ceil(batches / options.gradient_accumulation), 1)
-        steps.append(options.max_steps or math.ceil(epoch * options.epochs))
+    steps = [_steps(config.training, rows) for rows in _rows(config, stream, strategy)]
     findings.estimate.append(("optimizer steps", f"{sum(steps):,} ({', '.join(map(str, steps))} by stage)"))
+    aside = [_steps(config.training, *further) for further in strategy.aside(stream, config.seed)]
+    if aside:
+        findings.estimate.append(("steps aside", f"{sum(aside):,} ({', '.join(map(str, aside))})"))
     tests = sum(len(task.test) for task in stream)
     rounds = len(steps) + config.evaluation.zero_shot
     findings.estimate.append(
         ("answers generated", f"up to {tests * rounds:,} ({tests:,} in each of {rounds} rounds)")
     )
+
+
+def _steps(options: TrainingOptions, rows: int, epochs: float | None = None) -> int:
+    batches = math.ceil(rows / options.batch_size)
+    epoch = max(math.ceil(batches / options.gradient_accumulation), 1)
+    if epochs is None:
+        return options.max_steps or math.ceil(epoch * options.epochs)
+    return math.ceil(epoch * epochs)
 
 
 def _rows(config: RunConfig, stream: TaskStream, strategy: Strategy) -> Iterator[int]:

@@ -83,6 +83,10 @@ class Attribution(Strategy):
         """The prior, and what acts on it."""
         return prior_costs(model, self.options.importance)
 
+    def aside(self, stream: TaskStream, seed: int) -> list[tuple[int, float | None]]:
+        """The models of one task each."""
+        return [(len(task.train), None) for task in stream if self.options.prior_from == "single_task"]
+
     def begin(self, context: Context, stage: Stage) -> None:
         """Build the protection; its reference is the weights that this stage starts from."""
         self._protection = None

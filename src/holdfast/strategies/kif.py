@@ -46,6 +46,16 @@ class Kif(Strategy):
         """Sensitivity, and the old weights."""
         return costs(self.options, model)
 
+    def aside(self, stream: TaskStream, seed: int) -> list[tuple[int, float | None]]:
+        """The replays, from a memory that is filled as in the run."""
+        rows: list[int] = []
+        if self.options.memory is not None:
+            memory = Memory(self.options.memory)
+            for task in stream:
+                rows.append(len(memory.examples))
+                memory.add(task, seed)
+        return [(count, self.options.replay_epochs) for count in rows if count]
+
     def begin(self, context: Context, stage: Stage) -> None:
         """Keep the weights that the stage starts from: they are the fused model of the tasks before."""
         self.parameters = trained_parameters(context.model)

@@ -76,6 +76,10 @@ class Strategy:
         """What it holds in memory beside model, gradients and optimizer, for `holdfast check`."""
         return []
 
+    def aside(self, stream: TaskStream, seed: int) -> list[tuple[int, float | None]]:
+        """Rows and epochs (none: the run's) of trainings that `end` adds, for `holdfast check`."""
+        return []
+
     def prepare(self, context: Context) -> None:
         """Called once, before anything is trained or resumed; may wrap or replace ``context.model``."""
 
