@@ -154,7 +154,7 @@ def test_trainings_aside_are_estimated_as_they_are_made(
     values["training"] = {"epochs": 1, "batch_size": 8}
     values["evaluation"] = {"zero_shot": False, "scope": "needed"}
     config = validate(RunConfig, values, "test")
-    estimated = [much for what, much in check(config).estimate if what == "steps aside"]
+    estimated = [much for what, much in check(config).estimate if what == "further optimizer steps"]
     made, train = [], runner.train
 
     def counting(*args: Any, folder: Path, **kwargs: Any) -> Any:

@@ -162,7 +162,7 @@ def _estimate(
     findings.estimate.append(("optimizer steps", f"{sum(steps):,} ({', '.join(map(str, steps))} by stage)"))
     aside = [_steps(config.training, *further) for further in strategy.aside(stream, config.seed)]
     if aside:
-        findings.estimate.append(("steps aside", f"{sum(aside):,} ({', '.join(map(str, aside))})"))
+        findings.estimate.append(("further optimizer steps", f"{sum(aside):,} ({', '.join(map(str, aside))})"))
     tests = sum(len(task.test) for task in stream)
     rounds = len(steps) + config.evaluation.zero_shot
     findings.estimate.append(
