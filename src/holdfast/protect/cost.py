@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -25,6 +26,29 @@ class Cost(NamedTuple):
     what: str
     size: int
     note: str = ""
+
+
+class Estimate(NamedTuple):
+    """What a strategy takes beside plain training.
+
+    Attributes
+    ----------
+    costs : sequence of Cost
+        What it holds in memory beside model, gradients and optimizer.
+    trained : int, optional
+        How many numbers its first stage trains, where these are not all that have ``requires_grad``.
+    further : sequence of (int, float or None)
+        Rows and epochs (none: the run's) of trainings that its `end` adds.
+    """
+
+    costs: Sequence[Cost] = ()
+    trained: int | None = None
+    further: Sequence[tuple[int, float | None]] = ()
+
+
+def trained_numbers(model: nn.Module) -> int:
+    """How many numbers have ``requires_grad``."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def trained_bytes(model: nn.Module, each: int | None = None) -> int:

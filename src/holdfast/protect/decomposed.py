@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from holdfast.errors import ConfigError
 from holdfast.models import linear_modules
 from holdfast.names import layer_of
 from holdfast.protect.attach import Handle, hook, unwrap
+from holdfast.protect.cost import Cost, Estimate, trained_numbers
 
 _ADAPTER = "default"
 
@@ -25,6 +28,20 @@ def trained_maps(model: nn.Module) -> dict[str, Any]:
     }
 
 
+def check_decomposable(model: Any) -> None:
+    """Raise a `ConfigError` if OSF is not defined for this model."""
+    if hasattr(model, "peft_config"):
+        raise ConfigError("strategy: osf trains whole weights, not adapters; leave out model.lora.")
+    maps = trained_maps(model)
+    other = next((name for name, module in maps.items() if not isinstance(module, nn.Linear)), None)
+    if other is not None or not maps:
+        what = f"{other} is transformers' Conv1D (as in GPT-2)" if maps else "no linear map is trained"
+        raise ConfigError(
+            f"strategy: osf is not defined here: {what}, and PEFT's OSF decomposes torch.nn.Linear only. "
+            "Choose another strategy or another model."
+        )
+
+
 def preserved(weight: Tensor, share: float) -> int:
     """How many of a map's singular values are preserved: this share, rounded down, at least 1."""
     return max(int(min(weight.shape) * share), 1)
@@ -34,6 +51,18 @@ def lower_size(model: nn.Module, share: float) -> int:
     """How many numbers U_l, S_l and V_l of all trained maps have together."""
     weights = [module.weight for module in trained_maps(model).values()]
     return sum((min(w.shape) - preserved(w, share)) * (sum(w.shape) + 1) for w in weights)
+
+
+def decomposed_estimate(model: nn.Module, shares: Sequence[float]) -> Estimate:
+    """Of training by stages that preserve these shares; a stage that preserves nothing is a plain one."""
+    decomposing, trained = [share for share in shares if share], None
+    if shares[0]:
+        maps = sum(module.weight.numel() for module in trained_maps(model).values())
+        trained = trained_numbers(model) - maps + lower_size(model, shares[0])
+    if not decomposing:
+        return Estimate(trained=trained)
+    size = next(model.parameters()).element_size() * lower_size(model, min(decomposing))
+    return Estimate([Cost("singular factors, and their start", 2 * size)], trained)
 
 
 class Decomposed:

@@ -5,14 +5,31 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from holdfast.config import Options
 from holdfast.errors import ConfigError
 from holdfast.models import accepts, evaluating, is_encoder_decoder
 from holdfast.protect.prompts import Source, positions, vocabulary_rows
 
 Feature = Literal["hidden", "embeddings"]
+
+
+class PoolOptions(Options):
+    """How large the pool is, and how many of it an input finds by what."""
+
+    pool: int = Field(20, ge=1, description="M, prompts in the pool; keeps M / N tasks apart")
+    length: int = Field(5, ge=1, description="L, vectors of each prompt")
+    chosen: int = Field(4, ge=1, description="N, prompts in front of an input")
+    query: Feature = Field("hidden", description="mean last hidden state, or mean embedding, of the question")
+
+    @model_validator(mode="after")
+    def _enough(self) -> PoolOptions:
+        if self.chosen <= self.pool:
+            return self
+        raise ValueError(f"`chosen: {self.chosen}` prompts can't be taken from a `pool` of {self.pool}")
 
 
 def check_feature(model: Any, feature: Feature) -> None:
@@ -96,10 +113,10 @@ class PromptPool(nn.Module):
         return found
 
 
-def fresh_pool(model: Any, size: int, length: int, feature: Feature, seed: int) -> PromptPool:
+def fresh_pool(model: Any, options: PoolOptions, seed: int) -> PromptPool:
     """A pool that nothing has learned yet: prompts are embeddings of random tokens, keys a normal draw."""
-    rows = vocabulary_rows(model, size * length, seed)
+    rows = vocabulary_rows(model, options.pool * options.length, seed)
     one = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    width = query(model, one, one == 0, feature).shape[1]
-    keys = torch.randn(size, width, generator=torch.Generator().manual_seed(seed))
-    return PromptPool(rows.view(size, length, -1), keys)
+    width = query(model, one, one == 0, options.query).shape[1]
+    keys = torch.randn(options.pool, width, generator=torch.Generator().manual_seed(seed))
+    return PromptPool(rows.view(options.pool, options.length, -1), keys)

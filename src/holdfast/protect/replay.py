@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from holdfast.config import Options
-from holdfast.tasks.task import Example, Task
+from holdfast.tasks.task import Example, Task, TaskStream
 
 
 class MemoryOptions(Options):
@@ -41,6 +41,15 @@ class RehearsalOptions(Options):
 
     memory: MemoryOptions = Field(default_factory=MemoryOptions)
     ratio: float = Field(0.2, gt=0, lt=1, description="share of a later task's training rows that are old")
+
+
+def sizes_before(options: MemoryOptions, stream: TaskStream) -> list[int]:
+    """How many examples a memory has when each task of a stream is learned."""
+    memory, sizes = Memory(options), []
+    for task in stream:
+        sizes.append(len(memory))
+        memory.add(task, seed=0)
+    return sizes
 
 
 class Memory:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from holdfast.errors import HoldfastError
 from holdfast.models import is_encoder_decoder, load_model
+from holdfast.protect.cost import trained_numbers
 from holdfast.protect.replay import Rehearsal
 from holdfast.runner.config import RunConfig
 from holdfast.strategies import Strategy, build_strategy
@@ -144,7 +145,9 @@ def _check_lengths(
 def _estimate(
     config: RunConfig, model: Any, stream: TaskStream, strategy: Strategy, findings: Findings
 ) -> None:
-    total, learned = sum(p.numel() for p in model.parameters()), strategy.trained(model)
+    estimate = strategy.estimate(model, stream)
+    total = sum(p.numel() for p in model.parameters())
+    learned = trained_numbers(model) if estimate.trained is None else estimate.trained
     size = torch.finfo(model.dtype).bits // 8
     states = {"adamw": 2, "sgd": 0, "adafactor": 0}[config.training.optimizer]
     findings.estimate += [
@@ -153,16 +156,17 @@ def _estimate(
         ("gradients", _mib(learned * size)),
         ("optimizer state", _mib(learned * size * states)),
     ]
-    for cost in strategy.estimate(model, stream):
+    for cost in estimate.costs:
         findings.estimate.append((cost.what, _mib(cost.size)))
         findings.remarks += [cost.note] if cost.note else []
     if config.model.lora is None and not any(p.requires_grad for p in model.parameters()):
         findings.problems.append("model.trainable: this model has no linear maps inside transformer blocks.")
     steps = [_steps(config.training, rows) for rows in _rows(config, stream, strategy)]
     findings.estimate.append(("optimizer steps", f"{sum(steps):,} ({', '.join(map(str, steps))} by stage)"))
-    aside = [_steps(config.training, *further) for further in strategy.aside(stream, config.seed)]
-    if aside:
-        findings.estimate.append(("further optimizer steps", f"{sum(aside):,} ({', '.join(map(str, aside))})"))
+    further = [_steps(config.training, *training) for training in estimate.further]
+    if further:
+        said = f"{sum(further):,} ({', '.join(map(str, further))})"
+        findings.estimate.append(("further optimizer steps", said))
     tests = sum(len(task.test) for task in stream)
     rounds = len(steps) + config.evaluation.zero_shot
     findings.estimate.append(

@@ -15,7 +15,7 @@ from holdfast.importance import ImportanceOptions, ImportancePrior
 from holdfast.importance.lrp import LrpOptions
 from holdfast.protect import AnchorOptions, Control, MechanismOptions, apply_control, build_mechanism
 from holdfast.protect.attach import Handle, Protection
-from holdfast.protect.cost import Cost, prior_costs
+from holdfast.protect.cost import Estimate, prior_costs
 from holdfast.protect.reference import weights_of
 from holdfast.storage import write_json
 from holdfast.strategies.protocol import Context, Stage, Strategy, register
@@ -79,13 +79,10 @@ class Attribution(Strategy):
             raise type(error)(f"strategy.initial_prior: {error}") from error
         self.prior = prior.mean_normalised() if self.options.balance else prior
 
-    def estimate(self, model: nn.Module, stream: TaskStream) -> list[Cost]:
-        """The prior, and what acts on it."""
-        return prior_costs(model, self.options.importance)
-
-    def aside(self, stream: TaskStream, seed: int) -> list[tuple[int, float | None]]:
-        """The models of one task each."""
-        return [(len(task.train), None) for task in stream if self.options.prior_from == "single_task"]
+    def estimate(self, model: nn.Module, stream: TaskStream) -> Estimate:
+        """The prior, and what acts on it; and the models of one task each."""
+        alone = [(len(task.train), None) for task in stream if self.options.prior_from == "single_task"]
+        return Estimate(prior_costs(model, self.options.importance), further=alone)
 
     def begin(self, context: Context, stage: Stage) -> None:
         """Build the protection; its reference is the weights that this stage starts from."""

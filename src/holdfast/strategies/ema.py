@@ -14,7 +14,7 @@ from holdfast.config import Options
 from holdfast.importance.prior import trained_parameters
 from holdfast.protect import Handle
 from holdfast.protect.attach import hook, unwrap
-from holdfast.protect.cost import Cost, trained_bytes
+from holdfast.protect.cost import Cost, Estimate, trained_bytes
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.protocol import Strategy, register
 from holdfast.tasks.task import TaskStream
@@ -40,9 +40,9 @@ class Ema(Strategy):
     summary = "the model is the running average of the weights over all steps"
     Options = EmaOptions
 
-    def estimate(self, model: nn.Module, stream: TaskStream) -> list[Cost]:
+    def estimate(self, model: nn.Module, stream: TaskStream) -> Estimate:
         """The average."""
-        return [Cost("average of the weights (float32)", trained_bytes(model, each=4))]
+        return Estimate([Cost("average of the weights (float32)", trained_bytes(model, each=4))])
 
     def begin(self, context: Context, stage: Stage) -> None:
         """Start the average at the present weights, which are the last task's average."""

@@ -13,7 +13,7 @@ from holdfast.config import Options
 from holdfast.importance import ImportancePrior
 from holdfast.importance.fisher import FisherOptions
 from holdfast.protect import Handle, Penalty
-from holdfast.protect.cost import Cost, prior_costs
+from holdfast.protect.cost import Estimate, prior_costs
 from holdfast.protect.reference import weights_of
 from holdfast.storage import write_json
 from holdfast.strategies.protocol import Context, Stage, Strategy, register
@@ -63,10 +63,10 @@ class Ewc(Strategy):
         self.anchors: list[dict[str, Tensor]] = []  # theta*_k; `separate` only
         self._penalties: list[Penalty] = []
 
-    def estimate(self, model: nn.Module, stream: TaskStream) -> list[Cost]:
+    def estimate(self, model: nn.Module, stream: TaskStream) -> Estimate:
         """A Fisher and a penalty; with `separate`, in the last task, of each task before it."""
         kept = max(len(stream) - 1, 1) if self.options.variant == "separate" else 1
-        return prior_costs(model, self.options.fisher, kept)
+        return Estimate(prior_costs(model, self.options.fisher, kept))
 
     def begin(self, context: Context, stage: Stage) -> None:
         """One penalty around each task's own weights, or one around those that this stage starts from."""

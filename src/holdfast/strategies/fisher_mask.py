@@ -13,7 +13,7 @@ from holdfast.config import Options
 from holdfast.importance import ImportancePrior
 from holdfast.importance.fisher import FisherOptions
 from holdfast.protect import Gate, Handle
-from holdfast.protect.cost import Cost, prior_costs
+from holdfast.protect.cost import Estimate, prior_costs
 from holdfast.protect.units import linear_maps, lowest
 from holdfast.storage import write_json
 from holdfast.strategies.context import Context, Stage
@@ -56,9 +56,9 @@ class FisherMask(Strategy):
         """See that linear maps are trained."""
         linear_maps(model)
 
-    def estimate(self, model: nn.Module, stream: TaskStream) -> list[Cost]:
+    def estimate(self, model: nn.Module, stream: TaskStream) -> Estimate:
         """The task's Fisher and the gate."""
-        return prior_costs(model, self.options.fisher)
+        return Estimate(prior_costs(model, self.options.fisher))
 
     def begin(self, context: Context, stage: Stage) -> None:
         """Make the mask from the weights that this stage starts from."""

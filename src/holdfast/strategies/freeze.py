@@ -12,8 +12,10 @@ from holdfast.errors import ConfigError
 from holdfast.importance.prior import parameters_by_name
 from holdfast.models import block_parameters
 from holdfast.names import layer_of
+from holdfast.protect.cost import Estimate, trained_numbers
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.protocol import Strategy, register
+from holdfast.tasks.task import TaskStream
 
 
 class FreezeOptions(Options):
@@ -71,10 +73,11 @@ class Freeze(Strategy):
                 "left to train. Freeze fewer, or train more (model.trainable, model.lora)."
             )
 
-    def trained(self, model: nn.Module) -> int:
-        """All but what is frozen."""
+    def estimate(self, model: nn.Module, stream: TaskStream) -> Estimate:
+        """All but what is frozen is trained."""
         frozen = self.frozen(model).values() if self.options.from_task == 1 else ()
-        return super().trained(model) - sum(p.numel() for p in frozen if p.requires_grad)
+        left = trained_numbers(model) - sum(p.numel() for p in frozen if p.requires_grad)
+        return Estimate(trained=left)
 
     def begin(self, context: Context, stage: Stage) -> None:
         """Freeze, unless this is a task before `from_task`."""

@@ -12,14 +12,15 @@ from holdfast.importance.prior import ImportancePrior, trained_parameters
 from holdfast.importance.sensitivity import Sensitivity
 from holdfast.importance.skill_units import accumulated, important, masks, unit_scores, write_units
 from holdfast.protect import Gate, Handle
+from holdfast.protect.cost import Estimate
 from holdfast.protect.fuse import fuse, old_shares
 from holdfast.protect.orthogonal import Orthogonality
 from holdfast.protect.reference import weights_of
 from holdfast.protect.replay import Memory
 from holdfast.strategies.context import Context, Stage
-from holdfast.strategies.kif_options import KifOptions, check, costs, units_of
-from holdfast.strategies.protocol import Cost, Strategy, register
-from holdfast.tasks.task import TaskStream
+from holdfast.strategies.kif_options import KifOptions, check, estimate, units_of
+from holdfast.strategies.protocol import Strategy, register
+from holdfast.tasks.task import Example, TaskStream
 from holdfast.training.steps import Interventions
 
 
@@ -42,19 +43,9 @@ class Kif(Strategy):
         """See that the model has what the options are about."""
         check(self.options, model)
 
-    def estimate(self, model: nn.Module, stream: TaskStream) -> list[Cost]:
-        """Sensitivity, and the old weights."""
-        return costs(self.options, model)
-
-    def aside(self, stream: TaskStream, seed: int) -> list[tuple[int, float | None]]:
-        """The replays, from a memory that is filled as in the run."""
-        rows: list[int] = []
-        if self.options.memory is not None:
-            memory = Memory(self.options.memory)
-            for task in stream:
-                rows.append(len(memory.examples))
-                memory.add(task, seed)
-        return [(count, self.options.replay_epochs) for count in rows if count]
+    def estimate(self, model: nn.Module, stream: TaskStream) -> Estimate:
+        """Sensitivity, and the old weights; and the replays."""
+        return estimate(self.options, model, stream)
 
     def begin(self, context: Context, stage: Stage) -> None:
         """Keep the weights that the stage starts from: they are the fused model of the tasks before."""
@@ -102,21 +93,19 @@ class Kif(Strategy):
         if before is not None and self.options.fusion.name != "online":  # nothing precedes the first task
             self._fuse(before, scores)
         if self.memory is not None:
-            self._replay(context, stage, scores)
+            if len(self.memory):
+                self._replay(context, stage, scores, self.memory.examples)
             self.memory.add(stage.tasks[0], context.seed)
         self.accumulated = scores if before is None else accumulated(before, scores, self.options.beta)
         total = None if before is None else self.accumulated
         write_units(context.folder / "units.json", self.options.units, self.units, scores, total)
 
-    def _replay(self, context: Context, stage: Stage, scores: Tensor) -> None:
+    def _replay(self, context: Context, stage: Stage, scores: Tensor, rows: list[Example]) -> None:
         """Learn from the memory with this task's important units held fixed (K, section V)."""
-        if not self.memory:
-            return
         needed = important(scores, self.options.important or 0.2)
         gate = Gate(ImportancePrior(masks(self.units, needed, self.parameters)))
         hold = Interventions(attach=lambda model, optimizer: [gate.attach(model, optimizer)])
-        rows, epochs = self.memory.examples, self.options.replay_epochs
-        context.fit(context.model, rows, f"replay after {stage.name}", hold, epochs)
+        context.fit(context.model, rows, f"replay after {stage.name}", hold, self.options.replay_epochs)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The accumulated scores alone, whatever the number of tasks; and the memory."""

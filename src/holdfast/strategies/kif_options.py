@@ -14,9 +14,10 @@ from holdfast.importance.prior import trained_parameters
 from holdfast.importance.sample_squares import require_linear_maps
 from holdfast.importance.sensitivity import SensitivityOptions, sensitivity_options
 from holdfast.importance.skill_units import SkillUnit, lora_units, matrix_units
-from holdfast.protect.cost import Cost, trained_bytes
+from holdfast.protect.cost import Cost, Estimate, trained_bytes
 from holdfast.protect.fuse import FusionOptions, StaticFusionOptions
-from holdfast.protect.replay import MemoryOptions
+from holdfast.protect.replay import MemoryOptions, sizes_before
+from holdfast.tasks.task import TaskStream
 
 Order = Annotated[SensitivityOptions, BeforeValidator(sensitivity_options)]
 
@@ -71,14 +72,16 @@ def check(options: KifOptions, model: nn.Module) -> None:
         require_linear_maps(model, parameters)
 
 
-def costs(options: KifOptions, model: nn.Module) -> list[Cost]:
-    """Sensitivity, and the old weights that the new ones are fused with."""
+def estimate(options: KifOptions, model: nn.Module, stream: TaskStream) -> Estimate:
+    """Sensitivity, the old weights that the new ones are fused with, and replays of what the memory has."""
     sensitivity = options.sensitivity
     values = 1 + sensitivity.smoothing + (sensitivity.order == "second")
-    return [
+    costs = [
         Cost("sensitivity (float32)", trained_bytes(model, each=4 * values)),
         Cost("the weights before each task", trained_bytes(model)),
     ]
+    kept = [] if options.memory is None else sizes_before(options.memory, stream)
+    return Estimate(costs, further=[(rows, options.replay_epochs) for rows in kept if rows])
 
 
 def units_of(options: KifOptions, parameters: Mapping[str, Tensor]) -> list[SkillUnit]:

@@ -6,33 +6,24 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
-from holdfast.config import Options
 from holdfast.models import is_encoder_decoder
-from holdfast.protect.prompt_pool import Feature, PromptPool, check_feature, fresh_pool, query
+from holdfast.protect.cost import Estimate, trained_numbers
+from holdfast.protect.prompt_pool import PoolOptions, PromptPool, check_feature, fresh_pool, query
 from holdfast.protect.prompts import Prompted, check_promptable, learn, question
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.protocol import Strategy, register
+from holdfast.tasks.task import TaskStream
 
 
-class L2pOptions(Options):
+class L2pOptions(PoolOptions):
     """The pool, what an input is found by, and the pull on the keys."""
 
     name: Literal["l2p"] = "l2p"
-    pool: int = Field(20, ge=1, description="M, prompts in the pool; keeps M / N tasks apart")
-    length: int = Field(5, ge=1, description="L, vectors of each prompt")
-    chosen: int = Field(4, ge=1, description="N, prompts in front of an input")
     weight: float = Field(0.5, ge=0, description="lambda of eq. 5")
-    query: Feature = Field("hidden", description="mean last hidden state, or mean embedding, of the question")
     diversify: bool = Field(True, description="eq. 4: in training, shun what earlier tasks have used")
-
-    @model_validator(mode="after")
-    def _enough(self) -> L2pOptions:
-        if self.chosen <= self.pool:
-            return self
-        raise ValueError(f"`chosen: {self.chosen}` prompts can't be taken from a `pool` of {self.pool}")
 
 
 @register
@@ -66,22 +57,17 @@ class L2p(Strategy):
         check_promptable(model, self.name)
         check_feature(model, self.options.query)
 
-    def trained(self, model: nn.Module) -> int:
-        """The pool: prompts and keys."""
-        return sum(p.numel() for p in self._fresh(model, 0).parameters())
-
-    def _fresh(self, model: nn.Module, seed: int) -> PromptPool:
-        options = self.options
-        return fresh_pool(model, options.pool, options.length, options.query, seed)
+    def estimate(self, model: nn.Module, stream: TaskStream) -> Estimate:
+        """The pool is all that is trained."""
+        return Estimate(trained=trained_numbers(fresh_pool(model, self.options, 0)))
 
     def begin(self, context: Context, stage: Stage) -> None:
         """Put the pool into the model, as the last task left it."""
-        size = self.options.pool
+        self._counts = torch.zeros(self.options.pool)  # how often this task has taken each prompt
         if not self.tensors:
-            fresh = self._fresh(context.model, context.seed)
-            self.tensors = {**fresh.state_dict(), "counts": torch.zeros(size)}
+            fresh = fresh_pool(context.model, self.options, context.seed)
+            self.tensors = {**fresh.state_dict(), "counts": self._counts}
         pool = self._pool = PromptPool(self.tensors["prompts"], self.tensors["keys"])
-        self._counts = torch.zeros(size)  # how often this task has taken each prompt
         self._training = learn(context.model, pool, lambda ids_BT, _: pool.chosen(self._indices))
 
     def watch(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
@@ -90,12 +76,12 @@ class L2p(Strategy):
         self._query = query(model, batch["input_ids"], asked, self.options.query)
         weights = self.tensors["counts"] + 1 if self.options.diversify else None
         self._indices = self._pool.nearest(self._query, self.options.chosen, weights)
-        self._counts += self._indices.cpu().flatten().bincount(minlength=self.options.pool)
+        taken = self._indices.cpu().flatten().bincount(minlength=self.options.pool)
+        self._counts = self._counts + taken
 
     def penalty(self, model: nn.Module, batch: Mapping[str, Any], outputs: Any) -> Tensor | None:
         """The pull of the chosen keys to the queries."""
-        distances = self._pool.distances(self._query).gather(1, self._indices)
-        return self.options.weight * distances.sum(1).mean()
+        return self.options.weight * self._pool.distances(self._query).gather(1, self._indices).sum(1).mean()
 
     def stage_state_dict(self) -> Mapping[str, Tensor]:
         """How often each prompt was taken so far."""

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from holdfast.config import Options
-from holdfast.protect.cost import Cost, trained_bytes
+from holdfast.protect.cost import Cost, Estimate, trained_bytes
 from holdfast.protect.distil import Teacher
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.protocol import Strategy, register
@@ -44,9 +44,9 @@ class Lwf(Strategy):
         super().__init__(options)
         self.teacher: Teacher | None = None
 
-    def estimate(self, model: nn.Module, stream: TaskStream) -> list[Cost]:
+    def estimate(self, model: nn.Module, stream: TaskStream) -> Estimate:
         """The teacher, from the second task on."""
-        return [Cost("teacher (the trained weights before the task)", trained_bytes(model))]
+        return Estimate([Cost("teacher (the trained weights before the task)", trained_bytes(model))])
 
     def begin(self, context: Context, stage: Stage) -> None:
         """Keep the model as it is; before the first task there is nothing to keep."""

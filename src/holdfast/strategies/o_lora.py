@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from holdfast.adapters import check_growable
 from holdfast.config import Options
 from holdfast.protect import Handle
-from holdfast.protect.cost import Cost
+from holdfast.protect.cost import Estimate
 from holdfast.protect.grown import Grown, grown_cost
 from holdfast.storage import write_json
 from holdfast.strategies.context import Context, Stage
@@ -68,9 +68,9 @@ class OLora(Strategy):
         """See that the model has a plain LoRA adapter."""
         check_growable(model, self.name)
 
-    def estimate(self, model: nn.Module, stream: TaskStream) -> list[Cost]:
+    def estimate(self, model: nn.Module, stream: TaskStream) -> Estimate:
         """Of the ranks that later tasks add."""
-        return [grown_cost(model, len(stream) - 1)]
+        return Estimate([grown_cost(model, len(stream) - 1)])
 
     def begin(self, context: Context, stage: Stage) -> None:
         """Append the task's LoRA."""

@@ -14,7 +14,7 @@ from holdfast.importance.logit_gradient import logit_gradient
 from holdfast.importance.prior import trained_parameters
 from holdfast.importance.seeding import sample
 from holdfast.protect import Handle
-from holdfast.protect.cost import Cost, trained_bytes
+from holdfast.protect.cost import Cost, Estimate, trained_bytes
 from holdfast.protect.subspace import Subspace
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.protocol import Strategy, register
@@ -65,10 +65,10 @@ class Ogd(Strategy):
         self.subspace = Subspace()
         self.added: list[int] = []  # directions of each task
 
-    def estimate(self, model: nn.Module, stream: TaskStream) -> list[Cost]:
+    def estimate(self, model: nn.Module, stream: TaskStream) -> Estimate:
         """All directions that the last task must keep to, on the disk too after every task."""
         count = self.options.samples * (len(stream) - 1)
-        return [Cost("directions of earlier tasks (float32)", count * trained_bytes(model, 4))]
+        return Estimate([Cost("directions of earlier tasks (float32)", count * trained_bytes(model, 4))])
 
     def begin(self, context: Context, stage: Stage) -> None:
         """Keep the weights that the stage starts from: the change from them is what stays orthogonal."""

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from holdfast.config import Options
-from holdfast.errors import ConfigError
 from holdfast.protect import Handle
-from holdfast.protect.cost import Cost
-from holdfast.protect.decomposed import Decomposed, lower_size, trained_maps
+from holdfast.protect.cost import Estimate
+from holdfast.protect.decomposed import Decomposed, check_decomposable, decomposed_estimate
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.protocol import Strategy, register
 from holdfast.tasks.task import TaskStream
@@ -67,32 +66,11 @@ class Osf(Strategy):
 
     def check(self, model: nn.Module) -> None:
         """See that whole weights are trained, and that PEFT can decompose them."""
-        if hasattr(model, "peft_config"):
-            raise ConfigError("strategy: osf trains whole weights, not adapters; leave out model.lora.")
-        maps = trained_maps(model)
-        other = next((name for name, module in maps.items() if not isinstance(module, nn.Linear)), None)
-        if other is not None or not maps:
-            what = f"{other} is transformers' Conv1D (as in GPT-2)" if maps else "no linear map is trained"
-            raise ConfigError(
-                f"strategy: osf is not defined here: {what}, and PEFT's OSF decomposes torch.nn.Linear only. "
-                "Choose another strategy or another model."
-            )
+        check_decomposable(model)
 
-    def trained(self, model: nn.Module) -> int:
-        """The lower factors, and what is trained beside the maps."""
-        share = self._share(0, 1)
-        if not share:
-            return super().trained(model)
-        maps = sum(module.weight.numel() for module in trained_maps(model).values())
-        return super().trained(model) - maps + lower_size(model, share)
-
-    def estimate(self, model: nn.Module, stream: TaskStream) -> list[Cost]:
-        """The lower factors, and what they started from."""
-        least = self._share(min(1, len(stream) - 1), len(stream))
-        if not least:
-            return []
-        size = next(model.parameters()).element_size() * lower_size(model, least)
-        return [Cost("singular factors, and their start", 2 * size)]
+    def estimate(self, model: nn.Module, stream: TaskStream) -> Estimate:
+        """The lower factors, which are trained in place of the maps, and what they started from."""
+        return decomposed_estimate(model, [self._share(i, len(stream)) for i in range(len(stream))])
 
     def _share(self, known: int, tasks: int) -> float:
         """What is preserved behind so many of the stream's tasks."""

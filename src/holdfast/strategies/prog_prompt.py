@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from holdfast.config import Options
 from holdfast.protect import Handle
+from holdfast.protect.cost import Estimate, trained_numbers
 from holdfast.protect.prompts import Prompt, Prompted, check_promptable, learn, save_adapter, vocabulary_rows
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.protocol import Strategy, register
+from holdfast.tasks.task import TaskStream
 
 
 class ProgPromptOptions(Options):
@@ -63,9 +65,9 @@ class ProgPrompt(Strategy):
         """See that prompts can be put in front of the model's input."""
         check_promptable(model, self.name)
 
-    def trained(self, model: nn.Module) -> int:
-        """A prompt and its network."""
-        return sum(p.numel() for p in self._fresh(model, 0).parameters())
+    def estimate(self, model: nn.Module, stream: TaskStream) -> Estimate:
+        """A prompt and its network are all that is trained."""
+        return Estimate(trained=trained_numbers(self._fresh(model, 0)))
 
     def _fresh(self, model: nn.Module, seed: int) -> Prompt:
         options = self.options

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from holdfast.config import Options
 from holdfast.errors import ConfigError
 from holdfast.protect import Handle
-from holdfast.protect.cost import Cost
+from holdfast.protect.cost import Estimate
 from holdfast.protect.replay import Rehearsal
 from holdfast.strategies.context import Context, Stage
 from holdfast.tasks.task import Example, TaskStream
@@ -68,17 +68,9 @@ class Strategy:
     def check(self, model: nn.Module) -> None:
         """Raise a `HoldfastError` that names the key if the method is not defined for this model."""
 
-    def trained(self, model: nn.Module) -> int:
-        """How many numbers the first stage trains, for `holdfast check`."""
-        return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-    def estimate(self, model: nn.Module, stream: TaskStream) -> list[Cost]:
-        """What it holds in memory beside model, gradients and optimizer, for `holdfast check`."""
-        return []
-
-    def aside(self, stream: TaskStream, seed: int) -> list[tuple[int, float | None]]:
-        """Rows and epochs (none: the run's) of trainings that `end` adds, for `holdfast check`."""
-        return []
+    def estimate(self, model: nn.Module, stream: TaskStream) -> Estimate:
+        """What it takes beside plain training, for `holdfast check`."""
+        return Estimate()
 
     def prepare(self, context: Context) -> None:
         """Called once, before anything is trained or resumed; may wrap or replace ``context.model``."""

@@ -11,7 +11,7 @@ from torch import nn
 from holdfast.config import Options
 from holdfast.importance.prior import trained_parameters
 from holdfast.importance.skill_units import matrix_units
-from holdfast.protect.cost import Cost, trained_bytes
+from holdfast.protect.cost import Cost, Estimate, trained_bytes
 from holdfast.protect.fuse import fuse
 from holdfast.protect.reference import weights_of
 from holdfast.strategies.context import Context, Stage
@@ -35,9 +35,9 @@ class WeightEnsemble(Strategy):
     summary = "after each task, the average of the weights before and after it"
     Options = WeightEnsembleOptions
 
-    def estimate(self, model: nn.Module, stream: TaskStream) -> list[Cost]:
+    def estimate(self, model: nn.Module, stream: TaskStream) -> Estimate:
         """The old weights."""
-        return [Cost("the weights before each task", trained_bytes(model))]
+        return Estimate([Cost("the weights before each task", trained_bytes(model))])
 
     def begin(self, context: Context, stage: Stage) -> None:
         """Keep the weights that the stage starts from."""
