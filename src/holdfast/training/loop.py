@@ -16,6 +16,7 @@ from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from holdfast.errors import ConfigError
 from holdfast.models import accepts, is_encoder_decoder
 from holdfast.progress import Progress, no_library_bars
+from holdfast.protect.cost import trained_numbers
 from holdfast.storage import write_json
 from holdfast.tasks.encode import Encoded, collate
 from holdfast.training.bridge import Bridge, BridgeSeq2SeqTrainer, BridgeTrainer
@@ -103,7 +104,7 @@ def train(
         )
     set_seed(seed)
     progress = progress or Progress(quiet=True)
-    record = TrainingRecord(trained=sum(p.numel() for p in model.parameters() if p.requires_grad))
+    record = TrainingRecord(trained=trained_numbers(model))
     started = time.perf_counter()
     arguments = _arguments(options, folder, seed, encoder_decoder)
     trainer_class: Any = BridgeSeq2SeqTrainer if encoder_decoder else BridgeTrainer
