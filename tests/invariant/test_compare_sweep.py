@@ -18,7 +18,9 @@ from holdfast.cli import app
 from holdfast.errors import ConfigError, RunDirectoryError
 from holdfast.progress import Progress
 from holdfast.runner.compare import compare
-from holdfast.runner.compare_config import load_grid
+from holdfast.runner.compare_cells import Outcome
+from holdfast.runner.compare_choice import choose, count, in_order
+from holdfast.runner.compare_config import Cell, load_grid
 from holdfast.runner.directory import lock
 from kills import Killed, dying
 from tiny_runs import tiny_run
@@ -104,6 +106,36 @@ def test_a_sweep_killed_in_the_middle_ends_as_one_that_never_was(chosen, call, t
     assert calls[0] == 5
 
 
+def test_rows_are_finished_one_after_another_and_no_job_waits_for_a_choice(tmp_path):
+    rows = [{**RATES, "name": name} for name in ("a", "b")]
+    plan = load_grid(grid_file(tmp_path, [*rows, PLAIN], choose={"by": "ap"}, reference="plain"))
+    outcomes = {cell.folder: Outcome("waiting") for cell in (*plan.candidates, *plan.cells)}
+
+    def start() -> Cell:
+        cells = in_order(plan, choose(plan, outcomes))
+        cell = next(cell for cell in cells if outcomes[cell.folder].status == "waiting")
+        outcomes[cell.folder] = Outcome("running")
+        return cell
+
+    def end(cell: Cell, ap: float) -> None:
+        outcomes[cell.folder] = Outcome("finished", {"ap": ap})
+
+    low, high = start(), start()
+    end(low, 10.0)
+    third = start()  # `high` is still running, so nothing of row a is known to be next
+    assert [c.name for c in (low, high, third)] == [
+        "a · learning_rate=1e-09, seed 0, validation",
+        "a · learning_rate=0.01, seed 0, validation",
+        "b · learning_rate=1e-09, seed 0, validation",
+    ]
+    assert count(plan, choose(plan, outcomes)) == 7
+    end(high, 20.0)
+    assert start().name == "a · learning_rate=0.01, seed 0"
+    assert start().name == "b · learning_rate=0.01, seed 0, validation"
+    assert start().name == "plain, seed 0"
+    assert count(plan, choose(plan, outcomes)) == 7
+
+
 def test_a_cell_that_fails_is_shown_and_the_rest_goes_on(tmp_path):
     file = grid_file(tmp_path, [PLAIN, BROKEN, {**PLAIN, "name": "last"}])
     result = holdfast_cli("compare", file, "base.training.max_steps=2")
@@ -170,9 +202,10 @@ def test_a_second_sweep_in_one_folder_is_refused(chosen):
 
 @pytest.mark.slow
 def test_processes_side_by_side_find_what_one_after_another_find(tmp_path):
-    rows = [PLAIN, BROKEN, {"name": "rate", "set": {"training.learning_rate": 1e-2}}]
-    alone = sweep(grid_file(tmp_path / "1", rows))
-    together = sweep(grid_file(tmp_path / "2", rows), "jobs=2")
+    rows, how = [RATES, BROKEN, PLAIN], {"choose": {"by": "learning_accuracy"}, "reference": "plain"}
+    alone = sweep(grid_file(tmp_path / "1", rows, **how))
+    together = sweep(grid_file(tmp_path / "2", rows, **how), "jobs=2")
+    assert [row["label"] for row in alone["rows"]] == ["rate · learning_rate=0.01", "broken", "plain"]
     assert found(together).replace(str(tmp_path / "2"), str(tmp_path / "1")) == found(alone)
     assert len(together["failed"]) == 1
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ from holdfast.models import load_model
 from holdfast.progress import Progress
 from holdfast.runner.check import check
 from holdfast.runner.compare_cells import Outcome, run_cells
-from holdfast.runner.compare_config import Cell, Line, Plan, raise_for_cells
-from holdfast.runner.compare_results import Choice, collect, markdown
+from holdfast.runner.compare_choice import choose, count, in_order
+from holdfast.runner.compare_config import Cell, Plan, raise_for_cells
+from holdfast.runner.compare_results import collect, markdown
 from holdfast.runner.compare_table import live_table
 from holdfast.runner.directory import RunDirectory, lock
 from holdfast.storage import write_json, write_text
@@ -57,45 +57,44 @@ class _Sweep:
         self.outcomes: dict[Path, Outcome] = {
             cell.folder: Outcome.of(cell) for cell in (*plan.candidates, *plan.cells)
         }
-        self.choices: dict[str, Choice] = {}
 
     def to_the_end(self) -> dict[str, Any]:
         self._refuse_problems()
         write_text(self.output / "base.yaml", yaml.safe_dump(self.plan.grid.base, sort_keys=False))
         self._record()
         self.progress.show_above(lambda: live_table(self.results))
-        self._run(self.plan.candidates, "choosing on validation rows")
-        self.choices = choose(self.plan, self.outcomes)
-        self._record()
-        self._run([c for c in self.plan.cells if self._is_run(c.line)], "cells")
+        if self._next() is not None:
+            self._run()
         self.progress.show_above(None)
         return self.results
 
-    def _is_run(self, line: Line) -> bool:
-        choice = self.choices.get(line.row)
-        return choice is None or choice.line == line
-
-    def _run(self, cells: Sequence[Cell], what: str) -> None:
-        waiting = [cell for cell in cells if self.outcomes[cell.folder].status != "finished"]
-        if not waiting:
-            return
-        skipped = len(cells) - len(waiting)
-        if skipped:
-            self.progress.say(f"{self.output}: continuing; {skipped} of {len(cells)} {what} are finished.")
-        with self.progress.bar(what, total=len(cells)) as bar:
-            bar.show(skipped)
+    def _run(self) -> None:
+        done, total = self._counts()
+        if done:
+            self.progress.say(f"{self.output}: continuing; {done} of {total} cells are finished.")
+        with self.progress.bar("cells", total=total) as bar:
+            bar.show(done)
 
             def tell(cell: Cell, outcome: Outcome) -> None:
                 self.outcomes[cell.folder] = outcome
                 self._record()
-                ended = [c for c in cells if self.outcomes[c.folder].status in ("finished", "failed")]
-                bar.show(len(ended))
-                if outcome.status != "running":
-                    self.progress.say(escape(f"[{len(ended)}/{len(cells)}] {cell.name}: {outcome.sentence}"))
+                done, total = self._counts()
+                bar.show(done, total)
+                if outcome.ended:
+                    self.progress.say(escape(f"[{done}/{total}] {cell.name}: {outcome.sentence}"))
 
-            run_cells(waiting, self.plan.grid.jobs, self.output / "logs", self.progress, tell)
+            run_cells(self._next, self.plan.grid.jobs, self.output / "logs", self.progress, tell)
+
+    def _next(self) -> Cell | None:
+        cells = in_order(self.plan, self.choices)
+        return next((cell for cell in cells if self.outcomes[cell.folder].status == "waiting"), None)
+
+    def _counts(self) -> tuple[int, int]:
+        cells = in_order(self.plan, self.choices)
+        return sum(self.outcomes[cell.folder].ended for cell in cells), count(self.plan, self.choices)
 
     def _record(self) -> None:
+        self.choices = choose(self.plan, self.outcomes)
         self.results = collect(self.plan, self.outcomes, self.choices)
         write_json(self.output / "compare.json", self.results)
         write_text(self.output / "compare.md", markdown(self.results))
@@ -147,31 +146,3 @@ def _check_new(cell: Cell, seen: set[str], note: Callable[[Cell, Sequence[str]],
             build_strategy(config.strategy).check(load_model(config.model, config.seed, toy_tokenizer)[0])
         except HoldfastError as error:
             note(cell, [str(error)])
-
-
-def choose(plan: Plan, outcomes: dict[Path, Outcome]) -> dict[str, Choice]:
-    """Pick each row's grid point with the highest mean on validation rows; of equals, the first.
-
-    A point of which a run failed can't be picked; a row without any other has no line.
-
-    Returns
-    -------
-    dict
-        Row to choice; empty where the grid doesn't choose.
-    """
-    if plan.grid.choose is None:
-        return {}
-    by = plan.grid.choose.by
-    choices: dict[str, Choice] = {}
-    for row in plan.grid.rows:
-        values: list[tuple[Line, float | None]] = []
-        for line in (line for line in plan.lines if line.row == row.name):
-            scores = [outcomes[c.folder].metrics.get(by) for c in plan.candidates if c.line == line]
-            known = [score for score in scores if score is not None]
-            values.append((line, statistics.fmean(known) if scores and len(known) == len(scores) else None))
-        if len(values) == 1:
-            continue  # nothing to choose from
-        best = max((value for _, value in values if value is not None), default=None)
-        chosen = next((line for line, value in values if best is not None and value == best), None)
-        choices[row.name] = Choice(chosen, tuple(values))
-    return choices

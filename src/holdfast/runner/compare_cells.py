@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -52,6 +52,11 @@ class Outcome:
         return cls("finished", metrics)
 
     @property
+    def ended(self) -> bool:
+        """Whether nothing more comes of it in this sweep."""
+        return self.status in ("finished", "failed")
+
+    @property
     def sentence(self) -> str:
         """One line for the terminal."""
         if self.status != "finished":
@@ -61,14 +66,17 @@ class Outcome:
         return ", ".join(known) or "finished"
 
 
+Next = Callable[[], Cell | None]
 Tell = Callable[[Cell, Outcome], None]
 
 
-def run_cells(cells: Sequence[Cell], jobs: int, logs: Path, progress: Progress, tell: Tell) -> None:
+def run_cells(take: Next, jobs: int, logs: Path, progress: Progress, tell: Tell) -> None:
     """Run cells to their end; each is told of when it starts and when it ends.
 
     Parameters
     ----------
+    take : callable
+        Gives the next cell; None where none may start before one that is running has ended, or none is left.
     jobs : int
         With 1 they run here, one after another. With more, each is a process ``holdfast run``. Results are
         the same wherever `threads` is set: they are reproducible for a number of threads.
@@ -81,11 +89,11 @@ def run_cells(cells: Sequence[Cell], jobs: int, logs: Path, progress: Progress, 
         ctrl-C: cells that were running stop at their next step, and continue when run again.
     """
     if jobs == 1:
-        for cell in cells:
+        while (cell := take()) is not None:
             tell(cell, Outcome("running"))
             tell(cell, _run_here(cell, logs, progress))
     else:
-        _Processes(jobs, logs, tell).run(cells)
+        _Processes(jobs, logs, tell).run(take)
 
 
 def _run_here(cell: Cell, logs: Path, progress: Progress) -> Outcome:
@@ -109,15 +117,16 @@ class _Processes:
         self.jobs, self.logs, self.tell = jobs, logs, tell
         self.running: list[tuple[Cell, subprocess.Popen[bytes]]] = []
 
-    def run(self, cells: Sequence[Cell]) -> None:
-        waiting = list(cells)
+    def run(self, take: Next) -> None:
         with stoppable():
             try:
-                while waiting or self.running:
-                    while waiting and len(self.running) < self.jobs and not stop_requested():
-                        self._start(waiting.pop(0))
+                while True:
                     if stop_requested():
                         self._stop()
+                    while len(self.running) < self.jobs and (cell := take()) is not None:
+                        self._start(cell)
+                    if not self.running:
+                        return
                     self._collect()
                     time.sleep(POLL)
             finally:  # on an error here, or a second ctrl-C

@@ -5,30 +5,22 @@ from __future__ import annotations
 import os
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from holdfast.evaluation.compare import METRICS, curves, difference, mean_and_spread
 from holdfast.runner.compare_cells import Outcome
+from holdfast.runner.compare_choice import Choice, is_tested
 from holdfast.runner.compare_config import Cell, Line, Plan
 
 SHOWN = (("ap", "AP"), ("bwt", "BWT"), ("learning_accuracy", "learning accuracy"))
 Json = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The point that a row is tested at (None: all of them failed), and each point's validation score."""
-
-    line: Line | None
-    values: tuple[tuple[Line, float | None], ...]
-
-
 def collect(plan: Plan, outcomes: Mapping[Path, Outcome], choices: Mapping[str, Choice]) -> Json:
     """The contents of ``compare.json`` as far as the sweep got."""
     grid = plan.grid
-    chosen = [line for line in plan.lines if _tested(line, plan, choices)]
+    chosen = [line for line in plan.lines if is_tested(line, plan, choices)]
     scores = {line.label: _scores(_of(plan.cells, line), outcomes) for line in chosen}
     reference = next((line.label for line in chosen if plan.reference in (line.row, line.label)), None)
     run = [*plan.candidates, *(cell for cell in plan.cells if cell.line in chosen)]
@@ -53,13 +45,6 @@ def collect(plan: Plan, outcomes: Mapping[Path, Outcome], choices: Mapping[str, 
         ],
         "without_point": lost,
     }
-
-
-def _tested(line: Line, plan: Plan, choices: Mapping[str, Choice]) -> bool:
-    """Whether a line is one of the table: before anything is chosen a row has none of its points there."""
-    if line.row in choices:
-        return choices[line.row].line == line
-    return not any(cell.line.row == line.row for cell in plan.candidates)
 
 
 def _of(cells: Sequence[Cell], line: Line) -> list[Cell]:
