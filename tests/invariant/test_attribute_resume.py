@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import pytest
 
 from holdfast.attribution import partial, passes
 from holdfast.errors import StorageError
+from holdfast.evaluation import faithfulness
 from holdfast.models import save_model, tiny_llama
 from holdfast.progress import Progress
 from holdfast.runner.attribute import attribute_to_folder
 from holdfast.tasks import toy_suite, toy_tokenizer
-from kills import Killed
+from kills import Killed, dying
 
 TOP_K = ("lrp", ["aggregate=topk", "top_k=3", "correct_only=false"])
 ABSOLUTE = ("lrp", ["aggregate=absolute", "correct_only=false"])
@@ -137,3 +139,59 @@ def test_saving_takes_a_tenth_of_the_time_at_most(tmp_path: Path, monkeypatch: p
             state.save({}, {})
     assert due.index(True) == 5, "a minute without a save"
     assert sum(due) == 4, "1000 s of work, and four saves of 30 s"
+
+
+@pytest.fixture
+def measured(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Attributes with the test of faithfulness into a folder; returns how many points it measured."""
+    data = bench.folder / "data"
+    data.mkdir()
+    (bench.folder / "data.jsonl").rename(data / "train.jsonl")
+    (data / "test.jsonl").write_text("".join((data / "train.jsonl").read_text().splitlines(True)[:3]))
+    original = faithfulness.evaluate_encoded
+
+    def run(out: str, *options: str, dies_at: int = 0) -> int:
+        calls = [0]
+        monkeypatch.setattr(faithfulness, "evaluate_encoded", dying(original, dies_at, calls))
+        progress = Progress(quiet=True)
+        progress.say = bench.said.append  # type: ignore[method-assign]
+        attribute_to_folder(
+            model=str(bench.folder / "model"),
+            data=data,
+            out=bench.folder / out,
+            importance="magnitude",
+            assignments=options,
+            faithfulness=True,
+            dtype="float32",
+            seed=0,
+            progress=progress,
+        )
+        return calls[0]
+
+    return run
+
+
+def test_a_killed_test_of_faithfulness_goes_on_where_it_was(bench: Bench, measured: Any) -> None:
+    assert measured("whole") == 21
+    with pytest.raises(Killed):
+        measured("broken", dies_at=10)
+    assert measured("broken") == 21 - 9
+    assert any("continuing after 9 points" in line for line in bench.said)
+    whole, broken = ((bench.folder / out / "faithfulness.json").read_text() for out in ("whole", "broken"))
+    assert broken == whole
+    assert not (bench.folder / "broken" / "partial").exists()
+
+
+def test_points_of_another_evaluation_are_not_used(bench: Bench, measured: Any) -> None:
+    with pytest.raises(Killed):
+        measured("broken", dies_at=10)
+    assert measured("broken", "evaluation.max_new_tokens=1") == 21
+    assert any("begun with another evaluation; starting over" in line for line in bench.said)
+
+
+def test_points_that_are_torn_are_not_used(bench: Bench, measured: Any) -> None:
+    with pytest.raises(Killed):
+        measured("broken", dies_at=10)
+    (bench.folder / "broken" / "partial" / "faithfulness.json").write_text('{"identity": {')
+    assert measured("broken") == 21
+    assert any("can't be read" in line and "starting over" in line for line in bench.said)

@@ -336,7 +336,7 @@ def test_attribute_tests_answers_as_the_run_does(
         seen.append((options.max_new_tokens, options.batch_size))
         return {"curves": {}, "percent": []}
 
-    monkeypatch.setattr("holdfast.runner.attribute.measure_faithfulness", measured)
+    monkeypatch.setattr("holdfast.runner.faithfulness.measure_faithfulness", measured)
     model, out = trained / "tasks" / "01-head" / "model", tmp_path / "p"
     result = holdfast_cli(
         *("attribute", "--model", model, "--data", head_data, "--out", out, "--importance", "magnitude"),

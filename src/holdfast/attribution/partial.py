@@ -26,7 +26,7 @@ class Partial:
     Parameters
     ----------
     folder : Path
-        Made at the first save; nothing else may be in it.
+        Made at the first save; `clear` removes it with all that is in it.
     say : callable
         Told, in one line, what became of a state that was found, or that none can be saved.
 

@@ -18,6 +18,7 @@ from holdfast.tasks.encode import Encoder
 from holdfast.tasks.task import Task
 
 PERCENT = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+Curves = Mapping[str, list[float]]  # choice to accuracy at each share
 CHOICES = ("importance", "random", "magnitude")
 
 
@@ -33,6 +34,8 @@ def measure_faithfulness(
     options: EvaluationOptions | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    known: Curves | None = None,
+    keep: Callable[[Curves], None] | None = None,
 ) -> dict[str, Any]:
     """Accuracy on the task's test rows with the top p % of each tensor set to zero.
 
@@ -44,6 +47,10 @@ def measure_faithfulness(
         The weights to ablate, by the same names. They are restored, bit for bit.
     percent : sequence of float
         Shares of each tensor, in percent.
+    known : mapping of str to list of float
+        The points of an earlier call with the same arguments, in the order of `percent`; not measured again.
+    keep : callable
+        Called with all points so far after each.
 
     Returns
     -------
@@ -53,15 +60,17 @@ def measure_faithfulness(
     """
     options = options or EvaluationOptions()
     encoded = encode_task(task, encoder, options)
-    curves: dict[str, list[float]] = {choice: [] for choice in CHOICES}
-    total, done = len(CHOICES) * len(percent), 0
-    for choice in CHOICES:
+    curves = {choice: list((known or {}).get(choice, [])) for choice in CHOICES}
+    total, done = len(CHOICES) * len(percent), sum(map(len, curves.values()))
+    for choice, curve in curves.items():
         scores = _ranking(choice, importance, parameters, seed)
-        for share in percent:
+        for share in percent[len(curve) :]:
             with _zeroed(parameters, scores, share / 100.0):
                 result = evaluate_encoded(model, tokenizer, encoded, batch_size=options.batch_size)
-            curves[choice].append(result.score)
+            curve.append(result.score)
             done += 1
+            if keep is not None:
+                keep(curves)
             if progress is not None:
                 progress(done, total)
     return {"task": task.name, "percent": list(percent), "curves": curves}

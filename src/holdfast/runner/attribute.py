@@ -12,12 +12,11 @@ from holdfast.attribution.partial import Partial
 from holdfast.config import Options, override, validate
 from holdfast.errors import ConfigError, DataError
 from holdfast.evaluation.evaluate import EvaluationOptions
-from holdfast.evaluation.faithfulness import measure_faithfulness
 from holdfast.importance import ImportanceOptions, ImportancePrior, compute_prior
-from holdfast.models import ModelOptions, block_parameters, is_encoder_decoder, load_model
+from holdfast.models import ModelOptions, is_encoder_decoder, load_model
 from holdfast.progress import Progress
 from holdfast.runner.config import load_config
-from holdfast.storage import write_json
+from holdfast.runner.faithfulness import faithfulness_in_folder
 from holdfast.tasks import Encoder, Template, load_task, toy_tokenizer
 
 
@@ -51,8 +50,8 @@ def attribute_to_folder(
     `like` is a run's folder or a run's configuration, whose ``template`` and ``evaluation`` hold unless the
     assignments say otherwise.
 
-    While it is computed, what there is stands in ``partial`` in that folder. Called again after a kill with
-    the same arguments, it goes on from there; the prior is that of an uninterrupted one, bit for bit.
+    While both are computed, what there is stands in ``partial`` in that folder. Called again after a kill
+    with the same arguments, it goes on from there; the result is that of an uninterrupted one, bit for bit.
 
     Raises
     ------
@@ -86,27 +85,27 @@ def attribute_to_folder(
             partial=partial,
         )
     prior.save(out)
-    partial.clear()
     progress.say(f"Prior: {out} ({len(prior)} tensors, {prior.elements:,} weights)")
     if faithfulness:
         with progress.bar("faithfulness", total=1) as bar:
-            result = measure_faithfulness(
+            result = faithfulness_in_folder(
                 loaded,
                 tokenizer,
                 task,
                 encoder,
-                importance=prior.tensors,
-                parameters=block_parameters(loaded),
+                prior=prior,
                 options=config.evaluation,
                 seed=seed,
+                out=out,
                 progress=bar,
+                say=progress.say,
             )
-        write_json(out / "faithfulness.json", result)
         for choice, curve in result["curves"].items():
             progress.say(
                 f"  {choice:>10}: "
                 + "  ".join(f"{p:g} %: {a:.1f}" for p, a in zip(result["percent"], curve, strict=True))
             )
+    partial.clear()
     return prior
 
 
