@@ -207,3 +207,44 @@ def test_a_sweep_s_curve_tells_row_and_strength(opened, reports):
                 assert re.search(r"ewc at 100?learning accuracy \d+\.\d %, AP \d+\.\d %", told)
                 return
     raise AssertionError("no point tells its strength")
+
+
+def methods(page, table: str) -> list[str]:
+    names = page.locator(f"{table} tbody tr:not(.member) > th .who").all_inner_texts()
+    return [name.strip() for name in names]
+
+
+@pytest.mark.parametrize("table", ["#results table", "#comparison table"])
+def test_a_heading_sorts_methods_best_first_then_worst_first_and_back(opened, reports, table):
+    page = opened(reports["sweep"])
+    given = methods(page, table)
+    bwt = page.locator(f"{table} button.sort", has_text="BWT")
+    bwt.click()
+    best = methods(page, table)
+    assert sorted(best) == sorted(given)
+    assert best != given, "the data must need sorting"
+    assert page.locator(f"{table} th[aria-sort=descending]").inner_text().startswith("BWT")
+    values = page.locator(f"{table} tbody tr:not(.member)").evaluate_all(
+        "rows => rows.map(row => parseFloat(row.querySelectorAll('[data-value]')"
+        "[row.closest('table').querySelector('[aria-sort]').cellIndex - 1].dataset.value))"
+    )
+    assert values == sorted(values, reverse=True)
+    bwt.click()
+    assert methods(page, table) == best[::-1]
+    page.locator(f"{table} button.sort").first.click()
+    assert methods(page, table) == given
+    assert page.locator(f"{table} th[aria-sort]").count() == 0
+
+
+def test_runs_stay_below_their_method_and_fold_away(opened, reports):
+    page = opened(reports["sweep"])
+    method = page.locator("#results tbody").first
+    assert method.locator(".member").count() == 2
+    button = method.locator("button.fold")
+    assert button.inner_text().startswith("mean of 2 runs")
+    assert method.locator(".member").first.is_visible()
+    button.click()
+    assert method.locator(".member").first.is_hidden()
+    assert button.get_attribute("aria-expanded") == "false"
+    button.click()
+    assert method.locator(".member").first.is_visible()

@@ -15,12 +15,21 @@ SHOWN = (("ap", "AP"), ("bwt", "BWT"), ("learning_accuracy", "Learning"))
 
 
 @dataclass(frozen=True)
+class ComparedCell:
+    """One metric of a line: the mean, how it is printed, and the difference from the reference."""
+
+    mean: float | None
+    text: str
+    difference: str
+
+
+@dataclass(frozen=True)
 class ComparedRow:
-    """A line of the table: a number, and the difference from the reference, for each metric shown."""
+    """A line of the table."""
 
     label: str
     look: Json
-    cells: tuple[tuple[str, str], ...]
+    cells: tuple[ComparedCell, ...]
     runs: str
     command: str
     reference: bool
@@ -71,9 +80,8 @@ def _looks(sweep: Comparison, groups: Sequence[Group]) -> dict[str, Json]:
 
 def _row(row: ComparisonRow, look: Json, reference: str | None) -> ComparedRow:
     done = sum(run.status == "finished" for run in row.runs)
-    cells = tuple(
-        (_spread(row.scores[key]), _difference((row.differences or {}).get(key))) for key, _ in SHOWN
-    )
+    scores = [(row.scores[key], (row.differences or {}).get(key)) for key, _ in SHOWN]
+    cells = tuple(ComparedCell(s.mean, _spread(s), _difference(d)) for s, d in scores)
     return ComparedRow(
         label=row.label,
         look=look,

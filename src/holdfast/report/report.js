@@ -39,6 +39,43 @@
     select.addEventListener("change", show);
   });
 
+  // A heading sorts the methods of its table, each with its runs; the first heading puts them back.
+  document.querySelectorAll("table.results").forEach((table) => {
+    const given = [...table.tBodies];
+    const heads = [...table.tHead.rows[0].cells];
+    const sort = (head, way) => {
+      const valueOf = (body) => parseFloat(body.rows[0].cells[heads.indexOf(head)].dataset.value);
+      const sign = way === "descending" ? -1 : 1;
+      const measured = given.filter((body) => !Number.isNaN(valueOf(body)));
+      const rest = given.filter((body) => Number.isNaN(valueOf(body)));
+      heads.forEach((other) => other.removeAttribute("aria-sort"));
+      if (way !== "as given") {
+        head.setAttribute("aria-sort", way);
+        measured.sort((a, b) => sign * (valueOf(a) - valueOf(b)));
+      }
+      table.append(...(way === "as given" ? given : [...measured, ...rest]));
+    };
+    heads.forEach((head) => {
+      const button = head.querySelector(".sort");
+      button?.addEventListener("click", () => {
+        const { first } = button.dataset;
+        const opposite = { descending: "ascending", ascending: "descending" }[first];
+        sort(head, head.getAttribute("aria-sort") === first ? opposite : first);
+      });
+    });
+
+    // The runs of a method fold away; where there are many methods, they are folded at first.
+    const folds = [...table.querySelectorAll(".fold")];
+    const fold = (button, away) => {
+      button.setAttribute("aria-expanded", String(!away));
+      button.closest("tbody").classList.toggle("folded", away);
+    };
+    folds.forEach((button) => {
+      fold(button, folds.length > 6);
+      button.addEventListener("click", () => fold(button, button.getAttribute("aria-expanded") === "true"));
+    });
+  });
+
   // One tooltip for all explained words: shown on hover, on focus and on touch.
   const bubble = document.getElementById("bubble");
   let explained = null;

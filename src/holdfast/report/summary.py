@@ -111,6 +111,7 @@ class Cell:
     text: str
     spread: str = ""
     best: bool = False
+    value: float | None = None
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,7 @@ def table(groups: Sequence[Group]) -> list[Row]:
             spread = (
                 f"± {number(statistics.stdev(values))}" if len(values) > 1 and column.key != "seconds" else ""
             )
-            cells.append(Cell(_print(column, mean), spread, best))
+            cells.append(Cell(_print(column, mean), spread, best, mean))
         many = len(group.runs) > 1
         note = f"mean of {len(group.runs)} runs" if many else _progress(group.runs[0])
         rows.append(Row(group.label, index, tuple(cells), group.finished, tags=group.tags, note=note))
