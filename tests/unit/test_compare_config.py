@@ -32,7 +32,11 @@ def plan_of(folder: Path, *overrides: str, **sections: Any) -> Plan:
 
 def test_cells_are_rows_by_points_by_orders_by_seeds(tmp_path):
     plan = plan_of(tmp_path, seeds=[3, 4], orders=[["copy", "head"], ["head", "copy"]])
-    assert [line.label for line in plan.lines] == ["plain", "ewc · strength=1000", "ewc · strength=10000"]
+    assert [line.label for line in plan.grid.lines] == [
+        "plain",
+        "ewc · strength=1000",
+        "ewc · strength=10000",
+    ]
     assert len(plan.cells) == 3 * 2 * 2
     assert len({cell.folder for cell in plan.cells}) == 12
     cell = plan.cells[7]
@@ -47,7 +51,7 @@ def test_a_grid_of_two_keys_is_their_product(tmp_path):
     row = {"name": "a", "set": {"strategy": "ewc"}}
     row["grid"] = {"strategy.strength": [1, 2], "training.learning_rate": [1e-3, 1e-4], "model.hidden": [32]}
     plan = plan_of(tmp_path, rows=[row], reference="a · strength=1 · learning_rate=0.001 · hidden=32")
-    assert [dict(line.point) for line in plan.lines] == [
+    assert [dict(line.point) for line in plan.grid.lines] == [
         {"strategy.strength": s, "training.learning_rate": r, "model.hidden": 32}
         for s in (1, 2) for r in (1e-3, 1e-4)
     ]  # fmt: skip

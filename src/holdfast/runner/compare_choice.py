@@ -38,7 +38,7 @@ def choose(plan: Plan, outcomes: Mapping[Path, Outcome]) -> dict[str, Choice]:
         if not candidates or any(not outcomes[c.folder].ended for c in candidates):
             continue
         values: list[tuple[Line, float | None]] = []
-        for line in _lines(row):
+        for line in row.lines():
             scores = [outcomes[c.folder].metrics.get(by) for c in candidates if c.line == line]
             known = [score for score in scores if score is not None]
             values.append((line, statistics.fmean(known) if len(known) == len(scores) else None))
@@ -48,30 +48,26 @@ def choose(plan: Plan, outcomes: Mapping[Path, Outcome]) -> dict[str, Choice]:
     return choices
 
 
-def is_tested(line: Line, plan: Plan, choices: Mapping[str, Choice]) -> bool:
-    """Whether a line runs on the test rows: of a row that chooses, no point does until it has chosen."""
-    if line.row in choices:
-        return choices[line.row].line == line
-    return not any(cell.line.row == line.row for cell in plan.candidates)
+def tested(row: GridRow, plan: Plan, choices: Mapping[str, Choice]) -> list[Line]:
+    """Give the lines of a row that run on the test rows: where it chooses, none before it has chosen."""
+    if row.name in choices:
+        return [line for line in row.lines() if line == choices[row.name].line]
+    return [] if _of(plan.candidates, row) else row.lines()
 
 
 def in_order(plan: Plan, choices: Mapping[str, Choice]) -> Iterator[Cell]:
     """Give every cell known so far, row by row: a sweep that is stopped early has whole rows."""
     for row in plan.grid.rows:
+        lines = tested(row, plan, choices)
         yield from _of(plan.candidates, row)
-        yield from (cell for cell in _of(plan.cells, row) if is_tested(cell.line, plan, choices))
+        yield from (cell for cell in _of(plan.cells, row) if cell.line in lines)
 
 
 def count(plan: Plan, choices: Mapping[str, Choice]) -> int:
     """How many cells there will be: a row that has yet to choose will run one of its points."""
     undecided = [r for r in plan.grid.rows if r.name not in choices and _of(plan.candidates, r)]
-    return len(list(in_order(plan, choices))) + sum(
-        len(_of(plan.cells, row)) // len(_lines(row)) for row in undecided
-    )
-
-
-def _lines(row: GridRow) -> list[Line]:
-    return [Line(row.name, point) for point in row.points()]
+    to_come = sum(len(_of(plan.cells, row)) // len(row.lines()) for row in undecided)
+    return to_come + sum(1 for _ in in_order(plan, choices))
 
 
 def _of(cells: tuple[Cell, ...], row: GridRow) -> list[Cell]:

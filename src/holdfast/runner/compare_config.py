@@ -47,10 +47,10 @@ class GridRow(Options):
             raise ValueError(f"'{both[0]}' stands in `set` and in `grid`; leave it in one")
         return self
 
-    def points(self) -> Iterator[dict[str, Any]]:
-        """The combinations of the grid's values; one empty point without a grid."""
-        for values in itertools.product(*self.grid.values()):
-            yield dict(zip(self.grid, values, strict=True))
+    def lines(self) -> list[Line]:
+        """One for each combination of the grid's values; one at an empty point without a grid."""
+        combinations = itertools.product(*self.grid.values())
+        return [Line(self.name, dict(zip(self.grid, values, strict=True))) for values in combinations]
 
 
 class Choose(Options):
@@ -98,6 +98,11 @@ class Grid(Options):
         if twice := [name for i, name in enumerate(names) if name in names[:i]]:
             raise ValueError(f"{twice[0]!r} stands in it twice")
         return values
+
+    @property
+    def lines(self) -> list[Line]:
+        """Every line, in the grid's order."""
+        return [line for row in self.rows for line in row.lines()]
 
 
 @dataclass(frozen=True)
@@ -159,11 +164,6 @@ class Plan:
     candidates: tuple[Cell, ...]
 
     @property
-    def lines(self) -> list[Line]:
-        """Every line, in the grid's order."""
-        return [Line(row.name, point) for row in self.grid.rows for point in row.points()]
-
-    @property
     def reference(self) -> str:
         """Name of the reference row, or label of the reference line."""
         return self.grid.reference or self.grid.rows[0].name
@@ -210,12 +210,11 @@ class _Planner:
         cells: list[Cell] = []
         candidates: list[Cell] = []
         for row in grid.rows:
-            points = list(row.points())
-            for point in points:
-                line = Line(row.name, point)
+            lines = row.lines()
+            for line in lines:
                 for order, seed in itertools.product(self._orders(), grid.seeds):
                     cells += self._cell(row, line, "runs", order, seed, {})
-                if choose is None or len(points) == 1:
+                if choose is None or len(lines) == 1:
                     continue
                 extra = {**choose.set, "tasks.test_split": "validation"}
                 for seed in choose.seeds or grid.seeds[:1]:
@@ -255,10 +254,10 @@ class _Planner:
 
     def _check_grid(self, cells: list[Cell]) -> None:
         grid = self.grid
-        labels = [Line(row.name, point).label for row in grid.rows for point in row.points()]
+        labels = [line.label for line in grid.lines]
         if twice := [label for i, label in enumerate(labels) if label in labels[:i]]:
             self.problems[f"'{twice[0]}' stands in the grid twice"] = ["rows"]
-        tried = {row.name: len(list(row.points())) for row in grid.rows}
+        tried = {row.name: len(row.lines()) for row in grid.rows}
         reference = grid.reference or grid.rows[0].name
         if reference not in tried and (grid.choose is not None or reference not in labels):
             self.problems[f"no row '{reference}'. Allowed: {', '.join(tried)}."] = ["reference"]

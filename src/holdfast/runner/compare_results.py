@@ -10,7 +10,7 @@ from typing import Any
 
 from holdfast.evaluation.compare import METRICS, curves, difference, mean_and_spread
 from holdfast.runner.compare_cells import Outcome
-from holdfast.runner.compare_choice import Choice, is_tested
+from holdfast.runner.compare_choice import Choice, tested
 from holdfast.runner.compare_config import Cell, Line, Plan
 
 SHOWN = (("ap", "AP"), ("bwt", "BWT"), ("learning_accuracy", "learning accuracy"))
@@ -20,7 +20,7 @@ Json = dict[str, Any]
 def collect(plan: Plan, outcomes: Mapping[Path, Outcome], choices: Mapping[str, Choice]) -> Json:
     """The contents of ``compare.json`` as far as the sweep got."""
     grid = plan.grid
-    chosen = [line for line in plan.lines if is_tested(line, plan, choices)]
+    chosen = [line for row in grid.rows for line in tested(row, plan, choices)]
     scores = {line.label: _scores(_of(plan.cells, line), outcomes) for line in chosen}
     reference = next((line.label for line in chosen if plan.reference in (line.row, line.label)), None)
     run = [*plan.candidates, *(cell for cell in plan.cells if cell.line in chosen)]
@@ -120,7 +120,7 @@ def _curves(plan: Plan, outcomes: Mapping[Path, Outcome]) -> list[Json]:
         split = "validation" if cells else "test"
         cells = cells or [cell for cell in plan.cells if cell.line.row == row.name]
         points = []
-        for line in (line for line in plan.lines if line.row == row.name):
+        for line in row.lines():
             scores = _scores(_of(cells, line), outcomes)
             means = {key: mean_and_spread(list(scores[key].values()))["mean"] for key in METRICS}
             points.append((line.point, means))
