@@ -29,9 +29,9 @@ from pathlib import Path
 
 import torch
 
+from holdfast.hold import Gate
 from holdfast.importance.prior import ImportancePrior
 from holdfast.models import block_parameters
-from holdfast.protect import Gate
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file
 from shapes import VOCABULARY, base_4m_shapes, train_blocks_only

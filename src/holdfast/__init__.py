@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from holdfast.api import attribute
+    from holdfast.hold import Anchor, Gate, Penalty
     from holdfast.importance import ImportancePrior
-    from holdfast.protect import Anchor, Gate, Penalty
     from holdfast.report import write_report
     from holdfast.runner import RunConfig, load_config
-    from holdfast.runner.run import run
+    from holdfast.runner.loop import run
     from holdfast.tasks import Example, Task, TaskStream, toy_suite
     from holdfast.training.callback import ProtectCallback
 
 _HOME = {
-    "Anchor": "holdfast.protect",
+    "Anchor": "holdfast.hold",
     "Example": "holdfast.tasks",
-    "Gate": "holdfast.protect",
+    "Gate": "holdfast.hold",
     "ImportancePrior": "holdfast.importance",
-    "Penalty": "holdfast.protect",
+    "Penalty": "holdfast.hold",
     "ProtectCallback": "holdfast.training.callback",
     "RunConfig": "holdfast.runner",
     "Task": "holdfast.tasks",

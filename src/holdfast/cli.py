@@ -73,8 +73,8 @@ def _quiet_libraries() -> None:
     logging.set_verbosity_error()
 
 
-@app.command()
-def demo(
+@app.command("demo")
+def demo_command(
     out: Annotated[Path, typer.Option(help="where runs and the report go")] = Path("demo"),
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
@@ -109,7 +109,7 @@ def run_command(
     again = " ".join(["holdfast run", str(config), *(overrides or [])])
     with _told(f"Continue with: {again}"), Progress() as progress:
         from holdfast.runner.config import load_config
-        from holdfast.runner.run import run
+        from holdfast.runner.loop import run
         from holdfast.runner.table import metrics_table
 
         loaded = load_config(config, overrides or [])
@@ -136,9 +136,9 @@ def compare_command(
     again = " ".join(["holdfast compare", str(grid), *(overrides or [])])
     with _told(f"Continue with: {again}"), Progress() as progress:
         from holdfast.report import write_report
-        from holdfast.runner.compare import compare
-        from holdfast.runner.compare_config import load_grid
-        from holdfast.runner.compare_table import live_table
+        from holdfast.sweep.grid import load_grid
+        from holdfast.sweep.loop import compare
+        from holdfast.sweep.table import live_table
 
         plan = load_grid(grid, overrides or [])
         output = Path(plan.grid.output)
@@ -168,8 +168,8 @@ def check(
     Example: holdfast check configs/toy.yaml training.batch_size=64
     """
     with _told():
-        from holdfast.runner.check import check as check_run
         from holdfast.runner.config import load_config
+        from holdfast.runner.findings import check as check_run
 
         findings = check_run(load_config(config, overrides or []))
         findings.print(Console())

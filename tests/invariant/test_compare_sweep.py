@@ -17,11 +17,11 @@ from typer.testing import CliRunner, Result
 from holdfast.cli import app
 from holdfast.errors import ConfigError, RunDirectoryError
 from holdfast.progress import Progress
-from holdfast.runner.compare import compare
-from holdfast.runner.compare_cells import Outcome
-from holdfast.runner.compare_choice import choose, count, in_order
-from holdfast.runner.compare_config import Cell, load_grid
 from holdfast.runner.directory import lock
+from holdfast.sweep.cells import Outcome
+from holdfast.sweep.choice import choose, count, in_order
+from holdfast.sweep.grid import Cell, load_grid
+from holdfast.sweep.loop import compare
 from kills import Killed, dying
 from tiny_runs import tiny_run
 
@@ -90,7 +90,7 @@ def test_a_point_is_chosen_on_validation_rows_and_only_that_sees_test_rows(chose
 
 @pytest.mark.parametrize("call", [2, 4])  # while choosing, and in the last cell
 def test_a_sweep_killed_in_the_middle_ends_as_one_that_never_was(chosen, call, tmp_path, monkeypatch):
-    module: Any = importlib.import_module("holdfast.runner.run")
+    module: Any = importlib.import_module("holdfast.runner.loop")
     calls = [0]
     file = grid_file(tmp_path / "broken", [PLAIN, RATES], choose={"by": "learning_accuracy"})
     monkeypatch.setattr(module, "evaluate_encoded", dying(module.evaluate_encoded, call, calls))
@@ -212,7 +212,7 @@ def test_processes_side_by_side_find_what_one_after_another_find(tmp_path):
 
 @pytest.mark.slow
 def test_a_process_ends_with_the_sweep_that_started_it_and_otherwise_on_its_own():
-    start = "from holdfast.runner.compare_cells import stop_with_parent; stop_with_parent(); import time; "
+    start = "from holdfast.sweep.cells import stop_with_parent; stop_with_parent(); import time; "
     command = [sys.executable, "-c", start + "time.sleep(600)"]
     gone = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     assert "KeyboardInterrupt" in gone.stderr

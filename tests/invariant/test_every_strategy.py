@@ -29,7 +29,7 @@ from strategy_runs import options_of
 from tiny_runs import tiny_run
 from tiny_t5 import write_tiny_t5
 
-runner = importlib.import_module("holdfast.runner.run")  # the package has a function of that name
+runner = importlib.import_module("holdfast.runner.loop")  # the package has a function of that name
 TASKS = ["copy", "flip", "head"]
 KINDS = ["causal", "encoder-decoder"]
 

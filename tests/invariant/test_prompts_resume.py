@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from holdfast.config import validate
-from holdfast.protect.prompts import SUBMODULE
 from holdfast.runner import RunConfig, run
+from holdfast.strategies.prompts.soft import SUBMODULE
 from kills import Killed, kill_when
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from holdfast.hold import Anchor, Gate
 from holdfast.importance.prior import ImportancePrior
-from holdfast.protect import Anchor, Gate
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),

@@ -11,6 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from holdfast.hold.fusion import (
+    AdaptiveFusionOptions,
+    StaticFusionOptions,
+    fuse,
+    old_shares,
+)
 from holdfast.importance.prior import trained_parameters
 from holdfast.importance.sensitivity import Sensitivity, SensitivityOptions
 from holdfast.importance.skill_units import (
@@ -25,13 +31,7 @@ from holdfast.importance.skill_units import (
     unit_scores,
 )
 from holdfast.models import LoraOptions, add_lora, tiny_llama
-from holdfast.protect.fuse import (
-    AdaptiveFusionOptions,
-    StaticFusionOptions,
-    fuse,
-    old_shares,
-)
-from holdfast.protect.orthogonal import Orthogonality, orthogonality
+from holdfast.strategies.kif.orthogonal import Orthogonality, orthogonality
 from holdfast.tasks import toy_tokenizer
 
 SIZES = st.integers(1, 5)

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from holdfast.config import validate
 from holdfast.errors import ConfigError
+from holdfast.hold.cost import prior_costs, trained_bytes
 from holdfast.importance import ImportancePrior
 from holdfast.importance.lrp import LrpOptions
 from holdfast.models import LoraOptions, add_lora, block_parameters, tiny_llama
-from holdfast.protect.cost import prior_costs, trained_bytes
-from holdfast.protect.distil import Teacher
 from holdfast.runner import RunConfig, run
-from holdfast.runner.check import check
+from holdfast.runner.findings import check
 from holdfast.strategies import STRATEGIES, Stage, build_strategy
+from holdfast.strategies.lwf import Teacher
 from holdfast.tasks import toy_suite, toy_tokenizer
 
 STREAM = toy_suite(["copy", "flip", "head", "tail"], 8, 2)
@@ -159,7 +159,7 @@ def test_steps_are_estimated_with_replayed_rows(sections: dict[str, Any], tmp_pa
 def test_trainings_aside_are_estimated_as_they_are_made(
     strategy: dict[str, Any], aside: list[int], tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runner: Any = importlib.import_module("holdfast.runner.run")
+    runner: Any = importlib.import_module("holdfast.runner.loop")
     values = tiny(tmp_path / "r", strategy=strategy)
     values["model"] = {"toy": True, "hidden": 16, "layers": 1, "lora": {"r": 2}}
     values["tasks"] = {"source": "toy", "order": ["copy", "flip", "head"], "train_rows": 20, "test_rows": 1}

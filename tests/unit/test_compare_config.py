@@ -12,7 +12,7 @@ import yaml
 from holdfast.config import override, read_yaml, validate
 from holdfast.errors import ConfigError
 from holdfast.runner import RunConfig
-from holdfast.runner.compare_config import Plan, load_grid
+from holdfast.sweep.grid import Plan, load_grid
 from tiny_runs import tiny_run
 
 EWC = {"name": "ewc", "set": {"strategy": "ewc"}, "grid": {"strategy.strength": [1e3, 1e4]}}

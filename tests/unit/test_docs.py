@@ -16,8 +16,8 @@ import yaml
 
 import holdfast
 from holdfast.config import override, read_yaml, validate
-from holdfast.runner.compare_config import load_grid
 from holdfast.runner.config import RunConfig
+from holdfast.sweep.grid import load_grid
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(holdfast.__file__).parent

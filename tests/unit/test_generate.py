@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from holdfast.evaluation.answers import generate, rank_options
 from holdfast.evaluation.evaluate import EvaluationOptions, answer_budget, evaluate_task
-from holdfast.evaluation.generate import generate, rank_options
 from holdfast.models import tiny_llama
 from holdfast.tasks import Encoded, Encoder, Example, Task, Template, toy_tokenizer
 from tiny_t5 import tiny_t5

@@ -11,8 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from holdfast.errors import ConfigError, PriorMismatchError
-from holdfast.importance.prior import ImportancePrior
-from holdfast.protect import (
+from holdfast.hold import (
     MECHANISMS,
     Anchor,
     Gate,
@@ -21,6 +20,7 @@ from holdfast.protect import (
     Penalty,
     build_mechanism,
 )
+from holdfast.importance.prior import ImportancePrior
 from small_network import backward, graded, network, weights
 
 

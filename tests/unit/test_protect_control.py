@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.errors import ConfigError
+from holdfast.hold import apply_control
 from holdfast.importance.prior import ImportancePrior
-from holdfast.protect import apply_control
 
 
 def prior(seed: int = 0) -> ImportancePrior:

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from holdfast.errors import HoldfastError
-from holdfast.importance.prior import ImportancePrior
-from holdfast.protect import (
+from holdfast.hold import (
     Anchor,
     Gate,
     Penalty,
 )
+from holdfast.importance.prior import ImportancePrior
 from small_network import backward, graded, network, weights
 
 
@@ -71,7 +71,7 @@ def test_soft_gate_samples_large_priors_the_same_way_every_time(monkeypatch: pyt
     generator = torch.Generator().manual_seed(0)
     prior = ImportancePrior({n: torch.rand(200, 100, generator=generator) for n in "ab"})
     exact = Gate(prior, shape="soft", quantile=0.3)._scale()
-    monkeypatch.setattr("holdfast.protect.gate._QUANTILE_ELEMENTS", 10_000)
+    monkeypatch.setattr("holdfast.hold.gate._QUANTILE_ELEMENTS", 10_000)
     sampled = Gate(prior, shape="soft", quantile=0.3)._scale()
     assert sampled == Gate(prior, shape="soft", quantile=0.3)._scale()
     assert sampled != exact

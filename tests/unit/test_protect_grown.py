@@ -10,7 +10,7 @@ from torch import Tensor
 
 from holdfast.adapters import grow, lora_factors, rank_of
 from holdfast.models import LoraOptions, add_lora, tiny_llama
-from holdfast.protect.grown import Grown
+from holdfast.strategies.lora.grown import Grown
 from holdfast.tasks import toy_tokenizer
 
 TOKENIZER = toy_tokenizer()

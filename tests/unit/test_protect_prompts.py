@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from holdfast.errors import ConfigError
-from holdfast.evaluation.generate import generate
+from holdfast.evaluation.answers import generate
 from holdfast.models import LoraOptions, add_lora
-from holdfast.protect.prompts import SUBMODULE, Prompted, learn, put_in_front
+from holdfast.strategies.prompts.soft import SUBMODULE, Prompted, learn, put_in_front
 from holdfast.tasks.encode import Encoded
 from prompt_cases import (
     BOTH,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from holdfast.config import validate
 from holdfast.errors import ConfigError
-from holdfast.protect.replay import Memory, MemoryOptions
+from holdfast.tasks.memory import Memory, MemoryOptions
 from holdfast.tasks.task import Example, Task
 
 

@@ -18,7 +18,7 @@ from holdfast.config import validate
 from holdfast.errors import ConfigError
 from holdfast.models import LoraOptions, ModelOptions, add_lora, load_model, tiny_llama
 from holdfast.runner import RunConfig, run
-from holdfast.runner.check import check
+from holdfast.runner.findings import check
 from holdfast.strategies import STRATEGIES, Stage, Strategy, build_strategy
 from holdfast.tasks import toy_suite, toy_tokenizer
 from tiny_runs import tiny_run

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from holdfast.config import validate
 from holdfast.errors import ConfigError, PriorMismatchError
+from holdfast.hold.subspace import Subspace
 from holdfast.importance.logit_gradient import logit_gradient
 from holdfast.importance.prior import trained_parameters
 from holdfast.importance.seeding import sample
 from holdfast.models import block_parameters, tiny_llama
 from holdfast.progress import Progress
-from holdfast.protect.subspace import Subspace
 from holdfast.runner import RunConfig, run
 from holdfast.strategies import STRATEGIES, Stage, Strategy, build_strategy
 from holdfast.tasks import Encoder, Template, toy_suite, toy_tokenizer

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from holdfast.config import validate
 from holdfast.errors import ConfigError
-from holdfast.evaluation.generate import rank_options
+from holdfast.evaluation.answers import rank_options
 from holdfast.models import tiny_llama
-from holdfast.protect.prompt_pool import PromptPool, query
-from holdfast.protect.prompts import SUBMODULE, Prompted, question
 from holdfast.runner import RunConfig, run
 from holdfast.strategies import STRATEGIES, Strategy
+from holdfast.strategies.prompts.pool import PromptPool, query
+from holdfast.strategies.prompts.soft import SUBMODULE, Prompted, question
 from holdfast.tasks import toy_tokenizer
 from prompt_cases import (
     KINDS,

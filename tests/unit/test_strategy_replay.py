@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from holdfast.config import validate
 from holdfast.errors import ConfigError
-from holdfast.protect.replay import Rehearsal
 from holdfast.runner import RunConfig, run
+from holdfast.tasks.memory import Rehearsal
 from holdfast.tasks.task import Example
 from tiny_runs import tiny_run
 

@@ -47,7 +47,7 @@ def test_a_run_of_tasks_with_odd_names_works_and_is_reported_under_them(
         toys.update(zip(odd, stream, strict=True))
         return TaskStream("odd", tuple(replace(task, name=name) for name, task in toys.items()))
 
-    monkeypatch.setattr(import_module("holdfast.runner.run"), "build_stream", renamed)
+    monkeypatch.setattr(import_module("holdfast.runner.loop"), "build_stream", renamed)
     values = tiny(tmp_path / "r")
     values["tasks"] = {"source": "toy", "order": ["head", "copy"], "train_rows": 16, "test_rows": 4}
     values["training"]["max_steps"] = 1

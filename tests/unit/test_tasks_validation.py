@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from holdfast.config import validate
 from holdfast.errors import DataError
 from holdfast.runner import RunConfig
-from holdfast.runner.check import check
+from holdfast.runner.findings import check
 from holdfast.tasks import Task, TaskStream, build_stream
 from holdfast.tasks.options import SourceOptions, left_out, subsample
 from holdfast.tasks.sources import TasksOptions, inspect_stream

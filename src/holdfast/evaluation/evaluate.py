@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from holdfast.config import Options
-from holdfast.evaluation.generate import generate, rank_options
+from holdfast.evaluation.answers import generate, rank_options
 from holdfast.evaluation.scores import SCORES
 from holdfast.tasks.encode import Encoded, Encoder
 from holdfast.tasks.task import Example, Task

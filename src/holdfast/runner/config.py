@@ -11,9 +11,9 @@ from pydantic import Field, model_validator
 from holdfast.config import Options, override, read_yaml, validate
 from holdfast.evaluation.evaluate import EvaluationOptions
 from holdfast.models import ModelOptions
-from holdfast.protect.replay import RehearsalOptions
 from holdfast.strategies import STRATEGIES, StrategyOptions
 from holdfast.tasks import TasksOptions, Template
+from holdfast.tasks.memory import RehearsalOptions
 from holdfast.training.options import TrainingOptions
 
 

@@ -1,4 +1,4 @@
-"""Strategies: one paper in one file, found by importing every file of this folder."""
+"""Strategies: one paper in one file or one folder, found by importing everything in this folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from holdfast.config import named
-from holdfast.strategies.protocol import STRATEGIES, Context, Stage, Strategy, register
+from holdfast.strategies.protocol import STRATEGIES, Context, Stage, Strategy, preset, register
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -25,4 +25,13 @@ def build_strategy(options: Any) -> Strategy:
     return STRATEGIES[options.name](options)
 
 
-__all__ = ["STRATEGIES", "Context", "Stage", "Strategy", "StrategyOptions", "build_strategy", "register"]
+__all__ = [
+    "STRATEGIES",
+    "Context",
+    "Stage",
+    "Strategy",
+    "StrategyOptions",
+    "build_strategy",
+    "preset",
+    "register",
+]

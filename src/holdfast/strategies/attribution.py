@@ -11,12 +11,12 @@ from torch.optim import Optimizer
 
 from holdfast.config import Options, named_or
 from holdfast.errors import HoldfastError
+from holdfast.hold import AnchorOptions, Control, MechanismOptions, apply_control, build_mechanism
+from holdfast.hold.attach import Handle, Protection
+from holdfast.hold.cost import Estimate, prior_costs
+from holdfast.hold.reference import weights_of
 from holdfast.importance import ImportanceOptions, ImportancePrior
 from holdfast.importance.lrp import LrpOptions
-from holdfast.protect import AnchorOptions, Control, MechanismOptions, apply_control, build_mechanism
-from holdfast.protect.attach import Handle, Protection
-from holdfast.protect.cost import Estimate, prior_costs
-from holdfast.protect.reference import weights_of
 from holdfast.storage import write_json
 from holdfast.strategies.protocol import Context, Stage, Strategy, register
 from holdfast.tasks.task import TaskStream

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from holdfast.config import Options
+from holdfast.hold import Handle
+from holdfast.hold.attach import hook, unwrap
+from holdfast.hold.cost import Cost, Estimate, trained_bytes
 from holdfast.importance.prior import trained_parameters
-from holdfast.protect import Handle
-from holdfast.protect.attach import hook, unwrap
-from holdfast.protect.cost import Cost, Estimate, trained_bytes
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.protocol import Strategy, register
 from holdfast.tasks.task import TaskStream

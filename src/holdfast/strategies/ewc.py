@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from holdfast.config import Options
+from holdfast.hold import Handle, Penalty
+from holdfast.hold.cost import Estimate, prior_costs
+from holdfast.hold.reference import weights_of
 from holdfast.importance import ImportancePrior
 from holdfast.importance.fisher import FisherOptions
-from holdfast.protect import Handle, Penalty
-from holdfast.protect.cost import Estimate, prior_costs
-from holdfast.protect.reference import weights_of
 from holdfast.storage import write_json
 from holdfast.strategies.protocol import Context, Stage, Strategy, register
 from holdfast.tasks.task import TaskStream

@@ -9,10 +9,10 @@ from torch import nn
 
 from holdfast.config import Options
 from holdfast.errors import ConfigError
+from holdfast.hold.cost import Estimate, trained_numbers
 from holdfast.importance.prior import parameters_by_name
 from holdfast.models import block_parameters
 from holdfast.names import layer_of
-from holdfast.protect.cost import Estimate, trained_numbers
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.protocol import Strategy, register
 from holdfast.tasks.task import TaskStream

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from holdfast.config import Options
+from holdfast.hold import Handle
+from holdfast.hold.cost import Cost, Estimate, trained_bytes
+from holdfast.hold.subspace import Subspace
 from holdfast.importance.logit_gradient import logit_gradient
 from holdfast.importance.prior import trained_parameters
 from holdfast.importance.seeding import sample
-from holdfast.protect import Handle
-from holdfast.protect.cost import Cost, Estimate, trained_bytes
-from holdfast.protect.subspace import Subspace
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.protocol import Strategy, register
 from holdfast.tasks.task import TaskStream

@@ -10,6 +10,7 @@ then for each stage `begin`, `examples`, during training `attach`, `watch`, `pen
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
 from torch import Tensor, nn
@@ -17,10 +18,10 @@ from torch.optim import Optimizer
 
 from holdfast.config import Options
 from holdfast.errors import ConfigError
-from holdfast.protect import Handle
-from holdfast.protect.cost import Estimate
-from holdfast.protect.replay import Rehearsal
+from holdfast.hold import Handle
+from holdfast.hold.cost import Estimate
 from holdfast.strategies.context import Context, Stage
+from holdfast.tasks.memory import Rehearsal
 from holdfast.tasks.task import Example, TaskStream
 
 Extra = Literal["none", "constant", "per task"]
@@ -118,23 +119,48 @@ class Strategy:
         """Take back what `state_dict` gave."""
 
 
-STRATEGIES: dict[str, type[Strategy]] = {}
+@dataclass(frozen=True)
+class Method:
+    """A strategy under the name that a config calls it by, with what it declares for its default options.
+
+    Attributes
+    ----------
+    strategy : type
+        What is built. Presets are several methods of one strategy: other defaults, nothing else.
+    """
+
+    name: str
+    paper: str
+    summary: str
+    Options: type[Options]
+    rehearsal_free: bool
+    needs_task_identity: bool
+    state: Extra
+    inference: Extra
+    strategy: type[Strategy]
+
+    def __call__(self, options: Any) -> Strategy:
+        """The strategy with these options."""
+        return self.strategy(options)
+
+
+STRATEGIES: dict[str, Method] = {}
 Class = TypeVar("Class", bound=type[Strategy])
 
 
 def register(cls: Class) -> Class:
     """Class decorator: make a strategy known by its name."""
-    if cls.name in STRATEGIES:
-        raise ConfigError(f"two strategies are called '{cls.name}'")
-    STRATEGIES[cls.name] = cls
+    declared = {f.name: getattr(cls, f.name) for f in fields(Method) if f.name != "strategy"}
+    _add(Method(**declared, strategy=cls))
     return cls
 
 
-def register_variant(cls: type[Strategy], **declarations: Any) -> None:
-    """Make the same strategy known by another name, with declarations (and an Options) of its own.
+def preset(of: str, **declarations: Any) -> None:
+    """Make a strategy known by one more name, with an Options of its own and whatever else differs."""
+    _add(replace(STRATEGIES[of], **declarations))
 
-    The copied methods stay bound to the original class, so they can't use `super()` without arguments: a
-    strategy with variants writes out what it needs of its base (as `Kif.__init__` sets `options`).
-    """
-    own = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
-    register(type(cls.__name__, cls.__bases__, {**own, **declarations}))
+
+def _add(method: Method) -> None:
+    if method.name in STRATEGIES:
+        raise ConfigError(f"two strategies are called '{method.name}'")
+    STRATEGIES[method.name] = method

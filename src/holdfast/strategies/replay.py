@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from holdfast.protect.replay import Rehearsal, RehearsalOptions
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.protocol import Strategy, register
+from holdfast.tasks.memory import Rehearsal, RehearsalOptions
 from holdfast.tasks.task import Example
 
 

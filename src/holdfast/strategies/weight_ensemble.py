@@ -9,11 +9,11 @@ from pydantic import Field
 from torch import nn
 
 from holdfast.config import Options
+from holdfast.hold.cost import Cost, Estimate, trained_bytes
+from holdfast.hold.fusion import fuse
+from holdfast.hold.reference import weights_of
 from holdfast.importance.prior import trained_parameters
 from holdfast.importance.skill_units import matrix_units
-from holdfast.protect.cost import Cost, Estimate, trained_bytes
-from holdfast.protect.fuse import fuse
-from holdfast.protect.reference import weights_of
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.protocol import Strategy, register
 from holdfast.tasks.task import TaskStream

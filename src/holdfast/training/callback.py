@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from holdfast.errors import ConfigError
+from holdfast.hold import Control, Handle, Protection, apply_control, build_mechanism, mechanism_options
+from holdfast.hold.reference import weights_of
 from holdfast.importance.prior import ImportancePrior
-from holdfast.protect import Control, Handle, Protection, apply_control, build_mechanism, mechanism_options
-from holdfast.protect.reference import weights_of
 
 
 class ProtectCallback(TrainerCallback):
@@ -28,7 +28,7 @@ class ProtectCallback(TrainerCallback):
     mechanism : str or options model
         ``"anchor"`` (default), ``"gate"`` or ``"penalty"``.
     control : {"none", "permuted", "tensor-mean", "layer-mean"}
-        See `holdfast.protect.apply_control`.
+        See `holdfast.hold.apply_control`.
     seed : int
         Of the control.
     reference : mapping of str to Tensor, optional

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from holdfast.errors import ConfigError
+from holdfast.hold.cost import trained_numbers
 from holdfast.models import accepts, is_encoder_decoder
 from holdfast.progress import Progress, no_library_bars
-from holdfast.protect.cost import trained_numbers
 from holdfast.storage import write_json
 from holdfast.tasks.encode import Encoded, collate
 from holdfast.training.bridge import Bridge, BridgeSeq2SeqTrainer, BridgeTrainer

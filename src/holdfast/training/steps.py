@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback
 
+from holdfast.hold import Handle
 from holdfast.progress import Interrupted, stop_requested
-from holdfast.protect import Handle
 from holdfast.storage import write_tensors
 from holdfast.training.checkpoints import seal_checkpoint
 

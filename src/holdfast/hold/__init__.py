@@ -1,0 +1,84 @@
+"""Protection: how important weights are held while the next task is learned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Union
+
+from pydantic import BeforeValidator, Field
+from torch import Tensor
+
+from holdfast.config import Options, named, validate
+from holdfast.errors import ConfigError
+from holdfast.hold.anchor import Anchor, AnchorOptions
+from holdfast.hold.attach import Handle, Protection
+from holdfast.hold.control import Control, apply_control
+from holdfast.hold.gate import Gate, GateOptions
+from holdfast.hold.penalty import Penalty, PenaltyOptions
+from holdfast.importance.prior import ImportancePrior
+
+MECHANISMS: dict[str, tuple[type[Options], type]] = {
+    "gate": (GateOptions, Gate),
+    "anchor": (AnchorOptions, Anchor),
+    "penalty": (PenaltyOptions, Penalty),
+}
+
+
+MechanismOptions: Any = Annotated[
+    Union[tuple(options for options, _ in MECHANISMS.values())],  # noqa: UP007 - built from the table
+    Field(discriminator="name"),
+    BeforeValidator(named),
+]
+
+
+def mechanism_options(mechanism: Any, source: str = "mechanism", **values: Any) -> Any:
+    """The options model of a mechanism, from its name and keyword arguments.
+
+    Raises
+    ------
+    ConfigError
+        No such mechanism, or an option that it doesn't have; the message lists what is allowed.
+    """
+    if isinstance(mechanism, Options) and not values:
+        return mechanism
+    if mechanism not in MECHANISMS:
+        raise ConfigError(f"{source}: no mechanism {mechanism!r}. Allowed: {', '.join(MECHANISMS)}.")
+    return validate(MECHANISMS[mechanism][0], {"name": mechanism, **values}, source)
+
+
+def build_mechanism(
+    options: GateOptions | AnchorOptions | PenaltyOptions,
+    prior: ImportancePrior,
+    reference: Mapping[str, Tensor] | None = None,
+) -> Protection:
+    """Make the mechanism that the options describe.
+
+    Parameters
+    ----------
+    prior : ImportancePrior
+        One that `apply_control` has been through, if a control is wanted.
+    reference : mapping of str to Tensor, optional
+        Weights to pull towards, by canonical name; the gate, which needs none, takes no notice.
+    """
+    values = options.model_dump(exclude={"name"})
+    if isinstance(options, GateOptions):
+        return Gate(prior, **values)
+    return MECHANISMS[options.name][1](prior, reference=reference, **values)
+
+
+__all__ = [
+    "MECHANISMS",
+    "Anchor",
+    "AnchorOptions",
+    "Control",
+    "Gate",
+    "GateOptions",
+    "Handle",
+    "MechanismOptions",
+    "Penalty",
+    "PenaltyOptions",
+    "Protection",
+    "apply_control",
+    "build_mechanism",
+    "mechanism_options",
+]

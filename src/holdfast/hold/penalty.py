@@ -1,0 +1,119 @@
+"""Penalty: the quadratic term of EWC, with any importance (Kirkpatrick et al. 2017, eq. 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from holdfast.config import Options, validate
+from holdfast.errors import HoldfastError, PriorMismatchError
+from holdfast.hold.attach import Handle, bind, hook, logarithmic_summary, place, reference_weights
+from holdfast.importance.prior import ImportancePrior, parameters_by_name
+
+
+class PenaltyOptions(Options):
+    """Add λ/2 Σ I (θ − θ*)² to the loss, as its gradient."""
+
+    name: Literal["penalty"] = "penalty"
+    strength: float = Field(3e3, ge=0, description="λ; the importance is taken as it is, not normalised")
+
+
+class Penalty:
+    """EWC's λ/2 Σ I (θ − θ*)², added as its exact gradient λ·I·(θ − θ*) before each optimizer step.
+
+    Parameters
+    ----------
+    prior : ImportancePrior
+        I, as it is; negative values count as 0. EWC takes Fisher's diagonal, summed over tasks.
+    strength : float
+        λ.
+    reference : mapping of str to Tensor, optional
+        θ*, by canonical name; copies of the weights at `attach` when omitted.
+
+    Notes
+    -----
+    The gradient is added once per optimizer step, after accumulation and clipping. Deviation from EWC:
+    the clipped norm is that of the task's gradient alone, and the logged loss is the task's alone. Who
+    wants the term in the loss itself calls `loss` and does not attach. Memory, in the parameters' dtype:
+    λ·I and θ* (2 values per protected weight), and temporarily θ − θ* for at most 64 M weights at a time.
+    """
+
+    def __init__(
+        self,
+        prior: ImportancePrior,
+        *,
+        strength: float = 3e3,
+        reference: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.prior = prior
+        self.options = validate(PenaltyOptions, {"strength": strength}, "Penalty")
+        self.reference = reference
+
+    def _scaled(self, name: str) -> Tensor:
+        # λ·I before the cast: Fisher alone (1e-9) would underflow float16
+        return self.prior.tensors[name].clamp(min=0) * self.options.strength
+
+    def attach(self, model: nn.Module, optimizer: Optimizer) -> Handle:
+        """Add the penalty's gradient at every step of this optimizer until the handle is removed.
+
+        Raises
+        ------
+        PriorMismatchError
+            The prior or the reference doesn't fit the model, or the optimizer holds none of the weights.
+        """
+        inner, chunks = bind(self.prior, model, optimizer)
+        weights = [
+            [place(self._scaled(n), p) for n, p in zip(chunk.names, chunk.parameters, strict=True)]
+            for chunk in chunks
+        ]
+        references = [reference_weights(chunk, self.reference, "penalty") for chunk in chunks]
+
+        def add() -> None:
+            scale = getattr(inner, "grad_scale", None)  # fused optimizers unscale inside the step
+            for chunk, weight, reference in zip(chunks, weights, references, strict=True):
+                away = torch._foreach_sub(chunk.parameters, reference)
+                torch._foreach_mul_(away, weight)
+                if scale is not None:
+                    torch._foreach_mul_(away, scale)
+                for parameter in chunk.parameters:
+                    if parameter.grad is None:  # unused in this batch; the penalty still acts on it
+                        parameter.grad = torch.zeros_like(parameter)
+                torch._foreach_add_([p.grad for p in chunk.parameters if p.grad is not None], away)
+
+        return hook(inner, add, needs_gradients="penalty")
+
+    def loss(self, model: nn.Module) -> Tensor:
+        """λ/2 Σ I (θ − θ*)² as a differentiable scalar (), for a training loop that adds it to its loss.
+
+        Raises
+        ------
+        HoldfastError
+            No `reference` was given: without it there is nothing to measure the distance from.
+        PriorMismatchError
+            The prior or the reference doesn't fit the model.
+        """
+        if self.reference is None:
+            raise HoldfastError(
+                "penalty.loss: give `reference=` (canonical name to weight at the end of the last task)."
+            )
+        self.prior.check_fits(model)
+        parameters = parameters_by_name(model)
+        total = torch.zeros((), dtype=torch.float32)
+        for name in self.prior.tensors:
+            parameter = parameters[name]
+            if name not in self.reference:
+                raise PriorMismatchError(f"penalty.loss: the reference lacks '{name}'.")
+            weight, reference = place(self._scaled(name), parameter), place(self.reference[name], parameter)
+            total = total.to(parameter.device) + 0.5 * (weight * (parameter - reference) ** 2).sum()
+        return total
+
+    def summary(self) -> dict[str, Any]:
+        """Distribution of λ·I in 20 logarithmic bins below its maximum; nothing is ever fully held."""
+        return logarithmic_summary(
+            lambda: (self._scaled(name) for name in self.prior.tensors), "penalty weight"
+        )

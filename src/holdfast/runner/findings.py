@@ -1,0 +1,197 @@
+"""What can go wrong, found before training: data, lengths, model, prior; and what a run will cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from holdfast.errors import HoldfastError
+from holdfast.hold.cost import trained_numbers
+from holdfast.models import is_encoder_decoder, load_model
+from holdfast.runner.config import RunConfig
+from holdfast.strategies import Strategy, build_strategy
+from holdfast.tasks import Encoder, inspect_stream, toy_tokenizer
+from holdfast.tasks.memory import Rehearsal
+from holdfast.tasks.task import Example, TaskStream
+from holdfast.training.options import TrainingOptions
+
+
+@dataclass
+class Findings:
+    """Problems that stop a run, remarks that don't, and the estimate.
+
+    Attributes
+    ----------
+    estimate : list of (what, how much)
+        Parameters, memory in MiB, and optimizer steps.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    estimate: list[tuple[str, str]] = field(default_factory=list)
+
+    def print(self, console: Console) -> None:
+        """Show the findings."""
+        for problem in self.problems:
+            console.print(f"problem: {problem}", style="red", highlight=False, markup=False, soft_wrap=True)
+        for remark in self.remarks:
+            console.print(f"note: {remark}", highlight=False, markup=False, soft_wrap=True)
+        if self.estimate:
+            table = Table("estimate", "", show_header=False)
+            for what, much in self.estimate:
+                table.add_row(what, much)
+            console.print(table)
+        if not self.problems:
+            console.print("Ready to run.", style="green")
+
+
+def check(config: RunConfig) -> Findings:
+    """Look at data, model, template, output and prior of a valid configuration, without training."""
+    findings = Findings()
+    model = tokenizer = None
+    stream: TaskStream | None
+    stream, data = inspect_stream(config.tasks, config.seed)
+    if data.found:  # what could be read is not what would run
+        findings.problems += data.found
+        stream = None
+    if data.skipped:
+        findings.remarks.append(f"{len(data.skipped)} bad rows are left out, such as {data.skipped[0]}")
+    if stream is not None and config.tasks.test_split == "validation":
+        counts = sorted({len(task.test) for task in stream})
+        rows = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        findings.remarks.append(
+            f"scores are of validation rows, {rows} a task from the training data that training leaves out "
+            "(tasks.test_split); the test rows are not read."
+        )
+    try:
+        model, tokenizer = load_model(config.model, config.seed, toy_tokenizer)
+    except HoldfastError as error:
+        findings.problems.append(str(error))
+    _check_output(config, findings)
+    strategy, fits = build_strategy(config.strategy), model is not None
+    if model is not None:
+        try:
+            strategy.check(model)
+        except HoldfastError as error:
+            fits = False
+            findings.problems.append(str(error))
+    if stream is not None and tokenizer is not None:
+        try:
+            _check_lengths(config, stream, model, tokenizer, findings)
+        except HoldfastError as error:
+            findings.problems.append(str(error))
+    if model is not None and config.training.trainer == "sft" and is_encoder_decoder(model):
+        findings.problems.append("training.trainer: 'sft' trains causal models only; use 'auto'.")
+    if fits and stream is not None:
+        _estimate(config, model, stream, strategy, findings)
+    return findings
+
+
+def _check_output(config: RunConfig, findings: Findings) -> None:
+    output = Path(config.output)
+    if output.exists() and not output.is_dir():
+        findings.problems.append(f"output: {output} is a file, not a folder.")
+    elif (output / "config.yaml").exists():
+        findings.remarks.append(
+            f"output: {output} exists; a run with the same configuration continues there."
+        )
+
+
+def _check_lengths(
+    config: RunConfig, stream: TaskStream, model: Any, tokenizer: Any, findings: Findings
+) -> None:
+    encoder = Encoder(
+        tokenizer, config.template, encoder_decoder=model is not None and is_encoder_decoder(model)
+    )
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    for task in stream:
+        rows = []
+        for part in (task.train, task.test):
+            try:
+                rows += encoder.many(part)
+            except HoldfastError as error:
+                findings.problems.append(f"{task.name}: {error}")
+        if not rows:
+            continue
+        cut = [row for row in rows if row.cut]
+        if cut:
+            most = max(row.cut for row in cut)
+            findings.remarks.append(
+                f"{task.name}: {len(cut)} of {len(rows)} prompts are longer than template.max_prompt_tokens "
+                f"({config.template.max_prompt_tokens}); their {config.template.keep} tokens are kept, "
+                f"up to {most} are cut."
+            )
+        answers = sum(row.completion_cut > 0 for row in rows)
+        if answers:
+            findings.remarks.append(
+                f"{task.name}: {answers} completions are longer than template.max_completion_tokens = "
+                f"{config.template.max_completion_tokens} and lose their end."
+            )
+        longest = max(len(row.prompt_ids) + len(row.completion_ids) for row in rows)
+        if limit is not None and longest > limit:
+            findings.problems.append(
+                f"{task.name}: the longest row has {longest} tokens, the model takes {limit}; lower "
+                "template.max_prompt_tokens."
+            )
+
+
+def _estimate(
+    config: RunConfig, model: Any, stream: TaskStream, strategy: Strategy, findings: Findings
+) -> None:
+    estimate = strategy.estimate(model, stream)
+    total = sum(p.numel() for p in model.parameters())
+    learned = trained_numbers(model) if estimate.trained is None else estimate.trained
+    size = torch.finfo(model.dtype).bits // 8
+    states = {"adamw": 2, "sgd": 0, "adafactor": 0}[config.training.optimizer]
+    findings.estimate += [
+        ("parameters", f"{total:,} ({learned:,} trained)"),
+        ("weights", _mib(total * size)),
+        ("gradients", _mib(learned * size)),
+        ("optimizer state", _mib(learned * size * states)),
+    ]
+    for cost in estimate.costs:
+        findings.estimate.append((cost.what, _mib(cost.size)))
+        findings.remarks += [cost.note] if cost.note else []
+    if config.model.lora is None and not any(p.requires_grad for p in model.parameters()):
+        findings.problems.append("model.trainable: this model has no linear maps inside transformer blocks.")
+    steps = [_steps(config.training, rows) for rows in _rows(config, stream, strategy)]
+    findings.estimate.append(("optimizer steps", f"{sum(steps):,} ({', '.join(map(str, steps))} by stage)"))
+    further = [_steps(config.training, *training) for training in estimate.further]
+    if further:
+        said = f"{sum(further):,} ({', '.join(map(str, further))})"
+        findings.estimate.append(("further optimizer steps", said))
+    tests = sum(len(task.test) for task in stream)
+    rounds = len(steps) + config.evaluation.zero_shot
+    findings.estimate.append(
+        ("answers generated", f"up to {tests * rounds:,} ({tests:,} in each of {rounds} rounds)")
+    )
+
+
+def _steps(options: TrainingOptions, rows: int, epochs: float | None = None) -> int:
+    batches = math.ceil(rows / options.batch_size)
+    epoch = max(math.ceil(batches / options.gradient_accumulation), 1)
+    if epochs is None:
+        return options.max_steps or math.ceil(epoch * options.epochs)
+    return math.ceil(epoch * epochs)
+
+
+def _rows(config: RunConfig, stream: TaskStream, strategy: Strategy) -> Iterator[int]:
+    """How many rows each stage trains on, replayed ones included: a memory is filled as in the run."""
+    rehearsal = strategy.rehearsal if config.replay is None else Rehearsal(config.replay)
+    for stage in strategy.stages(stream):
+        examples: Sequence[Example] = [example for task in stage.tasks for example in task.train]
+        if rehearsal is not None:
+            examples = rehearsal.mixed(examples, config.seed)
+            rehearsal.learned(stage.tasks, config.seed)
+        yield len(examples)
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**20:,.1f} MiB"

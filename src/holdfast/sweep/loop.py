@@ -1,0 +1,148 @@
+"""``holdfast compare``: runs the cells of a grid, resumable at any point."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.markup import escape
+
+from holdfast.errors import HoldfastError
+from holdfast.models import load_model
+from holdfast.progress import Progress
+from holdfast.runner.directory import RunDirectory, lock
+from holdfast.runner.findings import check
+from holdfast.storage import write_json, write_text
+from holdfast.strategies import build_strategy
+from holdfast.sweep.cells import Outcome, run_cells
+from holdfast.sweep.choice import choose, count, in_order
+from holdfast.sweep.grid import Cell, Plan, raise_for_cells
+from holdfast.sweep.results import collect, markdown
+from holdfast.sweep.table import live_table
+from holdfast.tasks import inspect_stream, toy_tokenizer
+
+
+def compare(plan: Plan, progress: Progress) -> dict[str, Any]:
+    """Run every cell of a grid and return the contents of ``compare.json``.
+
+    Each cell is an ordinary run directory below ``<output>/runs`` (candidates of `choose`: ``validation``).
+    Finished ones are not run again; a killed one continues. A cell that fails doesn't stop the rest: it
+    stands in the results with its reason, and its log in ``<output>/logs``.
+
+    Raises
+    ------
+    ConfigError
+        What can be known before training is wrong with any cell; every problem is named.
+    RunDirectoryError
+        Another sweep runs in this folder.
+    Interrupted
+        ctrl-C; what was finished is on disk.
+    """
+    output = Path(plan.grid.output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        held = lock(output / "compare.lock", "sweep")
+    except OSError as error:
+        raise HoldfastError(f"output: '{output}' can't be used as a folder ({error.strerror}).") from error
+    with held:
+        return _Sweep(plan, output, progress).to_the_end()
+
+
+class _Sweep:
+    def __init__(self, plan: Plan, output: Path, progress: Progress) -> None:
+        self.plan, self.output, self.progress = plan, output, progress
+        self.outcomes: dict[Path, Outcome] = {
+            cell.folder: Outcome.of(cell) for cell in (*plan.candidates, *plan.cells)
+        }
+
+    def to_the_end(self) -> dict[str, Any]:
+        self._refuse_problems()
+        write_text(self.output / "base.yaml", yaml.safe_dump(self.plan.grid.base, sort_keys=False))
+        self._record()
+        self.progress.show_above(lambda: live_table(self.results))
+        if self._next() is not None:
+            self._run()
+        self.progress.show_above(None)
+        return self.results
+
+    def _run(self) -> None:
+        done, total = self._counts()
+        if done:
+            self.progress.say(f"{self.output}: continuing; {done} of {total} cells are finished.")
+        with self.progress.bar("cells", total=total) as bar:
+            bar.show(done)
+
+            def tell(cell: Cell, outcome: Outcome) -> None:
+                self.outcomes[cell.folder] = outcome
+                self._record()
+                done, total = self._counts()
+                bar.show(done, total)
+                if outcome.ended:
+                    self.progress.say(escape(f"[{done}/{total}] {cell.name}: {outcome.sentence}"))
+
+            run_cells(self._next, self.plan.grid.jobs, self.output / "logs", self.progress, tell)
+
+    def _next(self) -> Cell | None:
+        cells = in_order(self.plan, self.choices)
+        return next((cell for cell in cells if self.outcomes[cell.folder].status == "waiting"), None)
+
+    def _counts(self) -> tuple[int, int]:
+        cells = in_order(self.plan, self.choices)
+        return sum(self.outcomes[cell.folder].ended for cell in cells), count(self.plan, self.choices)
+
+    def _record(self) -> None:
+        self.choices = choose(self.plan, self.outcomes)
+        self.results = collect(self.plan, self.outcomes, self.choices)
+        write_json(self.output / "compare.json", self.results)
+        write_text(self.output / "compare.md", markdown(self.results))
+
+    def _refuse_problems(self) -> None:
+        """Look at directories, data, lengths and models of the cells that are to be run."""
+        cells = [c for c in (*self.plan.candidates, *self.plan.cells) if not self._finished(c)]
+        found: dict[str, list[str]] = {}
+
+        def note(cell: Cell, problems: Sequence[str]) -> None:
+            for problem in problems:
+                where = found.setdefault(problem, [])
+                if cell.name not in where:
+                    where.append(cell.name)
+
+        seen: set[str] = set()
+        with self.progress.bar("checking cells", total=len(cells)) as bar:
+            for done, cell in enumerate(cells, start=1):
+                if different := RunDirectory.conflicts(cell.config):
+                    problem = f"there is a run with another configuration; different: {', '.join(different)}"
+                    note(cell, [f"{problem}. Give the sweep another folder with output=DIR."])
+                _check_new(cell, seen, note)
+                bar(done)
+        raise_for_cells(self.plan.source, found)
+
+    def _finished(self, cell: Cell) -> bool:
+        return self.outcomes[cell.folder].status == "finished"
+
+
+def _check_new(cell: Cell, seen: set[str], note: Callable[[Cell, Sequence[str]], None]) -> None:
+    """Look at what no earlier cell had: data and model as a whole, a strategy, the rows of a seed."""
+
+    def is_new(*parts: Any) -> bool:
+        key = json.dumps([p.model_dump(mode="json") if hasattr(p, "model_dump") else p for p in parts])
+        known = key in seen
+        seen.add(key)
+        return not known
+
+    config = cell.config
+    new_rows = is_new("rows", config.tasks, config.seed)
+    new_strategy = is_new("strategy", config.model, config.strategy)
+    if is_new("whole", config.model, config.tasks, config.template, config.training.trainer):
+        note(cell, check(config).problems)
+        return
+    if new_rows:
+        note(cell, inspect_stream(config.tasks, config.seed)[1].found)
+    if new_strategy:
+        try:
+            build_strategy(config.strategy).check(load_model(config.model, config.seed, toy_tokenizer)[0])
+        except HoldfastError as error:
+            note(cell, [str(error)])
