@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import contexts
+from contexts import context_of
 from holdfast.config import validate
 from holdfast.models import digest
 from holdfast.strategies import STRATEGIES, Stage, Strategy, build_strategy
@@ -17,9 +18,9 @@ from holdfast.tasks import Encoder, Template, toy_suite, toy_tokenizer
 from holdfast.tasks.encode import Encoded, collate
 from holdfast.training.loop import train
 from holdfast.training.options import TrainingOptions
-from holdfast.training.steps import Interventions
 from tiny_models import tiny_model
 
+__all__ = ["context_of"]  # for those who take everything from here
 TOKENIZER = toy_tokenizer()
 PAD = TOKENIZER.pad_token_id
 STREAM = toy_suite(["copy", "flip", "head"], 8, 2)
@@ -55,22 +56,12 @@ def strategy_of(name: str, **values: Any) -> Strategy:
     return build_strategy(validate(STRATEGIES[name].Options, {"name": name, **values}, "test"))
 
 
-def context_of(model: Any, folder: Path) -> Any:
-    return SimpleNamespace(model=model, stream=STREAM, seed=0, folder=folder)
-
-
 def stage_of(number: int) -> Stage:
-    task = STREAM.tasks[number]
-    return Stage(task.name, (task,))
+    return contexts.stage_of(STREAM, number)
 
 
 def fit(strategy: Strategy, kind: str, model: Any, rows: list[Encoded], folder: Path, **options: Any) -> Any:
     """A training without the runner; returns the losses."""
-    verbs = {
-        verb: getattr(strategy, verb)
-        for verb in ("watch", "penalty")
-        if getattr(type(strategy), verb) is not getattr(Strategy, verb)
-    }
     options = {"max_steps": 3, "batch_size": 4, "learning_rate": 0.01, "log_steps": 1, **options}
     record = train(
         model,
@@ -79,7 +70,7 @@ def fit(strategy: Strategy, kind: str, model: Any, rows: list[Encoded], folder: 
         tokenizer=TOKENIZER,
         folder=folder / "checkpoints",
         seed=0,
-        interventions=Interventions(**verbs),
+        verbs=strategy,
     )
     return [loss for _, loss in record.loss]
 

@@ -9,9 +9,9 @@ if TYPE_CHECKING:
     from holdfast.api import attribute
     from holdfast.hold import Anchor, Gate, Penalty
     from holdfast.importance import ImportancePrior
+    from holdfast.learner import Learner
     from holdfast.report import write_report
-    from holdfast.runner import RunConfig, load_config
-    from holdfast.runner.loop import run
+    from holdfast.runner import RunConfig, load_config, run
     from holdfast.tasks import Example, Task, TaskStream, toy_suite
     from holdfast.training.callback import ProtectCallback
 
@@ -20,6 +20,7 @@ _HOME = {
     "Example": "holdfast.tasks",
     "Gate": "holdfast.hold",
     "ImportancePrior": "holdfast.importance",
+    "Learner": "holdfast.learner",
     "Penalty": "holdfast.hold",
     "ProtectCallback": "holdfast.training.callback",
     "RunConfig": "holdfast.runner",
@@ -36,6 +37,7 @@ __all__ = [
     "Example",
     "Gate",
     "ImportancePrior",
+    "Learner",
     "Penalty",
     "ProtectCallback",
     "RunConfig",

@@ -1,4 +1,4 @@
-"""The command line: demo | run | compare | attribute | report | check | list."""
+"""The command line: demo | learn | skills | run | compare | attribute | report | check | list."""
 
 from __future__ import annotations
 
@@ -25,6 +25,12 @@ app = typer.Typer(
 [bold]See it work[/bold] (offline, a few minutes on two cores):
 
   holdfast demo
+
+[bold]Teach your model, month after month[/bold]:
+
+  holdfast learn may.jsonl  --skills skills --model MODEL
+  holdfast learn june.jsonl --skills skills
+  holdfast skills skills
 
 [bold]Check, run, compare[/bold]:
 
@@ -89,6 +95,118 @@ def demo_command(
         from holdfast.demo import run_demo
 
         run_demo(out, seed, progress)
+
+
+class Metric(StrEnum):
+    """How an answer is scored."""
+
+    exact_match = "exact_match"
+    rouge_l = "rouge_l"
+
+
+@app.command("learn")
+def learn_command(
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="a .jsonl file, or a folder with train.jsonl")],
+    skills: Annotated[Path, typer.Option(help="the folder of what is learned; the first task makes it")],
+    options: Overrides = None,
+    model: Annotated[
+        str | None, typer.Option(help="folder or hub id of the model; needed for the first task only")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="of the skill; by default the name of the data")] = None,
+    test: Annotated[
+        Path | None,
+        typer.Option(help="rows to test the skill with; default: 10 % of the data, at most 200, kept aside"),
+    ] = None,
+    metric: Annotated[
+        Metric | None, typer.Option(help="how answers are scored; by default their length decides")
+    ] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help="how old skills are kept (holdfast list strategies)")
+    ] = None,
+    lora: Annotated[bool, typer.Option("--lora", help="train low-rank adapters, not the weights")] = False,
+) -> None:
+    """Teach a model one more thing, on top of what a folder of skills holds; no config is needed.
+
+    The first call makes the folder, later ones go on from it, in another process, weeks later. What was
+    learned before is held while the new data are learned. Killed at any moment, the same command continues.
+
+    Examples:
+
+      holdfast learn may.jsonl --skills skills --model HuggingFaceTB/SmolLM2-135M-Instruct --lora
+
+      holdfast learn june.jsonl --skills skills
+
+      holdfast learn july.jsonl --skills skills --test july-test.jsonl training.epochs=2
+
+    Then `holdfast skills skills` shows what is kept.
+    """
+    with _told("The same command again continues."), Progress() as progress:
+        from holdfast.runner.learn import learn_data
+        from holdfast.runner.table import skills_table
+
+        known = learn_data(
+            data,
+            skills,
+            model=model,
+            name=name,
+            test=test,
+            metric=metric.value if metric is not None else None,
+            strategy=strategy,
+            lora=lora,
+            assignments=options or [],
+            progress=progress,
+        )
+        Console().print(skills_table(known))
+
+
+@app.command("skills")
+def skills_command(
+    folder: Annotated[Path, typer.Argument(metavar="SKILLS", help="the folder that `holdfast learn` made")],
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON for a program")] = False,
+    report: Annotated[Path | None, typer.Option(help="write an HTML report to this file")] = None,
+    export: Annotated[
+        Path | None, typer.Option(help="write the model as a plain Hugging Face folder (weights, or adapter)")
+    ] = None,
+    undo: Annotated[
+        bool, typer.Option("--undo", help="take the last task back: the folder as it was before, bit for bit")
+    ] = False,
+) -> None:
+    """What a folder of skills holds: learned when, the score then and now, how far answers have moved.
+
+    Scores are on the rows that `holdfast learn` kept aside.
+
+    Examples:
+
+      holdfast skills skills
+
+      holdfast skills skills --export my-model
+
+      holdfast skills skills --undo
+    """
+    with _told():
+        import json
+
+        from holdfast.learner import Learner
+        from holdfast.learner.skills import read_skills
+        from holdfast.learner.skills import undo as take_back
+        from holdfast.runner.table import skills_table
+
+        if undo:
+            console.print(f"Taken back: {take_back(folder)}", highlight=False, markup=False)
+        known = read_skills(folder)
+        if export is not None:
+            with Learner.load(folder) as learner:
+                learner.export(export)
+            console.print(f"Exported: {export}", highlight=False, markup=False, soft_wrap=True)
+        if report is not None:
+            from holdfast.report import write_report
+
+            write_report([folder], report, title=folder.resolve().name)
+            console.print(f"Report: {report}", highlight=False, markup=False, soft_wrap=True)
+        if as_json:
+            print(json.dumps(known.record(), ensure_ascii=False, indent=2))
+        else:
+            Console().print(skills_table(known))
 
 
 @app.command("run")

@@ -275,6 +275,31 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 @no_library_bars()
+def load_saved(folder: Path, trained: set[str]) -> tuple[Any, Any]:
+    """Model and tokenizer that `save_model` wrote, with just these weights trained.
+
+    Parameters
+    ----------
+    trained : set of str
+        Canonical names.
+
+    Raises
+    ------
+    ModelError
+        The folder can't be loaded, or an adapter there doesn't name its base model.
+    """
+    options = ModelOptions(path=str(folder))
+    adapter = (folder / ADAPTER).is_file()
+    model, tokenizer = (
+        _load_adapter(folder, options, 0) if adapter else _load_pretrained(str(folder), options, 0)
+    )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(canonical_name(name) in trained)
+    model.eval()
+    return model, tokenizer
+
+
+@no_library_bars()
 def load_weights(model: Any, folder: Path) -> None:
     """Put weights that `save_model` wrote (whole, or a PEFT adapter) into a model in memory."""
     if hasattr(model, "peft_config"):

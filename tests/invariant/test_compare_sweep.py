@@ -16,8 +16,8 @@ from typer.testing import CliRunner, Result
 
 from holdfast.cli import app
 from holdfast.errors import ConfigError, RunDirectoryError
+from holdfast.folder import lock
 from holdfast.progress import Progress
-from holdfast.runner.directory import lock
 from holdfast.sweep.cells import Outcome
 from holdfast.sweep.choice import choose, count, in_order
 from holdfast.sweep.grid import Cell, load_grid
@@ -90,7 +90,7 @@ def test_a_point_is_chosen_on_validation_rows_and_only_that_sees_test_rows(chose
 
 @pytest.mark.parametrize("call", [2, 4])  # while choosing, and in the last cell
 def test_a_sweep_killed_in_the_middle_ends_as_one_that_never_was(chosen, call, tmp_path, monkeypatch):
-    module: Any = importlib.import_module("holdfast.runner.loop")
+    module: Any = importlib.import_module("holdfast.learner.learner")
     calls = [0]
     file = grid_file(tmp_path / "broken", [PLAIN, RATES], choose={"by": "learning_accuracy"})
     monkeypatch.setattr(module, "evaluate_encoded", dying(module.evaluate_encoded, call, calls))

@@ -29,7 +29,8 @@ from strategy_runs import options_of
 from tiny_runs import tiny_run
 from tiny_t5 import write_tiny_t5
 
-runner = importlib.import_module("holdfast.runner.loop")  # the package has a function of that name
+runner = importlib.import_module("holdfast.runner.loop")
+learner = importlib.import_module("holdfast.learner.learner")
 TASKS = ["copy", "flip", "head"]
 KINDS = ["causal", "encoder-decoder"]
 
@@ -99,7 +100,7 @@ def finished(config_of: Any, tmp_path_factory: pytest.TempPathFactory) -> Callab
 
 def count_operations(patch: pytest.MonkeyPatch) -> list[int]:
     """Count the multiplications of one forward pass of each model that is asked, in the order of asking."""
-    original, counted = runner.evaluate_encoded, []
+    original, counted = learner.evaluate_encoded, []
 
     def counting(model: Any, *args: Any, **kwargs: Any) -> Any:
         ids = torch.full((1, 12), 5)
@@ -111,7 +112,7 @@ def count_operations(patch: pytest.MonkeyPatch) -> list[int]:
         counted.append(counter.get_total_flops())
         return original(model, *args, **kwargs)
 
-    patch.setattr(runner, "evaluate_encoded", counting)
+    patch.setattr(learner, "evaluate_encoded", counting)
     return counted
 
 
@@ -283,7 +284,7 @@ class Guarded(Sequence[Example]):
 
 def guard(patch: pytest.MonkeyPatch) -> None:
     """Close the rows of all other tasks whenever a stage begins; the runner has encoded its tests by then."""
-    stream_of, strategy_of, guarded = runner.build_stream, runner.build_strategy, []
+    stream_of, strategy_of, guarded = runner.build_stream, learner.build_strategy, []
 
     def build_stream(*args: Any) -> TaskStream:
         stream = stream_of(*args)
@@ -303,7 +304,7 @@ def guard(patch: pytest.MonkeyPatch) -> None:
         return strategy
 
     patch.setattr(runner, "build_stream", build_stream)
-    patch.setattr(runner, "build_strategy", build_strategy)
+    patch.setattr(learner, "build_strategy", build_strategy)
 
 
 @pytest.mark.parametrize("name", [n for n in sorted(STRATEGIES) if STRATEGIES[n].rehearsal_free])
@@ -319,9 +320,12 @@ def test_the_guard_catches_a_strategy_that_reads_an_earlier_task(
 ) -> None:
     guard(monkeypatch)
 
-    def peeking(self: Any, context: Any, stage: Any) -> None:
-        assert all(len(task.train) for task in context.stream)
+    first: list[Any] = []
 
-    monkeypatch.setattr(STRATEGIES["freeze"], "begin", peeking)
+    def peeking(self: Any, context: Any, stage: Any) -> None:
+        first.extend(stage.tasks)
+        assert all(len(task.train) for task in first)
+
+    monkeypatch.setattr(STRATEGIES["freeze"].strategy, "begin", peeking)
     with pytest.raises(AssertionError, match="earlier task"):
         run(config_of("freeze", "causal", tmp_path / "run"))

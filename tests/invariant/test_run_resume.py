@@ -54,10 +54,10 @@ def assert_same_outcome(a: Path, b: Path) -> None:
 @pytest.mark.parametrize(
     ("where", "call"),
     [
-        ("holdfast.runner.loop.evaluate_encoded", 2),  # in the zero-shot row
+        ("holdfast.learner.learner.evaluate_encoded", 2),  # in the zero-shot row
         ("holdfast.training.bridge.completion_loss", 13),  # in task 2, after its first checkpoint
         ("holdfast.strategies.context.compute_prior", 2),  # task 2 trained, its prior not yet made
-        ("holdfast.runner.loop.evaluate_encoded", 11),  # in the row of task 3
+        ("holdfast.learner.learner.evaluate_encoded", 11),  # in the row of task 3
         ("os.rename", 3),  # everything written, not committed
     ],
 )
@@ -87,7 +87,7 @@ def test_run_killed_after_a_training_that_ended_inside_an_epoch_trains_no_furthe
     broken = config_of(tiny(tmp_path / "broken", strategy=strategy, training=training))
     run(whole)
     with monkeypatch.context() as patch:
-        kill_when(patch, "holdfast.runner.loop.save_record", 2)
+        kill_when(patch, "holdfast.learner.learner.save_record", 2)
         with pytest.raises(Killed):
             run(broken)
     run(broken)

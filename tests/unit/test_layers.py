@@ -20,6 +20,7 @@ LAYERS = [  # from the top down; those in one line may import each other
     {"report"},
     {"sweep"},
     {"runner"},
+    {"learner"},
     {"strategies"},
     {"training"},
     {"evaluation"},
@@ -29,7 +30,8 @@ LAYERS = [  # from the top down; those in one line may import each other
     {"tasks"},
     {"models", "adapters"},
     {"names", "config"},
-    {"progress", "storage"},
+    {"progress", "folder", "environment"},
+    {"storage"},
     {"errors"},
 ]
 LEVEL = {name: depth for depth, names in enumerate(LAYERS) for name in names}

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from contexts import context_of
 from holdfast.config import validate
 from holdfast.importance import ImportancePrior
 from holdfast.models import block_parameters, load_model, tiny_llama
@@ -144,7 +145,9 @@ def test_multitask_trains_on_all_tasks_at_once_and_has_no_backward_transfer(fini
     strategy = build_strategy(STRATEGIES["multitask"].Options())
     (stage,) = strategy.stages(stream)
     assert stage.name == "joint"
-    assert list(strategy.examples(stage)) == [example for task in stream for example in task.train]
+    assert list(strategy.examples(context_of(None), stage)) == [
+        example for task in stream for example in task.train
+    ]
     metrics = json.loads((finished(options_of("multitask")) / "metrics.json").read_text())
     assert metrics["matrix"][1] == [None, None]
     assert metrics["bwt"] is metrics["fwt"] is metrics["learning_accuracy"] is metrics["forgetting"] is None

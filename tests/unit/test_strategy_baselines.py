@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import contexts
+from contexts import context_of
 from holdfast.config import validate
 from holdfast.errors import ConfigError
 from holdfast.importance import ImportancePrior, compute_prior
@@ -49,13 +50,8 @@ def strategy_of(name: str, **values: Any) -> Strategy:
     return build_strategy(validate(STRATEGIES[name].Options, {"name": name, **values}, "test"))
 
 
-def context_of(model: Any, **values: Any) -> Any:
-    return SimpleNamespace(model=model, stream=STREAM, seed=0, **values)
-
-
 def stage_of(number: int) -> Stage:
-    task = STREAM.tasks[number]
-    return Stage(task.name, (task,))
+    return contexts.stage_of(STREAM, number)
 
 
 def one_run(output: Path, strategy: Any, model: Any = None, order: tuple[str, ...] = ("copy",)) -> Path:
@@ -273,11 +269,11 @@ def test_lwf_penalty_is_that_of_a_copy_of_the_model_and_moves_the_student_only(k
     before = copy.deepcopy(model)
     strategy = strategy_of("lwf", weight=3.0)
     strategy.begin(context_of(model), stage_of(0))
-    assert strategy.penalty(model, batch, model(**batch)) is None, "nothing has been learned before task 1"
+    loss = torch.zeros(())
+    assert strategy.loss(model, batch, model(**batch), loss) is loss, "nothing was learned before task 1"
     strategy.begin(context_of(model), stage_of(1))
     with torch.no_grad():
-        nothing = strategy.penalty(model, batch, model(**batch))
-    assert nothing is not None
+        nothing = strategy.loss(model, batch, model(**batch), loss)
     assert float(nothing) == pytest.approx(0.0, abs=1e-5)
     trained = [p for p in model.parameters() if p.requires_grad]
     with torch.no_grad():
@@ -285,8 +281,7 @@ def test_lwf_penalty_is_that_of_a_copy_of_the_model_and_moves_the_student_only(k
             p += 0.1 * torch.randn_like(p)
     kept = [p.detach().clone() for p in trained]
     outputs = model(**batch)
-    value = strategy.penalty(model, batch, outputs)
-    assert value is not None
+    value = strategy.loss(model, batch, outputs, loss)
     a, b = outputs.logits, before(**batch).logits
     labels = batch["labels"]
     if kind != "t5":
@@ -334,12 +329,15 @@ def priors_of(model: Any, count: int) -> list[ImportancePrior]:
 
 
 @pytest.mark.parametrize("variant", ["sum", "online", "separate"])
-def test_ewc_penaltys_gradient_is_its_formula(variant: str, tmp_path: Path) -> None:
+def test_ewc_penaltys_gradient_is_its_formula(
+    variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, gamma = tiny_model("llama"), 0.5
     parameters = block_parameters(model)
     fishers = priors_of(model, 3)
     left = iter(fishers)
-    context = context_of(model, folder=tmp_path, importance=lambda *_: next(left))
+    context = context_of(model, folder=tmp_path)
+    monkeypatch.setattr(context, "importance", lambda *_: next(left))
     options = {"gamma": gamma} if variant == "online" else {}
     strategy = strategy_of("ewc", variant=variant, strength=0.1, **options)
     anchors = []

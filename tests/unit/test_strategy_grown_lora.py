@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,13 +12,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from contexts import context_of, stage_of
 from holdfast.adapters import lora_factors
 from holdfast.config import validate
 from holdfast.errors import ConfigError
 from holdfast.models import LoraOptions, ModelOptions, add_lora, load_model, tiny_llama
 from holdfast.runner import RunConfig, run
 from holdfast.runner.findings import check
-from holdfast.strategies import STRATEGIES, Stage, Strategy, build_strategy
+from holdfast.strategies import STRATEGIES, Strategy, build_strategy
 from holdfast.tasks import toy_suite, toy_tokenizer
 from tiny_runs import tiny_run
 
@@ -193,6 +193,9 @@ def test_adapter_given_as_the_model_is_what_the_first_task_trains(finished: Any,
 # the penalty
 
 
+ZERO = torch.zeros((), dtype=torch.float64)  # the loss that terms are added to
+
+
 def strategy_of(name: str, **values: Any) -> Strategy:
     return build_strategy(validate(STRATEGIES[name].Options, {"name": name, **values}, "test"))
 
@@ -201,9 +204,8 @@ def begun(strategy: Strategy, tasks: int, dtype: torch.dtype = torch.float64) ->
     """A model at the beginning of the n-th task, with factors as after training."""
     torch.manual_seed(0)
     model = add_lora(tiny_llama(TOKENIZER, hidden=16, layers=2, heads=2).to(dtype), LoraOptions(r=R))
-    context: Any = SimpleNamespace(model=model, stream=STREAM, seed=0)
-    for task in STREAM.tasks[:tasks]:
-        strategy.begin(context, Stage(task.name, (task,)))
+    for number in range(tasks):
+        strategy.begin(context_of(model), stage_of(STREAM, number))
         with torch.no_grad():
             for _, b in lora_factors(model):
                 b.normal_()
@@ -215,8 +217,7 @@ def test_penalty_and_its_gradient_are_the_formula(kind: str) -> None:
     """Written out over layers, earlier tasks, and pairs of rows, in double precision."""
     strategy = strategy_of("o-lora", orthogonality=0.7, norm=0.3, overlap=kind)
     model = begun(strategy, tasks=3)
-    penalty = strategy.penalty(model, {}, None)
-    assert penalty is not None
+    penalty = strategy.loss(model, {}, None, ZERO)
     factors = lora_factors(model)
     expected = torch.zeros((), dtype=torch.float64)
     for a, b in factors:
@@ -233,7 +234,8 @@ def test_penalty_and_its_gradient_are_the_formula(kind: str) -> None:
     ):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-14)
     assert all(
-        not g[: 2 * R].any() for g in torch.autograd.grad(strategy.penalty(model, {}, None), parameters[::2])
+        not g[: 2 * R].any()
+        for g in torch.autograd.grad(strategy.loss(model, {}, None, ZERO), parameters[::2])
     )
 
 
@@ -243,16 +245,16 @@ def test_norm_of_a_factor_that_is_zero_has_a_finite_gradient() -> None:
     with torch.no_grad():
         for _, b in lora_factors(model):
             b.zero_()
-    gradients = torch.autograd.grad(strategy.penalty(model, {}, None), [b for _, b in lora_factors(model)])
+    gradients = torch.autograd.grad(strategy.loss(model, {}, None, ZERO), [b for _, b in lora_factors(model)])
     assert all(not g.any() for g in gradients)
 
 
 def test_there_is_no_penalty_where_nothing_is_to_be_penalised() -> None:
     first, none = strategy_of("o-lora"), strategy_of("o-lora", orthogonality=0.0)
-    assert first.penalty(begun(first, tasks=1), {}, None) is None
-    assert none.penalty(begun(none, tasks=2), {}, None) is None
+    assert first.loss(begun(first, tasks=1), {}, None, ZERO) is ZERO
+    assert none.loss(begun(none, tasks=2), {}, None, ZERO) is ZERO
     small = strategy_of("o-lora", norm=0.1)
-    assert small.penalty(begun(small, tasks=1), {}, None) is not None, (
+    assert small.loss(begun(small, tasks=1), {}, None, ZERO) is not ZERO, (
         "the norms count from the first task on"
     )
 

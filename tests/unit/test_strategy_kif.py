@@ -60,9 +60,9 @@ class FiveNumbers(nn.Module):
         return [getattr(self, name).item() for name in "abcde"]
 
 
-def stage(name: str) -> Stage:
+def stage(name: str, index: int = 0) -> Stage:
     rows = [Example(f"{name}{i}", "x") for i in range(50)]
-    return Stage(name, (Task(name, rows, rows[:1]),))
+    return Stage(name, (Task(name, rows, rows[:1]),), index)
 
 
 def learn(strategy: Any, context: Any, name: str, learned: list[float], scores: list[float]) -> None:
@@ -267,9 +267,8 @@ def test_a_resolved_configuration_can_be_read_back(name: str, tmp_path: Path) ->
 
 def test_weight_ensemble_is_equation_14(tmp_path: Path) -> None:
     model = FiveNumbers()
-    stages = [stage("one"), stage("two")]
-    stream = TaskStream("s", tuple(s.tasks[0] for s in stages))
-    context = FakeContext(model, tmp_path, stream=stream)
+    stages = [stage("one"), stage("two", 1)]
+    context = FakeContext(model, tmp_path)
     strategy = build_strategy(STRATEGIES["weight-ensemble"].Options(old_share=0.25))
     for this, learned in zip(stages, ([4, 4, 4, 4, 4], [8, 8, 8, 8, 0]), strict=True):
         strategy.begin(context, this)

@@ -6,7 +6,6 @@ import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import contexts
+from contexts import context_of
 from holdfast.config import validate
 from holdfast.errors import ConfigError, PriorMismatchError
 from holdfast.hold.subspace import Subspace
@@ -21,7 +22,6 @@ from holdfast.importance.logit_gradient import logit_gradient
 from holdfast.importance.prior import trained_parameters
 from holdfast.importance.seeding import sample
 from holdfast.models import block_parameters, tiny_llama
-from holdfast.progress import Progress
 from holdfast.runner import RunConfig, run
 from holdfast.strategies import STRATEGIES, Stage, Strategy, build_strategy
 from holdfast.tasks import Encoder, Template, toy_suite, toy_tokenizer
@@ -241,21 +241,8 @@ def strategy_of(**values: Any) -> Strategy:
     return build_strategy(validate(STRATEGIES["ogd"].Options, {"name": "ogd", **values}, "test"))
 
 
-def context_of(model: Any) -> Any:
-    encoder = Encoder(TOKENIZER, Template(), encoder_decoder=False)
-    return SimpleNamespace(
-        model=model,
-        stream=STREAM,
-        seed=0,
-        encoder=encoder,
-        tokenizer=TOKENIZER,
-        progress=Progress(quiet=True),
-    )
-
-
 def stage_of(number: int) -> Stage:
-    task = STREAM.tasks[number]
-    return Stage(task.name, (task,))
+    return contexts.stage_of(STREAM, number)
 
 
 @pytest.mark.parametrize("on", ["update", "gradient"])

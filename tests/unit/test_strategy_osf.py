@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import contexts
+from contexts import context_of
 from holdfast.config import validate
 from holdfast.errors import ConfigError
 from holdfast.models import LoraOptions, add_lora, block_parameters, load_weights, save_model, tiny_llama
@@ -62,13 +63,8 @@ def strategy_of(**values: Any) -> Any:
     return build_strategy(validate(STRATEGIES["osf"].Options, {"name": "osf", **values}, "test"))
 
 
-def context_of(model: Any) -> Any:
-    return SimpleNamespace(model=model, stream=STREAM, seed=0)
-
-
 def stage_of(number: int) -> Stage:
-    task = STREAM.tasks[number]
-    return Stage(task.name, (task,))
+    return contexts.stage_of(STREAM, number)
 
 
 def trained(strategy: Any, model: Any, kind: str = "llama", optimizer: str = "adamw", steps: int = 12) -> Any:

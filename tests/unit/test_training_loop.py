@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from contexts import verbs
 from holdfast.errors import ConfigError
 from holdfast.models import LoraOptions, add_lora, tiny_llama
 from holdfast.tasks import Encoded, Encoder, Example, Template, collate, toy_suite, toy_tokenizer
 from holdfast.training.bridge import completion_loss
 from holdfast.training.loop import save_record, train
 from holdfast.training.options import TrainingOptions
-from holdfast.training.steps import Interventions
 from tiny_t5 import tiny_t5
 
 TOKENIZER = toy_tokenizer()
@@ -47,7 +47,7 @@ def fit(model: Any, rows: Sequence[Encoded], folder: Path, *, hooks: Any = None,
         tokenizer=TOKENIZER,
         folder=folder / "checkpoints",
         seed=0,
-        interventions=hooks,
+        verbs=hooks,
     )
 
 
@@ -150,7 +150,7 @@ def test_no_trainer_switches_gradient_checkpointing_on(trainer: str, tmp_path: P
     if trainer == "sft":
         pytest.importorskip("trl")
     model, seen = tiny_model(), []
-    hooks = Interventions(observe=lambda inside, step, scale: seen.append(inside.is_gradient_checkpointing))
+    hooks = verbs(observe=lambda inside, step, scale: seen.append(inside.is_gradient_checkpointing))
     fit(model, rows_of(), tmp_path, hooks=hooks, batch_size=8, max_steps=2, trainer=trainer)
     assert seen == [False, False]
     assert not model.get_input_embeddings()._forward_hooks, "a hook that it needs was left on the embeddings"
@@ -197,9 +197,9 @@ def test_penalty_counts_once_a_step_however_many_micro_batches(
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
     calls: list[int] = []
 
-    def penalty(inside: Any, batch: Any, outputs: Any) -> torch.Tensor:
+    def penalised(inside: Any, batch: Any, outputs: Any, loss: torch.Tensor) -> torch.Tensor:
         calls.append(len(batch["labels"]))
-        return 3.0 * sum(p.sum() for p in inside.parameters())
+        return loss + 3.0 * sum(p.sum() for p in inside.parameters())
 
     options = {
         "optimizer": "sgd",
@@ -209,7 +209,7 @@ def test_penalty_counts_once_a_step_however_many_micro_batches(
         "max_steps": 1,
         "trainer": trainer,
     }
-    fit(model, rows, tmp_path / "a", hooks=Interventions(penalty=penalty), **options)
+    fit(model, rows, tmp_path / "a", hooks=verbs(loss=penalised), **options)
     fit(plain, rows, tmp_path / "b", **options)
     assert calls == [16 // accumulation] * accumulation
     for (name, p), (_, q) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
@@ -239,7 +239,7 @@ def test_observe_sees_each_steps_whole_gradient_once_before_clipping(tmp_path: P
             "learning_rate": 1e-9,
             "trainer": trainer,
         }
-        fit(tiny_model(), rows, tmp_path / folder, hooks=Interventions(observe=observe), **options)
+        fit(tiny_model(), rows, tmp_path / folder, hooks=verbs(observe=observe), **options)
         assert [step for step, _ in seen] == [1, 2, 3, 4, 5]
         return [norm for _, norm in seen]
 
@@ -256,10 +256,17 @@ def test_what_a_strategy_gathers_is_in_each_checkpoint_and_comes_back(tmp_path: 
         if step == 5 and not loaded:
             raise RuntimeError("killed")
 
-    hooks = Interventions(
+    def load(tensors: Any) -> None:
+        loaded.append(float(tensors["count"]))
+        count.copy_(tensors["count"])
+
+    hooks = verbs(
         observe=observe,
-        state=lambda: {"count": count},
-        load_state=lambda tensors: (loaded.append(float(tensors["count"])), count.copy_(tensors["count"])),
+        stage_state_dict=lambda: {"count": count},
+        load_stage_state_dict=lambda tensors: (
+            loaded.append(float(tensors["count"])),
+            count.copy_(tensors["count"]),
+        ),
     )
     options = {"batch_size": 4, "max_steps": 6, "checkpoint_steps": 2}
     with pytest.raises(RuntimeError, match="killed"):
@@ -276,16 +283,16 @@ def test_handles_are_attached_once_and_removed_even_if_training_fails(tmp_path: 
         def remove(self) -> None:
             events.append("removed")
 
-    def attach(model: Any, optimizer: Any) -> Any:
+    def attach(model: Any, optimizer: Any, total_rate: float | None) -> Any:
         events.append("attached")
         return [Counted()]
 
     def failing(model: Any, step: int, scale: float) -> None:
         raise RuntimeError("on purpose")
 
-    fit(tiny_model(), rows_of(), tmp_path / "a", hooks=Interventions(attach=attach), max_steps=2)
+    fit(tiny_model(), rows_of(), tmp_path / "a", hooks=verbs(attach=attach), max_steps=2)
     assert events == ["attached", "removed"]
-    hooks = Interventions(attach=attach, observe=failing)
+    hooks = verbs(attach=attach, observe=failing)
     with pytest.raises(RuntimeError, match="on purpose"):
         fit(tiny_model(), rows_of(), tmp_path / "b", hooks=hooks, max_steps=2)
     assert events == ["attached", "removed"] * 2

@@ -12,7 +12,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from holdfast.errors import DataError
+from holdfast.evaluation.metrics import summarise
 from holdfast.evaluation.predictions import predictions_file
+from holdfast.learner.skills import read_skills
 from holdfast.report.schemas import Comparison, Faithfulness, GateSummary, Metrics, Training, Units
 
 REDO = "It may be torn or edited: run the same `holdfast run` command again to redo it."
@@ -140,6 +142,8 @@ def read(path: Path) -> Record:
         return _read_run(path)
     if (path / "compare.json").is_file():
         return _read_comparison(path)
+    if any(path.glob("tasks/*/task.json")):
+        return _read_run(path, _metrics_of_skills(path))
     prior = next((p for p in (path / "prior.json", path / "prior" / "prior.json") if p.is_file()), None)
     if prior or (path / "faithfulness.json").is_file():
         return _read_attribution(path, prior)
@@ -155,9 +159,21 @@ def read(path: Path) -> Record:
     )
 
 
-def _read_run(path: Path) -> RunRecord:
+def _metrics_of_skills(path: Path) -> Metrics:
+    """A learner's folder has no ``metrics.json``: its tasks' parts say it all."""
+    known = read_skills(path)
+    return Metrics(
+        label=path.resolve().name,
+        strategy=known.strategy,
+        tasks=[skill.name for skill in known.skills],
+        matrix=known.matrix,
+        **summarise(known.matrix),
+    )
+
+
+def _read_run(path: Path, metrics: Metrics | None = None) -> RunRecord:
     source = path / "metrics.json"
-    metrics = _parse(Metrics, source)
+    metrics = metrics or _parse(Metrics, source)
     count = len(metrics.tasks)
     rows, columns = len(metrics.matrix), sorted({len(row) for row in metrics.matrix})
     if rows != count + 1 or columns not in ([count], []):

@@ -1,41 +1,39 @@
-"""One run: for each stage prepare, train, consolidate, evaluate, record; resumable at any point."""
+"""One run: a loop over a learner, on a stream that is known beforehand; resumable at any point."""
 
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
-from holdfast.evaluation.evaluate import EncodedTask, encode_task, evaluate_encoded
+from holdfast.environment import describe_environment
 from holdfast.evaluation.metrics import summarise
-from holdfast.evaluation.predictions import file_safe, write_predictions
-from holdfast.models import is_encoder_decoder, load_model, load_weights, save_model
+from holdfast.evaluation.predictions import file_safe
+from holdfast.learner import Learner
+from holdfast.models import load_model
 from holdfast.progress import Progress, stoppable
 from holdfast.runner.config import RunConfig
 from holdfast.runner.directory import RunDirectory
-from holdfast.runner.environment import describe_environment
-from holdfast.storage import write_json, write_tensors
-from holdfast.strategies import Context, Stage, Strategy, build_strategy
-from holdfast.tasks import Encoder, build_stream, toy_tokenizer
-from holdfast.tasks.memory import Rehearsal
-from holdfast.tasks.task import Example, Task
-from holdfast.training.loop import save_record, train
-from holdfast.training.steps import Interventions
+from holdfast.storage import write_json
+from holdfast.strategies import Stage, build_strategy
+from holdfast.tasks import build_stream, toy_tokenizer
+from holdfast.tasks.task import Task
 
 ZERO_SHOT = "zero_shot"
+LATER = "later"  # what a stage's model says to tasks that came into the order after it
 
 
 def run(config: RunConfig, progress: Progress | None = None) -> dict[str, Any]:
     """Run a configuration to its end and return the contents of ``metrics.json``.
 
     Called again after a kill, it continues where the directory stands; the weights and metrics at the
-    end are those of an uninterrupted run, bit for bit, on the same machine and number of threads.
+    end are those of an uninterrupted run, bit for bit, on the same machine and number of threads. Called with
+    more tasks behind those of ``tasks.order``, it goes on to these, and ends as if it had had them from the
+    start.
 
     Raises
     ------
@@ -55,36 +53,11 @@ class _Run:
     def __init__(self, config: RunConfig, directory: RunDirectory, progress: Progress) -> None:
         self.config, self.directory, self.progress = config, directory, progress
         self.stream = build_stream(config.tasks, config.seed)
-        self.strategy: Strategy = build_strategy(config.strategy)
-        self.replay = None if config.replay is None else Rehearsal(config.replay)
-        self.stages = self.strategy.stages(self.stream)
-        self.names = [
-            f"tasks/{i:02d}-{file_safe(stage.name)}" for i, stage in enumerate(self.stages, start=1)
-        ]
-        self.model, self.tokenizer = load_model(config.model, config.seed, toy_tokenizer)
-        if torch.cuda.is_available():
-            self.model.cuda()
-        self.encoder = Encoder(
-            self.tokenizer, config.template, encoder_decoder=is_encoder_decoder(self.model)
-        )
-        self._tests: dict[str, EncodedTask] = {}  # by task: its test rows are asked after every stage
+        self.stages = build_strategy(config.strategy).stages(self.stream)
+        self.names = [Learner.part(stage) for stage in self.stages]
 
     def to_the_end(self) -> dict[str, Any]:
         config, directory = self.config, self.directory
-        context = Context(
-            model=self.model,
-            tokenizer=self.tokenizer,
-            encoder=self.encoder,
-            stream=self.stream,
-            seed=config.seed,
-            progress=self.progress,
-            folder=directory.path,
-            base_model=lambda: load_model(config.model, config.seed, toy_tokenizer)[0].to(self.model.device),
-            fit=self._fit_aside,
-        )
-        self.strategy.check(self.model)
-        self.strategy.prepare(context)
-        self.model = context.model  # a strategy may have wrapped it
         before = [ZERO_SHOT] if config.evaluation.zero_shot else []
         done = directory.completed([*before, *self.names])
         for note in directory.notes:
@@ -93,142 +66,73 @@ class _Run:
             self.progress.say(
                 f"{directory.path}: continuing after {done} of {len(before + self.names)} stages."
             )
+        learner = self._learner()
         if before and done == 0:
-            self._zero_shot()
-        learned = max(done - len(before), 0)
-        if learned:
-            self._restore(directory.path / self.names[learned - 1])
-        for index in range(learned, len(self.stages)):
-            self._learn(index, context)
-            self._write_metrics()
-        return self._write_metrics()
+            with directory.part(ZERO_SHOT) as folder:
+                self._ask(learner, self.stream.tasks, folder, ZERO_SHOT, "zero-shot")
+        self._ask_what_came_later(learner)
+        for stage in self.stages[len(learner.learned) :]:
+            self._learn(learner, stage)
+            self._write_metrics(learner)
+        return self._write_metrics(learner)
 
-    def _zero_shot(self) -> None:
-        with self.directory.stage(ZERO_SHOT) as folder:
-            started = time.perf_counter()
-            scores = self._evaluate(folder, "zero-shot", self.stream.tasks)
-            seconds = {"evaluate": time.perf_counter() - started}
-            write_json(folder / "metrics.json", {"stage": ZERO_SHOT, "scores": scores, "seconds": seconds})
+    def _learner(self, after: int | None = None) -> Learner:
+        """The learner as the directory has it; or as it was after so many stages."""
+        config = self.config
+        model, tokenizer = load_model(config.model, config.seed, toy_tokenizer)
+        if torch.cuda.is_available():
+            model.cuda()
+        return Learner(model, tokenizer, config, folder=self.directory, progress=self.progress, after=after)
 
-    def _restore(self, folder: Path) -> None:
-        load_weights(self.model, folder / "model")
-        file = folder / "strategy.safetensors"
-        tensors = load_file(file) if file.exists() else {}
-        self.strategy.load_state_dict(tensors, json.loads((folder / "strategy.json").read_text()))
-        if self.replay is not None:
-            self.replay.memory.load_state_dict(json.loads((folder / "replay.json").read_text()))
-
-    def _learn(self, index: int, context: Context) -> None:
-        stage, name, strategy = self.stages[index], self.names[index], self.strategy
-        seed = self.config.seed * 1000 + index + 1  # each stage has its own, so a resumed run draws the same
-        seconds: dict[str, float] = {}
-        with self.directory.stage(name) as folder:
-            context.folder = folder
-            started = time.perf_counter()
-            strategy.begin(context, stage)
-            examples = strategy.examples(stage)
-            if self.replay is not None:
-                examples = self.replay.mixed(examples, self.config.seed)
-            record = train(
-                self.model,
-                self.encoder.many(examples),
-                self.config.training,
-                tokenizer=self.tokenizer,
-                folder=folder / "checkpoints",
-                seed=seed,
-                interventions=_interventions(strategy),
-                progress=self.progress,
-                description=f"{index + 1}/{len(self.stages)} learn {stage.name}",
-            )
-            save_record(record, folder / "training.json")
-            seconds["train"] = time.perf_counter() - started
-            started = time.perf_counter()
-            torch.manual_seed(seed)  # a resumed training leaves the generator elsewhere
-            strategy.end(context, stage)
-            if self.replay is not None:
-                self.replay.learned(stage.tasks, self.config.seed)
-            seconds["prior"] = time.perf_counter() - started
-            started = time.perf_counter()
-            scores = self._evaluate(folder, f"after {stage.name}", self._tested_after(index))
-            seconds["evaluate"] = time.perf_counter() - started
-            write_json(folder / "metrics.json", {"stage": stage.name, "scores": scores, "seconds": seconds})
-            self._save_state(folder)
-        mean = sum(scores[t.name] for t in stage.tasks) / len(stage.tasks)
+    def _learn(self, learner: Learner, stage: Stage) -> None:
+        description = f"{stage.index + 1}/{len(self.stages)} learn {stage.name}"
+        started = time.perf_counter()
+        with learner.stage(stage, self._tested_after(stage.index), description) as learning:
+            learning.train()
+        record = json.loads((self.directory.path / self.names[stage.index] / "metrics.json").read_text())
+        mean = sum(record["scores"][t.name] for t in stage.tasks) / len(stage.tasks)
         self.progress.say(
-            f"  {self.config.title}: learned {stage.name} ({index + 1}/{len(self.stages)}), "
-            f"score {mean:.1f}, {seconds['train'] + seconds['prior'] + seconds['evaluate']:.0f} s"
+            f"  {self.config.title}: learned {stage.name} ({stage.index + 1}/{len(self.stages)}), "
+            f"score {mean:.1f}, {time.perf_counter() - started:.0f} s"
         )
-
-    def _save_state(self, folder: Path) -> None:
-        shutil.rmtree(folder / "model", ignore_errors=True)  # a killed attempt may have left a part of it
-        save_model(self.model, self.tokenizer, folder / "model")
-        tensors, values = self.strategy.state_dict()
-        if tensors:
-            write_tensors(folder / "strategy.safetensors", tensors)
-        write_json(folder / "strategy.json", values)
-        if self.replay is not None:
-            write_json(folder / "replay.json", self.replay.memory.state_dict())
-
-    def _fit_aside(
-        self,
-        model: Any,
-        examples: Sequence[Example],
-        description: str,
-        interventions: Interventions | None = None,
-        epochs: float | None = None,
-    ) -> None:
-        options = self.config.training
-        if epochs is not None:
-            options = options.model_copy(update={"epochs": epochs, "max_steps": None})
-        folder = self.directory.path / "aside"  # not resumable by itself: its stage is redone as a whole
-        shutil.rmtree(folder, ignore_errors=True)
-        train(
-            model,
-            self.encoder.many(examples),
-            options,
-            tokenizer=self.tokenizer,
-            folder=folder / "checkpoints",
-            seed=self.config.seed,
-            interventions=interventions,
-            progress=self.progress,
-            description=description,
-        )
-        shutil.rmtree(folder, ignore_errors=True)
 
     def _tested_after(self, index: int) -> Sequence[Task]:
         """Which tasks are tested after a stage: under ``scope: needed`` those just learned, and the next."""
         if self.config.evaluation.scope == "all" or index == len(self.stages) - 1:
             return self.stream.tasks
-        return [*self.stages[index].tasks, *self.stages[index + 1].tasks]
+        return needed(self.stages, index)
 
-    def _evaluate(self, folder: Path, description: str, tasks: Sequence[Task]) -> dict[str, float]:
-        scores: dict[str, float] = {}
-        rows = sum(len(task.test) for task in tasks)
-        with self.progress.bar(f"test {description}", total=rows) as bar:
-            done = 0
-            for task in tasks:
-                scores[task.name] = self._score(task, folder, lambda n, _, before=done: bar(before + n))
-                done += len(task.test)
-        return scores
+    def _ask_what_came_later(self, learner: Learner) -> None:
+        """Ask earlier models the tasks that have come into the order since, which they were never asked."""
+        rows: list[tuple[int, str, Sequence[Task]]] = []
+        if self.config.evaluation.zero_shot:
+            rows.append((0, ZERO_SHOT, self.stream.tasks))
+        rows += [
+            (index + 1, self.names[index], self._tested_after(index)) for index in range(len(learner.learned))
+        ]
+        for stages, part, tasks in rows:
+            asked = scores_of(self.directory.path, part)
+            missing = [task for task in tasks if task.name not in asked]
+            if missing:
+                then = self._learner(stages)
+                for task in missing:
+                    with self.directory.part(later(part, task.name)) as folder:
+                        self._ask(then, [task], folder, part, f"{task.name} after {part.rpartition('/')[2]}")
 
-    def _score(self, task: Task, folder: Path, progress: Any) -> float:
-        known = task.name if self.strategy.needs_task_identity else None
-        model = self.strategy.route(self.model, known)
-        options = self.config.evaluation
-        if task.name not in self._tests:
-            self._tests[task.name] = encode_task(task, self.encoder, options)
-        result = evaluate_encoded(
-            model, self.tokenizer, self._tests[task.name], batch_size=options.batch_size, progress=progress
-        )
-        write_predictions(folder, task.name, result.predictions)
-        return result.score
+    def _ask(
+        self, learner: Learner, tasks: Sequence[Task], folder: Path, stage: str, description: str
+    ) -> None:
+        started = time.perf_counter()
+        scores = learner.evaluate(tasks, folder, description)
+        seconds = {"evaluate": time.perf_counter() - started}
+        write_json(folder / "metrics.json", {"stage": stage, "scores": scores, "seconds": seconds})
 
-    def _write_metrics(self) -> dict[str, Any]:
+    def _write_metrics(self, learner: Learner) -> dict[str, Any]:
         metrics = collect_metrics(
             self.config, self.stream.names, self.stages, self.names, self.directory.path
         )
-        metrics["parameters"] = sum(p.numel() for p in self.model.parameters())
-        metrics["knows_task"] = self.strategy.needs_task_identity
+        metrics["parameters"] = sum(p.numel() for p in learner.model.parameters())
+        metrics["knows_task"] = learner.strategy.needs_task_identity
         metrics["rehearses"] = self.config.rehearses
         first = json.loads((self.directory.path / self.names[0] / "training.json").read_text())
         metrics["trainable"] = first.get("trained")  # none in a run of an earlier version
@@ -236,21 +140,28 @@ class _Run:
         return metrics
 
 
-def _interventions(strategy: Strategy) -> Interventions:
-    """The strategy's verbs for the training loop; one that it doesn't have costs nothing there."""
+def needed(stages: Sequence[Stage], index: int) -> list[Task]:
+    """What must be asked after a stage for AP, FWT, BWT and learning accuracy."""
+    return [task for stage in stages[index : index + 2] for task in stage.tasks]
 
-    def own(verb: str) -> Any:
-        overridden = getattr(type(strategy), verb) is not getattr(Strategy, verb)
-        return getattr(strategy, verb) if overridden else None
 
-    return Interventions(
-        attach=strategy.attach,
-        watch=own("watch"),
-        penalty=own("penalty"),
-        observe=own("observe"),
-        state=own("stage_state_dict"),
-        load_state=own("load_stage_state_dict"),
-    )
+def later(part: str, task: str) -> str:
+    """Where the answers to a task stand that came into the order after a stage was done."""
+    return f"{LATER}/{part.rpartition('/')[2]}/{file_safe(task)}"
+
+
+def scores_of(path: Path, part: str) -> dict[str, float]:
+    """The scores of a stage's model, those of later questions included; nothing where it isn't done."""
+    found: dict[str, float] = {}
+    for record in _records(path, part):
+        found.update(record["scores"])
+    return found
+
+
+def _records(path: Path, part: str) -> list[dict[str, Any]]:
+    asked = sorted((path / LATER / part.rpartition("/")[2]).glob("*/metrics.json"))
+    files = [path / part / "metrics.json", *(f for f in asked if not f.parent.name.endswith(".partial"))]
+    return [json.loads(file.read_text()) for file in files if file.exists()]
 
 
 def collect_metrics(
@@ -264,16 +175,19 @@ def collect_metrics(
     empty: list[float | None] = [None] * len(tasks)
     matrix: list[list[float | None]] = [list(empty) for _ in range(len(tasks) + 1)]
     seconds = {"train": 0.0, "prior": 0.0, "evaluate": 0.0}
-    folders = {0: path / ZERO_SHOT}
-    for stage, name in zip(stages, names, strict=True):
-        folders[max(position[task.name] for task in stage.tasks)] = path / name
-    for row, folder in folders.items():
-        file = folder / "metrics.json"
-        if file.exists():
-            record = json.loads(file.read_text())
-            matrix[row] = [record["scores"].get(task) for task in tasks]
-            for key, value in record["seconds"].items():
-                seconds[key] += value
+    rows = {0: (ZERO_SHOT, set(tasks))}
+    for index, (stage, name) in enumerate(zip(stages, names, strict=True)):
+        every = config.evaluation.scope == "all" or index == len(stages) - 1
+        # a stage that was the last one of a shorter stream was asked more
+        asked = set(tasks) if every else {task.name for task in needed(stages, index)}
+        rows[max(position[task.name] for task in stage.tasks)] = (name, asked)
+    for row, (part, asked) in rows.items():
+        if (path / part / "metrics.json").exists():
+            scores = scores_of(path, part)
+            matrix[row] = [scores.get(task) if task in asked else None for task in tasks]
+            for record in _records(path, part):
+                for key, value in record["seconds"].items():
+                    seconds[key] += value
     return {
         "label": config.title,
         "strategy": config.strategy.name,

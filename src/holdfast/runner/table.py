@@ -8,6 +8,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from holdfast.learner.skills import Skills
+
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.1f}"
@@ -22,6 +24,22 @@ def metrics_table(runs: Sequence[dict[str, Any]]) -> Table:
     for run in runs:
         cells = [_number(run[key]) for key in ("ap", "bwt", "fwt", "learning_accuracy")]
         table.add_row(run["label"], *cells, f"{run['seconds']['total']:.0f}")
+    return table
+
+
+def skills_table(known: Skills) -> Table:
+    """What a learner's folder holds, a row a skill."""
+    about = f"percent, on rows kept aside; moved: answered otherwise now than then. {known.method}, "
+    table = Table(caption=Text(f"{about}{known.disk / 2**20:.1f} MiB on disk"))
+    table.add_column("skill", overflow="fold")
+    for head in ("learned", "rows", "then", "now", "moved"):
+        table.add_column(head, justify="right")
+    for skill in known.skills:
+        rows = "–" if skill.train_rows is None else f"{skill.train_rows}"
+        cells = [_number(value) for value in (skill.then, skill.now, skill.drift)]
+        table.add_row(Text(skill.name), skill.learned[:10] or "–", rows, *cells)
+    for name in known.unfinished:
+        table.add_row(Text(name), "unfinished", "", "", "", "")
     return table
 
 

@@ -92,7 +92,9 @@ class Attribution(Strategy):
             reference = weights_of(context.model, prior.tensors)
             self._protection = build_mechanism(self.options.mechanism, prior, reference)
 
-    def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
+    def attach(
+        self, model: nn.Module, optimizer: Optimizer, total_rate: float | None = None
+    ) -> Sequence[Handle]:
         """Hold the weights from the first step on."""
         return () if self._protection is None else (self._protection.attach(model, optimizer),)
 

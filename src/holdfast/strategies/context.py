@@ -1,4 +1,4 @@
-"""What the runner hands to a strategy: the stage it is in, and all that it may use."""
+"""What a learner hands to a strategy: the stage it is in, and all that it may use."""
 
 from __future__ import annotations
 
@@ -10,15 +10,32 @@ from typing import Any
 from holdfast.importance import ImportancePrior, compute_prior
 from holdfast.progress import Progress
 from holdfast.tasks.encode import Encoder
-from holdfast.tasks.task import Task, TaskStream
+from holdfast.tasks.task import Task
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One training of a run: usually one task, for joint training all of them."""
+    """One training: usually one task, for joint training all of them.
+
+    Attributes
+    ----------
+    name : str
+    tasks : tuple of Task
+    index : int
+        How many stages were learned before this one.
+    total : int or None
+        How many there will be; None where nobody knows.
+    """
 
     name: str
     tasks: tuple[Task, ...]
+    index: int = 0
+    total: int | None = None
+
+    @property
+    def first(self) -> bool:
+        """Whether nothing was learned before."""
+        return self.index == 0
 
 
 @dataclass
@@ -30,16 +47,15 @@ class Context:
     folder : Path
         Where the current stage's artefacts go; it is committed as a whole when the stage is done.
     base_model : callable
-        ``() -> model``: a fresh copy of the model as it was before the stream.
+        ``() -> model``: a fresh copy of the model as it was before the first stage.
     fit : callable
-        ``(model, examples, name, interventions=None, epochs=None) -> None``: another training, with the
-        run's options. It is not resumed by itself: a killed stage goes through its `end` again.
+        ``(model, examples, name, verbs=None, epochs=None) -> None``: another training, with the learner's
+        options. It is not resumed by itself: a killed stage goes through its `end` again.
     """
 
     model: Any
     tokenizer: Any
     encoder: Encoder
-    stream: TaskStream
     seed: int
     progress: Progress
     folder: Path

@@ -81,7 +81,6 @@ class Freeze(Strategy):
 
     def begin(self, context: Context, stage: Stage) -> None:
         """Freeze, unless this is a task before `from_task`."""
-        first = min(context.stream.names.index(task.name) for task in stage.tasks) + 1
-        if first >= self.options.from_task:
+        if stage.index + 1 >= self.options.from_task:
             for parameter in self.frozen(context.model).values():
                 parameter.requires_grad_(False)

@@ -16,6 +16,7 @@ from holdfast.models import accepts, evaluating, is_encoder_decoder
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.protocol import Strategy, register
 from holdfast.tasks.task import TaskStream
+from holdfast.training.verbs import model_inputs
 
 
 def distillation(student_NV: Tensor, teacher_NV: Tensor, temperature: float) -> Tensor:
@@ -42,7 +43,7 @@ class Teacher:
     @torch.no_grad()
     def logits(self, model: nn.Module, batch: Mapping[str, Any], length: int) -> Tensor:
         """The teacher's logits (B, length, V) at the last positions of a batch, without dropout."""
-        inputs = dict(batch)
+        inputs = model_inputs(batch)
         if not is_encoder_decoder(model):
             inputs.pop("labels")
             inputs["use_cache"] = False
@@ -103,15 +104,15 @@ class Lwf(Strategy):
 
     def begin(self, context: Context, stage: Stage) -> None:
         """Keep the model as it is; before the first task there is nothing to keep."""
-        first = stage.tasks[0] is context.stream.tasks[0]
-        self.teacher = None if first else Teacher(context.model)
+        self.teacher = None if stage.first else Teacher(context.model)
 
-    def penalty(self, model: nn.Module, batch: Mapping[str, Any], outputs: Any) -> Tensor | None:
-        """Distillation at the answer's positions."""
+    def loss(self, model: nn.Module, batch: Mapping[str, Any], outputs: Any, loss: Tensor) -> Tensor:
+        """With distillation at the answer's positions."""
         if self.teacher is None:
-            return None
+            return loss
         options = self.options
-        return options.weight * self.teacher.penalty(model, batch, outputs.logits, options.temperature)
+        away = self.teacher.penalty(model, batch, outputs.logits, options.temperature)
+        return loss + options.weight * away
 
     def end(self, context: Context, stage: Stage) -> None:
         """Free the teacher."""

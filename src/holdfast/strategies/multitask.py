@@ -27,7 +27,8 @@ class Multitask(Strategy):
     summary = "all tasks at once: the upper bound, not a continual method"
     Options = MultitaskOptions
     rehearsal_free = False
+    open_ended = False
 
     def stages(self, stream: TaskStream) -> list[Stage]:
         """A single stage."""
-        return [Stage("joint", stream.tasks)]
+        return [Stage("joint", stream.tasks, 0, 1)]

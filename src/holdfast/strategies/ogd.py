@@ -76,7 +76,9 @@ class Ogd(Strategy):
         if len(self.subspace) and self.options.on == "update":
             self._start = {n: p.detach().clone() for n, p in trained_parameters(context.model).items()}
 
-    def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
+    def attach(
+        self, model: nn.Module, optimizer: Optimizer, total_rate: float | None = None
+    ) -> Sequence[Handle]:
         """Project every step."""
         return [self.subspace.attach(model, optimizer, on=self.options.on, start=self._start)]
 

@@ -1,33 +1,34 @@
 """The one protocol of all strategies, and their registry.
 
-A strategy is one paper in one file. It overrides the verbs that it needs and is called by the runner,
-and by nothing else, in this order: `check` and `prepare` once (by ``holdfast check``: `check`, `estimate`);
-then for each stage `begin`, `examples`, during training `attach`, `watch`, `penalty` and `observe` (and
-`stage_state_dict` with each checkpoint), then `end`; for each evaluation `route`; after each stage
-`state_dict`, and on resume `load_state_dict`.
+A strategy is one paper in one file or one folder. It overrides the verbs that it needs and is called by
+`holdfast.Learner`, and by nothing else, in this order: `check` and `prepare` once (by ``holdfast check``:
+`check`, `estimate`); then for each stage `begin`, `examples`, during training the verbs of
+`holdfast.training.verbs.Verbs`, then `end`; for each evaluation `route`; after each stage `state_dict`, and
+when a learner goes on `load_state_dict`. It never needs to know what comes later.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from holdfast.config import Options
 from holdfast.errors import ConfigError
-from holdfast.hold import Handle
 from holdfast.hold.cost import Estimate
+from holdfast.models import save_model
 from holdfast.strategies.context import Context, Stage
 from holdfast.tasks.memory import Rehearsal
 from holdfast.tasks.task import Example, TaskStream
+from holdfast.training.verbs import Verbs
 
 Extra = Literal["none", "constant", "per task"]
 
 
-class Strategy:
+class Strategy(Verbs):
     """Base of all strategies: every verb does nothing unless a strategy says otherwise.
 
     Attributes
@@ -45,6 +46,8 @@ class Strategy:
         the number of tasks, or more with each task.
     inference : str
         What an answer costs beside that of the plain model, in the same terms.
+    open_ended : bool
+        Its stages need not know how many there will be (`Stage.total`).
     rehearsal : Rehearsal or None
         The memory that `examples` mixes in, if it does: `holdfast check` counts its rows.
     """
@@ -58,13 +61,14 @@ class Strategy:
     state: ClassVar[Extra] = "none"
     inference: ClassVar[Extra] = "none"
     rehearsal: Rehearsal | None = None
+    open_ended: bool = True
 
     def __init__(self, options: Any) -> None:
         self.options = options
 
     def stages(self, stream: TaskStream) -> list[Stage]:
-        """The trainings of a run; one a task by default."""
-        return [Stage(task.name, (task,)) for task in stream]
+        """The trainings that a stream which is known beforehand takes; one a task by default."""
+        return [Stage(task.name, (task,), i, len(stream)) for i, task in enumerate(stream)]
 
     def check(self, model: nn.Module) -> None:
         """Raise a `HoldfastError` that names the key if the method is not defined for this model."""
@@ -79,30 +83,9 @@ class Strategy:
     def begin(self, context: Context, stage: Stage) -> None:
         """Called before a stage is trained (again, if it was killed), with the weights it starts from."""
 
-    def examples(self, stage: Stage) -> Sequence[Example]:
+    def examples(self, context: Context, stage: Stage) -> Sequence[Example]:
         """What the stage trains on."""
         return [example for task in stage.tasks for example in task.train]
-
-    def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
-        """Put protections on the optimizer; the handles are removed when the stage is trained."""
-        return ()
-
-    def watch(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
-        """Look at a micro-batch before its forward pass."""
-
-    def penalty(self, model: nn.Module, batch: Mapping[str, Any], outputs: Any) -> Tensor | None:
-        """A term added to the loss of a micro-batch."""
-        return None
-
-    def observe(self, model: nn.Module, step: int, scale: float) -> None:
-        """Look at the gradient (`scale` times ``.grad``) once per optimizer step, before it is clipped."""
-
-    def stage_state_dict(self) -> Mapping[str, Tensor]:
-        """What `observe` has gathered so far in this stage; saved with each checkpoint of the training."""
-        return {}
-
-    def load_stage_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take back what `stage_state_dict` gave, after `begin`, when a killed training goes on."""
 
     def end(self, context: Context, stage: Stage) -> None:
         """Called when a stage is trained: consolidate, and write artefacts into ``context.folder``."""
@@ -110,6 +93,16 @@ class Strategy:
     def route(self, model: Any, task: str | None) -> Any:
         """The model that answers; `task` is given only if the strategy declares `needs_task_identity`."""
         return model
+
+    def export(self, context: Context, folder: Path) -> None:
+        """Write the model that answers as a plain Hugging Face folder: weights, or a PEFT adapter.
+
+        Raises
+        ------
+        ConfigError
+            What answers can't be written so.
+        """
+        save_model(context.model, context.tokenizer, folder)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that the next stage needs beyond the weights: tensors, and JSON-able values."""

@@ -39,13 +39,9 @@ class Replay(Strategy):
         super().__init__(options)
         self.rehearsal: Rehearsal = Rehearsal(options)
 
-    def begin(self, context: Context, stage: Stage) -> None:
-        """Note the seed that draws the rows."""
-        self.seed = context.seed
-
-    def examples(self, stage: Stage) -> Sequence[Example]:
+    def examples(self, context: Context, stage: Stage) -> Sequence[Example]:
         """The stage's own rows, and old ones."""
-        return self.rehearsal.mixed(super().examples(stage), self.seed)
+        return self.rehearsal.mixed(super().examples(context, stage), context.seed)
 
     def end(self, context: Context, stage: Stage) -> None:
         """Keep a few rows of what was learned."""

@@ -45,7 +45,7 @@ class WeightEnsemble(Strategy):
 
     def end(self, context: Context, stage: Stage) -> None:
         """Average; the first task has no model before it (Algorithm 2)."""
-        if stage.tasks[0] is context.stream.tasks[0]:
+        if stage.first:
             return
         parameters = trained_parameters(context.model)
         units = matrix_units(parameters)

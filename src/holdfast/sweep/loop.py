@@ -11,9 +11,10 @@ import yaml
 from rich.markup import escape
 
 from holdfast.errors import HoldfastError
+from holdfast.folder import lock
 from holdfast.models import load_model
 from holdfast.progress import Progress
-from holdfast.runner.directory import RunDirectory, lock
+from holdfast.runner.directory import RunDirectory
 from holdfast.runner.findings import check
 from holdfast.storage import write_json, write_text
 from holdfast.strategies import build_strategy

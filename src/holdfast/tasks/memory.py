@@ -112,12 +112,12 @@ class Memory:
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able: the examples themselves, and the counters."""
-        rows = [{"task": task, **_record(example)} for task, example in self.rows]
+        rows = [{"task": task, **example.record()} for task, example in self.rows]
         return {"rows": rows, "seen": self._seen, "tasks": self._tasks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
-        self.rows = [(row["task"], _example(row)) for row in state["rows"]]
+        self.rows = [(row["task"], Example.of_record(row)) for row in state["rows"]]
         self._seen, self._tasks = state["seen"], state["tasks"]
 
 
@@ -139,13 +139,3 @@ class Rehearsal:
         """Take in the tasks of a stage that has just been trained."""
         for task in tasks:
             self.memory.add(task, seed)
-
-
-def _record(example: Example) -> dict[str, Any]:
-    prompt = example.prompt if isinstance(example.prompt, str) else [dict(m) for m in example.prompt]
-    return {"prompt": prompt, "completion": example.completion, "references": list(example.references)}
-
-
-def _example(row: dict[str, Any]) -> Example:
-    prompt = row["prompt"] if isinstance(row["prompt"], str) else tuple(row["prompt"])
-    return Example(prompt, row["completion"], tuple(row["references"]))

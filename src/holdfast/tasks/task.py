@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 MetricName = Literal["exact_match", "rouge_l", "options"]
 Message = Mapping[str, str]
@@ -32,6 +32,17 @@ class Example:
     def answers(self) -> tuple[str, ...]:
         """Every answer that counts as right."""
         return self.references or (self.completion,)
+
+    def record(self) -> dict[str, Any]:
+        """The example as a row of a JSONL file."""
+        prompt = self.prompt if isinstance(self.prompt, str) else [dict(m) for m in self.prompt]
+        return {"prompt": prompt, "completion": self.completion, "references": list(self.references)}
+
+    @classmethod
+    def of_record(cls, row: Mapping[str, Any]) -> Example:
+        """The example that `record` gave."""
+        prompt = row["prompt"] if isinstance(row["prompt"], str) else tuple(row["prompt"])
+        return cls(prompt, row["completion"], tuple(row["references"]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Seq2SeqTrainer, Trainer
+from transformers import Trainer
 
 from holdfast.errors import TrainingDivergedError
 from holdfast.models import accepts, is_encoder_decoder
 from holdfast.storage import write_tensors
-from holdfast.training.steps import Interventions
+from holdfast.training.steps import OBSERVED
+from holdfast.training.verbs import Verbs, has, model_inputs
 
 
 def completion_loss(logits_BTV: Tensor, labels_BT: Tensor, count: Tensor | int | None = None) -> Tensor:
@@ -36,34 +38,39 @@ def completion_loss(logits_BTV: Tensor, labels_BT: Tensor, count: Tensor | int |
 
 
 class Bridge:
-    """Mixed in front of a Trainer class: our loss, the strategy's penalty and look at the gradient."""
+    """Mixed in front of a Trainer class: the method's verbs, and a stop where the loss is not finite.
 
-    interventions: Interventions
+    Attributes
+    ----------
+    own_loss : bool
+        Whether the loss is ours (`completion_loss` of the last logits only) or the trainer's own.
+    bad_batch : Path
+        Where the batch goes that made the loss infinite.
+    """
+
+    verbs: Verbs
     own_loss: bool = True
     bad_batch: Path
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        batch = dict(inputs)
-        if self.interventions.watch is not None:
-            self.interventions.watch(model, batch)
+        verbs, batch, own = self.verbs, dict(inputs), has(self.verbs, "loss")
+        verbs.watch(model, batch)
         if self.own_loss:
-            loss, outputs = self._completion_loss(model, batch, num_items_in_batch)
+            loss, outputs = self._completion_loss(model, model_inputs(batch), num_items_in_batch)
         else:
             # TRL makes the outputs in a second forward pass: only where somebody looks at them
-            wanted = return_outputs or self.interventions.penalty is not None
+            wanted = return_outputs or own
             result = super().compute_loss(  # type: ignore[misc]
-                model, inputs, return_outputs=wanted, num_items_in_batch=num_items_in_batch
+                model, model_inputs(batch), return_outputs=wanted, num_items_in_batch=num_items_in_batch
             )
             loss, outputs = result if wanted else (result, None)
-        if self.interventions.penalty is not None:
-            penalty = self.interventions.penalty(model, batch, outputs)
-            if penalty is not None:
-                # one whole penalty an optimizer step, however many micro-batches it has
-                whole = self.model_accepts_loss_kwargs and num_items_in_batch is not None  # type: ignore[attr-defined]
-                share = self.current_gradient_accumulation_steps if whole else 1  # type: ignore[attr-defined]
-                loss = loss + penalty / share
+        if own:
+            # the trainer's loss may be this micro-batch's part of the step's; a method sees a whole one
+            part = self.model_accepts_loss_kwargs and num_items_in_batch is not None  # type: ignore[attr-defined]
+            parts = self.current_gradient_accumulation_steps if part else 1  # type: ignore[attr-defined]
+            loss = verbs.loss(model, batch, outputs, loss * parts) / parts
         if not torch.isfinite(loss):
             self._stop_diverged(float(loss.detach()), batch)
         return (loss, outputs) if return_outputs else loss
@@ -71,11 +78,17 @@ class Bridge:
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(model, *args, **kwargs)  # type: ignore[misc]
         accelerator = self.accelerator  # type: ignore[attr-defined]
-        if self.interventions.observe is not None and accelerator.sync_gradients:
+        if accelerator.sync_gradients and has(self.verbs, "observe"):
             scaler = getattr(accelerator, "scaler", None)
             scale = 1.0 if scaler is None else 1.0 / scaler.get_scale()
-            self.interventions.observe(model, self.state.global_step + 1, scale)  # type: ignore[attr-defined]
+            self.verbs.observe(model, self.state.global_step + 1, scale)  # type: ignore[attr-defined]
         return loss
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        gathered = Path(resume_from_checkpoint) / OBSERVED
+        if gathered.exists():
+            self.verbs.load_stage_state_dict(load_file(gathered))
 
     def _completion_loss(self, model: nn.Module, batch: dict[str, Any], count: Any) -> tuple[Tensor, Any]:
         labels = batch["labels"]
@@ -103,9 +116,6 @@ class Bridge:
         )
 
 
-class BridgeTrainer(Bridge, Trainer):
-    pass
-
-
-class BridgeSeq2SeqTrainer(Bridge, Seq2SeqTrainer):
-    pass
+def bridged(trainer_class: type[Trainer], own_loss: bool = False) -> Any:
+    """A Trainer class with the bridge in front of it."""
+    return type(f"Bridge{trainer_class.__name__}", (Bridge, trainer_class), {"own_loss": own_loss})

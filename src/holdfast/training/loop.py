@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import Seq2SeqTrainingArguments, TrainingArguments
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 from holdfast.errors import ConfigError
 from holdfast.hold.cost import trained_numbers
@@ -19,10 +18,11 @@ from holdfast.models import accepts, is_encoder_decoder
 from holdfast.progress import Progress, no_library_bars
 from holdfast.storage import write_json
 from holdfast.tasks.encode import Encoded, collate
-from holdfast.training.bridge import Bridge, BridgeSeq2SeqTrainer, BridgeTrainer
+from holdfast.training.bridge import bridged
 from holdfast.training.checkpoints import latest_checkpoint
 from holdfast.training.options import TrainingOptions
-from holdfast.training.steps import OBSERVED, Interventions, Steps, TrainingRecord
+from holdfast.training.steps import Steps, TrainingRecord
+from holdfast.training.verbs import ROWS, Verbs
 
 
 def _arguments(options: TrainingOptions, folder: Path, seed: int, encoder_decoder: bool) -> Any:
@@ -69,7 +69,7 @@ def train(
     tokenizer: Any,
     folder: Path,
     seed: int,
-    interventions: Interventions | None = None,
+    verbs: Verbs | None = None,
     progress: Progress | None = None,
     description: str = "train",
 ) -> TrainingRecord:
@@ -107,32 +107,24 @@ def train(
     record = TrainingRecord(trained=trained_numbers(model))
     started = time.perf_counter()
     arguments = _arguments(options, folder, seed, encoder_decoder)
-    trainer_class: Any = BridgeSeq2SeqTrainer if encoder_decoder else BridgeTrainer
-    if options.trainer == "sft":
+    sft = options.trainer == "sft"
+    trainer_class: Any = bridged(Seq2SeqTrainer if encoder_decoder else Trainer, own_loss=True)
+    if sft:
         from trl import SFTTrainer
 
-        trainer_class = type("BridgeSFTTrainer", (Bridge, SFTTrainer), {"own_loss": False})
-
-    def batch_of(items: list[Encoded]) -> dict[str, Tensor]:
-        side: Any = "right" if encoder_decoder or options.trainer == "sft" else "left"
-        batch = collate(items, tokenizer.pad_token_id, encoder_decoder=encoder_decoder, side=side)
-        if not encoder_decoder and not accepts(model, "position_ids"):
-            batch.pop("position_ids", None)
-        return batch
-
+        trainer_class = bridged(SFTTrainer)
+    batch_of = Collator(model, tokenizer, "right" if sft else None)
     with progress.bar(description, total=1) as bar:
-        steps = Steps(interventions or Interventions(), record, bar)
+        steps = Steps(verbs or Verbs(), record, bar)
         trainer = trainer_class(
             model=model,
             args=arguments,
-            train_dataset=_Rows(rows) if options.trainer != "sft" else _as_dataset(rows),
-            data_collator=batch_of
-            if options.trainer != "sft"
-            else lambda items: batch_of(_from_dataset(items)),
+            train_dataset=_as_dataset(rows) if sft else Rows(rows),
+            data_collator=(lambda items: batch_of(_from_dataset(items))) if sft else batch_of,
             processing_class=tokenizer,
             callbacks=[steps],
         )
-        trainer.interventions = steps.interventions
+        trainer.verbs = steps.verbs
         trainer.bad_batch = folder.parent / "bad_batch.safetensors"
         if trainer.own_loss:
             trainer.model_accepts_loss_kwargs = True  # our loss divides by the step's token count itself
@@ -142,16 +134,22 @@ def train(
         if checkpoint is not None:
             state = json.loads((checkpoint / "trainer_state.json").read_text())
             record.loss, record.learning_rate = _history(state["log_history"])
-            if steps.interventions.load_state is not None:
-                steps.interventions.load_state(load_file(checkpoint / OBSERVED))
         try:
             with no_library_bars():  # saving a checkpoint has one
                 if checkpoint is not None and state["global_step"] >= state["max_steps"]:
                     # killed after the training: the Trainer would make one step more inside an epoch
                     trainer._load_from_checkpoint(str(checkpoint))
                     trainer.state.global_step = state["global_step"]
-                    optimizer = trainer.create_optimizer()  # what is attached is also what is released
-                    steps.on_train_begin(arguments, trainer.state, None, model=model, optimizer=optimizer)
+                    trainer.state.max_steps = state["max_steps"]
+                    trainer.create_optimizer_and_scheduler(state["max_steps"])
+                    steps.on_train_begin(  # what is attached is also what is released
+                        arguments,
+                        trainer.state,
+                        None,
+                        model=model,
+                        optimizer=trainer.optimizer,
+                        lr_scheduler=trainer.lr_scheduler,
+                    )
                 else:
                     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
@@ -177,23 +175,56 @@ def _history(entries: list[dict[str, Any]]) -> tuple[list[list[float]], list[lis
     )
 
 
-class _Rows(torch.utils.data.Dataset):
+class Rows(torch.utils.data.Dataset):
+    """Encoded rows with their numbers, as a map-style data set: an item is ``(number, row)``."""
+
     def __init__(self, rows: Sequence[Encoded]) -> None:
         self.rows = rows
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Encoded:
-        return self.rows[index]
+    def __getitem__(self, index: int) -> tuple[int, Encoded]:
+        return index, self.rows[index]
+
+
+class Collator:
+    """Makes a training batch of some items of `Rows`, as `holdfast.tasks.collate` does, with their numbers.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The batch holds what its forward pass takes.
+    side : {"left", "right"}, optional
+        Where inputs are padded; by default left for a causal model, so that its answers end the row.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, side: Any = None) -> None:
+        self.encoder_decoder = is_encoder_decoder(model)
+        self.side: Any = side or ("right" if self.encoder_decoder else "left")
+        self.pad_id = tokenizer.pad_token_id
+        self.positions = not self.encoder_decoder and accepts(model, "position_ids")
+
+    def __call__(self, items: Sequence[tuple[int, Encoded]]) -> dict[str, Tensor]:
+        rows = [row for _, row in items]
+        batch = collate(rows, self.pad_id, encoder_decoder=self.encoder_decoder, side=self.side)
+        if not self.positions:
+            batch.pop("position_ids", None)
+        batch[ROWS] = torch.tensor([number for number, _ in items])
+        return batch
 
 
 def _as_dataset(rows: Sequence[Encoded]) -> Any:
     """SFTTrainer takes a `datasets.Dataset` only."""
     from datasets import Dataset
 
-    return Dataset.from_list([{"prompt_ids": r.prompt_ids, "completion_ids": r.completion_ids} for r in rows])
+    return Dataset.from_list(
+        [
+            {"number": number, "prompt_ids": row.prompt_ids, "completion_ids": row.completion_ids}
+            for number, row in enumerate(rows)
+        ]
+    )
 
 
-def _from_dataset(items: list[dict[str, list[int]]]) -> list[Encoded]:
-    return [Encoded(item["prompt_ids"], item["completion_ids"], 0) for item in items]
+def _from_dataset(items: list[dict[str, Any]]) -> list[tuple[int, Encoded]]:
+    return [(item["number"], Encoded(item["prompt_ids"], item["completion_ids"], 0)) for item in items]

@@ -1,51 +1,21 @@
-"""Where a strategy acts while a task is trained, and what is recorded of each step."""
+"""Where a method acts while something is trained, and what is recorded of each step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-from torch.optim import Optimizer
 from transformers import TrainerCallback
 
 from holdfast.hold import Handle
 from holdfast.progress import Interrupted, stop_requested
 from holdfast.storage import write_tensors
 from holdfast.training.checkpoints import seal_checkpoint
+from holdfast.training.schedule import total_rate
+from holdfast.training.verbs import Verbs, has
 
-Batch = Mapping[str, Any]
-OBSERVED = "strategy.safetensors"  # in a checkpoint: what the strategy has gathered up to this step
-
-
-@dataclass
-class Interventions:
-    """What a strategy does while a task is trained; each is optional.
-
-    Attributes
-    ----------
-    attach : callable
-        ``(model, optimizer) -> handles``, called once when the optimizer exists.
-    penalty : callable
-        ``(model, batch, outputs) -> scalar tensor or None``, added to the loss of a micro-batch.
-    watch : callable
-        ``(model, batch)``, called before the forward pass of each micro-batch.
-    observe : callable
-        ``(model, step, scale)``, called once per optimizer step, when the gradient is accumulated and not
-        yet clipped. ``scale`` times ``.grad`` is the gradient of the loss (not 1 in fp16 only).
-    state, load_state : callable
-        ``() -> tensors`` and ``(tensors)``: what the strategy gathers while a task is trained. It goes into
-        every checkpoint, so that a killed training goes on with it.
-    """
-
-    attach: Callable[[nn.Module, Optimizer], Sequence[Handle]] | None = None
-    penalty: Callable[[nn.Module, Batch, Any], Tensor | None] | None = None
-    watch: Callable[[nn.Module, Batch], None] | None = None
-    observe: Callable[[nn.Module, int, float], None] | None = None
-    state: Callable[[], Mapping[str, Tensor]] | None = None
-    load_state: Callable[[Mapping[str, Tensor]], None] | None = None
+OBSERVED = "strategy.safetensors"  # in a checkpoint: what the method has gathered up to this step
 
 
 @dataclass
@@ -60,19 +30,28 @@ class TrainingRecord:
 
 
 class Steps(TrainerCallback):
-    """Progress, the record, the strategy's hooks, sealed checkpoints, and the clean stop."""
+    """The record, the method's verbs, sealed checkpoints, and the clean stop.
 
-    def __init__(self, interventions: Interventions, record: TrainingRecord, bar: Any) -> None:
-        self.interventions, self.record, self.bar = interventions, record, bar
+    Parameters
+    ----------
+    bar : Bar, optional
+        Shows the steps; without it the trainer shows its own progress.
+    """
+
+    def __init__(self, verbs: Verbs, record: TrainingRecord, bar: Any = None) -> None:
+        self.verbs, self.record, self.bar = verbs, record, bar
         self.handles: list[Handle] = []
-        self.stopping = False
+        self.attached = self.stopping = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.interventions.attach is not None:
-            self.handles = list(self.interventions.attach(kwargs["model"], kwargs["optimizer"]))
+        self.release()  # of a training that failed
+        rate = total_rate(kwargs.get("lr_scheduler"), state.max_steps)
+        self.handles = list(self.verbs.attach(kwargs["model"], kwargs["optimizer"], rate))
+        self.attached = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.show(state.global_step, state.max_steps, note=self._note())
+        if self.bar is not None:
+            self.bar.show(state.global_step, state.max_steps, note=self._note())
         self.record.steps = state.global_step
         if stop_requested():
             control.should_save = self.stopping = True
@@ -87,12 +66,13 @@ class Steps(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if self.interventions.state is not None:
-            write_tensors(folder / OBSERVED, self.interventions.state())
+        if has(self.verbs, "stage_state_dict"):
+            write_tensors(folder / OBSERVED, self.verbs.stage_state_dict())
         seal_checkpoint(folder)
         if self.stopping:
             raise Interrupted(f"Stopped after step {state.global_step} of {state.max_steps}; saved.")
 
     def release(self) -> None:
-        for handle in self.handles:
-            handle.remove()
+        """Take the holds off the optimizer."""
+        while self.handles:
+            self.handles.pop().remove()

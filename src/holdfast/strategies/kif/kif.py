@@ -21,7 +21,7 @@ from holdfast.strategies.kif.orthogonal import Orthogonality
 from holdfast.strategies.protocol import Strategy, register
 from holdfast.tasks.memory import Memory
 from holdfast.tasks.task import Example, TaskStream
-from holdfast.training.steps import Interventions
+from holdfast.training.verbs import Held
 
 
 @register
@@ -54,7 +54,9 @@ class Kif(Strategy):
         self.sensitivity = Sensitivity(context.model, self.parameters, self.options.sensitivity)
         self.before = weights_of(context.model, self.parameters)
 
-    def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
+    def attach(
+        self, model: nn.Module, optimizer: Optimizer, total_rate: float | None = None
+    ) -> Sequence[Handle]:
         """Keep units apart (eq. 5)."""
         handles = [Handle([self.sensitivity.remove])]
         if self.options.orthogonality > 0:
@@ -104,8 +106,7 @@ class Kif(Strategy):
         """Learn from the memory with this task's important units held fixed (K, section V)."""
         needed = important(scores, self.options.important or 0.2)
         gate = Gate(ImportancePrior(masks(self.units, needed, self.parameters)))
-        hold = Interventions(attach=lambda model, optimizer: [gate.attach(model, optimizer)])
-        context.fit(context.model, rows, f"replay after {stage.name}", hold, self.options.replay_epochs)
+        context.fit(context.model, rows, f"replay after {stage.name}", Held(gate), self.options.replay_epochs)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The accumulated scores alone, whatever the number of tasks; and the memory."""

@@ -54,10 +54,11 @@ class IncLora(Strategy):
 
     def begin(self, context: Context, stage: Stage) -> None:
         """Append the task's LoRA."""
-        task = context.stream.tasks.index(stage.tasks[0])
-        self.grown = Grown.for_task(context.model, task, context.seed)
+        self.grown = Grown.for_task(context.model, stage.index, context.seed)
 
-    def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
+    def attach(
+        self, model: nn.Module, optimizer: Optimizer, total_rate: float | None = None
+    ) -> Sequence[Handle]:
         """Freeze the earlier ones."""
         return [self.grown.attach(optimizer)]
 

@@ -74,14 +74,15 @@ class OLora(Strategy):
 
     def begin(self, context: Context, stage: Stage) -> None:
         """Append the task's LoRA."""
-        task = context.stream.tasks.index(stage.tasks[0])
-        self.grown = Grown.for_task(context.model, task, context.seed)
+        self.grown = Grown.for_task(context.model, stage.index, context.seed)
 
-    def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
+    def attach(
+        self, model: nn.Module, optimizer: Optimizer, total_rate: float | None = None
+    ) -> Sequence[Handle]:
         """Freeze the earlier ones."""
         return [self.grown.attach(optimizer)]
 
-    def penalty(self, model: nn.Module, batch: Mapping[str, Any], outputs: Any) -> Tensor | None:
+    def loss(self, model: nn.Module, batch: Mapping[str, Any], outputs: Any, loss: Tensor) -> Tensor:
         """Both terms; of the overlap there is nothing in the first task."""
         grown, options, terms = self.grown, self.options, []
         if grown.frozen and options.orthogonality:
@@ -89,7 +90,7 @@ class OLora(Strategy):
         if options.norm:
             norms = [torch.linalg.vector_norm(w) for w in (*grown.new_a(), *grown.new_b())]
             terms.append(options.norm * torch.stack(norms).sum())
-        return torch.stack(terms).sum() if terms else None
+        return loss + torch.stack(terms).sum() if terms else loss
 
     def end(self, context: Context, stage: Stage) -> None:
         """Record the rank, and how far from orthogonal the new LoRA is."""

@@ -63,6 +63,7 @@ class Osf(Strategy):
     def __init__(self, options: OsfOptions) -> None:
         super().__init__(options)
         self.decomposed: Decomposed | None = None
+        self.open_ended = options.schedule != "growing"
 
     def check(self, model: nn.Module) -> None:
         """See that whole weights are trained, and that PEFT can decompose them."""
@@ -72,18 +73,21 @@ class Osf(Strategy):
         """The lower factors, which are trained in place of the maps, and what they started from."""
         return decomposed_estimate(model, [self._share(i, len(stream)) for i in range(len(stream))])
 
-    def _share(self, known: int, tasks: int) -> float:
+    def _share(self, known: int, tasks: int | None) -> float:
         """What is preserved behind so many of the stream's tasks."""
-        return known / tasks if self.options.schedule == "growing" else self.options.rank or 0.5
+        if self.options.schedule == "constant":
+            return self.options.rank or 0.5
+        assert tasks is not None, "not open-ended"
+        return known / tasks
 
     def begin(self, context: Context, stage: Stage) -> None:
         """Decompose the weights that this stage starts from."""
-        names = context.stream.names
-        known = min(names.index(task.name) for task in stage.tasks)
-        share = self._share(known, len(names))
+        share = self._share(stage.index, stage.total)
         self.decomposed = Decomposed(context.model, share) if share else None
 
-    def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
+    def attach(
+        self, model: nn.Module, optimizer: Optimizer, total_rate: float | None = None
+    ) -> Sequence[Handle]:
         """With `on: update`, project the factors after each step."""
         if self.decomposed is None or self.options.on == "gradient":
             return ()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from holdfast.errors import ConfigError
 from holdfast.hold.cost import Estimate, trained_numbers
 from holdfast.models import is_encoder_decoder
 from holdfast.strategies.context import Context, Stage
@@ -79,9 +81,10 @@ class L2p(Strategy):
         taken = self._indices.cpu().flatten().bincount(minlength=self.options.pool)
         self._counts = self._counts + taken
 
-    def penalty(self, model: nn.Module, batch: Mapping[str, Any], outputs: Any) -> Tensor | None:
-        """The pull of the chosen keys to the queries."""
-        return self.options.weight * self._pool.distances(self._query).gather(1, self._indices).sum(1).mean()
+    def loss(self, model: nn.Module, batch: Mapping[str, Any], outputs: Any, loss: Tensor) -> Tensor:
+        """With the pull of the chosen keys to the queries."""
+        distances = self._pool.distances(self._query).gather(1, self._indices)
+        return loss + self.options.weight * distances.sum(1).mean()
 
     def stage_state_dict(self) -> Mapping[str, Tensor]:
         """How often each prompt was taken so far."""
@@ -103,6 +106,14 @@ class L2p(Strategy):
             return model
         pool = PromptPool(self.tensors["prompts"], self.tensors["keys"]).to(model.device)
         return Prompted(model, pool.source(model, self.options.query, self.options.chosen))
+
+    def export(self, context: Context, folder: Path) -> None:
+        """Refuse: no plain model looks its prompts up."""
+        raise ConfigError(
+            "export: strategy 'l2p' answers with prompts that each input finds in a pool, which no plain "
+            "Hugging Face folder can hold. The frozen model is the one that you started from; go on with the "
+            "learner itself (holdfast.Learner.load)."
+        )
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The pool, and how often its prompts were taken."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -111,6 +112,11 @@ class ProgPrompt(Strategy):
         known = names[: names.index(task) + 1] if task in names else names
         joined = self._joined({name: self.prompts[name] for name in known})
         return Prompted(model, lambda ids_BT, _: joined.to(ids_BT.device).expand(len(ids_BT), -1, -1))
+
+    def export(self, context: Context, folder: Path) -> None:
+        """Write all prompts as one PEFT adapter, with the tokenizer."""
+        save_adapter(context.model, self._joined(self.prompts), folder)
+        context.tokenizer.save_pretrained(folder)
 
     @staticmethod
     def _joined(prompts: Mapping[str, Tensor]) -> Tensor:

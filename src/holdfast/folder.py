@@ -1,0 +1,189 @@
+"""A folder that grows by parts, each committed as a whole: one owner at a time, torn parts are named."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from holdfast.errors import RunDirectoryError, StorageError
+from holdfast.storage import is_disk_error, sha256, write_json
+
+PARTIAL = ".partial"
+MANIFEST = "manifest.json"
+LOCK = "run.lock"
+
+
+class Folder:
+    """Parts of a folder, such as ``tasks/01-june``.
+
+    A part is written into ``<part>.partial``, gets a ``manifest.json`` with the digest of each of its files,
+    and is then renamed: the rename is the commit. Whatever a kill leaves behind is either a part that its
+    manifest vouches for, or it is redone.
+
+    Attributes
+    ----------
+    path : Path
+    notes : list of str
+        What was found to be torn, for the user.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.notes: list[str] = []
+        self._lock: IO[str] | None = None
+
+    def lock(self, what: str) -> None:
+        """Make this process the owner, until `release`, or until it ends in any way.
+
+        Raises
+        ------
+        RunDirectoryError
+            Another process is; the message names it.
+        """
+        self._lock = lock(self.path / LOCK, what)
+
+    def release(self) -> None:
+        """Give the folder up; a second call does nothing."""
+        if self._lock is not None:
+            self._lock.truncate(0)  # nobody works here now: the folder says nothing about who did
+            self._lock.close()
+            self._lock = None
+
+    def parts(self, within: str) -> list[str]:
+        """The committed parts in a sub-folder, in the order of their names."""
+        folder = self.path / within
+        found = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+        return [f"{within}/{name}" for name in found if not name.startswith(".") and PARTIAL not in name]
+
+    def partial(self, within: str) -> list[str]:
+        """The parts there that were begun and not committed, without their ending."""
+        folder = self.path / within
+        found = sorted(folder.glob(f"*{PARTIAL}")) if folder.is_dir() else []
+        return [f"{within}/{p.name.removesuffix(PARTIAL)}" for p in found]
+
+    def problem(self, part: str) -> str | None:
+        """What is wrong with a committed part; None where every file is as its manifest says."""
+        return _problem(self.path / part)
+
+    def completed(self, parts: Sequence[str]) -> int:
+        """How many of the leading parts are on disk and intact.
+
+        The first one that is torn, and everything after it, is deleted so that it is redone; what was found
+        is told in `notes`.
+        """
+        count = 0
+        for part in parts:
+            if not (self.path / part).exists():
+                break
+            problem = self.problem(part)
+            if problem is not None:
+                self.notes.append(f"{self.path / part}: {problem}; this stage is redone.")
+                break
+            count += 1
+        for part in parts[count:]:
+            if (self.path / part).exists():
+                shutil.rmtree(self.path / part)
+        return count
+
+    def remove(self, part: str) -> None:
+        """Take a part away as a whole, committed or not: a kill leaves it as it was, or gone."""
+        path = self.path / part
+        path = path if path.exists() else path.with_name(path.name + PARTIAL)
+        gone = path.with_name(f".{path.name}.gone")
+        shutil.rmtree(gone, ignore_errors=True)
+        os.rename(path, gone)
+        shutil.rmtree(gone)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[Path]:
+        """The folder to write a part into; committed when the block ends without an error.
+
+        What an interrupted attempt left there (checkpoints) is kept for the block to continue from.
+
+        Raises
+        ------
+        StorageError
+            The disk is full or fails; finished parts are untouched.
+        """
+        partial = self.path / (name + PARTIAL)
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            yield partial
+            shutil.rmtree(partial / "checkpoints", ignore_errors=True)
+            for file in list(partial.rglob(".*.tmp")):
+                file.unlink()  # of a write that was killed
+            files = [p for p in _files(partial) if p.name != MANIFEST]
+            for file in files:
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
+            write_json(partial / MANIFEST, {str(p.relative_to(partial)): sha256(p) for p in files})
+            os.rename(partial, self.path / name)  # the commit
+        except Exception as error:
+            if not is_disk_error(error):
+                raise
+            raise StorageError(
+                f"{partial}: could not be written ({error}). Finished stages are untouched; free some space "
+                "and run the same command again to continue."
+            ) from error
+
+
+def lock(path: Path, what: str) -> IO[str]:
+    """Lock a file for this process; closing it drops the lock, and so does being killed.
+
+    Parameters
+    ----------
+    what : str
+        What the owner does, such as "run".
+
+    Raises
+    ------
+    RunDirectoryError
+        Another process holds it, and the message names the process; or the file is a symbolic link.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        if not path.is_symlink():
+            raise
+        raise RunDirectoryError(
+            f"{path}: is a symbolic link, which would be written through. Remove it."
+        ) from error
+    file = os.fdopen(descriptor, "r+")  # held as long as the owner works
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = file.read().strip() or "unknown"
+        file.close()
+        raise RunDirectoryError(
+            f"{path.parent}: another {what} is working here (process {owner}). Wait for it, stop it, or give "
+            "this one a directory of its own with output=DIR."
+        ) from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file())
+
+
+def _problem(folder: Path) -> str | None:
+    try:
+        digests = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return f"{MANIFEST} is missing or torn"
+    if not isinstance(digests, dict) or not digests:
+        return f"{MANIFEST} names no file"
+    for name, digest in digests.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if sha256(folder / name) != digest:
+            return f"{name} is torn or was changed (its digest differs)"
+    return None

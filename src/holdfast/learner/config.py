@@ -1,0 +1,64 @@
+"""What a learner is told: the sections that a run's configuration and ``holdfast learn`` have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from holdfast.config import Options
+from holdfast.evaluation.evaluate import EvaluationOptions
+from holdfast.models import ModelOptions
+from holdfast.strategies import STRATEGIES, StrategyOptions
+from holdfast.tasks import Template
+from holdfast.tasks.memory import RehearsalOptions
+from holdfast.training.options import TrainingOptions
+
+
+class LearnerConfig(Options):
+    """A model, and the strategy under which it learns one task after another."""
+
+    seed: int = Field(0, ge=0)
+    threads: int | None = Field(None, ge=1, description="CPU threads; results are reproducible per number")
+    model: ModelOptions | None = Field(None, description="none: the model was made in a script")
+    template: Template = Field(default_factory=Template)
+    training: TrainingOptions = Field(default_factory=TrainingOptions)
+    strategy: StrategyOptions
+    replay: RehearsalOptions | None = Field(
+        None, description="mix kept examples of earlier tasks into what the strategy trains on"
+    )
+    evaluation: EvaluationOptions = Field(default_factory=EvaluationOptions)
+
+    @model_validator(mode="after")
+    def _one_memory(self) -> LearnerConfig:
+        if self.replay is not None and self._strategy_rehearses:
+            raise ValueError(
+                f"`replay:` doesn't combine with `strategy: {self.strategy.name}`, which sees examples of "
+                "earlier tasks by itself; leave out one of the two"
+            )
+        return self
+
+    @property
+    def _strategy_rehearses(self) -> bool:
+        options: Any = self.strategy
+        return getattr(options, "memory", None) is not None or not STRATEGIES[options.name].rehearsal_free
+
+    @property
+    def rehearses(self) -> bool:
+        """Whether examples of earlier tasks are trained on again."""
+        return self.replay is not None or self._strategy_rehearses
+
+    @property
+    def method(self) -> str:
+        """What distinguishes the strategy, in a few words."""
+        options: Any = self.strategy
+        parts = [options.name]
+        for key in ("importance", "mechanism"):
+            choice = getattr(options, key, None)
+            if choice is not None:
+                parts.append(choice.name)
+        if getattr(options, "control", "none") != "none":
+            parts.append(options.control)
+        if self.replay is not None:
+            parts.append("replay")
+        return " · ".join(parts)

@@ -1,0 +1,56 @@
+"""What a learner's folder keeps of a task beside the weights: its name, remarks, and rows to test it with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from holdfast.storage import write_json, write_text
+from holdfast.tasks.task import Example, Task
+
+ABOUT = "task.json"
+TEST = "test.jsonl"
+
+
+def write_task(folder: Path, task: Task, about: Mapping[str, Any]) -> None:
+    """Keep a task's name, metric and test rows in the folder of its stage; training rows are not kept."""
+    write_text(folder / TEST, "".join(json.dumps(e.record(), ensure_ascii=False) + "\n" for e in task.test))
+    values = {
+        "name": task.name,
+        "metric": task.metric,
+        "options": list(task.options),
+        "train_rows": len(task.train),
+        "test_rows": len(task.test),
+        **about,
+    }
+    write_json(folder / ABOUT, values)
+
+
+def read_task(folder: Path) -> Task | None:
+    """The task that `write_task` kept, without training rows; None where it kept none."""
+    if not (folder / ABOUT).is_file():
+        return None
+    about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    lines = (folder / TEST).read_text(encoding="utf-8").splitlines()
+    tests = [Example.of_record(json.loads(line)) for line in lines]
+    return Task(about["name"], (), tests, about["metric"], tuple(about["options"]))
+
+
+def digest_in(folder: Path) -> str:
+    """The digest of the rows that the task was, or is being, learned from."""
+    return str(_about(folder).get("digest", ""))
+
+
+def options_in(folder: Path) -> Any:
+    """The options of training that it was begun with."""
+    return _about(folder).get("training")
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    try:
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return about if isinstance(about, dict) else {}

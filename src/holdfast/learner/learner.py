@@ -1,0 +1,558 @@
+"""Learner: a model that learns one task after another under a strategy, in anybody's script."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from holdfast.config import validate
+from holdfast.environment import describe_environment
+from holdfast.errors import ConfigError, HoldfastError, ModelError, RunDirectoryError
+from holdfast.evaluation.evaluate import EncodedTask, encode_task, evaluate_encoded
+from holdfast.evaluation.predictions import file_safe, write_predictions
+from holdfast.folder import PARTIAL, Folder
+from holdfast.learner.config import LearnerConfig
+from holdfast.learner.known import ABOUT, digest_in, options_in, read_task, write_task
+from holdfast.learner.learning import Learning
+from holdfast.models import is_encoder_decoder, load_model, load_saved, load_weights, save_model
+from holdfast.names import canonical_name
+from holdfast.progress import Progress
+from holdfast.storage import write_json, write_tensors, write_text
+from holdfast.strategies import Context, Stage, build_strategy
+from holdfast.tasks import Encoder, as_examples, toy_tokenizer
+from holdfast.tasks.memory import Rehearsal
+from holdfast.tasks.task import Example, MetricName, Task
+from holdfast.training.loop import save_record, train
+from holdfast.training.verbs import Verbs
+
+STAGES = "tasks"
+CONFIG = "config.yaml"
+TRAINED = "trained.json"
+
+
+class Learner:
+    """A model, a strategy, and a folder that grows with every task; the stream need not be known.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A transformers model, with or without PEFT, trained in place. What has ``requires_grad`` is trained.
+    tokenizer : PreTrainedTokenizerBase
+    strategy : str, mapping or LearnerConfig
+        A name (``"ewc"``), a name with options (``{"name": "ewc", "strength": 1e4}``), or everything at once.
+    folder : path or Folder, optional
+        Where what is learned is kept. If tasks were learned there, the learner goes on from them: their
+        weights are put into `model`. Without it everything is gone with the process, unless it is saved.
+    base_model : callable, optional
+        ``() -> model``: a fresh copy of the model before the first task, for strategies that train others
+        beside it.
+    progress : Progress, optional
+        Bars; silent by default.
+    after : int, optional
+        Only to ask the model as it was after so many tasks; such a learner can't learn more.
+    **sections
+        As in a run's configuration: ``template``, ``training``, ``evaluation``, ``replay``, ``seed``.
+
+    Attributes
+    ----------
+    model : nn.Module
+        As it stands now; a strategy may have wrapped it.
+    learned : list of str
+        The names of the tasks learned so far, in order.
+
+    Raises
+    ------
+    HoldfastError
+        The options are wrong, the strategy isn't defined for this model, the folder is in use, belongs to
+        another strategy, or is damaged.
+
+    Examples
+    --------
+    >>> learner = Learner(model, tokenizer, "ewc", folder="skills")
+    >>> with learner.task("june", train=rows) as stage:
+    ...     stage.trainer(SFTTrainer, args=args).train()
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        strategy: Any = "attribution",
+        *,
+        folder: str | Path | Folder | None = None,
+        base_model: Callable[[], Any] | None = None,
+        progress: Progress | None = None,
+        after: int | None = None,
+        **sections: Any,
+    ) -> None:
+        whole = isinstance(strategy, LearnerConfig)
+        self.config: LearnerConfig = (
+            strategy if whole else validate(LearnerConfig, {"strategy": strategy, **sections}, "Learner")
+        )
+        if tokenizer.pad_token_id is None:
+            raise ModelError(
+                "Learner: the tokenizer has no padding token. Give it one first, such as "
+                "tokenizer.pad_token = tokenizer.eos_token; padding is masked everywhere."
+            )
+        self.tokenizer, self.progress = tokenizer, progress or Progress(quiet=True)
+        self.encoder = Encoder(tokenizer, self.config.template, encoder_decoder=is_encoder_decoder(model))
+        self.strategy = build_strategy(self.config.strategy)
+        self.replay = None if self.config.replay is None else Rehearsal(self.config.replay)
+        self.tests: list[Task] = []  # the tasks learned by `task`, with the rows kept aside for testing them
+        self.digests: dict[str, str] = {}  # of the rows that these were learned from
+        self._encoded: dict[str, EncodedTask] = {}
+        self._broken, self._past = "", False
+        self._temporary: Any = None
+        self.folder = self._open(folder, model)
+        self.context = Context(
+            model=model,
+            tokenizer=tokenizer,
+            encoder=self.encoder,
+            seed=self.config.seed,
+            progress=self.progress,
+            folder=self.folder.path,
+            base_model=base_model or self._base_model,
+            fit=self._fit_aside,
+        )
+        self.strategy.check(model)
+        self.strategy.prepare(self.context)
+        self.learned: list[str] = []
+        self._restore(after)
+
+    @property
+    def model(self) -> Any:
+        """The model as it stands now."""
+        return self.context.model
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        model: Any = None,
+        tokenizer: Any = None,
+        *,
+        progress: Progress | None = None,
+        **sections: Any,
+    ) -> Learner:
+        """The learner that a folder holds: of ``holdfast learn``, of a script, or of ``holdfast run``.
+
+        Parameters
+        ----------
+        model, tokenizer : optional
+            Those that the learner was made with, as they were then; needed only where the folder can't tell
+            how to make them (an adapter on a base model that has no folder or hub id).
+        **sections
+            What shall be otherwise from now on: ``training``, ``evaluation``.
+
+        Raises
+        ------
+        HoldfastError
+            There is no learner in the folder, or it can't be loaded.
+        """
+        path = Path(folder).expanduser()
+        if not (path / CONFIG).is_file():
+            raise RunDirectoryError(
+                f"{path}: there is no learner here (no {CONFIG}). `holdfast learn DATA --skills {path} "
+                "--model MODEL` makes one, or holdfast.Learner(model, tokenizer, folder=...)."
+            )
+        config = recorded_config(path, sections)
+        if model is None:
+            model, tokenizer = _rebuilt(path, config)
+        return cls(model, tokenizer, config, folder=path, progress=progress)
+
+    def _open(self, folder: str | Path | Folder | None, model: Any) -> Folder:
+        if isinstance(folder, Folder):
+            return folder  # its owner has locked it and wrote the configuration
+        if folder is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="holdfast-")
+        opened = Folder(Path(folder or self._temporary.name).expanduser())
+        opened.path.mkdir(parents=True, exist_ok=True)
+        opened.lock("learner")
+        if (opened.path / CONFIG).exists():
+            _check_same(recorded_config(opened.path, {}), self.config, opened.path)
+            return opened
+        strangers = [p.name for p in opened.path.iterdir() if p.name[0] != "." and p.name != "run.lock"]
+        if strangers:
+            raise RunDirectoryError(
+                f"{opened.path}: not empty and not a learner's folder (found "
+                f"{', '.join(sorted(strangers)[:5])}). Choose a new or empty folder."
+            )
+        if self.config.model is None:
+            names = [canonical_name(n) for n, p in model.named_parameters() if p.requires_grad]
+            write_json(opened.path / TRAINED, {"trained": names})
+        write_json(opened.path / "environment.json", describe_environment(self.config.seed))
+        values = self.config.model_dump(mode="json", include=set(LearnerConfig.model_fields))
+        write_text(opened.path / CONFIG, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+        return opened
+
+    def _restore(self, after: int | None) -> None:
+        parts = self.folder.parts(STAGES)
+        if after is not None and after < len(parts):
+            parts = parts[:after]
+            self._past = True
+        if not parts:
+            return
+        problem = self.folder.problem(parts[-1])
+        if problem is not None:
+            raise RunDirectoryError(
+                f"{self.folder.path / parts[-1]}: {problem}. Bring the folder back from a backup, or take "
+                f"this task back (`holdfast skills {self.folder.path} --undo`) and learn it again."
+            )
+        last = self.folder.path / parts[-1]
+        load_weights(self.model, last / "model")
+        file = last / "strategy.safetensors"
+        tensors = load_file(file) if file.exists() else {}
+        self.strategy.load_state_dict(tensors, json.loads((last / "strategy.json").read_text()))
+        if self.replay is not None:
+            self.replay.memory.load_state_dict(json.loads((last / "replay.json").read_text()))
+        for part in parts:
+            path = self.folder.path / part
+            self.learned.append(json.loads((path / "metrics.json").read_text())["stage"])
+            if (kept := read_task(path)) is not None:
+                self.tests.append(kept)
+                self.digests[kept.name] = digest_in(path)
+
+    @contextmanager
+    def task(
+        self,
+        name: str,
+        train: Iterable[Example | Mapping[str, Any]],
+        test: Iterable[Example | Mapping[str, Any]] = (),
+        *,
+        metric: MetricName = "exact_match",
+        options: Sequence[str] = (),
+        total: int | None = None,
+        about: Mapping[str, Any] | None = None,
+    ) -> Iterator[Learning]:
+        """Learn one more task: what is trained in the block is held, measured and kept when the block ends.
+
+        Parameters
+        ----------
+        name : str
+            One that no earlier task has.
+        train : iterable
+            Rows with ``prompt`` and ``completion``, or chat ``messages``, or `Example` objects.
+        test : iterable, optional
+            Rows kept aside, of the same form: after this task and each later one the model is asked them.
+        metric, options
+            How answers are scored, see `holdfast.tasks.task.Task`.
+        total : int, optional
+            How many tasks there will be in all, where somebody knows: few strategies ask it.
+        about : mapping, optional
+            JSON-able remarks to keep with the task.
+
+        Raises
+        ------
+        ConfigError
+            The name is taken, nothing was trained in the block, or the strategy must know `total`.
+        DataError
+            A row is malformed.
+        """
+        rows = as_examples(train)
+        tests = list(test)
+        task = Task(name, rows, as_examples(tests) if tests else [], metric, tuple(options))
+        stage = Stage(name, (task,), len(self.learned), total)
+        asked = [known for known in (*self.tests, task) if known.test]
+        digest, options_now = self.digest(task), self.config.training.model_dump(mode="json")
+        self._forget_another(stage, digest)
+        with self.stage(stage, asked) as learning:
+            write_task(learning.folder, task, {**(about or {}), "digest": digest, "training": options_now})
+            yield learning
+        self.tests.append(Task(name, (), task.test, metric, task.options))
+        self.digests[name] = digest
+
+    @staticmethod
+    def digest(task: Task) -> str:
+        """SHA-256 of a task's rows: whether an earlier attempt was at the same ones."""
+        return hashlib.sha256(repr((task.metric, task.options, task.train, task.test)).encode()).hexdigest()
+
+    def _forget_another(self, stage: Stage, digest: str) -> None:
+        """Begin anew where a killed attempt was at other rows, or had other options of training."""
+        part = self.part(stage)
+        begun = self.folder.path / (part + PARTIAL)
+        if not (begun / ABOUT).is_file():
+            return
+        options = self.config.training.model_dump(mode="json")
+        if digest_in(begun) != digest or options_in(begun) != options:
+            self.progress.say(f"{begun}: begun with other rows or training options; starting over.")
+            self.folder.remove(part)
+
+    @contextmanager
+    def stage(
+        self, stage: Stage, tested: Sequence[Task], description: str | None = None
+    ) -> Iterator[Learning]:
+        """Like `task`, of a stage that is given whole, and with the tasks to be asked after it.
+
+        A block that ends in an error leaves the model in the middle of things: make the learner anew.
+        """
+        self._check_can_begin(stage)
+        seconds: dict[str, float] = {}
+        with self.folder.part(self.part(stage)) as folder:
+            self._broken = stage.name
+            self.context.folder = folder
+            started = time.perf_counter()
+            self.strategy.begin(self.context, stage)
+            examples = self.strategy.examples(self.context, stage)
+            if self.replay is not None:
+                examples = self.replay.mixed(examples, self.config.seed)
+            learning = Learning(self, stage, examples, folder, description or f"learn {stage.name}")
+            try:
+                yield learning
+            finally:
+                learning.release()
+            if not learning.trained:
+                raise ConfigError(
+                    f"task '{stage.name}': nothing was trained in its block. Call stage.train(), or the "
+                    "train() of stage.trainer(...), or in a loop of your own stage.attach(optimizer) first."
+                )
+            self.model.eval()
+            self.model.zero_grad(set_to_none=True)
+            save_record(learning.record, folder / "training.json")
+            seconds["train"] = time.perf_counter() - started
+            started = time.perf_counter()
+            torch.manual_seed(learning.seed)  # a resumed training leaves the generator elsewhere
+            self.strategy.end(self.context, stage)
+            if self.replay is not None:
+                self.replay.learned(stage.tasks, self.config.seed)
+            seconds["prior"] = time.perf_counter() - started
+            started = time.perf_counter()
+            scores = self.evaluate(tested, folder, f"after {stage.name}")
+            seconds["evaluate"] = time.perf_counter() - started
+            write_json(folder / "metrics.json", {"stage": stage.name, "scores": scores, "seconds": seconds})
+            self._save_state(folder)
+        self._broken = ""
+        self.learned.append(stage.name)
+
+    @staticmethod
+    def part(stage: Stage) -> str:
+        """Where a stage stands in the folder."""
+        return f"{STAGES}/{stage.index + 1:02d}-{file_safe(stage.name)}"
+
+    def _check_can_begin(self, stage: Stage) -> None:
+        if self._broken:
+            raise ConfigError(
+                f"Learner: task '{self._broken}' ended in an error, and the model stands somewhere inside "
+                "it. Make the learner anew (with a folder: holdfast.Learner.load) and begin the task again."
+            )
+        if self._past:
+            raise ConfigError(
+                f"Learner: this is the learner as it was after {len(self.learned)} tasks, and its folder "
+                "holds more: it can be asked, and can't learn. Leave out `after`."
+            )
+        if stage.name in self.learned:
+            raise ConfigError(
+                f"task '{stage.name}' is learned already (learner.learned: {', '.join(self.learned)}). To "
+                "learn it once more give it another name."
+            )
+        if stage.total is None and not self.strategy.open_ended:
+            raise ConfigError(
+                f"strategy: '{self.config.strategy.name}' with these options must know how many tasks there "
+                "will be. Give learner.task(..., total=n), or use `holdfast run` on a whole stream."
+            )
+        unfinished = [part for part in self.folder.partial(STAGES) if part != self.part(stage)]
+        if unfinished:
+            name = unfinished[0].rpartition("/")[2]
+            raise RunDirectoryError(
+                f"{self.folder.path}: '{name}' was begun and is not finished. Learn that one to its end, or "
+                f"take it back with `holdfast skills {self.folder.path} --undo`."
+            )
+
+    def route(self, task: str | None = None) -> Any:
+        """The model that answers.
+
+        Parameters
+        ----------
+        task : str, optional
+            Which task an input is of; only strategies that must be told (`needs_task_identity`) look at it.
+        """
+        return self.strategy.route(self.model, task if self.strategy.needs_task_identity else None)
+
+    def evaluate(self, tasks: Sequence[Task], folder: Path, description: str = "") -> dict[str, float]:
+        """Ask the model the tasks' test rows; predictions go into a folder.
+
+        Returns
+        -------
+        dict
+            Task to score, 0 to 100.
+        """
+        scores: dict[str, float] = {}
+        options = self.config.evaluation
+        with self.progress.bar(f"test {description}", total=sum(len(t.test) for t in tasks)) as bar:
+            done = 0
+            for task in tasks:
+                if task.name not in self._encoded:
+                    self._encoded[task.name] = encode_task(task, self.encoder, options)
+                result = evaluate_encoded(
+                    self.route(task.name),
+                    self.tokenizer,
+                    self._encoded[task.name],
+                    batch_size=options.batch_size,
+                    progress=partial(_ahead, bar, done),
+                )
+                write_predictions(folder, task.name, result.predictions)
+                scores[task.name] = result.score
+                done += len(task.test)
+        return scores
+
+    def _save_state(self, folder: Path) -> None:
+        shutil.rmtree(folder / "model", ignore_errors=True)  # a killed attempt may have left a part of it
+        save_model(self.model, self.tokenizer, folder / "model")
+        tensors, values = self.strategy.state_dict()
+        if tensors:
+            write_tensors(folder / "strategy.safetensors", tensors)
+        write_json(folder / "strategy.json", values)
+        if self.replay is not None:
+            write_json(folder / "replay.json", self.replay.memory.state_dict())
+
+    def save(self, folder: str | Path | None = None) -> Path:
+        """Make sure that all that was learned is in a folder, and return it.
+
+        Parameters
+        ----------
+        folder : path, optional
+            Needed by a learner without a folder of its own; one that has its own gets a copy there. Every
+            task is written when its block ends: in the learner's own folder there is nothing left to do.
+        """
+        if folder is None:
+            if self._temporary is not None:
+                raise ConfigError(
+                    "learner.save: this learner has no folder of its own; give save(folder=...)."
+                )
+            return self.folder.path
+        target = Path(folder).expanduser()
+        if target.exists() and any(target.iterdir()):
+            raise RunDirectoryError(f"{target}: not empty. Choose a new or empty folder.")
+        shutil.copytree(
+            self.folder.path, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("run.lock")
+        )
+        return target
+
+    def export(self, folder: str | Path) -> Path:
+        """Write the model that answers as a plain Hugging Face folder: weights, or a PEFT adapter.
+
+        Raises
+        ------
+        ConfigError
+            The strategy's answers can't be had from a plain folder.
+        RunDirectoryError
+            The folder is not empty.
+        """
+        target = Path(folder).expanduser()
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise RunDirectoryError(f"{target}: not an empty folder. Choose a new or empty one.")
+        target.mkdir(parents=True, exist_ok=True)
+        self.strategy.export(self.context, target)
+        return target
+
+    def close(self) -> None:
+        """Give the folder up, so that another process may go on with it."""
+        self.folder.release()
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+    def __enter__(self) -> Learner:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close()
+
+    def _base_model(self) -> Any:
+        if self.config.model is None:
+            raise ConfigError(
+                "Learner: the strategy trains another model from the same start; give base_model=, a "
+                "function that makes a fresh copy of it."
+            )
+        return load_model(self.config.model, self.config.seed, toy_tokenizer)[0].to(self.model.device)
+
+    def _fit_aside(
+        self,
+        model: Any,
+        examples: Sequence[Example],
+        description: str,
+        verbs: Verbs | None = None,
+        epochs: float | None = None,
+    ) -> None:
+        options = self.config.training
+        if epochs is not None:
+            options = options.model_copy(update={"epochs": epochs, "max_steps": None})
+        folder = self.folder.path / "aside"  # not resumable by itself: its stage is redone as a whole
+        shutil.rmtree(folder, ignore_errors=True)
+        train(
+            model,
+            self.encoder.many(examples),
+            options,
+            tokenizer=self.tokenizer,
+            folder=folder / "checkpoints",
+            seed=self.config.seed,
+            verbs=verbs,
+            progress=self.progress,
+            description=description,
+        )
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _ahead(bar: Callable[[int], None], before: int, done: int, total: int) -> None:
+    """Rows asked of one task, on the bar of them all."""
+    bar(before + done)
+
+
+def recorded_config(path: Path, sections: Mapping[str, Any]) -> LearnerConfig:
+    """What a learner's folder, or a run's, says of its learner.
+
+    Raises
+    ------
+    RunDirectoryError
+        The file is damaged.
+    ConfigError
+        `sections` are wrong.
+    """
+    try:
+        recorded = yaml.safe_load((path / CONFIG).read_text())
+        values = {key: value for key, value in recorded.items() if key in LearnerConfig.model_fields}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError) as error:
+        raise RunDirectoryError(f"{path / CONFIG}: can't be read ({error}).") from error
+    return validate(LearnerConfig, {**values, **sections}, str(path / CONFIG))
+
+
+def _check_same(recorded: LearnerConfig, config: LearnerConfig, path: Path) -> None:
+    """What was begun under one strategy can't go on under another."""
+    for part in ("strategy", "replay", "template", "seed"):
+        before, now = getattr(recorded, part), getattr(config, part)
+        if before != now:
+            raise RunDirectoryError(
+                f"{path}: what was learned here has another {part} ({before!r} there, {now!r} here). Go on "
+                "with the one there (holdfast.Learner.load does), or choose another folder."
+            )
+
+
+def _rebuilt(path: Path, config: LearnerConfig) -> tuple[Any, Any]:
+    """Model and tokenizer as the learner began with them; the weights are put in later."""
+    if config.model is not None:
+        return load_model(config.model, config.seed, toy_tokenizer)
+    parts = Folder(path).parts(STAGES)
+    if not parts:
+        raise ModelError(
+            f"{path}: nothing was learned here yet, and the model was made in a script: give "
+            "Learner.load(folder, model, tokenizer)."
+        )
+    try:
+        trained = set(json.loads((path / TRAINED).read_text())["trained"])
+        return load_saved(path / parts[-1] / "model", trained)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunDirectoryError(f"{path / TRAINED}: can't be read ({error}).") from error
+    except HoldfastError as error:
+        raise type(error)(
+            f"{error}\nGive Learner.load(folder, model, tokenizer) the model that the learner began with."
+        ) from error

@@ -1,0 +1,199 @@
+"""A task while it is learned: its rows, a trainer for them, and the strategy's verbs for any other loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from holdfast.errors import ConfigError
+from holdfast.hold import Handle
+from holdfast.hold.cost import trained_numbers
+from holdfast.models import is_encoder_decoder
+from holdfast.strategies import Stage
+from holdfast.tasks.encode import Encoded
+from holdfast.tasks.task import Example
+from holdfast.training.bridge import bridged
+from holdfast.training.loop import Collator, Rows, train
+from holdfast.training.steps import Steps, TrainingRecord
+from holdfast.training.verbs import Batch
+
+if TYPE_CHECKING:
+    from holdfast.learner.learner import Learner
+
+
+class Learning:
+    """What `Learner.task` gives: one task, from the beginning of its training to the end.
+
+    Train with one of three: `train`, the loop of ``holdfast run``; `trainer`, any Trainer class; or a loop of
+    your own, which calls `attach` once, `watch` before and `loss` after each forward pass, and `before_step`
+    when the gradient of a step is complete and not yet clipped.
+
+    Attributes
+    ----------
+    stage : Stage
+        ``stage.name``, ``stage.index``, ``stage.first``.
+    examples : list of Example
+        What is trained on: the task's rows, and what the strategy adds to them.
+    folder : Path
+        Where the task's artefacts go.
+    """
+
+    def __init__(
+        self, learner: Learner, stage: Stage, examples: Sequence[Example], folder: Path, description: str
+    ) -> None:
+        self.learner, self.stage, self.examples, self.folder = learner, stage, list(examples), folder
+        self.record = TrainingRecord(trained=trained_numbers(learner.model))
+        self.seed = learner.config.seed * 1000 + stage.index + 1  # its own, so a resumed one draws the same
+        self.trained = False
+        self._description = description
+        self._handles: list[Handle] = []
+        self._steps: list[Steps] = []
+
+    @cached_property
+    def rows(self) -> list[Encoded]:
+        """`examples` as token ids."""
+        return self.learner.encoder.many(self.examples)
+
+    @property
+    def numbered(self) -> Rows:
+        """`rows` as a map-style data set, for a DataLoader with `collate`."""
+        return Rows(self.rows)
+
+    @cached_property
+    def collate(self) -> Collator:
+        """Makes a batch of items of `numbered`; the loss sees completions only."""
+        return Collator(self.learner.model, self.learner.tokenizer)
+
+    @cached_property
+    def dataset(self) -> Any:
+        """`rows` as a `datasets.Dataset` that TRL takes as tokenised: ``input_ids``, ``completion_mask``."""
+        from datasets import Dataset
+
+        if is_encoder_decoder(self.learner.model):
+            raise ConfigError(
+                "dataset: TRL trains causal models only; use stage.trainer(Seq2SeqTrainer, ...)."
+            )
+        columns = [
+            {
+                "input_ids": row.prompt_ids + row.completion_ids,
+                "completion_mask": [0] * len(row.prompt_ids) + [1] * len(row.completion_ids),
+            }
+            for row in self.rows
+        ]
+        return Dataset.from_list(columns)
+
+    def train(self) -> TrainingRecord:
+        """Train with the learner's own loop and options; continues where a killed one was."""
+        learner = self.learner
+        self.record = train(
+            learner.model,
+            self.rows,
+            learner.config.training,
+            tokenizer=learner.tokenizer,
+            folder=self.folder / "checkpoints",
+            seed=self.seed,
+            verbs=learner.strategy,
+            progress=learner.progress,
+            description=self._description,
+        )
+        self.trained = True
+        return self.record
+
+    def trainer(self, trainer_class: Any = None, **arguments: Any) -> Any:
+        """A trainer of any class, with the strategy mixed in; call its ``train``.
+
+        Parameters
+        ----------
+        trainer_class : type, optional
+            ``transformers.Trainer`` (default), ``Seq2SeqTrainer``, TRL's ``SFTTrainer``, one of your own.
+        **arguments
+            For it, such as ``args`` and ``train_dataset``. Without a ``train_dataset`` it trains on `rows`;
+            without ``processing_class`` it gets the learner's tokenizer. The model is the learner's.
+
+        Raises
+        ------
+        ConfigError
+            ``model`` or ``peft_config`` is given, or a ``train_dataset`` where the strategy replays rows of
+            earlier tasks, which that data set lacks.
+        """
+        from transformers import Seq2SeqTrainer, Trainer
+
+        learner = self.learner
+        cls = trainer_class or (Seq2SeqTrainer if is_encoder_decoder(learner.model) else Trainer)
+        if arguments.pop("model", learner.model) is not learner.model:
+            raise ConfigError(
+                "stage.trainer: leave out `model`: what is trained is the learner's (learner.model)."
+            )
+        if arguments.get("peft_config") is not None:
+            raise ConfigError(
+                "stage.trainer: `peft_config` would wrap the model behind the learner's back. Wrap it first: "
+                "holdfast.Learner(get_peft_model(model, peft_config), ...)."
+            )
+        if arguments.get("train_dataset") is None:
+            arguments = {**arguments, **self._data(cls)}
+        elif learner.config.rehearses and arguments["train_dataset"] is not self.__dict__.get("dataset"):
+            raise ConfigError(
+                f"stage.trainer: strategy '{learner.config.strategy.name}' replays rows of earlier tasks, "
+                "which this train_dataset lacks. Leave train_dataset out, or give stage.dataset."
+            )
+        ours = cls.compute_loss is Trainer.compute_loss and isinstance(arguments["train_dataset"], Rows)
+        steps = Steps(learner.strategy, self.record)
+        arguments.setdefault("processing_class", learner.tokenizer)
+        callbacks = [*(arguments.pop("callbacks", None) or ()), steps]
+        trainer = bridged(cls, own_loss=ours)(model=learner.model, callbacks=callbacks, **arguments)
+        trainer.verbs = learner.strategy
+        trainer.bad_batch = Path(trainer.args.output_dir) / "bad_batch.safetensors"
+        if ours:
+            trainer.model_accepts_loss_kwargs = True
+        self._steps.append(steps)
+        return trainer
+
+    def _data(self, cls: type) -> dict[str, Any]:
+        """What a trainer needs to train on `rows`."""
+        if any(base.__module__.startswith("trl.") for base in cls.__mro__):
+            return {"train_dataset": self.dataset}
+        return {"train_dataset": self.numbered, "data_collator": self.collate}
+
+    def attach(self, optimizer: Optimizer, total_rate: float | None = None) -> None:
+        """Put the strategy's holds on the optimizer of a loop of your own, once, before its first step.
+
+        Parameters
+        ----------
+        total_rate : float, optional
+            The sum of the learning rate over all steps that will be made, for holds that are given as a
+            whole pull (`holdfast.training.schedule.total_rate` takes it from a scheduler).
+        """
+        self._handles += self.learner.strategy.attach(self.learner.model, optimizer, total_rate)
+        self.trained = True
+
+    def watch(self, batch: Batch) -> None:
+        """Show the strategy a micro-batch before its forward pass."""
+        self.learner.strategy.watch(self.learner.model, batch)
+
+    def loss(self, batch: Batch, outputs: Any, loss: Tensor) -> Tensor:
+        """The loss to go backward from: the one given, or what the strategy makes of it."""
+        return self.learner.strategy.loss(self.learner.model, batch, outputs, loss)
+
+    def before_step(self, scale: float = 1.0) -> None:
+        """Show the strategy the gradient of a step, complete and not yet clipped.
+
+        Parameters
+        ----------
+        scale : float
+            ``scale`` times ``.grad`` is the gradient of the loss: with a GradScaler 1 / its scale.
+        """
+        self.record.steps += 1
+        self.learner.strategy.observe(self.learner.model, self.record.steps, scale)
+
+    def release(self) -> None:
+        """Take all holds off."""
+        while self._handles:
+            self._handles.pop().remove()
+        for steps in self._steps:
+            steps.release()
+            self.trained |= steps.attached

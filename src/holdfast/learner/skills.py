@@ -1,0 +1,189 @@
+"""What a learner's folder holds: each skill then and now, read from the folder alone; and taking one back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from holdfast.errors import DataError, RunDirectoryError
+from holdfast.evaluation.metrics import summarise
+from holdfast.evaluation.predictions import predictions_file
+from holdfast.folder import Folder
+from holdfast.learner.known import ABOUT
+from holdfast.learner.learner import CONFIG, STAGES, recorded_config
+
+
+@dataclass(frozen=True)
+class Skill:
+    """One task that was learned.
+
+    Attributes
+    ----------
+    then, now : float or None
+        Score on the rows kept aside for it, in percent: right after it was learned, and after the last task.
+        None where no row was kept.
+    drift : float or None
+        Percent of these rows that are answered otherwise now than then, right or wrong.
+    learned : str
+        When, ISO 8601; empty where it is unknown.
+    disk : int
+        Bytes of its part of the folder.
+    """
+
+    name: str
+    then: float | None
+    now: float | None
+    drift: float | None
+    learned: str
+    train_rows: int | None
+    test_rows: int
+    metric: str
+    disk: int
+
+
+@dataclass(frozen=True)
+class Skills:
+    """A learner's folder, as it stands.
+
+    Attributes
+    ----------
+    method : str
+        The strategy, in a few words.
+    strategy : str
+        Its name.
+    matrix : list of list of float or None
+        ``matrix[j][i]``: score of skill i after j tasks; row 0, before any, is empty.
+    unfinished : list of str
+        Tasks that were begun and not finished.
+    disk : int
+        Bytes of the whole folder.
+    """
+
+    path: Path
+    method: str
+    strategy: str
+    skills: list[Skill]
+    matrix: list[list[float | None]]
+    unfinished: list[str]
+    disk: int
+
+    def record(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            "method": self.method,
+            "strategy": self.strategy,
+            "skills": [asdict(skill) for skill in self.skills],
+            "matrix": self.matrix,
+            **summarise(self.matrix),
+            "unfinished": self.unfinished,
+            "disk": self.disk,
+        }
+
+
+def read_skills(path: str | Path) -> Skills:
+    """Read a learner's folder: of ``holdfast learn``, of a script, or of a run. It neither locks nor writes.
+
+    Raises
+    ------
+    RunDirectoryError
+        There is no learner in the folder.
+    DataError
+        One of its files is torn.
+    """
+    root = Path(path).expanduser()
+    if not (root / CONFIG).is_file():
+        raise RunDirectoryError(
+            f"{root}: there are no skills here (no {CONFIG}). `holdfast learn DATA --skills {root} --model "
+            "MODEL` makes the folder."
+        )
+    folder = Folder(root)
+    parts = [root / part for part in folder.parts(STAGES)]
+    metrics = [_json(part / "metrics.json") for part in parts]
+    about = [_json(part / ABOUT) if (part / ABOUT).is_file() else {} for part in parts]
+    try:
+        names = [str(record["stage"]) for record in metrics]
+        scores = [{str(k): float(v) for k, v in record["scores"].items()} for record in metrics]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{root}: a metrics.json of a task isn't one ({error!r}).") from error
+    skills = [
+        Skill(
+            name=name,
+            then=scores[i].get(name),
+            now=scores[-1].get(name),
+            drift=_drift(parts[i], parts[-1], name),
+            learned=str(about[i].get("learned", "")),
+            train_rows=about[i].get("train_rows"),
+            test_rows=sum(1 for _ in _answers(parts[i], name)),
+            metric=str(about[i].get("metric", "")),
+            disk=_size(parts[i]),
+        )
+        for i, name in enumerate(names)
+    ]
+    matrix: list[list[float | None]] = [[None] * len(names)]
+    matrix += [[row.get(name) for name in names] for row in scores]
+    unfinished = [part.rpartition("/")[2].partition("-")[2] for part in folder.partial(STAGES)]
+    config = recorded_config(root, {})
+    return Skills(root, config.method, config.strategy.name, skills, matrix, unfinished, _size(root))
+
+
+def undo(path: str | Path) -> str:
+    """Take the last task back: one that was begun and not finished, or else the last one learned.
+
+    The folder is then as it was before that task, bit for bit.
+
+    Returns
+    -------
+    str
+        Which one it was.
+
+    Raises
+    ------
+    RunDirectoryError
+        There is no learner in the folder, another process works in it, or nothing was learned.
+    """
+    root = Path(path).expanduser()
+    if not (root / CONFIG).is_file():
+        raise RunDirectoryError(f"{root}: there are no skills here (no {CONFIG}).")
+    folder = Folder(root)
+    folder.lock("learner")
+    try:
+        begun = folder.partial(STAGES) or folder.parts(STAGES)[-1:]
+        if not begun:
+            raise RunDirectoryError(f"{root}: nothing was learned here, so there is nothing to take back.")
+        folder.remove(begun[-1])
+        if not folder.parts(STAGES) and not folder.partial(STAGES):
+            (root / STAGES).rmdir()
+        return begun[-1].rpartition("/")[2].partition("-")[2]
+    finally:
+        folder.release()
+
+
+def _drift(then: Path, now: Path, task: str) -> float | None:
+    pairs = list(zip(_answers(then, task), _answers(now, task), strict=False))
+    return 100.0 * sum(a != b for a, b in pairs) / len(pairs) if pairs else None
+
+
+def _answers(part: Path, task: str) -> Iterator[str]:
+    file = predictions_file(part, task)
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        yield json.loads(line)["generated"]
+
+
+def _size(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{file}: not readable as JSON ({error}). Bring it back from a backup, or take the task back "
+            "(--undo)."
+        ) from error
+    if not isinstance(data, dict):
+        raise DataError(f"{file}: expected a JSON object, got {type(data).__name__}.")
+    return data

@@ -1,0 +1,173 @@
+"""``holdfast learn``: one more task from a data set, into a folder that grows month after month."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from holdfast.config import override, validate
+from holdfast.errors import ConfigError, DataError
+from holdfast.learner import Learner, LearnerConfig
+from holdfast.learner.learner import CONFIG, recorded_config
+from holdfast.learner.skills import Skills, read_skills
+from holdfast.models import load_model
+from holdfast.progress import Progress, stoppable
+from holdfast.tasks import load_task, toy_tokenizer
+from holdfast.tasks.options import left_out, subsample
+from holdfast.tasks.task import Example, MetricName, Task
+
+KEPT_SHARE, KEPT_MOST = 0.1, 200  # of each data set, for testing what becomes of it
+LONG_ANSWER = 6  # words; from here on answers are compared by ROUGE-L
+SMALL = 30_000_000  # parameters; larger models are fine-tuned at a lower rate
+CHANGEABLE = ("training", "evaluation", "threads")  # from task to task
+
+
+def learn_data(
+    data: Path,
+    skills: Path,
+    *,
+    model: str | None = None,
+    name: str | None = None,
+    test: Path | None = None,
+    metric: MetricName | None = None,
+    strategy: str | None = None,
+    lora: bool = False,
+    assignments: Sequence[str] = (),
+    progress: Progress,
+) -> Skills:
+    """Learn a data set on top of what a folder holds; the first one makes the folder.
+
+    Killed at any moment, the same call continues. Called again for a data set that was learned, it does
+    nothing.
+
+    Parameters
+    ----------
+    data : path
+        Whatever ``holdfast attribute --data`` takes.
+    skills : path
+        The folder.
+    model : str, optional
+        Folder or hub id; needed for the first task only.
+    name : str, optional
+        Of the task; by default that of the data.
+    test : path, optional
+        Rows to test the skill with; by default those of a ``test.jsonl`` beside the data, or a tenth of the
+        rows, at most 200, which are then not trained on.
+    metric : str, optional
+        By default exact match, or ROUGE-L where half of the answers have more than five words.
+    assignments : sequence of str
+        ``key=value`` of the configuration; after the first task of `CHANGEABLE` sections only.
+
+    Raises
+    ------
+    HoldfastError
+        Anything is wrong, before training starts; or training fails.
+    """
+    config = _config(skills, model, strategy, lora, assignments)
+    rate_given = any(a.split("=")[0].strip() == "training.learning_rate" for a in assignments)
+    usual_rate = not (rate_given or (skills / CONFIG).is_file())
+    task = _task(data, name, test, metric, config.seed)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    with stoppable(), _learner(skills, config, progress, usual_rate) as learner:
+        if task.name in learner.learned:
+            known = learner.digests[task.name]
+            if known != learner.digest(task):
+                raise ConfigError(
+                    f"{skills}: a task '{task.name}' was learned from other rows. Give this one a name of "
+                    "its own with --name."
+                )
+            progress.say(f"{skills}: '{task.name}' is learned already; nothing to do.")
+            return read_skills(skills)
+        about = {"learned": datetime.now(UTC).isoformat(timespec="seconds"), "data": str(data)}
+        with learner.task(
+            task.name, task.train, task.test, metric=task.metric, options=task.options, about=about
+        ) as learning:
+            progress.say(
+                f"learning '{task.name}': {len(task.train)} rows, {len(task.test)} kept aside, "
+                f"{config.method}, learning rate {learner.config.training.learning_rate:g}"
+            )
+            learning.train()
+    return read_skills(skills)
+
+
+def _config(
+    skills: Path, model: str | None, strategy: str | None, lora: bool, assignments: Sequence[str]
+) -> LearnerConfig:
+    if not (skills / CONFIG).is_file():
+        values: dict[str, Any] = {"strategy": strategy or "attribution"}
+        if model is not None:
+            values["model"] = {"path": model}
+        if lora:
+            values["model"] = {**values.get("model", {}), "lora": {}}
+        values = override(values, assignments)
+        if not values.get("model"):
+            raise ConfigError(
+                f"{skills}: nothing was learned here yet, so there is no model to go on with. Give --model, "
+                "the folder or hub id of one."
+            )
+        return validate(LearnerConfig, values, "holdfast learn")
+    recorded = recorded_config(skills, {})
+    given = {"--model": model, "--strategy": strategy, "--lora": lora or None}
+    there = {
+        "--model": recorded.model.path if recorded.model else None,
+        "--strategy": recorded.strategy.name,
+        "--lora": bool(recorded.model and recorded.model.lora) or None,
+    }
+    for flag, value in given.items():
+        if value is not None and value != there[flag]:
+            raise ConfigError(
+                f"{skills}: what was learned here has {flag} {there[flag]}, not {value}. Leave {flag} out, "
+                "or begin another folder."
+            )
+    sections = override({}, assignments)
+    fixed = sorted(set(sections) - set(CHANGEABLE))
+    if fixed:
+        raise ConfigError(
+            f"{skills}: {', '.join(fixed)} can't be changed after the first task; what can: "
+            f"{', '.join(CHANGEABLE)}. Leave it out, or begin another folder."
+        )
+    values = recorded.model_dump(mode="json")
+    return validate(LearnerConfig, override(values, assignments), "holdfast learn")
+
+
+def _learner(skills: Path, config: LearnerConfig, progress: Progress, usual_rate: bool) -> Learner:
+    if config.model is None:  # begun in a script
+        return Learner.load(skills, progress=progress, **config.model_dump(include=set(CHANGEABLE)))
+    model, tokenizer = load_model(config.model, config.seed, toy_tokenizer)
+    if torch.cuda.is_available():
+        model.cuda()
+    if usual_rate:
+        training = config.training.model_copy(update={"learning_rate": _usual_rate(config, model)})
+        config = config.model_copy(update={"training": training})
+    return Learner(model, tokenizer, config, folder=skills, progress=progress)
+
+
+def _usual_rate(config: LearnerConfig, model: Any) -> float:
+    """What people train such a model at, where nobody says."""
+    if config.model is not None and config.model.lora is not None:
+        return 2e-4
+    return 1e-3 if sum(p.numel() for p in model.parameters()) < SMALL else 2e-5
+
+
+def _task(data: Path, name: str | None, test: Path | None, metric: MetricName | None, seed: int) -> Task:
+    """The rows to train on and those kept aside, and how answers are scored."""
+    loaded = load_task(data)
+    name = name or loaded.name
+    train: Sequence[Example] = loaded.train
+    tests: Sequence[Example] = loaded.test if test is None else load_task(test).train
+    if not tests:
+        count = min(KEPT_MOST, round(KEPT_SHARE * len(loaded.train)))
+        if count:
+            train = subsample(loaded.train, len(loaded.train) - count, seed, name, "learn")
+            tests = left_out(loaded.train, len(loaded.train) - count, seed, name, "learn")
+    if not train:
+        raise DataError(f"{data}: there are no rows to train on.")
+    words = [len(row.completion.split()) for row in train]
+    chosen: MetricName = "rouge_l" if median(words) >= LONG_ANSWER else "exact_match"
+    return Task(name, list(train), list(tests), metric or chosen)

@@ -1,0 +1,93 @@
+"""What a method may do while something is trained: the verbs that every training loop offers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from holdfast.hold import Handle
+
+Batch = Mapping[str, Any]
+ROWS = "row_ids"  # key of a batch: which of the rows trained on it has, (S,) int64
+
+
+class Verbs:
+    """The verbs, each of which does nothing unless it is overridden.
+
+    They are called in this order: `attach` once, when the optimizer exists; for each micro-batch `watch`,
+    the forward pass, `loss`, the backward pass; once per optimizer step `observe`, then the step.
+    `stage_state_dict` goes into every checkpoint.
+    """
+
+    def attach(
+        self, model: nn.Module, optimizer: Optimizer, total_rate: float | None = None
+    ) -> Sequence[Handle]:
+        """Put holds on the optimizer; the handles are removed when the training ends.
+
+        Parameters
+        ----------
+        total_rate : float, optional
+            The sum of the learning rate over all steps of this training, where it is known beforehand.
+        """
+        return ()
+
+    def watch(self, model: nn.Module, batch: Batch) -> None:
+        """Look at a micro-batch before its forward pass."""
+
+    def loss(self, model: nn.Module, batch: Batch, outputs: Any, loss: Tensor) -> Tensor:
+        """The loss of a micro-batch: the one given, something added to it, or another in its place.
+
+        Parameters
+        ----------
+        batch : mapping of str to Tensor
+            What the model was given, its ``labels``, and in our own loop ``row_ids``.
+        outputs : ModelOutput
+            What it answered; a causal model's logits may be those of the last positions only.
+        loss : Tensor
+            A scalar, scaled as if this micro-batch were its whole optimizer step.
+        """
+        return loss
+
+    def observe(self, model: nn.Module, step: int, scale: float) -> None:
+        """Look at the gradient once per optimizer step, when it is accumulated and not yet clipped.
+
+        Parameters
+        ----------
+        step : int
+            From 1.
+        scale : float
+            ``scale`` times ``.grad`` is the gradient of the loss (not 1 in fp16 only).
+        """
+
+    def stage_state_dict(self) -> Mapping[str, Tensor]:
+        """What was gathered so far in this training; it is saved with each checkpoint."""
+        return {}
+
+    def load_stage_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what `stage_state_dict` gave, when a killed training goes on."""
+
+
+class Held(Verbs):
+    """The verbs of a training under some protections and nothing else."""
+
+    def __init__(self, *protections: Any) -> None:
+        self.protections = protections
+
+    def attach(
+        self, model: nn.Module, optimizer: Optimizer, total_rate: float | None = None
+    ) -> Sequence[Handle]:
+        """Attach them all."""
+        return [protection.attach(model, optimizer) for protection in self.protections]
+
+
+def has(verbs: Verbs, name: str) -> bool:
+    """Whether a verb is overridden; one that isn't costs nothing in a loop."""
+    return getattr(type(verbs), name) is not getattr(Verbs, name)
+
+
+def model_inputs(batch: Batch) -> dict[str, Any]:
+    """A batch without what is not for the model."""
+    return {key: value for key, value in batch.items() if key != ROWS}
