@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import Field, model_validator
 
-from holdfast.config import Options
+from holdfast.config import Options, validate
+from holdfast.errors import RunDirectoryError
 from holdfast.evaluation.evaluate import EvaluationOptions
 from holdfast.models import ModelOptions
 from holdfast.strategies import STRATEGIES, StrategyOptions
 from holdfast.tasks import Template
 from holdfast.tasks.memory import RehearsalOptions
 from holdfast.training.options import TrainingOptions
+
+CONFIG = "config.yaml"  # in a learner's folder: what it was told
+STAGES = "tasks"  # there: what it learned
 
 
 class LearnerConfig(Options):
@@ -62,3 +69,21 @@ class LearnerConfig(Options):
         if self.replay is not None:
             parts.append("replay")
         return " · ".join(parts)
+
+
+def recorded_config(path: Path, sections: Mapping[str, Any]) -> LearnerConfig:
+    """What a learner's folder, or a run's, says of its learner.
+
+    Raises
+    ------
+    RunDirectoryError
+        The file is damaged.
+    ConfigError
+        `sections` are wrong.
+    """
+    try:
+        recorded = yaml.safe_load((path / CONFIG).read_text())
+        values = {key: value for key, value in recorded.items() if key in LearnerConfig.model_fields}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError) as error:
+        raise RunDirectoryError(f"{path / CONFIG}: can't be read ({error}).") from error
+    return validate(LearnerConfig, {**values, **sections}, str(path / CONFIG))

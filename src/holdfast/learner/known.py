@@ -38,17 +38,8 @@ def read_task(folder: Path) -> Task | None:
     return Task(about["name"], (), tests, about["metric"], tuple(about["options"]))
 
 
-def digest_in(folder: Path) -> str:
-    """The digest of the rows that the task was, or is being, learned from."""
-    return str(_about(folder).get("digest", ""))
-
-
-def options_in(folder: Path) -> Any:
-    """The options of training that it was begun with."""
-    return _about(folder).get("training")
-
-
-def _about(folder: Path) -> dict[str, Any]:
+def read_about(folder: Path) -> dict[str, Any]:
+    """All that `write_task` kept beside the rows; nothing where it kept none, or was killed."""
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -23,9 +23,10 @@ from holdfast.errors import ConfigError, HoldfastError, ModelError, RunDirectory
 from holdfast.evaluation.evaluate import EncodedTask, encode_task, evaluate_encoded
 from holdfast.evaluation.predictions import file_safe, write_predictions
 from holdfast.folder import PARTIAL, Folder
-from holdfast.learner.config import LearnerConfig
-from holdfast.learner.known import ABOUT, digest_in, options_in, read_task, write_task
+from holdfast.learner.config import CONFIG, STAGES, LearnerConfig, recorded_config
+from holdfast.learner.known import read_about, read_task, write_task
 from holdfast.learner.learning import Learning
+from holdfast.learner.skills import Skills, read_skills
 from holdfast.models import is_encoder_decoder, load_model, load_saved, load_weights, save_model
 from holdfast.names import canonical_name
 from holdfast.progress import Progress
@@ -37,8 +38,6 @@ from holdfast.tasks.task import Example, MetricName, Task
 from holdfast.training.loop import save_record, train
 from holdfast.training.verbs import Verbs
 
-STAGES = "tasks"
-CONFIG = "config.yaml"
 TRAINED = "trained.json"
 
 
@@ -222,7 +221,7 @@ class Learner:
             self.learned.append(json.loads((path / "metrics.json").read_text())["stage"])
             if (kept := read_task(path)) is not None:
                 self.tests.append(kept)
-                self.digests[kept.name] = digest_in(path)
+                self.digests[kept.name] = str(read_about(path).get("digest"))
 
     @contextmanager
     def task(
@@ -265,10 +264,11 @@ class Learner:
         task = Task(name, rows, as_examples(tests) if tests else [], metric, tuple(options))
         stage = Stage(name, (task,), len(self.learned), total)
         asked = [known for known in (*self.tests, task) if known.test]
-        digest, options_now = self.digest(task), self.config.training.model_dump(mode="json")
-        self._forget_another(stage, digest)
+        digest = self.digest(task)
+        known = {"digest": digest, "training": self.config.training.model_dump(mode="json")}
+        self._forget_another(stage, known)
         with self.stage(stage, asked) as learning:
-            write_task(learning.folder, task, {**(about or {}), "digest": digest, "training": options_now})
+            write_task(learning.folder, task, {**(about or {}), **known})
             yield learning
         self.tests.append(Task(name, (), task.test, metric, task.options))
         self.digests[name] = digest
@@ -278,14 +278,12 @@ class Learner:
         """SHA-256 of a task's rows: whether an earlier attempt was at the same ones."""
         return hashlib.sha256(repr((task.metric, task.options, task.train, task.test)).encode()).hexdigest()
 
-    def _forget_another(self, stage: Stage, digest: str) -> None:
+    def _forget_another(self, stage: Stage, known: Mapping[str, Any]) -> None:
         """Begin anew where a killed attempt was at other rows, or had other options of training."""
         part = self.part(stage)
         begun = self.folder.path / (part + PARTIAL)
-        if not (begun / ABOUT).is_file():
-            return
-        options = self.config.training.model_dump(mode="json")
-        if digest_in(begun) != digest or options_in(begun) != options:
+        about = read_about(begun)
+        if about and any(about.get(key) != value for key, value in known.items()):
             self.progress.say(f"{begun}: begun with other rows or training options; starting over.")
             self.folder.remove(part)
 
@@ -378,6 +376,10 @@ class Learner:
             Which task an input is of; only strategies that must be told (`needs_task_identity`) look at it.
         """
         return self.strategy.route(self.model, task if self.strategy.needs_task_identity else None)
+
+    def skills(self) -> Skills:
+        """Each task then and now, and what it costs on disk: what ``holdfast skills`` shows."""
+        return read_skills(self.folder.path)
 
     def evaluate(self, tasks: Sequence[Task], folder: Path, description: str = "") -> dict[str, float]:
         """Ask the model the tasks' test rows; predictions go into a folder.
@@ -506,24 +508,6 @@ class Learner:
 def _ahead(bar: Callable[[int], None], before: int, done: int, total: int) -> None:
     """Rows asked of one task, on the bar of them all."""
     bar(before + done)
-
-
-def recorded_config(path: Path, sections: Mapping[str, Any]) -> LearnerConfig:
-    """What a learner's folder, or a run's, says of its learner.
-
-    Raises
-    ------
-    RunDirectoryError
-        The file is damaged.
-    ConfigError
-        `sections` are wrong.
-    """
-    try:
-        recorded = yaml.safe_load((path / CONFIG).read_text())
-        values = {key: value for key, value in recorded.items() if key in LearnerConfig.model_fields}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError) as error:
-        raise RunDirectoryError(f"{path / CONFIG}: can't be read ({error}).") from error
-    return validate(LearnerConfig, {**values, **sections}, str(path / CONFIG))
 
 
 def _check_same(recorded: LearnerConfig, config: LearnerConfig, path: Path) -> None:

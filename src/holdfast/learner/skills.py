@@ -12,8 +12,8 @@ from holdfast.errors import DataError, RunDirectoryError
 from holdfast.evaluation.metrics import summarise
 from holdfast.evaluation.predictions import predictions_file
 from holdfast.folder import Folder
+from holdfast.learner.config import CONFIG, STAGES, recorded_config
 from holdfast.learner.known import ABOUT
-from holdfast.learner.learner import CONFIG, STAGES, recorded_config
 
 
 @dataclass(frozen=True)

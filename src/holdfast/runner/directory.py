@@ -49,27 +49,24 @@ class RunDirectory(Folder):
 
     def _claim(self, config: RunConfig, environment: dict[str, Any]) -> None:
         path = self.path / "config.yaml"
-        begun = self._has_begun()
-        if path.exists():
-            theirs, recorded = _recorded(path)
-            different = sorted(_differences(config.model_dump(mode="json"), theirs))
-            if not different:
-                return
-            longer = recorded is not None and _extends(config, recorded)
-            hindering = [line for line in different if not (longer and line.startswith("tasks.order"))]
-            if hindering and begun:
-                raise RunDirectoryError(
-                    f"{self.path}: holds a run with another configuration; different: "
-                    f"{', '.join(hindering)}. Give this run its own directory with output=DIR, or delete the "
-                    "old one. (A longer tasks.order that begins with the one there would go on.)"
-                )
-        ours = {LOCK, "environment.json", "config.yaml"}  # what a run leaves that never began
-        strangers = [p.name for p in self.path.iterdir() if p.name not in ours and p.name[0] != "."]
-        if strangers and not (begun and path.exists()):
+        hindering = self.hindrances(config)
+        if hindering:
             raise RunDirectoryError(
-                f"{self.path}: not empty and not a run directory (found {', '.join(sorted(strangers)[:5])}). "
-                "Choose a new or empty folder with output=DIR."
+                f"{self.path}: holds a run with another configuration; different: {', '.join(hindering)}. "
+                "Give this run its own directory with output=DIR, or delete the old one. (A longer "
+                "tasks.order that begins with the one there would go on.)"
             )
+        if path.exists() and self._has_begun():
+            if not self.conflicts(config):
+                return
+        else:
+            ours = {LOCK, "environment.json", "config.yaml"}  # what a run leaves that never began
+            strangers = [p.name for p in self.path.iterdir() if p.name not in ours and p.name[0] != "."]
+            if strangers:
+                raise RunDirectoryError(
+                    f"{self.path}: not empty and not a run directory (found "
+                    f"{', '.join(sorted(strangers)[:5])}). Choose a new or empty folder with output=DIR."
+                )
         write_json(self.path / "environment.json", environment)
         write_text(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
@@ -84,6 +81,14 @@ class RunDirectory(Folder):
         if not path.exists() or not directory._has_begun():
             return []
         return sorted(_differences(config.model_dump(mode="json"), _recorded(path)[0]))
+
+    @classmethod
+    def hindrances(cls, config: RunConfig) -> list[str]:
+        """As `conflicts`, of what stands against going on: a longer order of the same tasks does not."""
+        different = cls.conflicts(config)
+        recorded = _recorded(Path(config.output) / "config.yaml")[1] if different else None
+        longer = recorded is not None and _extends(config, recorded)
+        return [line for line in different if not (longer and line.startswith("tasks.order"))]
 
     def _has_begun(self) -> bool:
         """Whether any stage was begun: before that a corrected configuration may take the folder over."""

@@ -16,8 +16,10 @@ from holdfast.errors import HoldfastError
 from holdfast.hold.cost import trained_numbers
 from holdfast.models import is_encoder_decoder, load_model
 from holdfast.runner.config import RunConfig
+from holdfast.runner.directory import RunDirectory
 from holdfast.strategies import Strategy, build_strategy
 from holdfast.tasks import Encoder, inspect_stream, toy_tokenizer
+from holdfast.tasks.lengths import inspect_lengths
 from holdfast.tasks.memory import Rehearsal
 from holdfast.tasks.task import Example, TaskStream
 from holdfast.training.options import TrainingOptions
@@ -98,10 +100,13 @@ def _check_output(config: RunConfig, findings: Findings) -> None:
     output = Path(config.output)
     if output.exists() and not output.is_dir():
         findings.problems.append(f"output: {output} is a file, not a folder.")
-    elif (output / "config.yaml").exists():
-        findings.remarks.append(
-            f"output: {output} exists; a run with the same configuration continues there."
+    elif different := RunDirectory.hindrances(config):
+        findings.problems.append(
+            f"output: {output} holds a run with another configuration; different: {', '.join(different)}. "
+            "Give output=DIR."
         )
+    elif (output / "config.yaml").exists():
+        findings.remarks.append(f"output: {output} exists; the run there is continued.")
 
 
 def _check_lengths(
@@ -118,28 +123,9 @@ def _check_lengths(
                 rows += encoder.many(part)
             except HoldfastError as error:
                 findings.problems.append(f"{task.name}: {error}")
-        if not rows:
-            continue
-        cut = [row for row in rows if row.cut]
-        if cut:
-            most = max(row.cut for row in cut)
-            findings.remarks.append(
-                f"{task.name}: {len(cut)} of {len(rows)} prompts are longer than template.max_prompt_tokens "
-                f"({config.template.max_prompt_tokens}); their {config.template.keep} tokens are kept, "
-                f"up to {most} are cut."
-            )
-        answers = sum(row.completion_cut > 0 for row in rows)
-        if answers:
-            findings.remarks.append(
-                f"{task.name}: {answers} completions are longer than template.max_completion_tokens = "
-                f"{config.template.max_completion_tokens} and lose their end."
-            )
-        longest = max(len(row.prompt_ids) + len(row.completion_ids) for row in rows)
-        if limit is not None and longest > limit:
-            findings.problems.append(
-                f"{task.name}: the longest row has {longest} tokens, the model takes {limit}; lower "
-                "template.max_prompt_tokens."
-            )
+        remarks, problems = inspect_lengths(rows, config.template, limit)
+        findings.remarks += [f"{task.name}: {remark}" for remark in remarks]
+        findings.problems += [f"{task.name}: {problem}" for problem in problems]
 
 
 def _estimate(

@@ -13,11 +13,12 @@ import torch
 from holdfast.config import override, validate
 from holdfast.errors import ConfigError, DataError
 from holdfast.learner import Learner, LearnerConfig
-from holdfast.learner.learner import CONFIG, recorded_config
+from holdfast.learner.config import CONFIG, recorded_config
 from holdfast.learner.skills import Skills, read_skills
 from holdfast.models import load_model
 from holdfast.progress import Progress, stoppable
 from holdfast.tasks import load_task, toy_tokenizer
+from holdfast.tasks.lengths import inspect_lengths
 from holdfast.tasks.options import left_out, subsample
 from holdfast.tasks.task import Example, MetricName, Task
 
@@ -84,6 +85,7 @@ def learn_data(
                 )
             progress.say(f"{skills}: '{task.name}' is learned already; nothing to do.")
             return read_skills(skills)
+        _check_lengths(learner, task, data, progress)
         about = {"learned": datetime.now(UTC).isoformat(timespec="seconds"), "data": str(data)}
         with learner.task(
             task.name, task.train, task.test, metric=task.metric, options=task.options, about=about
@@ -153,6 +155,16 @@ def _usual_rate(config: LearnerConfig, model: Any) -> float:
     if config.model is not None and config.model.lora is not None:
         return 2e-4
     return 1e-3 if sum(p.numel() for p in model.parameters()) < SMALL else 2e-5
+
+
+def _check_lengths(learner: Learner, task: Task, data: Path, progress: Progress) -> None:
+    limit = getattr(getattr(learner.model, "config", None), "max_position_embeddings", None)
+    rows = learner.encoder.many([*task.train, *task.test])
+    remarks, problems = inspect_lengths(rows, learner.config.template, limit)
+    for remark in remarks:
+        progress.say(f"{data}: {remark}")
+    if problems:
+        raise DataError(f"{data}: {problems[0]}")
 
 
 def _task(data: Path, name: str | None, test: Path | None, metric: MetricName | None, seed: int) -> Task:
