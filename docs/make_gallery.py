@@ -77,9 +77,7 @@ def photograph(report: Path, browser: Any) -> None:
         section = page.locator(place).first
         for closed in section.locator("details.lost").all()[:1]:
             closed.locator("summary").first.click()
-        page.evaluate(
-            "scrollTo(0, 0)"
-        )  # a click may have scrolled, and a box is told from the window
+        page.evaluate("scrollTo(0, 0)")  # a click may have scrolled, and a box is told from the window
         box = section.bounding_box()
         clip = {"x": box["x"] - MARGIN, "y": box["y"] - MARGIN}
         clip |= {side: box[side] + 2 * MARGIN for side in ("width", "height")}
