@@ -27,7 +27,7 @@ _FRESH = frozenset(f"{kind}_like" for kind in ("zeros", "ones", "empty", "full")
 
 @lru_cache(maxsize=4096)
 def operation_name(func: Any) -> str:
-    """The plain name of an operation: ``mul`` for torch.mul, Tensor.mul and Tensor.__mul__ alike."""
+    """The plain name of an operation: ``mul`` for ``torch.mul`` and the methods ``mul`` and ``__mul__``."""
     name = getattr(func, "__name__", str(func))
     return getattr(func.__self__, "__name__", name) if name == "__get__" else name
 

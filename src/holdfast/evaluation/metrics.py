@@ -1,4 +1,4 @@
-"""Continual-learning metrics: pure functions of the matrix a[j][i] (K, eqs. 18-20).
+"""Continual-learning metrics: pure functions of the matrix ``a[j][i]`` (K, eqs. 18-20).
 
 ``matrix[j][i]`` is the score (0 to 100) on task i after j tasks were learned; row 0 is the zero-shot
 score before any training, so a stream of T tasks has T + 1 rows. None means "not measured"; a metric

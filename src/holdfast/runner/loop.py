@@ -167,7 +167,7 @@ def _records(path: Path, part: str) -> list[dict[str, Any]]:
 def collect_metrics(
     config: RunConfig, tasks: Sequence[str], stages: Sequence[Stage], names: Sequence[str], path: Path
 ) -> dict[str, Any]:
-    """Put the stages' scores into the matrix a[j][i] and compute the metrics of what is there.
+    """Put the stages' scores into the matrix ``a[j][i]`` and compute the metrics of what is there.
 
     A stage that trains several tasks at once stands in the row of its last task; rows between are empty.
     """

@@ -45,10 +45,9 @@ class Ogd(Strategy):
     is `target: first`. OGD-ALL (a direction for every logit) and OGD-AVE (for their mean) are not offered.
 
     Under AdamW a step is not orthogonal though its gradient is. By default, therefore, the weights' change
-    since the task began is projected after each step: the same under SGD, and exact with all. Toy, copy ->
-    next -> lang, AdamW 3e-4, kept of 100 on the first two, mean of three seeds: update 38, gradient 37,
-    unprotected 6.5; of samples 32, 100, 200 keep 16, 39, 59 (one seed), hence 100. A first-order method:
-    at 1e-3 it keeps 4 (unprotected 1). All learned 100.
+    since the task began is projected after each step: the same under SGD, and exact with all. A first-order
+    method: it keeps what a small step would change, so it wants a small learning rate and many samples
+    (figures in docs/log.md).
 
     Extra state: 4 bytes x samples x trained weights with EVERY task (100 samples of 1 M weights: 400 MB), on
     disk, and in memory while training; each step reads it twice. Full fine-tuning of a large model: too much.

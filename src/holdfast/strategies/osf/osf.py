@@ -48,11 +48,10 @@ class Osf(Strategy):
     not square it is not defined. `growing` is the authors' script for 15 tasks (AdamW 1e-5, batch 8, 1
     epoch): nothing is preserved in the first task. The default is PEFT's, half, from the first task on.
 
-    Under AdamW a projected gradient makes no projected step. Toy, AdamW 1e-3, 228 steps, rank 0.5 | 0.8:
-    |U_h'U_l| / |U_l| up to 0.10 | 0.22, and up to 29 | 33 % of a map's change lie in U_h or V_h. `on: update`
-    applies the same projection to U_l and V_l after each step: 1e-5 (the SVD's precision in float32). It did
-    not keep more: of 100 at rank 0.8 43, 43, 45 | 43, 43, 43 (three seeds; unprotected 7). Weight decay
-    shrinks the lower part only. Extra state: none. Cost: SVDs; during a task a second copy of the factors.
+    Under AdamW a projected gradient makes no projected step: part of the change lies in U_h and V_h after
+    all. `on: update` applies the same projection to U_l and V_l after each step, exact to the precision of
+    the SVD; it kept no more (figures in docs/log.md). Weight decay shrinks the lower part only. Extra state:
+    none. Cost: SVDs before each task; during it a second copy of the factors.
     """
 
     name = "osf"
