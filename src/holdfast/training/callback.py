@@ -18,6 +18,9 @@ from holdfast.importance.prior import ImportancePrior
 class ProtectCallback(TrainerCallback):
     """Hold what a prior calls important while a `Trainer` or TRL's `SFTTrainer` trains.
 
+    One line for one training, by a mechanism that holds weights. What needs more than that (replay, prompts,
+    growing adapters, rating the new task afterwards, one task after another) is `holdfast.Learner`.
+
     Pass it in the trainer's ``callbacks=[...]``. The weights to return to are those that the model has
     when the trainer is made, not those of a checkpoint that training resumes from.
 
