@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from holdfast.attribution import partial, passes
+from holdfast import resume
+from holdfast.attribution import passes
 from holdfast.errors import StorageError
 from holdfast.evaluation import faithfulness
 from holdfast.models import save_model, tiny_llama
@@ -21,7 +22,7 @@ from kills import Killed, dying
 TOP_K = ("lrp", ["aggregate=topk", "top_k=3", "correct_only=false"])
 ABSOLUTE = ("lrp", ["aggregate=absolute", "correct_only=false"])
 FISHER = ("fisher", [])
-DUE = partial.Partial.due
+DUE = resume.Partial.due
 
 
 class Bench:
@@ -43,7 +44,7 @@ class Bench:
             return original(inside, *arguments)
 
         monkeypatch.setattr(passes.Pass, "_batch", counted)
-        monkeypatch.setattr(partial.Partial, "due", True)  # after every batch
+        monkeypatch.setattr(resume.Partial, "due", True)  # after every batch
 
     def attribute(self, out: str, importance: str, options: list[str], dies_at: int = 0) -> tuple[bytes, Any]:
         """The prior's tensors and its record, without the time it took."""
@@ -120,18 +121,18 @@ def test_a_full_disk_stops_no_attribution(bench: Bench, monkeypatch: pytest.Monk
     def full(*arguments: Any) -> None:
         raise StorageError("no space left")
 
-    monkeypatch.setattr(partial, "write_tensors", full)
-    monkeypatch.setattr(partial.Partial, "due", DUE)
-    monkeypatch.setattr(partial.Partial, "every", 0.0)
+    monkeypatch.setattr(resume, "write_tensors", full)
+    monkeypatch.setattr(resume.Partial, "due", DUE)
+    monkeypatch.setattr(resume.Partial, "every", 0.0)
     assert bench.attribute("other", *FISHER) == whole
     assert sum("no space left" in line for line in bench.said) == 1
 
 
 def test_saving_takes_a_tenth_of_the_time_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
-    monkeypatch.setattr(partial.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(partial, "write_tensors", lambda *arguments: now.__setitem__(0, now[0] + 30.0))
-    state, due = partial.Partial(tmp_path, print), []
+    monkeypatch.setattr(resume.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(resume, "write_tensors", lambda *arguments: now.__setitem__(0, now[0] + 30.0))
+    state, due = resume.Partial(tmp_path, print), []
     for _ in range(100):
         now[0] += 10.0
         due.append(state.due)
@@ -192,6 +193,6 @@ def test_points_of_another_evaluation_are_not_used(bench: Bench, measured: Any) 
 def test_points_that_are_torn_are_not_used(bench: Bench, measured: Any) -> None:
     with pytest.raises(Killed):
         measured("broken", dies_at=10)
-    (bench.folder / "broken" / "partial" / "faithfulness.json").write_text('{"identity": {')
+    (bench.folder / "broken" / "partial" / "faithfulness.safetensors").write_text('{"identity": {')
     assert measured("broken") == 21
-    assert any("can't be read" in line and "starting over" in line for line in bench.said)
+    assert any("torn" in line and "starting over" in line for line in bench.said)

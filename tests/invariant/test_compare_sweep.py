@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 from holdfast.cli import app
 from holdfast.errors import ConfigError, RunDirectoryError
 from holdfast.progress import Progress
+from holdfast.records import Comparison, RunMetrics
 from holdfast.runner.directory import lock
 from holdfast.sweep.cells import Outcome
 from holdfast.sweep.choice import choose, count, in_order
@@ -42,7 +43,7 @@ def grid_file(folder: Path, rows: list[Any], **sections: Any) -> Path:
     return file
 
 
-def sweep(file: Path, *overrides: str) -> dict[str, Any]:
+def sweep(file: Path, *overrides: str) -> Comparison:
     with Progress(quiet=True) as progress:
         return compare(load_grid(file, overrides), progress)
 
@@ -52,14 +53,14 @@ def holdfast_cli(*arguments: object) -> Result:
     return CliRunner(env=environment).invoke(app, [str(a) for a in arguments])
 
 
-def found(results: dict[str, Any]) -> str:
+def found(results: Comparison) -> str:
     """Results without what differs between two folders and two days."""
-    text = json.dumps({k: v for k, v in results.items() if k != "grid"}, sort_keys=True)
+    text = json.dumps(results.model_dump(mode="json", exclude={"grid"}), sort_keys=True)
     return re.sub(r'"(command|seconds)": ("[^"]*"|[\d.e-]+|null)', r'"\1": 0', text)
 
 
 @pytest.fixture(scope="module")
-def chosen(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def chosen(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Comparison]:
     """A finished sweep that chose its learning rate."""
     file = grid_file(tmp_path_factory.mktemp("sweep"), [PLAIN, RATES], choose={"by": "learning_accuracy"})
     return file, sweep(file)
@@ -67,11 +68,11 @@ def chosen(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
 
 def test_a_point_is_chosen_on_validation_rows_and_only_that_sees_test_rows(chosen):
     file, results = chosen
-    (row,) = results["choice"]["rows"]
-    values = {c["label"]: c["value"] for c in row["candidates"]}
-    assert row["chosen"] == "rate · learning_rate=0.01" == max(values, key=values.__getitem__)
+    (row,) = results.choice.rows
+    values = {c.label: c.value for c in row.candidates}
+    assert row.chosen == "rate · learning_rate=0.01" == max(values, key=values.__getitem__)
     assert len(set(values.values())) == 2
-    assert [r["label"] for r in results["rows"]] == ["plain", "rate · learning_rate=0.01"]
+    assert [r.label for r in results.rows] == ["plain", "rate · learning_rate=0.01"]
     asked: dict[str, set[str]] = {"runs": set(), "validation": set()}
     rates: dict[str, set[float]] = {"runs": set(), "validation": set()}
     for config in (file.parent / "out").rglob("config.yaml"):
@@ -84,8 +85,8 @@ def test_a_point_is_chosen_on_validation_rows_and_only_that_sees_test_rows(chose
     assert rates == {"runs": {3e-3, 1e-2}, "validation": {1e-9, 1e-2}}
     assert len(asked["runs"]) == len(asked["validation"]) == 6
     assert not asked["runs"] & asked["validation"]
-    (curve,) = results["curves"]
-    assert (curve["split"], [p["value"] for p in curve["points"]]) == ("validation", [1e-9, 1e-2])
+    (curve,) = results.curves
+    assert (curve.split, [p.value for p in curve.points]) == ("validation", [1e-9, 1e-2])
 
 
 @pytest.mark.parametrize("call", [2, 4])  # while choosing, and in the last cell
@@ -99,7 +100,7 @@ def test_a_sweep_killed_in_the_middle_ends_as_one_that_never_was(chosen, call, t
     assert not json.loads((tmp_path / "broken" / "out" / "compare.json").read_text())["finished"]
     results = sweep(file)
     assert calls[0] == 5  # four cells, one of them asked twice: no finished one was run again
-    assert results["finished"]
+    assert results.finished
     assert found(results) == found(chosen[1])
     assert calls[0] == 5
     sweep(file)
@@ -118,7 +119,7 @@ def test_rows_are_finished_one_after_another_and_no_job_waits_for_a_choice(tmp_p
         return cell
 
     def end(cell: Cell, ap: float) -> None:
-        outcomes[cell.folder] = Outcome("finished", {"ap": ap})
+        outcomes[cell.folder] = Outcome("finished", RunMetrics.model_construct(ap=ap))
 
     low, high = start(), start()
     end(low, 10.0)
@@ -160,7 +161,7 @@ def test_the_command_line_shows_the_table_and_writes_all_three_forms(chosen):
     assert "rate · learning_rate=0.01" in result.output
     out = file.parent / "out"
     text = (out / "compare.md").read_text()
-    assert f"`{results['rows'][1]['command']}`" in text
+    assert f"`{results.rows[1].command}`" in text
     assert "| rate · learning_rate=0.01 |" in text
     page = (out / "report.html").read_text()
     assert 'id="comparison"' in page
@@ -205,9 +206,9 @@ def test_processes_side_by_side_find_what_one_after_another_find(tmp_path):
     rows, how = [RATES, BROKEN, PLAIN], {"choose": {"by": "learning_accuracy"}, "reference": "plain"}
     alone = sweep(grid_file(tmp_path / "1", rows, **how))
     together = sweep(grid_file(tmp_path / "2", rows, **how), "jobs=2")
-    assert [row["label"] for row in alone["rows"]] == ["rate · learning_rate=0.01", "broken", "plain"]
+    assert [row.label for row in alone.rows] == ["rate · learning_rate=0.01", "broken", "plain"]
     assert found(together).replace(str(tmp_path / "2"), str(tmp_path / "1")) == found(alone)
-    assert len(together["failed"]) == 1
+    assert len(together.failed) == 1
 
 
 @pytest.mark.slow

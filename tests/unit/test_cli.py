@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 
 from holdfast.cli import app
 from holdfast.importance.registry import REGISTRY
+from holdfast.records import Faithfulness
 from holdfast.strategies import STRATEGIES
 from holdfast.tasks import TOY_TASKS, list_orders, toy_suite
 
@@ -332,9 +333,9 @@ def test_attribute_tests_answers_as_the_run_does(
     file = config_file(tmp_path, tiny(tmp_path / "r", evaluation={"max_new_tokens": 3, "batch_size": 7}))
     seen: list[Any] = []
 
-    def measured(*_: Any, options: Any, **__: Any) -> dict[str, Any]:
+    def measured(*_: Any, options: Any, **__: Any) -> Faithfulness:
         seen.append((options.max_new_tokens, options.batch_size))
-        return {"curves": {}, "percent": []}
+        return Faithfulness(percent=[], curves={})
 
     monkeypatch.setattr("holdfast.runner.faithfulness.measure_faithfulness", measured)
     model, out = trained / "tasks" / "01-head" / "model", tmp_path / "p"

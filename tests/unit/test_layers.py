@@ -28,8 +28,8 @@ LAYERS = [  # from the top down; those in one line may import each other
     {"attribution"},
     {"tasks"},
     {"models", "adapters"},
-    {"names", "config"},
-    {"progress", "storage"},
+    {"names", "config", "records", "manifest", "resume"},
+    {"progress", "storage", "quantities"},
     {"errors"},
 ]
 LEVEL = {name: depth for depth, names in enumerate(LAYERS) for name in names}
