@@ -45,17 +45,19 @@ class Record(BaseModel):
             data = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise DataError(f"{path}: not readable as JSON ({error}). {cls.again()}") from error
-        return cls.of(data, str(path))
+        return cls.of(data, str(path), cls.again())
 
     @classmethod
-    def of(cls, data: Any, source: str) -> Self:
-        """Make a record of parsed JSON; raises `DataError` as `read`, which calls it `source`."""
-        if not isinstance(data, Mapping):
-            raise DataError(f"{source}: expected a JSON object, got {type(data).__name__}. {cls.again()}")
+    def of(cls, data: Any, source: str, advice: str = "") -> Self:
+        """Make a record of parsed JSON; its `DataError` begins with `source` and ends with `advice`."""
         try:
+            if not isinstance(data, Mapping):
+                raise TypeError(f"expected a JSON object, got {type(data).__name__}")
             return cls.model_validate(data)
+        except TypeError as error:
+            raise DataError(f"{source}: {error}. {advice}".rstrip()) from error
         except ValidationError as error:
-            raise DataError(f"{source}: {_problems(error)}. {cls.again()}") from error
+            raise DataError(f"{source}: {_problems(error)}. {advice}".rstrip()) from error
 
     @classmethod
     def again(cls) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from holdfast import resume
 from holdfast.attribution import passes
@@ -16,6 +18,7 @@ from holdfast.evaluation import faithfulness
 from holdfast.models import save_model, tiny_llama
 from holdfast.progress import Progress
 from holdfast.runner.attribute import attribute_to_folder
+from holdfast.storage import write_tensors
 from holdfast.tasks import toy_suite, toy_tokenizer
 from kills import Killed, dying
 
@@ -113,6 +116,36 @@ def test_a_torn_state_starts_over_and_says_so(bench: Bench) -> None:
     file.write_bytes(file.read_bytes()[:-100])
     assert bench.attribute("broken", *FISHER) == whole
     assert any("torn" in line and "starting over" in line for line in bench.said)
+
+
+@pytest.mark.parametrize("values", ["[]", "{}", '"x"', "null", '{"identity": [1], "seconds": 0}', "{"])
+def test_a_state_of_another_shape_starts_over_and_says_so(values: str, tmp_path: Path) -> None:
+    said: list[str] = []
+    state = resume.Partial(tmp_path, said.append)
+    write_tensors(state.file, {}, {"values": values})
+    assert state.load() is None
+    assert len(said) == 1
+    assert re.search(r"state\.safetensors: torn .*starting over", said[0])
+
+
+def test_a_state_is_continued_only_by_the_same_work(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    def work(**identity: Any) -> resume.Partial:
+        partial = resume.Partial(tmp_path, said.append, "work")
+        partial.identity = identity
+        return partial
+
+    assert work(seed=1).load() is None
+    work(seed=1, data="a").save({"w": torch.arange(3.0)}, {"done": 3})
+    assert not said
+    tensors, values = work(seed=1, data="a").load() or ({}, {})
+    assert (tensors["w"].tolist(), values) == ([0.0, 1.0, 2.0], {"done": 3})
+    assert work(seed=2, data="b").load() is None
+    assert said == [f"{tmp_path}/work.safetensors: begun with another seed, data; starting over."]
+    assert work(seed=1, data="a", more=True).load() is None  # a part that the state doesn't know
+    work().clear()
+    assert not tmp_path.exists()
 
 
 def test_a_full_disk_stops_no_attribution(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +106,66 @@ def test_a_sweep_killed_in_the_middle_ends_as_one_that_never_was(chosen, call, t
     assert calls[0] == 5
     sweep(file)
     assert calls[0] == 5
+
+
+def edited(out: Path) -> Path:
+    file = next(out.glob("runs/plain/**/metrics.json"))
+    metrics = json.loads(file.read_text())
+    metrics.update(ap=99.0, matrix=[[None], [99.0]], learning_accuracy=99.0)
+    file.write_text(json.dumps(metrics))
+    return file
+
+
+def copied(out: Path) -> Path:
+    other = next(out.glob("runs/rate/*0.01/**/seed-0/metrics.json"))
+    target = next(out.glob("runs/plain/**/seed-0/metrics.json"))
+    shutil.copy(other, target)
+    return target
+
+
+def of_another_shape(out: Path) -> Path:
+    file = next(out.glob("runs/plain/**/seed-0/metrics.json"))
+    file.write_text("[]")
+    return file
+
+
+def renamed_tasks(out: Path) -> Path:
+    file = next(out.glob("runs/plain/**/seed-0/metrics.json"))
+    file.write_text(file.read_text().replace('"head"', '"tail"'))
+    return file
+
+
+@pytest.mark.parametrize("change", [edited, copied, of_another_shape, renamed_tasks])
+def test_a_cells_metrics_are_made_again_from_its_stages(change, chosen, tmp_path, monkeypatch):
+    file, results = chosen
+    out = tmp_path / "out"
+    shutil.copytree(file.parent / "out", out)
+    changed = change(out)
+    wrong = changed.read_text()
+    module: Any = importlib.import_module("holdfast.runner.loop")
+    monkeypatch.setattr(module, "train", dying(module.train, 1, [0]))  # nothing is trained for it
+    again = sweep(file, f"output={out}")
+    assert found(again).replace(str(out), str(file.parent / "out")) == found(results)
+    assert changed.read_text() != wrong
+    assert json.loads(changed.read_text())["label"] == "plain"
+    assert not re.search(r"99\.0", (out / "compare.md").read_text())
+
+
+def test_a_cell_with_a_changed_stage_is_not_finished(chosen, tmp_path):
+    file, results = chosen
+    out = tmp_path / "out"
+    shutil.copytree(file.parent / "out", out)
+    (cell,) = (c for c in load_grid(file, [f"output={out}"]).cells if c.line.row == "plain")
+    assert Outcome.of(cell).status == "finished"
+    stage = cell.folder / "tasks" / "01-head" / "metrics.json"
+    record = json.loads(stage.read_text())
+    stage.write_text(json.dumps({**record, "scores": {"head": 99.0}}))
+    file_of_run = cell.folder / "metrics.json"
+    forged = {**json.loads(file_of_run.read_text()), "ap": 99.0, "matrix": [[None], [99.0]]}
+    file_of_run.write_text(json.dumps({**forged, "learning_accuracy": 99.0}))
+    assert Outcome.of(cell).status == "waiting"
+    again = sweep(file, f"output={out}")  # the stage is trained again
+    assert again.rows[0].scores == results.rows[0].scores
 
 
 def test_rows_are_finished_one_after_another_and_no_job_waits_for_a_choice(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -393,6 +394,17 @@ def test_faithfulness_without_test_rows_is_refused_before_any_work(
 
 
 # report
+
+
+def test_report_does_not_replace_what_is_no_file(trained: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link.html").symlink_to("pipe")
+    for out in ("pipe", "link.html"):
+        before = os.lstat(tmp_path / out).st_ino
+        result = holdfast_cli("report", trained, "--out", tmp_path / out)
+        assert result.exit_code == 2
+        assert f"could not write {tmp_path / out}: it is a device, a pipe or a socket" in result.output
+        assert os.lstat(tmp_path / out).st_ino == before
 
 
 def test_report_writes_one_file(trained: Path, tmp_path: Path) -> None:

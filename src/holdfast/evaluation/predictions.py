@@ -55,6 +55,8 @@ def read_predictions(folder: Path, task: str) -> Iterator[Prediction]:
         with path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    yield Prediction.of(json.loads(line), f"{path}:{number}: not a prediction")
+                    yield Prediction.of(
+                        json.loads(line), f"{path}:{number}: not a prediction", Prediction.again()
+                    )
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}:{number}: not a prediction ({error}). {Prediction.again()}") from error

@@ -48,16 +48,21 @@ class Outcome:
     def of(cls, cell: Cell) -> Outcome:
         """What its directory says: finished under this very configuration, or waiting.
 
-        A ``metrics.json`` that isn't what the stages say (edited, or another run's) is not believed: the
-        cell is run, which redoes what was changed and makes the file again.
+        A ``metrics.json`` that isn't what the stages give (edited, or another run's) is not believed: the
+        cell is run, which makes the file again, and redoes a stage that was changed.
         """
+        file = cell.folder / "metrics.json"
+        if not file.is_file() or RunDirectory.conflicts(cell.config):
+            return cls("waiting")
         try:
-            metrics = RunMetrics.read(cell.folder / "metrics.json")
-            if metrics.finished and not RunDirectory.conflicts(cell.config) and _of_its_stages(metrics, cell):
+            metrics = RunMetrics.read(file)
+            if not metrics.finished:
+                return cls("waiting")
+            if _of_its_stages(metrics, cell):
                 return cls("finished", metrics)
-        except DataError:
-            pass
-        return cls("waiting")
+        except DataError as error:
+            return cls("waiting", reason=str(error))
+        return cls("waiting", reason=f"{file}: not what the run's stages give; it is made again")
 
     @property
     def ended(self) -> bool:

@@ -61,6 +61,9 @@ class _Sweep:
 
     def to_the_end(self) -> Comparison:
         self._refuse_problems()
+        for outcome in self.outcomes.values():
+            if outcome.status == "waiting" and outcome.reason:
+                self.progress.say(escape(outcome.reason))
         write_text(self.output / "base.yaml", yaml.safe_dump(self.plan.grid.base, sort_keys=False))
         self._record()
         self.progress.show_above(lambda: live_table(self.results))
