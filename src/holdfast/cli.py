@@ -226,12 +226,13 @@ def run_command(
     """
     again = " ".join(["holdfast run", str(config), *(overrides or [])])
     with _told(f"Continue with: {again}"), Progress() as progress:
+        from holdfast.records import RunMetrics
         from holdfast.runner.config import load_config
         from holdfast.runner.loop import run
         from holdfast.runner.table import metrics_table
 
         loaded = load_config(config, overrides or [])
-        metrics = run(loaded, progress)
+        metrics = RunMetrics.model_validate(run(loaded, progress))
         Console().print(metrics_table([metrics]))
         progress.say(f"Run directory: {loaded.output}   Report: holdfast report {loaded.output}")
 
@@ -262,12 +263,12 @@ def compare_command(
         output = Path(plan.grid.output)
         results = compare(plan, progress)
         Console().print(live_table(results))
-        failed = [f"{item['cell']}: {item['reason']}" for item in results["failed"]]
-        failed += [f"{row}: none of its grid points could be chosen" for row in results["without_point"]]
+        failed = [f"{item.cell}: {item.reason}" for item in results.failed]
+        failed += [f"{row}: none of its grid points could be chosen" for row in results.without_point]
         for line in failed:
             console.print(f"failed: {line}", style="red", highlight=False, markup=False, soft_wrap=True)
         written = [output / "compare.md"]
-        if any(run["status"] == "finished" for row in results["rows"] for run in row["runs"]):
+        if any(run.status == "finished" for row in results.rows for run in row.runs):
             written.append(write_report([output], output / "report.html", title=grid.stem))
         progress.say(f"Written: {', '.join(map(str, written))}")
         if failed:

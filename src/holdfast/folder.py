@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -12,7 +11,8 @@ from pathlib import Path
 from typing import IO
 
 from holdfast.errors import RunDirectoryError, StorageError
-from holdfast.storage import is_disk_error, sha256, write_json
+from holdfast.manifest import problem_of, write_manifest
+from holdfast.storage import is_disk_error
 
 PARTIAL = ".partial"
 MANIFEST = "manifest.json"
@@ -69,7 +69,7 @@ class Folder:
 
     def problem(self, part: str) -> str | None:
         """What is wrong with a committed part; None where every file is as its manifest says."""
-        return _problem(self.path / part)
+        return problem_of(self.path / part, MANIFEST)
 
     def completed(self, parts: Sequence[str]) -> int:
         """How many of the leading parts are on disk and intact.
@@ -118,11 +118,10 @@ class Folder:
             shutil.rmtree(partial / "checkpoints", ignore_errors=True)
             for file in list(partial.rglob(".*.tmp")):
                 file.unlink()  # of a write that was killed
-            files = [p for p in _files(partial) if p.name != MANIFEST]
-            for file in files:
+            for file in (p for p in partial.rglob("*") if p.is_file()):
                 with open(file, "rb") as handle:
                     os.fsync(handle.fileno())
-            write_json(partial / MANIFEST, {str(p.relative_to(partial)): sha256(p) for p in files})
+            write_manifest(partial, MANIFEST)
             os.rename(partial, self.path / name)  # the commit
         except Exception as error:
             if not is_disk_error(error):
@@ -168,22 +167,3 @@ def lock(path: Path, what: str) -> IO[str]:
     file.write(str(os.getpid()))
     file.flush()
     return file
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file())
-
-
-def _problem(folder: Path) -> str | None:
-    try:
-        digests = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError):
-        return f"{MANIFEST} is missing or torn"
-    if not isinstance(digests, dict) or not digests:
-        return f"{MANIFEST} names no file"
-    for name, digest in digests.items():
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        if sha256(folder / name) != digest:
-            return f"{name} is torn or was changed (its digest differs)"
-    return None

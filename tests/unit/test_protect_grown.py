@@ -10,6 +10,7 @@ from torch import Tensor
 
 from holdfast.adapters import grow, lora_factors, rank_of
 from holdfast.models import LoraOptions, add_lora, tiny_llama
+from holdfast.records import AdapterRanks
 from holdfast.strategies.lora.grown import Grown
 from holdfast.tasks import toy_tokenizer
 
@@ -143,7 +144,7 @@ def test_first_task_trains_the_ranks_that_are_there_and_touches_nothing() -> Non
     model = model_of()
     before = [id(p) for p in trained(model)]
     grown = Grown.for_task(model, task=0, seed=0)
-    assert grown.summary() == {"rank": 2, "frozen": 0}
+    assert grown.summary() == AdapterRanks(rank=2, frozen=0)
     assert [id(p) for p in trained(model)] == before
     optimizer = OPTIMIZERS["adamw"](trained(model))
     assert not grown.attach(optimizer).removers

@@ -10,10 +10,10 @@ from torch import nn
 
 from holdfast.attribution.maps import Fold
 from holdfast.attribution.options import AttributionOptions, AttributionReport
-from holdfast.attribution.partial import Partial
 from holdfast.attribution.passes import Job, Pass
 from holdfast.errors import DataError, ModelError
 from holdfast.models import block_parameters
+from holdfast.resume import Partial
 from holdfast.tasks.encode import Encoded
 
 Progress = Callable[[int, int], None]

@@ -14,10 +14,10 @@ from holdfast.attribution.ledger import Ledger, relevance
 from holdfast.attribution.maps import Fold, WeightMaps
 from holdfast.attribution.mode import RuleMode, attributable, whole_activations
 from holdfast.attribution.options import AttributionReport
-from holdfast.attribution.partial import Partial, State
 from holdfast.attribution.targets import Batch, correct, initial_lambda, make_batch, module_names
 from holdfast.attribution.trace import RuleSet, Trace
 from holdfast.errors import ConservationError, ModelError, NoCorrectSampleError
+from holdfast.resume import Partial, State
 from holdfast.tasks.encode import Encoded
 
 

@@ -12,12 +12,12 @@ from typing import Annotated, Any, Union
 from pydantic import BeforeValidator, Field
 from torch import nn
 
-from holdfast.attribution.partial import Partial
 from holdfast.config import Options, named, validate
 from holdfast.errors import ConfigError, DataError, ModelError
 from holdfast.importance.prior import ImportancePrior
 from holdfast.importance.registry import REGISTRY, Inputs, Progress
 from holdfast.models import block_parameters, digest
+from holdfast.resume import Partial
 from holdfast.tasks.encode import Encoded
 
 for _module in pkgutil.iter_modules(__path__):  # each file registers its own: there is no list to keep

@@ -13,16 +13,13 @@ from holdfast.importance.registry import Computed, Inputs, register, sample_coun
 from holdfast.importance.seeding import sample
 
 
-class LrpOptions(Options):
+class _Lrp(Options):
+    name: Literal["lrp"] = "lrp"  # a base, so that it comes first where options are written
+
+
+class LrpOptions(AttributionOptions, _Lrp):
     """Relevance of each weight for right answers; the defaults are the form that worked best."""
 
-    name: Literal["lrp"] = "lrp"
-    rules: Literal["paper", "attnlrp"] = Field(
-        "attnlrp", description="softmax: A's Prop. 4.3, or its Jacobian"
-    )
-    halves: Literal["path", "weights", "none"] = Field("none", description="where Lemma 4.1's ½ is applied")
-    target: Literal["all", "first"] = Field("all", description="all tokens of the answer, or the first (A)")
-    of: Literal["logit", "log_probability"] = Field("logit", description="what is attributed; A: the logit")
     aggregate: Literal["topk", "absolute", "square"] = Field(
         "square", description="over samples: eqs. 10 and 11 | mean of |R| | mean of R²"
     )
@@ -55,9 +52,7 @@ def lrp(inputs: Inputs, options: LrpOptions) -> Computed:
     report = attribute_batches(
         inputs.model,
         rows,
-        options=AttributionOptions(
-            rules=options.rules, halves=options.halves, target=options.target, of=options.of
-        ),
+        options=options,
         fold=fold,
         parameters=inputs.parameters,
         batch_size=options.batch_size,

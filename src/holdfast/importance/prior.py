@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from holdfast.errors import DataError, PriorMismatchError
 from holdfast.models import block_parameters
 from holdfast.names import canonical_name
+from holdfast.records import PriorMeta
 from holdfast.storage import atomic_write, json_text, save_tensors, sha256
 
 TENSORS = "prior.safetensors"
@@ -170,12 +170,9 @@ class ImportancePrior:
         with atomic_write(folder / TENSORS, folder / META) as (tensors, meta):
             save_tensors(tensors, {n: t.to(getattr(torch, dtype)) for n, t in self.tensors.items()})
             # the digest ties the two files together: a crash between the renames is noticed by load
-            meta.write_text(
-                json_text(
-                    {**self.meta, "dtype": dtype, "elements": self.elements, "sha256": sha256(tensors)}
-                ),
-                encoding="utf-8",
-            )
+            own = {"dtype": dtype, "elements": self.elements, "sha256": sha256(tensors)}
+            record = PriorMeta.of({**self.meta, **own}, "the prior's meta")
+            meta.write_text(json_text(record.model_dump(mode="json", exclude_unset=True)), encoding="utf-8")
         return folder
 
     @classmethod
@@ -187,6 +184,7 @@ class ImportancePrior:
         DataError
             There is no prior in the folder, or its files are torn, corrupt, or don't belong together.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         folder = Path(folder)
@@ -197,21 +195,18 @@ class ImportancePrior:
                     "`holdfast attribute` or `prior.save` wrote."
                 )
         again = "Compute it again with `holdfast attribute`."
+        record = PriorMeta.read(folder / META)
         try:
-            meta = json.loads((folder / META).read_text(encoding="utf-8"))
-            digest = meta.pop("sha256")
-            for key in ("dtype", "elements"):
-                del meta[key]
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise DataError(
-                f"{folder / META} is torn or not a prior's record ({error!r}). {again}"
-            ) from error
-        if sha256(folder / TENSORS) != digest:
+            whole = sha256(folder / TENSORS) == record.sha256
+            tensors = load_file(folder / TENSORS) if whole else {}
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"{folder / TENSORS} can't be read as tensors ({error}). {again}") from error
+        if not whole:
             raise DataError(
                 f"{folder / TENSORS} is torn or was written for another {META}: its SHA-256 is not the one "
                 f"recorded there. {again}"
             )
-        return cls(load_file(folder / TENSORS), meta)
+        return cls(tensors, record.meta)
 
 
 def _compare(got: Mapping[str, Tensor], expected: Mapping[str, torch.Size], what: str, whom: str) -> None:

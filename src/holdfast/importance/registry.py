@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from holdfast.attribution.engine import AttributionReport
-from holdfast.attribution.partial import Partial
 from holdfast.config import Options
+from holdfast.resume import Partial
 from holdfast.tasks.encode import Encoded
 
 Progress = Callable[[int, int], None]

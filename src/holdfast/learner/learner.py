@@ -30,6 +30,7 @@ from holdfast.learner.skills import Skills, read_skills
 from holdfast.models import is_encoder_decoder, load_model, load_saved, load_weights, save_model
 from holdfast.names import canonical_name
 from holdfast.progress import Progress
+from holdfast.records import StageMetrics
 from holdfast.storage import write_json, write_tensors, write_text
 from holdfast.strategies import Context, Stage, build_strategy
 from holdfast.tasks import Encoder, as_examples, toy_tokenizer
@@ -218,7 +219,7 @@ class Learner:
             self.replay.memory.load_state_dict(json.loads((last / "replay.json").read_text()))
         for part in parts:
             path = self.folder.path / part
-            self.learned.append(json.loads((path / "metrics.json").read_text())["stage"])
+            self.learned.append(StageMetrics.read(path / "metrics.json").stage)
             if (kept := read_task(path)) is not None:
                 self.tests.append(kept)
                 self.digests[kept.name] = str(read_about(path).get("digest"))
@@ -328,7 +329,7 @@ class Learner:
             started = time.perf_counter()
             scores = self.evaluate(tested, folder, f"after {stage.name}")
             seconds["evaluate"] = time.perf_counter() - started
-            write_json(folder / "metrics.json", {"stage": stage.name, "scores": scores, "seconds": seconds})
+            StageMetrics(stage=stage.name, scores=scores, seconds=seconds).write(folder / "metrics.json")
             self._save_state(folder)
         self._broken = ""
         self.learned.append(stage.name)

@@ -67,9 +67,9 @@ def task_agreements(
                 found.append(TaskAgreement(group.label, g, kind, tables))
     models: dict[tuple[str, str], dict[str, Path]] = {}
     for record in attributions:
-        if record.prior and "model_digest" in record.meta:
-            source = str(record.meta["model_digest"]), str(record.meta.get("importance", ""))
-            name = ", ".join(map(str, record.meta.get("tasks", []))) or record.name
+        if record.prior and record.meta and record.meta.model_digest:
+            source = record.meta.model_digest, record.meta.importance
+            name = ", ".join(record.meta.tasks) or record.name
             models.setdefault(source, {})[name] = record.prior
     for (_, importance), priors_of in models.items():
         if len(priors_of) > 1:

@@ -17,7 +17,7 @@ from holdfast.hold.cost import Estimate, prior_costs
 from holdfast.hold.reference import weights_of
 from holdfast.importance import ImportanceOptions, ImportancePrior
 from holdfast.importance.lrp import LrpOptions
-from holdfast.storage import write_json
+from holdfast.records import ProtectionSummary
 from holdfast.strategies.protocol import Context, Stage, Strategy, register
 from holdfast.tasks.task import TaskStream
 
@@ -101,8 +101,11 @@ class Attribution(Strategy):
     def end(self, context: Context, stage: Stage) -> None:
         """Compute this task's prior and join it with the earlier ones (eq. 12)."""
         if self._protection is not None:
-            choice = {"mechanism": self.options.mechanism.model_dump(), "control": self.options.control}
-            write_json(context.folder / "protection.json", {**self._protection.summary(), **choice})
+            ProtectionSummary(
+                **self._protection.summary(),
+                mechanism=self.options.mechanism.model_dump(),
+                control=self.options.control,
+            ).write(context.folder / "protection.json")
         self._protection = None
         (task,), model = stage.tasks, context.model
         if self.options.prior_from == "single_task":

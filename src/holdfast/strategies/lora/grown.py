@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from torch.optim import Optimizer
 from holdfast.adapters import grow, lora_factors, rank_of
 from holdfast.hold.attach import Handle, hook, unwrap
 from holdfast.hold.cost import Cost, trained_bytes
+from holdfast.records import AdapterRanks
 
 
 class Grown:
@@ -86,9 +86,9 @@ class Grown:
             handle.removers.append(b.register_hook(partial(mask, dim=1)).remove)
         return handle
 
-    def summary(self) -> dict[str, Any]:
-        """The adapter's rank, and how many of its ranks are frozen; JSON-able."""
-        return {"rank": self.rank, "frozen": self.frozen}
+    def summary(self, overlap: float | None = None) -> AdapterRanks:
+        """The adapter's rank, how many of its ranks are frozen, and how far the others overlap with them."""
+        return AdapterRanks(rank=self.rank, frozen=self.frozen, overlap=overlap)
 
 
 def grown_cost(model: nn.Module, times: int) -> Cost:

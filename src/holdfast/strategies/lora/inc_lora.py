@@ -12,7 +12,6 @@ from holdfast.adapters import check_growable
 from holdfast.config import Options
 from holdfast.hold import Handle
 from holdfast.hold.cost import Estimate
-from holdfast.storage import write_json
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.lora.grown import Grown, grown_cost
 from holdfast.strategies.protocol import Strategy, register
@@ -64,4 +63,4 @@ class IncLora(Strategy):
 
     def end(self, context: Context, stage: Stage) -> None:
         """Record the rank."""
-        write_json(context.folder / "adapters.json", self.grown.summary())
+        self.grown.summary().write(context.folder / "adapters.json")

@@ -14,7 +14,6 @@ from holdfast.adapters import check_growable
 from holdfast.config import Options
 from holdfast.hold import Handle
 from holdfast.hold.cost import Estimate
-from holdfast.storage import write_json
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.lora.grown import Grown, grown_cost
 from holdfast.strategies.protocol import Strategy, register
@@ -97,4 +96,4 @@ class OLora(Strategy):
         grown = self.grown
         with torch.no_grad():
             left = float(overlap(grown.old_a(), grown.new_a(), self.options.overlap))
-        write_json(context.folder / "adapters.json", {**grown.summary(), "overlap": left})
+        grown.summary(left).write(context.folder / "adapters.json")

@@ -14,7 +14,7 @@ from holdfast.hold import Gate, Handle
 from holdfast.hold.cost import Estimate, prior_costs
 from holdfast.importance import ImportancePrior
 from holdfast.importance.fisher import FisherOptions
-from holdfast.storage import write_json
+from holdfast.records import ProtectionSummary
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.masks.units import linear_maps, lowest
 from holdfast.strategies.protocol import Strategy, register
@@ -86,5 +86,6 @@ class FisherMask(Strategy):
 
     def end(self, context: Context, stage: Stage) -> None:
         """Record how much was held."""
-        choice = {"mechanism": {"name": "gate", "on": "update", "shape": "paper"}, "control": "none"}
-        write_json(context.folder / "protection.json", {**self._gate.summary(), **choice})
+        ProtectionSummary(
+            **self._gate.summary(), mechanism={"name": "gate", "on": "update", "shape": "paper"}
+        ).write(context.folder / "protection.json")
