@@ -31,7 +31,7 @@ def importance(heat: ImportanceMap, bounds: tuple[float, float]) -> Json:
             colorbar={
                 "orientation": "h", "y": 0, "yref": "paper", "yanchor": "top", "ypad": 8, "len": 1.0,
                 "thickness": 8,
-                "tickvals": ticks, "ticktext": [f"{10**t:.2g}" for t in ticks], "outlinewidth": 0,
+                "tickvals": ticks, "ticktext": [rounded(10**t, 2) for t in ticks], "outlinewidth": 0,
                 "tickfont": {"size": 11},
             },
             hovertemplate="layer %{customdata[0]}, %{customdata[1]}: %{customdata[2]}<extra></extra>",
