@@ -142,7 +142,7 @@ def test_a_cells_metrics_are_made_again_from_its_stages(change, chosen, tmp_path
     shutil.copytree(file.parent / "out", out)
     changed = change(out)
     wrong = changed.read_text()
-    module: Any = importlib.import_module("holdfast.runner.loop")
+    module: Any = importlib.import_module("holdfast.learner.learner")
     monkeypatch.setattr(module, "train", dying(module.train, 1, [0]))  # nothing is trained for it
     again = sweep(file, f"output={out}")
     assert found(again).replace(str(out), str(file.parent / "out")) == found(results)

@@ -55,8 +55,14 @@ class Findings:
             console.print("Ready to run.", style="green")
 
 
-def check(config: RunConfig) -> Findings:
-    """Look at data, model, template, output and prior of a valid configuration, without training."""
+def check(config: RunConfig, directory: bool = True) -> Findings:
+    """Look at data, model, template, output and prior of a valid configuration, without training.
+
+    Parameters
+    ----------
+    directory : bool
+        Look at the output directory too.
+    """
     findings = Findings()
     model = tokenizer = None
     stream: TaskStream | None
@@ -77,7 +83,8 @@ def check(config: RunConfig) -> Findings:
         model, tokenizer = load_model(config.model, config.seed, toy_tokenizer)
     except HoldfastError as error:
         findings.problems.append(str(error))
-    _check_output(config, findings)
+    if directory:
+        _check_output(config, findings)
     strategy, fits = build_strategy(config.strategy), model is not None
     if model is not None:
         try:

@@ -12,6 +12,7 @@ import torch
 from holdfast.environment import describe_environment
 from holdfast.evaluation.metrics import summarise
 from holdfast.evaluation.predictions import file_safe
+from holdfast.folder import PARTIAL
 from holdfast.learner import Learner
 from holdfast.models import load_model
 from holdfast.progress import Progress, stoppable
@@ -149,6 +150,12 @@ def later(part: str, task: str) -> str:
     return f"{LATER}/{part.rpartition('/')[2]}/{file_safe(task)}"
 
 
+def later_parts(path: Path) -> list[str]:
+    """All such parts that are committed."""
+    found = sorted((path / LATER).glob("*/*/metrics.json"))
+    return [str(f.parent.relative_to(path)) for f in found if not f.parent.name.endswith(PARTIAL)]
+
+
 def scores_of(path: Path, part: str) -> dict[str, float | None]:
     """The scores of a stage's model, those of later questions included; nothing where it isn't done."""
     found: dict[str, float | None] = {}
@@ -158,8 +165,9 @@ def scores_of(path: Path, part: str) -> dict[str, float | None]:
 
 
 def _records(path: Path, part: str) -> list[StageMetrics]:
-    asked = sorted((path / LATER / part.rpartition("/")[2]).glob("*/metrics.json"))
-    files = [path / part / "metrics.json", *(f for f in asked if not f.parent.name.endswith(".partial"))]
+    name = part.rpartition("/")[2]
+    parts = [part, *(p for p in later_parts(path) if p.split("/")[1] == name)]
+    files = [path / p / "metrics.json" for p in parts]
     return [StageMetrics.read(file) for file in files if file.exists()]
 
 

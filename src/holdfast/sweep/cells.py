@@ -25,7 +25,7 @@ from holdfast.progress import Interrupted, Progress, stop_requested, stoppable
 from holdfast.quantities import number
 from holdfast.records import RunMetrics, StageMetrics
 from holdfast.runner.directory import RunDirectory
-from holdfast.runner.loop import ZERO_SHOT, collect_metrics, run
+from holdfast.runner.loop import ZERO_SHOT, collect_metrics, later_parts, run
 from holdfast.storage import write_json, write_text
 from holdfast.strategies import build_strategy
 from holdfast.sweep.grid import Cell
@@ -91,7 +91,7 @@ def _of_its_stages(metrics: RunMetrics, cell: Cell) -> bool:
     stages = build_strategy(cell.config.strategy).stages(stream)
     names = [Learner.part(stage) for stage in stages]
     before = [ZERO_SHOT] if cell.config.evaluation.zero_shot else []
-    for name in (*before, *names):
+    for name in (*before, *names, *later_parts(cell.folder)):
         if problem_of(cell.folder / name, MANIFEST, only=("metrics.json",)) is not None:
             return False
         StageMetrics.read(cell.folder / name / "metrics.json")

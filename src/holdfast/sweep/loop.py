@@ -142,7 +142,7 @@ def _check_new(cell: Cell, seen: set[str], note: Callable[[Cell, Sequence[str]],
     new_rows = is_new("rows", config.tasks, config.seed)
     new_strategy = is_new("strategy", config.model, config.strategy)
     if is_new("whole", config.model, config.tasks, config.template, config.training.trainer):
-        note(cell, check(config).problems)
+        note(cell, check(config, directory=False).problems)
         return
     if new_rows:
         note(cell, inspect_stream(config.tasks, config.seed)[1].found)
