@@ -33,14 +33,19 @@ def read_task(folder: Path) -> Task | None:
     if not (folder / ABOUT).is_file():
         return None
     about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-    lines = (folder / TEST).read_text(encoding="utf-8").splitlines()
-    tests = [Example.of_record(json.loads(line)) for line in lines]
+    lines = (folder / TEST).read_text(encoding="utf-8").split("\n")  # other line ends may be in a text
+    tests = [Example.of_record(json.loads(line)) for line in lines if line]
     return Task(about["name"], (), tests, about["metric"], tuple(about["options"]))
 
 
 def digest_in(folder: Path) -> str:
     """The digest of the rows that the task was, or is being, learned from."""
     return str(_about(folder).get("digest", ""))
+
+
+def answer_tokens_in(folder: Path) -> int:
+    """How many tokens an answer to its test rows may have; 0 where it isn't kept."""
+    return int(_about(folder).get("answer_tokens") or 0)
 
 
 def options_in(folder: Path) -> Any:

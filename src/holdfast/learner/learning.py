@@ -118,8 +118,8 @@ class Learning:
         Raises
         ------
         ConfigError
-            ``model`` or ``peft_config`` is given, or a ``train_dataset`` where the strategy replays rows of
-            earlier tasks, which that data set lacks.
+            ``model`` or ``peft_config`` is given, a ``data_collator`` without a ``train_dataset``, or a
+            ``train_dataset`` where the strategy replays rows of earlier tasks, which that data set lacks.
         """
         from transformers import Seq2SeqTrainer, Trainer
 
@@ -135,6 +135,10 @@ class Learning:
                 "holdfast.Learner(get_peft_model(model, peft_config), ...)."
             )
         if arguments.get("train_dataset") is None:
+            if arguments.get("data_collator") is not None:
+                raise ConfigError(
+                    "stage.trainer: a data_collator belongs to a train_dataset. Give both, or leave out both."
+                )
             arguments = {**arguments, **self._data(cls)}
         elif learner.config.rehearses and arguments["train_dataset"] is not self.__dict__.get("dataset"):
             raise ConfigError(

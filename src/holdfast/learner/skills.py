@@ -132,7 +132,8 @@ def read_skills(path: str | Path) -> Skills:
 def undo(path: str | Path) -> str:
     """Take the last task back: one that was begun and not finished, or else the last one learned.
 
-    The folder is then as it was before that task, bit for bit.
+    The folder is then as it was before that task, bit for bit; without the first task there is only its
+    configuration in it, which another may take the place of.
 
     Returns
     -------
@@ -142,7 +143,8 @@ def undo(path: str | Path) -> str:
     Raises
     ------
     RunDirectoryError
-        There is no learner in the folder, another process works in it, or nothing was learned.
+        There is no learner in the folder, another process works in it, nothing was learned, or the last
+        task is one of a run, whose configuration says what is in it.
     """
     root = Path(path).expanduser()
     if not (root / CONFIG).is_file():
@@ -153,8 +155,13 @@ def undo(path: str | Path) -> str:
         begun = folder.partial(STAGES) or folder.parts(STAGES)[-1:]
         if not begun:
             raise RunDirectoryError(f"{root}: nothing was learned here, so there is nothing to take back.")
+        if (root / "metrics.json").exists() and not (root / begun[-1] / ABOUT).exists():
+            raise RunDirectoryError(
+                f"{root}: the last task is one of a run, which is what its configuration says. Take tasks "
+                "out of tasks.order and run that in a directory of its own."
+            )
         folder.remove(begun[-1])
-        if not folder.parts(STAGES) and not folder.partial(STAGES):
+        if not any((root / STAGES).iterdir()):
             (root / STAGES).rmdir()
         return begun[-1].rpartition("/")[2].partition("-")[2]
     finally:
@@ -168,8 +175,12 @@ def _drift(then: Path, now: Path, task: str) -> float | None:
 
 def _answers(part: Path, task: str) -> Iterator[str]:
     file = predictions_file(part, task)
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
-        yield json.loads(line)["generated"]
+    try:
+        for line in file.read_text(encoding="utf-8").split("\n") if file.is_file() else ():
+            if line:
+                yield json.loads(line)["generated"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file}: torn or changed ({error}). Bring it back from a backup.") from error
 
 
 def _size(folder: Path) -> int:
