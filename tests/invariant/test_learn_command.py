@@ -303,7 +303,7 @@ def test_other_rows_under_a_known_name_are_refused(there: Path) -> None:
         (["--lora"], "has --lora None, not True"),
         (["model.hidden=16"], "model can't be changed once the first task has begun"),
         (["strategy.strength=1", "seed=3"], "seed, strategy can't be changed"),
-        (["template.strip=both"], "template.strip"),
+        (["template.strip=both"], "template can't be changed"),
         (["replay.ratio=0.5"], "replay can't be changed"),
         (["training.epoch=3"], "Did you mean 'epochs'?"),
         (["nonsense"], "expected key=value"),
@@ -447,7 +447,7 @@ def test_export_answers_as_the_learner_does_without_holdfast(there: Path) -> Non
 
 def test_model_is_found_again_from_another_folder(there: Path) -> None:
     save_model(*load_model(ModelOptions(toy=True, hidden=16, layers=1), 5, toy_tokenizer), there / "base")
-    lora = ("learn", "may.jsonl", "--skills", "lora", "--model", "base", *SHORT)
+    lora = ("learn", "may.jsonl", "--skills", "lora", "--model", "base", "--strategy", "sequential", *SHORT)
     assert holdfast(*lora, cwd=there).code == 0
     (there / "deep").mkdir()
     ended = holdfast("learn", "../june.jsonl", "--skills", "../lora", cwd=there / "deep")

@@ -244,7 +244,7 @@ class Learner:
             load_weights(self.model, last / "model")
         except (RuntimeError, ValueError, KeyError) as error:
             raise ModelError(
-                f"{last / 'model'}: these weights don't fit this model ({str(error):.300}). Give "
+                f"{last / 'model'}: these weights don't fit this model ({error!s:.300}). Give "
                 "the model that the learner began with, or leave it to holdfast.Learner.load."
             ) from error
         file = last / "strategy.safetensors"

@@ -71,17 +71,17 @@ class Learning:
 
     @cached_property
     def dataset(self) -> Any:
-        """`rows` as a `datasets.Dataset` that TRL takes as tokenised: ``input_ids``, ``completion_mask``."""
+        """`rows` as a `datasets.Dataset` that TRL takes as tokenised: ``input_ids``, ``labels``."""
         from datasets import Dataset
 
         if is_encoder_decoder(self.learner.model):
             raise ConfigError(
                 "dataset: TRL trains causal models only; use stage.trainer(Seq2SeqTrainer, ...)."
             )
-        columns = [
+        columns = [  # TRL would train on the prompts too where it is only given a completion_mask
             {
                 "input_ids": row.prompt_ids + row.completion_ids,
-                "completion_mask": [0] * len(row.prompt_ids) + [1] * len(row.completion_ids),
+                "labels": [-100] * len(row.prompt_ids) + row.completion_ids,
             }
             for row in self.rows
         ]
