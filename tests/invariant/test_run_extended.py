@@ -124,7 +124,7 @@ def test_order_that_does_not_begin_with_the_one_there_is_refused_and_nothing_wri
 
 def test_longer_order_with_another_difference_is_refused_for_that(begun: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(begun, tmp_path / "run")
-    with pytest.raises(RunDirectoryError, match=r"different: strategy\.name"):
+    with pytest.raises(RunDirectoryError, match=r"different: strategy\."):
         run(config_of(folder, LONG, "freeze"))
 
 

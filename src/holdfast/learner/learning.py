@@ -17,7 +17,7 @@ from holdfast.models import is_encoder_decoder
 from holdfast.strategies import Stage
 from holdfast.tasks.encode import Encoded
 from holdfast.tasks.task import Example
-from holdfast.training.bridge import bridged
+from holdfast.training.bridge import bridged, is_trl
 from holdfast.training.loop import Collator, Rows, train
 from holdfast.training.steps import Steps, TrainingRecord
 from holdfast.training.verbs import Batch
@@ -157,9 +157,9 @@ class Learning:
         self._steps.append(steps)
         return trainer
 
-    def _data(self, cls: type) -> dict[str, Any]:
+    def _data(self, cls: Any) -> dict[str, Any]:
         """What a trainer needs to train on `rows`."""
-        if any(base.__module__.startswith("trl.") for base in cls.__mro__):
+        if is_trl(cls):
             return {"train_dataset": self.dataset}
         return {"train_dataset": self.numbered, "data_collator": self.collate}
 
