@@ -121,22 +121,24 @@ def learn_command(
         Metric | None, typer.Option(help="how answers are scored; by default their length decides")
     ] = None,
     strategy: Annotated[
-        str | None, typer.Option(help="how old skills are kept (holdfast list strategies)")
+        str | None,
+        typer.Option(help="how old skills are kept (holdfast list strategies); default: attribution"),
     ] = None,
     lora: Annotated[bool, typer.Option("--lora", help="train low-rank adapters, not the weights")] = False,
 ) -> None:
     """Teach a model one more thing, on top of what a folder of skills holds; no config is needed.
 
-    The first call makes the folder, later ones go on from it, in another process, weeks later. What was
-    learned before is held while the new data are learned. Killed at any moment, the same command continues.
+    The first call makes the folder; later ones go on from it, weeks later.
+    What was learned before is held while the new data are learned.
+    Killed at any moment, the same command continues.
 
     Examples:
 
-      holdfast learn may.jsonl --skills skills --model HuggingFaceTB/SmolLM2-135M-Instruct --lora
+      holdfast learn may.jsonl --skills skills --model my-model --lora
 
       holdfast learn june.jsonl --skills skills
 
-      holdfast learn july.jsonl --skills skills --test july-test.jsonl training.epochs=2
+      holdfast learn july.jsonl --skills skills --test july-test.jsonl
 
     Then `holdfast skills skills` shows what is kept.
     """

@@ -17,6 +17,7 @@ from holdfast.storage import is_disk_error
 PARTIAL = ".partial"
 MANIFEST = "manifest.json"
 LOCK = "run.lock"
+GONE = ".gone"
 
 
 class Folder:
@@ -59,7 +60,7 @@ class Folder:
         """The committed parts in a sub-folder, in the order of their names."""
         folder = self.path / within
         found = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
-        return [f"{within}/{name}" for name in found if not name.startswith(".") and PARTIAL not in name]
+        return [f"{within}/{name}" for name in found if name[0] != "." and not name.endswith(PARTIAL)]
 
     def partial(self, within: str) -> list[str]:
         """The parts there that were begun and not committed, without their ending."""
@@ -95,10 +96,14 @@ class Folder:
         """Take a part away as a whole, committed or not: a kill leaves it as it was, or gone."""
         path = self.path / part
         path = path if path.exists() else path.with_name(path.name + PARTIAL)
-        gone = path.with_name(f".{path.name}.gone")
-        shutil.rmtree(gone, ignore_errors=True)
-        os.rename(path, gone)
-        shutil.rmtree(gone)
+        self._sweep(path.parent)
+        os.rename(path, path.with_name(f".{path.name}{GONE}"))
+        self._sweep(path.parent)
+
+    def _sweep(self, folder: Path) -> None:
+        """Delete what was taken away, now or before a kill."""
+        for gone in folder.glob(f".*{GONE}"):
+            shutil.rmtree(gone)
 
     @contextmanager
     def part(self, name: str) -> Iterator[Path]:
@@ -114,6 +119,7 @@ class Folder:
         partial = self.path / (name + PARTIAL)
         try:
             partial.mkdir(parents=True, exist_ok=True)
+            self._sweep(partial.parent)
             yield partial
             shutil.rmtree(partial / "checkpoints", ignore_errors=True)
             for file in list(partial.rglob(".*.tmp")):
@@ -161,7 +167,7 @@ def lock(path: Path, what: str) -> IO[str]:
         file.close()
         raise RunDirectoryError(
             f"{path.parent}: another {what} is working here (process {owner}). Wait for it, stop it, or give "
-            "this one a directory of its own with output=DIR."
+            f"this one a folder of its own{'' if what == 'learner' else ' with output=DIR'}."
         ) from None
     file.truncate(0)
     file.write(str(os.getpid()))

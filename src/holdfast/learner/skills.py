@@ -11,7 +11,7 @@ from holdfast.evaluation.metrics import summarise
 from holdfast.evaluation.predictions import read_predictions
 from holdfast.folder import Folder
 from holdfast.learner.config import CONFIG, STAGES, recorded_config
-from holdfast.learner.known import read_about
+from holdfast.learner.known import ABOUT, read_about
 from holdfast.records import StageMetrics
 
 
@@ -128,7 +128,8 @@ def read_skills(path: str | Path) -> Skills:
 def undo(path: str | Path) -> str:
     """Take the last task back: one that was begun and not finished, or else the last one learned.
 
-    The folder is then as it was before that task, bit for bit.
+    The folder is then as it was before that task, bit for bit; without the first task there is only its
+    configuration in it, which another may take the place of.
 
     Returns
     -------
@@ -138,7 +139,8 @@ def undo(path: str | Path) -> str:
     Raises
     ------
     RunDirectoryError
-        There is no learner in the folder, another process works in it, or nothing was learned.
+        There is no learner in the folder, another process works in it, nothing was learned, or the last
+        task is one of a run, whose configuration says what is in it.
     """
     root = Path(path).expanduser()
     if not (root / CONFIG).is_file():
@@ -149,8 +151,13 @@ def undo(path: str | Path) -> str:
         begun = folder.partial(STAGES) or folder.parts(STAGES)[-1:]
         if not begun:
             raise RunDirectoryError(f"{root}: nothing was learned here, so there is nothing to take back.")
+        if (root / "metrics.json").exists() and not (root / begun[-1] / ABOUT).exists():
+            raise RunDirectoryError(
+                f"{root}: the last task is one of a run, which is what its configuration says. Take tasks "
+                "out of tasks.order and run that in a directory of its own."
+            )
         folder.remove(begun[-1])
-        if not folder.parts(STAGES) and not folder.partial(STAGES):
+        if not any((root / STAGES).iterdir()):
             (root / STAGES).rmdir()
         return begun[-1].rpartition("/")[2].partition("-")[2]
     finally:
