@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import Seq2SeqTrainingArguments, TrainingArguments
+from transformers import Seq2SeqTrainingArguments, TrainerCallback, TrainingArguments
 
 from holdfast.errors import ConfigError
+from holdfast.hold import tell_total_rate
 from holdfast.hold.cost import trained_numbers
 from holdfast.models import accepts, is_encoder_decoder
 from holdfast.progress import Progress, no_library_bars
@@ -130,7 +131,7 @@ def train(
             if options.trainer != "sft"
             else lambda items: batch_of(_from_dataset(items)),
             processing_class=tokenizer,
-            callbacks=[steps],
+            callbacks=[_Schedule(), steps],
         )
         trainer.interventions = steps.interventions
         trainer.bad_batch = folder.parent / "bad_batch.safetensors"
@@ -175,6 +176,13 @@ def _history(entries: list[dict[str, Any]]) -> tuple[list[list[float]], list[lis
         [[entry["step"], entry["loss"]] for entry in logs],
         [[entry["step"], entry.get("learning_rate", 0.0)] for entry in logs],
     )
+
+
+class _Schedule(TrainerCallback):
+    """Tells the optimizer the sum of its learning rates, by which a whole pull becomes a pull a step."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        tell_total_rate(kwargs["optimizer"], kwargs.get("lr_scheduler"), state.max_steps)
 
 
 class _Rows(torch.utils.data.Dataset):

@@ -58,7 +58,8 @@ class Kif(Strategy):
         """Keep units apart (eq. 5)."""
         handles = [Handle([self.sensitivity.remove])]
         if self.options.orthogonality > 0:
-            handles.append(Orthogonality(self.parameters, self.options.orthogonality).attach(optimizer))
+            apart = Orthogonality(self.parameters, self.options.orthogonality)
+            handles.append(apart.attach(model, optimizer))
         return handles
 
     def watch(self, model: nn.Module, batch: Mapping[str, Any]) -> None:

@@ -59,7 +59,7 @@ class IncLora(Strategy):
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
         """Freeze the earlier ones."""
-        return [self.grown.attach(optimizer)]
+        return [self.grown.attach(model, optimizer)]
 
     def end(self, context: Context, stage: Stage) -> None:
         """Record the rank."""

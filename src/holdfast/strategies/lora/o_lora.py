@@ -79,7 +79,7 @@ class OLora(Strategy):
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
         """Freeze the earlier ones."""
-        return [self.grown.attach(optimizer)]
+        return [self.grown.attach(model, optimizer)]
 
     def penalty(self, model: nn.Module, batch: Mapping[str, Any], outputs: Any) -> Tensor | None:
         """Both terms; of the overlap there is nothing in the first task."""

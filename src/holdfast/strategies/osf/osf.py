@@ -87,7 +87,7 @@ class Osf(Strategy):
         """With `on: update`, project the factors after each step."""
         if self.decomposed is None or self.options.on == "gradient":
             return ()
-        return [self.decomposed.attach(optimizer)]
+        return [self.decomposed.attach(model, optimizer)]
 
     def stage_state_dict(self) -> Mapping[str, Tensor]:
         """What is fixed while the stage is trained."""
