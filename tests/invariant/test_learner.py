@@ -22,7 +22,6 @@ from holdfast.runner import RunConfig, run
 from holdfast.strategies import STRATEGIES, build_strategy
 from holdfast.tasks import build_stream, toy_tokenizer
 from holdfast.tasks.task import Example
-from holdfast.training.schedule import total_rate
 from holdfast.training.verbs import model_inputs
 from learning_data import near, rows_of, same, weights_in
 from strategy_runs import options_of
@@ -113,7 +112,7 @@ def bare(orders: Sequence[list[int]]) -> Loop:
         model = stage.learner.model
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
         scheduler = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=len(batches))
-        stage.attach(optimizer, total_rate(scheduler, len(batches)))
+        stage.attach(optimizer, scheduler, len(batches))
         model.train()
         for batch in DataLoader(stage.numbered, batch_sampler=batches, collate_fn=stage.collate):
             stage.watch(batch)

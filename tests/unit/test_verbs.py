@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from contexts import TOKENIZER, verbs
+from holdfast.hold import tell_total_rate
+from holdfast.hold.schedule import TOTAL
 from holdfast.models import tiny_llama
 from holdfast.tasks import Encoder, Template
 from holdfast.tasks.task import Example
 from holdfast.tasks.toy import toy_suite
 from holdfast.training.loop import train
 from holdfast.training.options import TrainingOptions
-from holdfast.training.schedule import total_rate
 from holdfast.training.verbs import ROWS, Verbs, has, model_inputs
 
 EXAMPLES = list(toy_suite(["copy"], 20, 1).tasks[0].train)
@@ -90,8 +91,8 @@ def test_verbs_come_in_their_order_and_the_model_never_sees_row_numbers(tmp_path
         called.append("loss")
         return loss
 
-    def attach(model: nn.Module, optimizer: Any, rate: float | None = None) -> list[Any]:
-        called.append(f"attach {rate:.3f}")
+    def attach(model: nn.Module, optimizer: Any) -> list[Any]:
+        called.append("attach")
         forward = model.forward
         model.forward = lambda **inputs: [called.append(f"forward {ROWS in inputs}"), forward(**inputs)][1]
         return []
@@ -104,7 +105,7 @@ def test_verbs_come_in_their_order_and_the_model_never_sees_row_numbers(tmp_path
     )
     trained(tmp_path, method, max_steps=2, gradient_accumulation=2, scheduler="constant", batch_size=4)
     micro = ["watch", "forward False", "loss"]
-    assert called == ["attach 0.200", *micro, *micro, "observe 1 1.0", *micro, *micro, "observe 2 1.0"]
+    assert called == ["attach", *micro, *micro, "observe 1 1.0", *micro, *micro, "observe 2 1.0"]
 
 
 def test_what_is_not_overridden_is_not_there_and_costs_nothing(tmp_path: Path, monkeypatch: Any) -> None:
@@ -167,18 +168,23 @@ def test_total_rate_is_the_sum_of_the_rates_that_are_stepped_through(
 
     (optimizer, scheduler), total = stepped(name, 17, warmup, rates)
     assert total > 0.3
-    assert total_rate(scheduler, 17) == pytest.approx(total, rel=1e-12)
-    _, wrapped = Accelerator(cpu=True).prepare(optimizer, scheduler)
+    assert total_rate(optimizer, scheduler, 17) == pytest.approx(total, rel=1e-12)
+    wrapped_optimizer, wrapped = Accelerator(cpu=True).prepare(optimizer, scheduler)
     assert type(wrapped) is not type(scheduler)
-    assert total_rate(wrapped, 17) == pytest.approx(total, rel=1e-12)
+    assert total_rate(wrapped_optimizer, wrapped, 17) == pytest.approx(total, rel=1e-12)
+
+
+def total_rate(optimizer: Any, scheduler: Any, steps: int) -> float:
+    """The largest of the groups' sums, as told."""
+    tell_total_rate(optimizer, scheduler, steps)
+    return max(group[TOTAL] for group in optimizer.param_groups)
 
 
 def test_total_rate_is_unknown_where_the_schedule_does_not_tell() -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
-    assert total_rate(None, 5) is None
-    assert total_rate(torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer), 5) is None
-    (_, scheduler), _ = stepped("linear", 5, 0)
-    assert total_rate(scheduler, 0) is None
+    tell_total_rate(optimizer, torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer), 5)
+    assert TOTAL not in optimizer.param_groups[0]
+    assert total_rate(optimizer, None, 5) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(("scheduler", "expected"), [("constant", 0.6), ("linear", 0.35)])
@@ -186,8 +192,8 @@ def test_training_tells_its_total_rate_before_the_first_step(
     scheduler: str, expected: float, tmp_path: Path
 ) -> None:
     """Six steps at 0.1, or at 0.1 (6 + 5 + 4 + 3 + 2 + 1) / 6."""
-    told: list[float | None] = []
-    method = verbs(attach=lambda model, optimizer, rate=None: told.append(rate) or ())
+    told: list[float] = []
+    method = verbs(attach=lambda model, optimizer: told.append(optimizer.param_groups[0][TOTAL]) or ())
     trained(tmp_path, method, scheduler=scheduler)
     assert told == [pytest.approx(expected)]
 

@@ -110,7 +110,8 @@ class Pass:
         self, rows: Sequence[Encoded], leaves: list[Tensor], room: int | None, choose: bool
     ) -> list[int]:
         job, device = self.job, next(self.model.parameters()).device
-        batch = make_batch(self.model, rows, job.pad_id, device, job.side)
+        apart = self.maps.by_token
+        batch = make_batch(self.model, rows, job.pad_id, device, job.side, apart=apart)
         trace = Trace(
             job.rules,
             0.5 if job.halves == "path" else 1.0,
@@ -118,7 +119,7 @@ class Pass:
             Ledger() if self.check else None,
             self.modules,
         )
-        self.maps.begin_batch(len(rows), batch.lengths)
+        self.maps.begin_batch(len(rows), batch.lengths, batch.real)
         logits_STV = self._forward(batch, trace)
         right_S = torch.ones(len(rows), dtype=torch.bool, device=device)
         if job.correct_only and choose:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from holdfast.errors import ConfigError
-from holdfast.hold import Handle
+from holdfast.hold import Handle, tell_total_rate
 from holdfast.hold.cost import trained_numbers
 from holdfast.models import is_encoder_decoder
 from holdfast.strategies import Stage
@@ -163,16 +163,20 @@ class Learning:
             return {"train_dataset": self.dataset}
         return {"train_dataset": self.numbered, "data_collator": self.collate}
 
-    def attach(self, optimizer: Optimizer, total_rate: float | None = None) -> None:
+    def attach(self, optimizer: Optimizer, scheduler: Any = None, steps: int | None = None) -> None:
         """Put the strategy's holds on the optimizer of a loop of your own, once, before its first step.
 
         Parameters
         ----------
-        total_rate : float, optional
-            The sum of the learning rate over all steps that will be made, for holds that are given as a
-            whole pull (`holdfast.training.schedule.total_rate` takes it from a scheduler).
+        scheduler : LRScheduler, optional
+            Of its learning rate; none where that stays as it is.
+        steps : int, optional
+            How many the optimizer will make in this task: a hold that is given as its whole pull over a task
+            (the default of `attribution`) must know.
         """
-        self._handles += self.learner.strategy.attach(self.learner.model, optimizer, total_rate)
+        if steps is not None:
+            tell_total_rate(optimizer, scheduler, steps)
+        self._handles += self.learner.strategy.attach(self.learner.model, optimizer)
         self.trained = True
 
     def watch(self, batch: Batch) -> None:

@@ -74,9 +74,7 @@ class Ewc(Strategy):
         pairs = zip(self.fishers, anchors, strict=True)
         self._penalties = [Penalty(f, strength=self.options.strength, reference=a) for f, a in pairs]
 
-    def attach(
-        self, model: nn.Module, optimizer: Optimizer, total_rate: float | None = None
-    ) -> Sequence[Handle]:
+    def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
         """Add the penalties' gradients once per optimizer step."""
         return [penalty.attach(model, optimizer) for penalty in self._penalties]
 

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from holdfast.adapters import grow, lora_factors, rank_of
 from holdfast.hold.attach import Handle, hook, unwrap
 from holdfast.hold.cost import Cost, trained_bytes
+from holdfast.hold.mask import Mask
 from holdfast.records import AdapterRanks
 
 
@@ -24,7 +25,8 @@ class Grown:
     optimizers that treat each entry by itself (SGD, AdamW); Adafactor's clipping of its update averages over
     the frozen ranks too, so it clips less.
 
-    Memory: a copy of the frozen ranks. Their gradients are computed, and the optimizer keeps states for them.
+    Memory: a copy of the factors. The frozen ranks' gradients are computed, and the optimizer keeps
+    states for them.
 
     Parameters
     ----------
@@ -66,24 +68,27 @@ class Grown:
         """Each layer's new columns of B, (output, new); differentiable."""
         return [b[:, self.frozen :] for _, b in self.factors]
 
-    def attach(self, optimizer: Optimizer) -> Handle:
+    def attach(self, model: nn.Module, optimizer: Optimizer) -> Handle:
         """Hold the frozen ranks until the handle is removed; with none it does nothing."""
         if not self.frozen:
             return Handle()
-        kept = [part.clone() for part in (*self.old_a(), *self.old_b())]
+        factors = [factor for pair in self.factors for factor in pair]
+        frozen = torch.arange(self.rank) < self.frozen
+        held = [
+            ranks.to(factor.device)
+            for pair in self.factors
+            for factor, ranks in zip(pair, (frozen[:, None], frozen[None, :]), strict=True)
+        ]
+        mask, kept = Mask(held), [factor.detach().clone() for factor in factors]
 
-        def restore() -> None:
-            torch._foreach_copy_([*self.old_a(), *self.old_b()], kept)
-
-        def mask(gradient: Tensor, dim: int) -> Tensor:
+        def reduced(gradient: Tensor, held: Tensor) -> Tensor:
             gradient = gradient.clone()
-            gradient.narrow(dim, 0, self.frozen).zero_()
+            Mask([held]).reduce_([gradient])
             return gradient
 
-        handle = hook(unwrap(optimizer), after=restore)
-        for a, b in self.factors:
-            handle.removers.append(a.register_hook(partial(mask, dim=0)).remove)
-            handle.removers.append(b.register_hook(partial(mask, dim=1)).remove)
+        handle = hook(unwrap(optimizer), after=lambda: mask.blend_(factors, kept))
+        for factor, ranks in zip(factors, held, strict=True):
+            handle.removers.append(factor.register_hook(partial(reduced, held=ranks)).remove)
         return handle
 
     def summary(self, overlap: float | None = None) -> AdapterRanks:

@@ -55,11 +55,9 @@ class IncLora(Strategy):
         """Append the task's LoRA."""
         self.grown = Grown.for_task(context.model, stage.index, context.seed)
 
-    def attach(
-        self, model: nn.Module, optimizer: Optimizer, total_rate: float | None = None
-    ) -> Sequence[Handle]:
+    def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
         """Freeze the earlier ones."""
-        return [self.grown.attach(optimizer)]
+        return [self.grown.attach(model, optimizer)]
 
     def end(self, context: Context, stage: Stage) -> None:
         """Record the rank."""

@@ -75,11 +75,9 @@ class OLora(Strategy):
         """Append the task's LoRA."""
         self.grown = Grown.for_task(context.model, stage.index, context.seed)
 
-    def attach(
-        self, model: nn.Module, optimizer: Optimizer, total_rate: float | None = None
-    ) -> Sequence[Handle]:
+    def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
         """Freeze the earlier ones."""
-        return [self.grown.attach(optimizer)]
+        return [self.grown.attach(model, optimizer)]
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any], outputs: Any, loss: Tensor) -> Tensor:
         """Both terms; of the overlap there is nothing in the first task."""

@@ -78,9 +78,7 @@ class FisherMask(Strategy):
                 found[name] = linear.spread(held, value).expand_as(value).clone() if whole else held
         return found
 
-    def attach(
-        self, model: nn.Module, optimizer: Optimizer, total_rate: float | None = None
-    ) -> Sequence[Handle]:
+    def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
         """Hold from the first step on."""
         return [self._gate.attach(model, optimizer)]
 
