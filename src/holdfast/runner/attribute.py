@@ -12,6 +12,7 @@ from holdfast.config import Options, override, validate
 from holdfast.errors import ConfigError, DataError
 from holdfast.evaluation.evaluate import EvaluationOptions
 from holdfast.importance import ImportanceOptions, ImportancePrior, compute_prior
+from holdfast.importance.registry import REGISTRY
 from holdfast.models import ModelOptions, is_encoder_decoder, load_model
 from holdfast.progress import Progress
 from holdfast.quantities import count, number, short
@@ -67,6 +68,11 @@ def attribute_to_folder(
         "model": {"path": model, "dtype": dtype, "trainable": "all"},
     }
     config = validate(AttributeConfig, override(values, qualified), source="holdfast attribute")
+    if faithfulness and REGISTRY[config.importance.name].kind != "weights":
+        raise ConfigError(
+            f"--test-faithfulness zeroes the weights that a prior calls important, and '{importance}' rates "
+            "directions of inputs. Leave it out, or choose an importance by weight such as lrp."
+        )
     task = load_task(data)
     if faithfulness and not task.test:
         raise DataError(f"{data}: --test-faithfulness needs test rows: put a test.jsonl beside train.jsonl.")
@@ -86,7 +92,8 @@ def attribute_to_folder(
             partial=partial,
         )
     prior.save(out)
-    progress.say(f"Prior: {out} ({len(prior)} tensors, {count(prior.elements)} weights)")
+    what = f"{count(prior.elements)} weights" if prior.kind == "weights" else "one matrix a linear map's inputs"
+    progress.say(f"Prior: {out} ({len(prior)} tensors, {what})")
     if faithfulness:
         with progress.bar("faithfulness", total=1) as bar:
             result = faithfulness_in_folder(
