@@ -197,9 +197,7 @@ def run_config(name: str, output: Path) -> RunConfig:
     return validate(RunConfig, values, source="test")
 
 
-@pytest.mark.parametrize(
-    "name", mostly_slow(sorted(STRATEGIES), "ewc", "kif-m", "l2p", "multitask", "o-lora")
-)
+@pytest.mark.parametrize("name", mostly_slow(sorted(STRATEGIES), "ewc", "l2p", "multitask", "o-lora"))
 def test_strategy_learns_an_unknown_stream_in_pieces_as_the_runner_learns_a_known_one(
     name: str, tmp_path: Path
 ) -> None:
@@ -449,7 +447,7 @@ def test_learner_without_a_folder_leaves_nothing_on_the_disk() -> None:
 def test_export_is_a_plain_folder_that_answers_as_the_learner_or_is_refused(
     name: str, tmp_path: Path
 ) -> None:
-    """A strategy that can't be had from a plain folder says so."""
+    """As it answers the newest task, where it is told tasks apart. What no plain folder can hold is refused."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -463,7 +461,7 @@ def test_export_is_a_plain_folder_that_answers_as_the_learner_or_is_refused(
     ids = tokenizer("may abcd: ", return_tensors="pt").input_ids
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with torch.no_grad():
-        expected = learner.route("may")(**inputs).logits[0, -1]
+        expected = learner.route(learner.learned[-1])(**inputs).logits[0, -1]
     try:
         folder = learner.export(tmp_path / "plain")
     except ConfigError as error:
