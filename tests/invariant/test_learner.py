@@ -447,7 +447,7 @@ def test_learner_without_a_folder_leaves_nothing_on_the_disk() -> None:
 def test_export_is_a_plain_folder_that_answers_as_the_learner_or_is_refused(
     name: str, tmp_path: Path
 ) -> None:
-    """As it answers the newest task, where it is told tasks apart. What no plain folder can hold is refused."""
+    """As it answers the newest task. What no plain folder can hold is refused by name."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
