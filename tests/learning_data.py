@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -17,6 +19,11 @@ SHORT = (
     "training.checkpoint_steps=2",
     "training.log_steps=2",
 )
+
+
+def mostly_slow(values: Iterable[Any], *quick: Any) -> list[Any]:
+    """Parameters of which only these are tried in the ordinary suite."""
+    return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def rows_of(name: str, count: int = 40) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,7 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from holdfast.cli import app
 from holdfast.learner import Learner
 from holdfast.models import ModelOptions, load_model, save_model
 from holdfast.tasks import toy_tokenizer
@@ -48,6 +51,13 @@ def data(tmp_path: Path) -> Path:
     """Only the data."""
     data_sets(tmp_path, "may", "june", "july")
     return tmp_path
+
+
+def in_this_process(*arguments: str, cwd: Path) -> Ended:
+    """Where nothing is trained a process of its own would show no more."""
+    with contextlib.chdir(cwd):
+        result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "80"})
+    return Ended(result.exit_code, result.stdout, result.stderr)
 
 
 def refused(ended: Ended, *texts: str) -> None:
@@ -130,6 +140,7 @@ def test_ctrl_c_saves_and_says_how_to_continue(made: Path, data: Path) -> None:
     assert list((data / "s" / "tasks").glob("01-may.partial/checkpoints/*/seal.json"))
 
 
+@pytest.mark.slow
 def test_an_attempt_with_other_rows_under_the_same_name_starts_over(made: Path, data: Path) -> None:
     rows = rows_of("may")
     write_rows(data / "may.jsonl", rows[:20])
@@ -168,6 +179,7 @@ def test_undo_gives_the_folder_as_it_was_bit_for_bit(there: Path) -> None:
     assert bytes_in(there / "s") == before
 
 
+@pytest.mark.slow
 def test_undo_that_is_killed_leaves_the_task_or_takes_it_and_no_litter(there: Path) -> None:
     ended = holdfast("skills", "s", "--undo", cwd=there, die=("shutil.rmtree", 1))
     assert ended.code == -signal.SIGKILL
@@ -205,7 +217,7 @@ def test_torn_file_of_an_earlier_task_is_named(file: str, there: Path) -> None:
     torn = there / "s" / "tasks" / "01-may" / file
     torn.write_bytes(torn.read_bytes()[:-9])
     if file != "test.jsonl":  # which the overview doesn't read
-        refused(holdfast("skills", "s", cwd=there), str(Path("s/tasks/01-may") / file))
+        refused(in_this_process("skills", "s", cwd=there), str(Path("s/tasks/01-may") / file))
     if file != "predictions/may.jsonl":
         refused(
             holdfast("learn", "july.jsonl", "--skills", "s", cwd=there), "01-may: its files can't be read"
@@ -316,7 +328,7 @@ def test_what_does_not_fit_the_folder_is_refused_and_nothing_written(
     more: list[str], told: str, made: Path
 ) -> None:
     before = bytes_in(made / "s")
-    refused(holdfast("learn", "july.jsonl", "--skills", "s", *more, cwd=made), told)
+    refused(in_this_process("learn", "july.jsonl", "--skills", "s", *more, cwd=made), told)
     assert bytes_in(made / "s") == before
 
 
@@ -357,12 +369,13 @@ def test_folder_that_is_something_else_is_refused_and_untouched(data: Path) -> N
 )
 def test_unusable_data_is_told_before_a_folder_is_made(text: str, told: str, data: Path) -> None:
     (data / "may.jsonl").write_text(text)
-    refused(holdfast(*MAY, cwd=data), told)
+    refused(in_this_process(*MAY, cwd=data), told)
     assert not (data / "s").exists()
-    refused(holdfast(*[a if a != "may.jsonl" else "no.jsonl" for a in MAY], cwd=data), "no 'no.jsonl'")
-    refused(holdfast(*JUNE, cwd=data), "Give --model")
+    refused(in_this_process(*[a if a != "may.jsonl" else "no.jsonl" for a in MAY], cwd=data), "no 'no.jsonl'")
+    refused(in_this_process(*JUNE, cwd=data), "Give --model")
 
 
+@pytest.mark.slow
 def test_too_few_rows_to_keep_any_aside_are_learned_all(data: Path) -> None:
     write_rows(data / "may.jsonl", rows_of("may", 3))
     ended = holdfast(*MAY, cwd=data)
@@ -372,6 +385,7 @@ def test_too_few_rows_to_keep_any_aside_are_learned_all(data: Path) -> None:
     assert (skill["train_rows"], skill["then"], skill["now"], skill["drift"]) == (3, None, None, None)
 
 
+@pytest.mark.slow
 def test_metric_is_by_the_answers_length_or_as_asked(data: Path) -> None:
     long = [{**row, "completion": "a b c d e f g h " + row["completion"]} for row in rows_of("may")]
     write_rows(data / "may.jsonl", long)
@@ -381,6 +395,7 @@ def test_metric_is_by_the_answers_length_or_as_asked(data: Path) -> None:
     assert [skill["metric"] for skill in skills_of(data)] == ["rouge_l", "rouge_l", "exact_match"]
 
 
+@pytest.mark.slow
 def test_test_file_is_what_is_asked_and_all_rows_are_trained(data: Path) -> None:
     write_rows(data / "other.jsonl", rows_of("other", 7))
     assert holdfast(*MAY, "--test", "other.jsonl", cwd=data).code == 0
@@ -445,6 +460,7 @@ def test_export_answers_as_the_learner_does_without_holdfast(there: Path) -> Non
         assert torch.equal(ours, torch.tensor(answer, dtype=torch.float64))
 
 
+@pytest.mark.slow
 def test_model_is_found_again_from_another_folder(there: Path) -> None:
     save_model(*load_model(ModelOptions(toy=True, hidden=16, layers=1), 5, toy_tokenizer), there / "base")
     lora = ("learn", "may.jsonl", "--skills", "lora", "--model", "base", "--strategy", "sequential", *SHORT)

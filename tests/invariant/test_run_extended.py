@@ -56,8 +56,24 @@ def assert_same_run(a: Path, b: Path) -> None:
         assert not states[0].exists() or states[0].read_bytes() == states[1].read_bytes()
 
 
-@pytest.mark.parametrize("scope", ["all", "needed"])
-@pytest.mark.parametrize("strategy", ["sequential", "ewc", "kif-m", "l2p"])
+@pytest.mark.parametrize(
+    ("strategy", "scope"),
+    [
+        ("ewc", "needed"),
+        ("l2p", "all"),
+        *(
+            pytest.param(*pair, marks=pytest.mark.slow)
+            for pair in (
+                ("ewc", "all"),
+                ("l2p", "needed"),
+                ("kif-m", "all"),
+                ("kif-m", "needed"),
+                ("sequential", "all"),
+                ("sequential", "needed"),
+            )
+        ),
+    ],
+)
 def test_run_extended_task_by_task_equals_one_that_had_them_from_the_start(
     strategy: str, scope: str, tmp_path: Path
 ) -> None:
@@ -83,8 +99,8 @@ def test_run_that_never_asked_before_training_is_extended_too(tmp_path: Path) ->
     ("where", "call"),
     [
         ("holdfast.learner.learner.evaluate_encoded", 2),  # asking earlier models about the new task
-        ("holdfast.training.bridge.completion_loss", 3),  # learning it
-        ("os.rename", 2),
+        pytest.param("holdfast.training.bridge.completion_loss", 3, marks=pytest.mark.slow),  # learning it
+        pytest.param("os.rename", 2, marks=pytest.mark.slow),
     ],
 )
 def test_extension_that_is_killed_ends_the_same(
