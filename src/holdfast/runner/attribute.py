@@ -92,7 +92,9 @@ def attribute_to_folder(
             partial=partial,
         )
     prior.save(out)
-    what = f"{count(prior.elements)} weights" if prior.kind == "weights" else "one matrix a linear map's inputs"
+    what = (
+        f"{count(prior.elements)} weights" if prior.kind == "weights" else "one matrix a linear map's inputs"
+    )
     progress.say(f"Prior: {out} ({len(prior)} tensors, {what})")
     if faithfulness:
         with progress.bar("faithfulness", total=1) as bar:
