@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,9 @@ from holdfast.progress import no_library_bars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+_MATRIX = re.compile(r"weight|proj|kernel|^[a-z]\d$")  # what modules call matrices of their own
 
 
 class LoraOptions(Options):
@@ -60,9 +64,20 @@ class ModelOptions(Options):
         return self
 
 
+def unwrapped(model: Any) -> Any:
+    """The model inside torch.compile's and DistributedDataParallel's wrappers (PEFT's is kept)."""
+    while True:
+        if isinstance(model, torch.nn.parallel.DistributedDataParallel | torch.nn.DataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
+
+
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Whether the model reads the prompt with an encoder and writes the answer with a decoder."""
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    return bool(getattr(getattr(unwrapped(model), "config", None), "is_encoder_decoder", False))
 
 
 def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -75,7 +90,10 @@ def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def block_parameters(model: nn.Module, trainable_only: bool = True) -> dict[str, nn.Parameter]:
-    """Weights and biases of the linear maps inside the transformer blocks (W^(l) of A, section 4.1).
+    """Weights and biases of all that is a linear map inside the transformer blocks (W^(l) of A, section 4.1).
+
+    These are linear layers and convolutions, and parameters of two or more dimensions that a module holds
+    itself: the experts of a mixture (one tensor for all of them), their biases and their router.
 
     Parameters
     ----------
@@ -90,13 +108,35 @@ def block_parameters(model: nn.Module, trainable_only: bool = True) -> dict[str,
         Canonical name to parameter, in the model's order. Norms, embeddings and heads are not in it.
     """
     found: dict[str, nn.Parameter] = {}
-    for module_name, module in linear_modules(model):
-        if layer_of(module_name + ".") is None:
+    linear = {id(module) for _, module in linear_modules(model)}
+    for module_name, module in model.named_modules():
+        if layer_of(module_name + ".") is None or isinstance(module, nn.Embedding):
             continue
-        for leaf, parameter in module.named_parameters(recurse=False):
+        own = dict(module.named_parameters(recurse=False))
+        whole = id(module) in linear or isinstance(module, nn.Conv1d)
+        for leaf, parameter in own.items():
+            if not (whole or _is_matrix(leaf, parameter) or _is_bias(leaf, own)):
+                continue
             if parameter.requires_grad or not trainable_only:
                 found[canonical_name(f"{module_name}.{leaf}")] = parameter
     return found
+
+
+def _is_matrix(leaf: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter that a module holds itself has rows and columns.
+
+    Shape alone tells it of a stack of matrices; of two dimensions there are tables of other things too, such
+    as the decay rates of a state.
+    """
+    sizes = [size for size in parameter.shape if size > 1]
+    return len(sizes) > 1 and (parameter.dim() > 2 or _MATRIX.search(leaf) is not None)
+
+
+def _is_bias(leaf: str, own: dict[str, nn.Parameter]) -> bool:
+    """Whether a parameter is the bias of a matrix that the same module holds (a router's, an expert's)."""
+    stem = leaf.removesuffix("bias")
+    of = (stem.rstrip("_"), f"{stem}weight")
+    return stem != leaf and any(name in own and _is_matrix(name, own[name]) for name in of)
 
 
 def digest(model: nn.Module) -> str:

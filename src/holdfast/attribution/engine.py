@@ -13,7 +13,7 @@ from holdfast.attribution.options import AttributionOptions, AttributionReport
 from holdfast.attribution.partial import Partial
 from holdfast.attribution.passes import Job, Pass
 from holdfast.errors import DataError, ModelError
-from holdfast.models import block_parameters
+from holdfast.models import block_parameters, unwrapped
 from holdfast.tasks.encode import Encoded
 
 Progress = Callable[[int, int], None]
@@ -128,6 +128,7 @@ def _run(
     progress: Progress | None,
     partial: Partial | None,
 ) -> AttributionReport:
+    model = unwrapped(model)
     wanted = dict(block_parameters(model) if parameters is None else parameters)
     if not rows:
         raise DataError("attribution: there are no rows. Give at least one example with an answer.")
