@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 _MATRIX = re.compile(r"weight|proj|kernel|^[a-z]\d$")  # what modules call matrices of their own
 
 
+_SAMPLED = 64  # values of each parameter in its fingerprint
+
+
 class LoraOptions(Options):
     """Low-rank adapters, made by PEFT."""
 
@@ -150,6 +153,23 @@ def digest(model: nn.Module) -> str:
     return h.hexdigest()
 
 
+def fingerprints(model: nn.Module) -> dict[str, str]:
+    """Canonical name to eight hex digits of a few values of each parameter, the same in every float type.
+
+    Cheap, to tell one model from another; `digest` looks at every byte.
+    """
+    found = {}
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        places = torch.linspace(0, max(0, flat.numel() - 1), min(flat.numel(), _SAMPLED), dtype=torch.float64)
+        values = flat[places.long().to(flat.device)].to("cpu", torch.bfloat16).contiguous()
+        h = hashlib.sha256(repr(tuple(parameter.shape)).encode())
+        if values.numel():
+            h.update(values.view(torch.uint8).numpy().tobytes())
+        found[canonical_name(name)] = h.hexdigest()[:8]
+    return found
+
+
 def tiny_llama(
     tokenizer: PreTrainedTokenizerBase, seed: int = 0, hidden: int = 128, layers: int = 4, heads: int = 4
 ) -> PreTrainedModel:
@@ -234,11 +254,15 @@ def _load_pretrained(path: str, options: ModelOptions, seed: int) -> tuple[Any, 
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"model.path: '{path}' could not be loaded: {error}") from error
+    return model, _with_padding(tokenizer, path)
+
+
+def _with_padding(tokenizer: Any, path: Path | str) -> Any:
     if tokenizer.eos_token_id is None:
         raise ModelError(f"model.path: the tokenizer of '{path}' has no end-of-sequence token.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # the usual choice; padding is masked everywhere
-    return model, tokenizer
+    return tokenizer
 
 
 def _load_adapter(folder: Path, options: ModelOptions, seed: int) -> tuple[Any, Any]:
@@ -254,9 +278,60 @@ def _load_adapter(folder: Path, options: ModelOptions, seed: int) -> tuple[Any, 
             f"{ADAPTER}); write the base's folder or hub id there."
         )
     model, tokenizer = _load_pretrained(base, options, seed)
-    model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    tokenizer = _own_tokenizer(folder, tokenizer)
+    _resize_embeddings(model, folder, len(tokenizer))
+    try:
+        model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"model.path: the adapter in '{folder}' does not load on its base '{base}': {error}"
+        ) from error
     model.eval()
     return model, tokenizer
+
+
+def _own_tokenizer(folder: Path, of_base: Any) -> Any:
+    """The tokenizer that was saved beside an adapter, or the base's with the chat template that was."""
+    from transformers import AutoTokenizer
+
+    if (folder / "tokenizer_config.json").is_file():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"model.path: the tokenizer in '{folder}' could not be loaded: {error}") from error
+        return _with_padding(tokenizer, folder)
+    template = folder / "chat_template.jinja"
+    if template.is_file():
+        of_base.chat_template = template.read_text(encoding="utf-8")
+    return of_base
+
+
+def _resize_embeddings(model: Any, folder: Path, tokens: int) -> None:
+    """Give the base as many embeddings as the adapter was saved with.
+
+    Raises
+    ------
+    ModelError
+        The adapter's tokenizer has more tokens than there are embeddings, saved or in the base.
+    """
+    from safetensors import safe_open
+
+    rows = model.get_input_embeddings().weight.shape[0]
+    saved, file = rows, folder / "adapter_model.safetensors"
+    if file.is_file():
+        own = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  (no mapping)
+                if name.removeprefix("base_model.model.").startswith(f"{own}.") and name.endswith("weight"):
+                    saved = tensors.get_slice(name).get_shape()[0]
+    if saved != rows:
+        model.resize_token_embeddings(saved, mean_resizing=False)  # the adapter's rows replace all
+    if tokens > saved:
+        raise ModelError(
+            f"model.path: the tokenizer of '{folder}' has {tokens} tokens, but the base model has {saved} "
+            "embeddings and the adapter saved none of its own: the added tokens were never trained. Save the "
+            "adapter again with save_pretrained(..., save_embedding_layers=True)."
+        )
 
 
 def add_lora(model: Any, options: LoraOptions, seed: int = 0) -> Any:

@@ -12,11 +12,11 @@ Block = tuple[str, int]  # ("encoder" | "decoder" | "", index of the transformer
 def canonical_name(name: str) -> str:
     """The name a weight has in the bare model, whatever wraps it (PEFT, DDP, torch.compile).
 
-    LoRA factors lose the adapter's name: ``...q_proj.lora_A.default.weight`` becomes
-    ``...q_proj.lora_A.weight``.
+    Factors of PEFT's adapter ``default`` lose its name: ``...q_proj.lora_A.default.weight`` becomes
+    ``...q_proj.lora_A.weight``. Those of any other adapter keep theirs, so that two are told apart.
     """
     name = _WRAPPERS.sub("", name).replace("._orig_mod", "").replace(".base_layer", "")
-    return re.sub(r"\.(lora_[AB]|lora_embedding_[AB])\.[^.]+", r".\1", name)
+    return re.sub(r"\.(lora_[AB]|lora_embedding_[AB])\.default(?=\.|$)", r".\1", name)
 
 
 def layer_of(name: str) -> int | None:

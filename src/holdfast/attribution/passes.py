@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -238,11 +239,6 @@ class Pass:
                 f"{type(model).__name__}: its logits don't depend on its input embeddings as far as autograd "
                 "can tell; the model detaches something, or its forward runs without gradients."
             )
-        if not torch.isfinite(logits).all():
-            raise ModelError(
-                f"{type(model).__name__}: its logits are NaN or infinite on the first rows that attribution gives "
-                f"it ({logits.dtype}), so nothing can be attributed. Load it in float32, or fix the model."
-            )
         if logits.shape[:2] != batch.answer_ST.shape:
             raise ModelError(
                 f"{type(model).__name__}: logits have shape {tuple(logits.shape)}, expected "
@@ -261,6 +257,11 @@ class Pass:
         """Check the first batch that has a used sample, and record what the check found."""
         self.check = False
         ledger.target = relevance(logits, lam)
+        if not math.isfinite(ledger.target):
+            raise ModelError(
+                f"{type(self.model).__name__}: the logits of its first answers are NaN or infinite "
+                f"({logits.dtype}), so nothing can be attributed. Load it in float32, or look into the model."
+            )
         ledger.inputs = sum(relevance(x, g) for x, g in zip(self.leaves, lams, strict=True) if g is not None)
         share, scale = self.job.halves == "path", abs(ledger.target) or 1.0
         self.report.conservation_max_relative_error = ledger.leak(weights_share=share) / scale

@@ -17,7 +17,7 @@ from holdfast.config import Options, named, validate
 from holdfast.errors import ConfigError, DataError, ModelError
 from holdfast.importance.prior import ImportancePrior
 from holdfast.importance.registry import REGISTRY, Inputs, Progress
-from holdfast.models import block_parameters, digest
+from holdfast.models import block_parameters, digest, fingerprints, unwrapped
 from holdfast.tasks.encode import Encoded
 
 for _module in pkgutil.iter_modules(__path__):  # each file registers its own: there is no list to keep
@@ -78,7 +78,7 @@ def compute_prior(
     NoCorrectSampleError, ConservationError, UnruledOperationError
         From the attribution (`lrp` only).
     """
-    chosen = _options(options)
+    chosen, model = _options(options), unwrapped(model)
     if parameters is None:
         parameters = block_parameters(model)
     if not parameters:
@@ -112,6 +112,7 @@ def compute_prior(
             "seed": seed,
             "seconds": round(before + time.perf_counter() - start, 3),
             "model_digest": model_digest,
+            "weights": fingerprints(model),
         },
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.errors import DataError, PriorMismatchError
-from holdfast.models import block_parameters
+from holdfast.models import block_parameters, fingerprints
 from holdfast.names import canonical_name
 from holdfast.storage import atomic_write, json_text, save_tensors, sha256
 
@@ -23,13 +24,8 @@ _SHOWN = 5  # names listed in a message; a wrong model can differ in hundreds
 
 
 def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Canonical name to parameter, for all parameters; of two adapters' factors the trainable one wins."""
-    found: dict[str, nn.Parameter] = {}
-    for name, parameter in model.named_parameters():
-        key = canonical_name(name)
-        if key not in found or (parameter.requires_grad and not found[key].requires_grad):
-            found[key] = parameter
-    return found
+    """Canonical name to parameter, for all parameters."""
+    return {canonical_name(name): parameter for name, parameter in model.named_parameters()}
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -47,7 +43,8 @@ class ImportancePrior:
         Canonical parameter name to importance: float32, on the CPU, of the parameter's shape.
     meta : dict
         JSON-able record: ``importance``, ``options``, ``tasks``, ``samples_seen``, ``samples_used``,
-        ``seconds``, ``model_digest`` and, for `lrp`, ``conservation_max_relative_error``.
+        ``seconds``, ``model_digest``, ``weights`` (a fingerprint of each parameter) and, for `lrp`,
+        ``conservation_max_relative_error``.
     """
 
     tensors: dict[str, Tensor]
@@ -136,6 +133,8 @@ class ImportancePrior:
         Every name must be a parameter of the model with the same shape, and every trainable linear map in
         the model's blocks must have an importance.
 
+        Warns if its weights are others than those that the prior was made on: frozen ones, or all of them.
+
         Raises
         ------
         PriorMismatchError
@@ -145,6 +144,28 @@ class ImportancePrior:
         needed = set(block_parameters(model))
         expected = {name: s for name, s in all_shapes.items() if name in needed or name in self.tensors}
         _compare(self.tensors, expected, "the prior", f"the model ({type(model).__name__})")
+        self._check_values(model)
+
+    def _check_values(self, model: nn.Module) -> None:
+        made_on = self.meta.get("weights") or {}
+        now = fingerprints(model)
+        other = [name for name, value in made_on.items() if now.get(name, value) != value]
+        frozen = {name for name, p in parameters_by_name(model).items() if not p.requires_grad}
+        held_still = [name for name in other if name in frozen]
+        if not held_still and len(other) < len(made_on):
+            return  # trained weights have gone on since
+        if held_still:
+            what = f"{len(held_still)} of its frozen weights differ: {_some(held_still)}"
+        elif other:
+            what = "every weight differs"
+        else:
+            return
+        warnings.warn(
+            f"the prior was made on another model than this {type(model).__name__}, or on an earlier state of "
+            f"it: {what}. Its importance may say nothing about these weights; compute it again on this model "
+            "(`holdfast attribute`) unless you know that they are close.",
+            stacklevel=4,
+        )
 
     def save(self, folder: str | os.PathLike[str], dtype: Literal["float32", "bfloat16"] = "float32") -> Path:
         """Write ``prior.safetensors`` and ``prior.json``, atomically.
@@ -251,6 +272,8 @@ def _merged_meta(metas: Sequence[dict[str, Any]], how: str) -> dict[str, Any]:
         "tasks": [task for meta in metas for task in meta.get("tasks", [])],
         "model_digest": metas[-1].get("model_digest"),  # the latest model: the one that goes on training
     }
+    if "weights" in metas[-1]:
+        merged["weights"] = metas[-1]["weights"]
     options = [meta["options"] for meta in metas if "options" in meta]
     if options:
         merged["options"] = options[0] if all(o == options[0] for o in options) else options
