@@ -238,7 +238,7 @@ def _accepted(config_class: Any) -> set[str]:
 
 
 def family(name: str, dtype: torch.dtype = torch.float64) -> Any:
-    """A model of a family, in evaluation mode; norms and biases are random, so what they absorb is not zero."""
+    """A model of a family, in evaluation mode; norms and biases are random, so they absorb something."""
     config_class: Any = type(tf.AutoConfig.for_model(name))
     accepted, extra = _accepted(config_class), EXTRA[name]
     values = {
@@ -344,16 +344,16 @@ def measure(name: str) -> Measured:
 
 _HEAD = """# Model families
 
-What attribution makes of every family that `python tests/model_families.py` can build: tiny, random, in float64,
-no line of code about any of them.
+What attribution makes of every family that `python tests/model_families.py` can build: tiny, random, in
+float64, no line of code about any of them.
 
 * **LRP error**: what is lost of the relevance, |ΣR − Z| / |Z|, with the ½ of Lemma 4.1 on the path.
-* **Gradient error**: squared gradients of single samples against autograd's on each sample alone, relative to the
-  largest of the tensor, in float32.
-* **Rated**: the share of the weights inside the blocks that gets an importance. The rest are norms, decay rates
-  and the like.
-* **Reached**: the share of those that relevance reaches. An expert that no token chose has relevance 0, but it is
-  reached with its tensor.
+* **Gradient error**: squared gradients of single samples against autograd's on each sample alone, relative to
+  the largest of the tensor, in float32.
+* **Rated**: the share of the weights inside the blocks that gets an importance. The rest are norms, decay
+  rates and the like.
+* **Reached**: the share of those that relevance reaches in a text of a few tokens (an expert that is a module
+  of its own and was not chosen is not reached; a stack of experts is, as a whole).
 
 | family | LRP error | gradient error | rated | reached | |
 |---|---|---|---|---|---|

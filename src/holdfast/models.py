@@ -284,7 +284,8 @@ def _load_adapter(folder: Path, options: ModelOptions, seed: int) -> tuple[Any, 
         model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
-            f"model.path: the adapter in '{folder}' does not load on its base '{base}': {error}"
+            f"model.path: the adapter in '{folder}' does not load on its base '{base}': "
+            f"{' '.join(str(error).split()[:60])}"
         ) from error
     model.eval()
     return model, tokenizer
@@ -298,7 +299,9 @@ def _own_tokenizer(folder: Path, of_base: Any) -> Any:
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder))
         except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"model.path: the tokenizer in '{folder}' could not be loaded: {error}") from error
+            raise ModelError(
+                f"model.path: the tokenizer in '{folder}' could not be loaded: {error}"
+            ) from error
         return _with_padding(tokenizer, folder)
     template = folder / "chat_template.jinja"
     if template.is_file():

@@ -72,13 +72,19 @@ def test_experts_relevance_depends_on_no_batch(name: str) -> None:
 
 
 def test_one_expert_is_a_dense_layer() -> None:
-    """Routed by a constant 1, an expert has the relevance of Mistral's feed-forward layer with its weights."""
+    """Routed by a constant 1, it has the relevance of Mistral's feed-forward layer with its weights."""
     from transformers import MistralConfig, MistralForCausalLM, MixtralConfig, MixtralForCausalLM
 
     sizes = {
-        **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 1},
-        **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64},
-        **{"rms_norm_eps": 1e-6, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
     }
     sparse = MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=1, num_experts_per_tok=1))
     dense = MistralForCausalLM(MistralConfig(**sizes, sliding_window=None))
@@ -107,6 +113,56 @@ def test_an_expert_that_no_token_chose_has_no_relevance_and_the_kernel_is_put_ba
     assert 0 < used_E.sum() < 4 or used_E.all()
 
 
+def lora_on_experts(dtype: torch.dtype):
+    """Mixtral with factors on its experts and queries; B is not zero."""
+    import peft
+
+    config = peft.LoraConfig(
+        r=2,
+        target_modules=["q_proj"],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        task_type="CAUSAL_LM",
+    )
+    model = peft.get_peft_model(family("mixtral", dtype), config).eval()
+    torch.manual_seed(1)
+    for key, parameter in model.named_parameters():
+        if "lora_B" in key:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.to(dtype)
+
+
+def test_lora_on_experts_is_rated_by_gradients_and_by_relevance() -> None:
+    """Both factors of both stacks, under names of their own; relevance of A equals that of B, as R = A B x."""
+    model = lora_on_experts(torch.float64)
+    wanted = block_parameters(model)
+    assert len(wanted) == sum(p.requires_grad for p in model.parameters()) == 12
+    plain = Keep(per_weight=True)
+    report = per_sample_gradients(model, ROWS, fold=plain, pad_id=0)
+    assert (report.one_at_a_time, report.unreached) == ("", ())
+    assert report.alone_max_relative_error < 1e-9  # from autograd's
+    fold = Keep()
+    report = relevance(model, fold, halves="none")
+    assert report.conservation_max_relative_error < 1e-9
+    assert report.unreached == ()
+    for stem in ("experts", "experts.base_layer"):
+        a, b = (fold.maps[f"model.layers.0.mlp.{stem}.lora_{f}.weight"].sum((1, 2)) for f in "AB")
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-15)
+        assert a.abs().min() > 0
+
+
+def test_what_dora_detaches_is_a_constant() -> None:
+    """DoRA's magnitude is no linear map; what is detached of it is a constant."""
+    import peft
+
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(family("llama"), config).to(torch.float64).eval()
+    report = per_sample_gradients(model, ROWS, fold=AbsoluteMean(), pad_id=0)
+    assert report.unreached == ()
+    assert report.one_at_a_time == ""
+    assert report.alone_max_relative_error < 1e-9
+    assert relevance(model).conservation_max_relative_error < 1e-9
+
+
 def test_most_weights_of_a_mixture_are_its_experts_and_all_are_trained_with_the_blocks() -> None:
     model = family("mixtral")
     inside = sum(p.numel() for key, p in model.named_parameters() if ".layers." in key)
@@ -121,7 +177,7 @@ def test_decay_rates_are_no_matrix() -> None:
     assert any("conv1d.weight" in key for key in block_parameters(family("mamba")))
 
 
-@pytest.mark.parametrize("name", ["rwkv", "recurrent_gemma", "switch_transformers"])
+@pytest.mark.parametrize("name", ["rwkv", "recurrent_gemma", "gemma3n_text"])
 def test_where_a_batch_mixes_samples_they_go_one_by_one_and_it_is_said(name: str) -> None:
     measured = measure(name)
     assert measured.gradient < 1e-5

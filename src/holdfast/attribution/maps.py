@@ -123,7 +123,7 @@ class WeightMaps:
             return None
         copy = self._copies.get(weight.untyped_storage().data_ptr())
         start = parameter.storage_offset() if copy is None else -copy[2]
-        found = _Place(tuple(weight.shape), weight.stride(), weight.storage_offset() - start)
+        found = _Place(tuple(weight.shape), weight.stride(), int(weight.storage_offset()) - int(start))
         whole = _Place(tuple(parameter.shape), parameter.stride(), 0)
         return None if found == whole else found
 
@@ -171,6 +171,15 @@ class WeightMaps:
         rows : Tensor, shape (N,), optional
             The sample that each row is of.
         """
+        self._take(weight, self._maker(x, lam, out_first, rows), x.dtype, ledger)
+
+    def of_computed(self, x: Tensor, lam: Tensor, out_first: bool, rows: Tensor | None) -> Tensor:
+        """The maps of a weight that is no parameter, (S, *weight.shape)."""
+        return self._maker(x, lam, out_first, rows)(slice(None)).clone()
+
+    def _maker(
+        self, x: Tensor, lam: Tensor, out_first: bool, rows: Tensor | None
+    ) -> Callable[[slice], Tensor]:
         left, right = (lam.to(x.dtype), x) if out_first else (x, lam.to(x.dtype))
         if rows is None:
             left_STM, right_STN = self._select(left), self._select(right)
@@ -184,7 +193,7 @@ class WeightMaps:
                 maps = [left[rows_N].T @ right[rows_N] for rows_N in of_samples[part]]
                 return torch.stack(maps).mul_(self.factor)
 
-        self._take(weight, make, x.dtype, ledger)
+        return make
 
     def _product(self, left_STM: Tensor, right_STN: Tensor) -> Tensor:
         """factor * left^T right of each sample, (S, M, N)."""
@@ -221,6 +230,10 @@ class WeightMaps:
         """Take maps of all samples that were made elsewhere, with their factor in them."""
         chosen_S = grad_S if self.selected is None else grad_S.index_select(0, self.selected)
         self._take(weight, lambda part: chosen_S[part], grad_S.dtype, ledger)
+
+    def take(self, weight: Tensor, grad_S: Tensor) -> None:
+        """Take maps of the selected samples that were made elsewhere."""
+        self._take(weight, lambda part: grad_S[part], grad_S.dtype, None)
 
     def fill_unreached(self, wanted: Mapping[str, nn.Parameter]) -> tuple[str, ...]:
         """Tell the fold of parameters that no sample reached; return their names."""

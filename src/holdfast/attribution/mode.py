@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 import holdfast.attribution.attention  # noqa: F401  (registers its rules)
 from holdfast.attribution import normaliser
-from holdfast.attribution.rules import MADE_OF, RULES, cast, in_place, made_of, whole_module
+from holdfast.attribution.rules import MADE_OF, RULES, SHADOW, cast, in_place, made_of, whole_module
 from holdfast.attribution.samples import follow
 from holdfast.attribution.trace import Trace, tensors_in, tracked
 
@@ -54,14 +54,17 @@ class RuleMode(TorchFunctionMode):
                 return normaliser.apply(self.trace, name, func, args, kwargs)
             if name not in LINEAR_MAPS or not any(map(self._wanted, tensors)):
                 return self._constant(name, func, args, kwargs, tensors)
-            args, kwargs = self._leaves(args), self._leaves(kwargs)
+            with_leaves = self._leaves(args), self._leaves(kwargs)
+            if not any(map(tracked, tensors_in(*with_leaves))):  # weights alone: LoRA's factors, merged
+                return self._constant(name, func, args, kwargs, tensors)
+            args, kwargs = with_leaves
         output = self._tracked(name, func, args, kwargs, tensors)
         follow(self.trace.maps, name, func, args, kwargs, output)
         return output
 
     def _tracked(self, name: str, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
         made = next((made_of(t) for t in tensors if made_of(t) is not None), None)
-        if made is not None:
+        if made is not None and name not in LINEAR_MAPS:
             raise self.trace.unruled(name, f"with what '{made}' makes of weights that are to be attributed")
         if self.trace.rules == "gradient":
             return self._gradient(name, func, args, kwargs, tensors)
@@ -80,7 +83,8 @@ class RuleMode(TorchFunctionMode):
         return self.trace.maps.wants(self.trace.maps.source(tensor))
 
     def _gradient(self, name: str, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
-        if name in CASTS or (name in _WITH_WEIGHTS and any(map(self._wanted, tensors))):
+        weights = any(self._wanted(t) or made_of(t) is not None for t in tensors)
+        if name in CASTS or (name in _WITH_WEIGHTS and weights):
             return RULES[name](self.trace, name, func, args, kwargs)
         if name == "softmax" and args[0].dtype == torch.float64:  # float64 stays float64, as under the rules
             kwargs = {key: value for key, value in kwargs.items() if key != "dtype"}
@@ -90,8 +94,9 @@ class RuleMode(TorchFunctionMode):
         """An operation without an activation; what it makes of attributed weights is remembered as such."""
         maps = self.trace.maps
         output = func(*args, **kwargs)
-        if not isinstance(output, Tensor) or not output.is_floating_point() or name in _FRESH:
-            return output
+        results = list(tensors_in(output))
+        if not any(t.is_floating_point() for t in results) or name in _FRESH | {"detach"} or in_place(name):
+            return output  # what a model detaches is meant to be a constant
         if name in CASTS and maps.source(args[0]) is not None:
             weight = args[0]
             if weight.dtype == torch.float64 and output.dtype != torch.float64:
@@ -99,16 +104,44 @@ class RuleMode(TorchFunctionMode):
             if maps.source(output) is not None or maps.cast(weight, output):
                 return output
         made = next((made_of(t) for t in tensors if made_of(t) is not None), None)
-        if made is None and maps.source(output) is None and any(map(self._wanted, tensors)):
-            made = name
-        if made is not None and name != "detach":  # what a model detaches is meant to be a constant
-            setattr(output, MADE_OF, made)
+        if made is None and not any(map(self._wanted, tensors)):
+            return output
+        shadows: Any = self._shadows(func, args, kwargs)
+        for result, shadow in zip(results, shadows or [None] * len(results), strict=True):
+            if made is not None or maps.source(result) is None:
+                setattr(result, MADE_OF, made or name)
+            setattr(result, SHADOW, shadow)
         return output
 
+    def _shadows(self, func: Any, args: Any, kwargs: Any) -> list[Tensor] | None:
+        """The same once more for autograd, from leaves that stand for the weights; None if that is unknown."""
+        trace = self.trace
+
+        def shadow(value: Any) -> Any:
+            if isinstance(value, nn.Parameter) and trace.maps.wants(value):
+                return trace.stand_in(value)
+            if isinstance(value, Tensor) and (made_of(value) is not None or self._wanted(value)):
+                found = getattr(value, SHADOW, None)
+                if found is None:
+                    raise LookupError
+                return found
+            if isinstance(value, dict):
+                return {key: shadow(item) for key, item in value.items()}
+            return type(value)(map(shadow, value)) if type(value) in (list, tuple) else value
+
+        try:
+            with torch.enable_grad():
+                return list(tensors_in(func(*shadow(args), **shadow(kwargs))))
+        except LookupError:
+            return None
+
     def _leaves(self, value: Any) -> Any:
-        """Constants that go into attributed weights (tokens that every text gets) are inputs, like embeddings."""
+        """Constants that go into attributed weights (tokens that every text gets) are inputs."""
         if isinstance(value, Tensor):
-            if not value.is_floating_point() or self.trace.maps.source(value) is not None:
+            weight = self.trace.maps.source(value) is not None or made_of(value) is not None
+            maps = self.trace.maps  # tokens; not an identity that shows what a weight is
+            tokens = maps.samples in (1, *value.shape[:2]) if value.dim() > 2 else len(value) in maps.rows
+            if weight or not value.is_floating_point() or not tokens:
                 return value
             leaf = value.detach().requires_grad_()
             self.trace.leaves.append(leaf)
@@ -171,7 +204,7 @@ def attributable(model: nn.Module, leaves: list[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def _experts_one_by_one(model: nn.Module) -> Iterator[None]:
-    """Let transformers' mixtures compute each expert as a linear map of its own: fused kernels copy weights."""
+    """Let mixtures compute each expert as a linear map of its own: fused kernels copy the weights."""
     configs = {
         id(config): config for module in model.modules() if (config := _expert_config(module)) is not None
     }

@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import cached
 
-from holdfast.attribution.alone import TOLERANCE, SketchFold, Sketches, difference, sketch
+from holdfast.attribution.alone import TOLERANCE, Sketches, SketchFold, difference, sketch
 from holdfast.attribution.diagnose import LocalMode
 from holdfast.attribution.ledger import Ledger, relevance
 from holdfast.attribution.maps import Fold, WeightMaps
@@ -101,7 +102,7 @@ class Pass:
         self.plain = self.job.rules == "gradient"
 
     def _compare(self, rows: Sequence[Encoded]) -> None:
-        """See that a sample's maps don't depend on the batch that it is in; else take one sample at a time."""
+        """See that a sample's maps don't depend on its batch; else take one sample at a time."""
         shortest = min(range(len(rows)), key=lambda i: len(rows[i].prompt_ids) + len(rows[i].completion_ids))
         longest = max(range(len(rows)), key=lambda i: len(rows[i].prompt_ids) + len(rows[i].completion_ids))
         probe = [rows[shortest]] if len(rows) == 1 else [rows[shortest], rows[longest]]
@@ -116,11 +117,11 @@ class Pass:
                 raise
             return self._one_at_a_time(str(error).split(". ")[0])
         alone = self._plain_sketches(probe[0]) if self.job.rules == "gradient" else self._sketches(probe[:1])
-        error, where = difference(found, alone)
-        self.report.alone_max_relative_error = error
-        if not error <= TOLERANCE.get(next(iter(self.weights.values())).dtype, 0.5):
+        apart, where = difference(found, alone)
+        self.report.alone_max_relative_error = apart
+        if not apart <= TOLERANCE.get(next(iter(self.weights.values())).dtype, 0.5):
             self._one_at_a_time(
-                f"in a batch, the maps of {where} differ by {error:.2g} from a sample's alone"
+                f"in a batch, the maps of {where} differ by {apart:.2g} from a sample's alone"
             )
         return None
 
@@ -221,17 +222,17 @@ class Pass:
             if "modified by an inplace operation" not in str(error):
                 raise
             raise UnruledOperationError(
-                f"{type(self.model).__name__}: an operation in place changes what a rule needs for its way back, "
-                "so relevance can't be followed. Use an importance that needs none, such as 'fisher'."
+                f"{type(self.model).__name__}: an operation in place changes what a rule needs on the way "
+                "back, so relevance can't be followed. Use an importance that needs none, such as 'fisher'."
             ) from error
 
     def _forward(self, batch: Batch, trace: Trace) -> Tensor:
         model: Any = self.model
         if self.job.rules == "gradient":
-            with RuleMode(trace):
+            with cached(), RuleMode(trace):
                 output = model(**batch.inputs)
         else:
-            with whole_activations(model, trace), RuleMode(trace):
+            with cached(), whole_activations(model, trace), RuleMode(trace):
                 output = model(**batch.inputs)
         logits = output.logits
         if not logits.requires_grad:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.grad import conv1d_input, conv1d_weight
 
 from holdfast.attribution.ledger import Ledger, relevance
 from holdfast.attribution.samples import rows_of
@@ -293,12 +294,10 @@ def linear_map(
     constant linear map: it takes no relevance, so nothing is halved.
     """
     maps, parameter = trace.maps, trace.maps.source(weight)
-    made = made_of(weight)
-    if made is not None:
-        raise trace.unruled(name, f"with a weight that '{made}' makes of the model's weights")
-    if parameter is not None and weight.t().shape == parameter.shape and maps.place(weight.t()) is None:
-        if weight is not parameter and not (weight.shape == parameter.shape and maps.place(weight) is None):
-            weight, out_first = weight.t(), not out_first  # the whole of a weight, transposed
+    if made_of(weight) is not None:
+        return computed_map(trace, name, x, weight, bias, out_first)
+    if parameter is not None and maps.place(weight) is not None and maps.place(weight.t()) is None:
+        weight, out_first = weight.t(), not out_first  # the whole of a weight, transposed
     half = 1.0 if parameter is None else trace.path
     rows = _rows(trace, name, x, [weight, bias])
     ledger = trace.ledger
@@ -325,11 +324,51 @@ def made_of(weight: Tensor) -> str | None:
     return getattr(weight, MADE_OF, None)
 
 
-MADE_OF = "_holdfast_made_of"
+MADE_OF, SHADOW = "_holdfast_made_of", "_holdfast_shadow"
+
+
+def computed_map(
+    trace: Trace, name: str, x: Tensor, weight: Tensor, bias: Tensor | None, out_first: bool
+) -> Tensor:
+    """A linear map with a weight that is computed of attributed ones (an expert with LoRA's factors in it).
+
+    Each of those gets its part by autograd, from the weight's map: R(A) = A * (d weight / d A)^T map.
+    """
+    shadow, maps, ledger = getattr(weight, SHADOW, None), trace.maps, trace.ledger
+    used = [(p, leaf) for p, leaf in trace.stand_ins.values()]
+    if shadow is None or (bias is not None and maps.wants(maps.source(bias))):
+        raise trace.unruled(name, f"with a weight that '{made_of(weight)}' makes of the model's weights")
+    rows = rows_of(x) if maps.samples > 1 and x.dim() == 2 else None
+    if rows is None and not maps.holds_samples(x):
+        raise trace.mixed(name, x.shape)
+    ones = torch.autograd.grad(
+        shadow, [leaf for _, leaf in used], torch.zeros_like(shadow), retain_graph=True, allow_unused=True
+    )
+    used = [pair for pair, grad in zip(used, ones, strict=True) if grad is not None]
+    for parameter, _ in used:
+        maps.expect(parameter)
+
+    def compute(x: Tensor) -> tuple[Tensor, tuple[Tensor]]:
+        return F.linear(x, weight if out_first else weight.t(), bias), (x,)
+
+    def backward(lam: Tensor, x: Tensor) -> tuple[Tensor]:
+        maps_S = maps.of_computed(x, lam, out_first, rows)
+        parts = [
+            torch.autograd.grad(shadow, [leaf for _, leaf in used], g, retain_graph=True) for g in maps_S
+        ]
+        for (parameter, _), grads in zip(used, zip(*parts, strict=True), strict=True):
+            maps.take(parameter, torch.stack(grads))
+        lam_x = lam.to(x.dtype) @ (weight if out_first else weight.t()) * trace.path
+        if ledger is not None:
+            of_bias = 0.0 if bias is None else relevance(bias.expand_as(lam), lam)
+            ledger.take(relevance(x, lam_x) / trace.path * maps.factor, of_bias)
+        return (lam_x,)
+
+    return Ruled.apply(compute, backward, x)
 
 
 def _rows(trace: Trace, name: str, x: Tensor, weights: Sequence[Tensor | None]) -> Tensor | None:
-    """See that the maps of the weights can be made; returns the samples of x's rows where they need telling."""
+    """See that the weights' maps can be made; returns the samples of x's rows where they need telling."""
     maps = trace.maps
     wanted = [w for w in weights if w is not None and maps.wants(maps.source(w))]
     for weight in wanted:
@@ -401,7 +440,7 @@ def batched_map(trace: Trace, name: str, x_ENI: Tensor, weight_EIO: Tensor) -> T
 
 @rule("conv1d")
 def conv1d(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
-    """A convolution over time is a linear map: as in `linear`, the weight (O, I / groups, K) takes its part."""
+    """A convolution over time is a linear map; the weight (O, I / groups, K) takes its part."""
     x, weight, bias, stride, padding, dilation, groups = _arguments(
         ("input", "weight", "bias", "stride", "padding", "dilation", "groups"), args, kwargs
     )
@@ -428,12 +467,12 @@ def conv1d(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
             flat = (samples * channels, *weight.shape[1:])
             one = x_SIT.reshape(1, -1, x_SIT.shape[-1])
             lam = lam_SOT.reshape(1, -1, lam_SOT.shape[-1])
-            grad = torch.nn.grad.conv1d_weight(one, flat, lam, *how, samples * groups)  # type: ignore[arg-type]
+            grad = conv1d_weight(one, flat, lam, *how, samples * groups)
             maps.give(weight, grad.view(samples, *weight.shape) * maps.factor, ledger)
         if bias is not None and maps.wants(maps.source(bias)):
             maps.give(bias, lam_SOT.sum(-1), ledger)
         shape = x_SIT.shape
-        lam_x = torch.nn.grad.conv1d_input(shape, weight, lam_SOT, *how, groups) * half  # type: ignore[arg-type]
+        lam_x = conv1d_input(shape, weight, lam_SOT, *how, groups) * half
         if ledger is not None:
             of_bias = 0.0 if bias is None else relevance(bias[:, None].expand_as(lam_SOT), lam_SOT)
             of_weight = relevance(x_SIT, lam_x) / half * maps.factor
@@ -456,7 +495,7 @@ def silu(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
 @rule("hardtanh", "relu6", "erf", "clamp", "clip", "tanhshrink", "softshrink", "hardshrink", "clamp_min")
 @rule("sigmoid", "softplus", "exp", "expm1", "log1p", "log_sigmoid", "hardsigmoid", "sin", "cos", "abs")
 def activation(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
-    """R(U) = R(S) - f(0) Lambda_S: Lambda_U = Lambda_S (f(x) - f(0)) / x, f'(0) at x = 0; f(0) is a constant."""
+    """R(U) = R(S) less f(0)'s part: Lambda_U = Lambda_S (f(x) - f(0)) / x, and f'(0) at x = 0."""
     x, rest = args[0], args[1:]
     if any(map(tracked, rest)):
         raise trace.unruled(name, "with an activation as its limit")

@@ -63,7 +63,7 @@ def make_batch(
 
 
 def decoder_inputs(model: Any, labels_ST: Tensor, pad_id: int) -> Tensor:
-    """What an encoder-decoder model's decoder reads while it is taught `labels_ST` (-100 where there is none).
+    """What a decoder reads while it is taught `labels_ST` (-100 where there is no token).
 
     Raises
     ------

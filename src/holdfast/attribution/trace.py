@@ -95,6 +95,8 @@ class Trace:
         id of a module to its name, for messages.
     leaves : list of Tensor
         Where relevance ends: the embeddings' outputs, and constants that go into attributed weights.
+    stand_ins : dict
+        id of an attributed weight to it and to the leaf that stands for it where weights are computed of it.
     suspended : bool
         Let all operations pass (inside an activation module, which has one rule as a whole).
     """
@@ -105,6 +107,7 @@ class Trace:
     ledger: Ledger | None
     modules: dict[int, str]
     leaves: list[Tensor] = field(default_factory=list)
+    stand_ins: dict[int, tuple[nn.Parameter, Tensor]] = field(default_factory=dict)
     suspended: bool = False
 
     def book(self, output: Tensor, entry: Callable[[Ledger, Tensor], None]) -> None:
@@ -121,6 +124,12 @@ class Trace:
             self.book(output, lambda ledger, lam: ledger.create(relevance(value, lam)))
             return output
         return scaled(output, self.path)
+
+    def stand_in(self, parameter: nn.Parameter) -> Tensor:
+        """A leaf with the values of an attributed weight."""
+        if id(parameter) not in self.stand_ins:
+            self.stand_ins[id(parameter)] = parameter, parameter.detach().requires_grad_()
+        return self.stand_ins[id(parameter)][1]
 
     def where(self) -> str:
         """Name of the innermost module of the model that is running."""
@@ -143,6 +152,6 @@ class Trace:
     def mixed(self, operation: str, shape: Sequence[int]) -> SamplesMixedError:
         """The error for an operation in which the samples of a batch can't be told apart."""
         return SamplesMixedError(
-            f"{self.where()}: in '{operation}' the samples of a batch can't be told apart (the input has shape "
-            f"{tuple(shape)})"
+            f"{self.where()}: in '{operation}' the samples of a batch can't be told apart (the input "
+            f"has shape {tuple(shape)})"
         )
