@@ -132,7 +132,7 @@ def lora_on_experts(dtype: torch.dtype):
 
 
 def test_lora_on_experts_is_rated_by_gradients_and_by_relevance() -> None:
-    """Both factors of both stacks, under names of their own; relevance of A equals that of B, as R = A B x."""
+    """Both factors of both stacks, under names of their own; R(A) equals R(B), as both are A B x."""
     model = lora_on_experts(torch.float64)
     wanted = block_parameters(model)
     assert len(wanted) == sum(p.requires_grad for p in model.parameters()) == 12

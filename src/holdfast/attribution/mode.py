@@ -114,7 +114,7 @@ class RuleMode(TorchFunctionMode):
         return output
 
     def _shadows(self, func: Any, args: Any, kwargs: Any) -> list[Tensor] | None:
-        """The same once more for autograd, from leaves that stand for the weights; None if that is unknown."""
+        """The same for autograd, from leaves that stand for the weights; None if that is unknown."""
         trace = self.trace
 
         def shadow(value: Any) -> Any:
