@@ -14,15 +14,15 @@ TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-2}
 SMALL = 1e-2
 _PIECES = 64
 
-Sketches = dict[str, Tensor]  # canonical name to (samples, 2, pieces)
+Sketches = dict[str, Tensor]  # canonical name to (2, pieces + 1)
 
 
 def sketch(grad: Tensor) -> Tensor:
-    """Sum and norm of each of some pieces of a tensor, (2, pieces), float64."""
-    pieces = grad.reshape(-1).double().split(max(1, -(-grad.numel() // _PIECES)))
-    return torch.stack(
-        [torch.stack([p.sum() / len(p) ** 0.5 for p in pieces]), torch.stack([p.norm() for p in pieces])]
-    )
+    """Scaled sum and norm of each of some pieces of a tensor, and of what is left over, (2, pieces + 1)."""
+    flat, size = grad.reshape(-1).double(), grad.numel() // _PIECES
+    head, tail = flat[: size * _PIECES].view(_PIECES, size), flat[size * _PIECES :]
+    sums = torch.cat([head.sum(1) / max(1, size) ** 0.5, tail.sum().view(1)])
+    return torch.stack([sums, torch.cat([head.norm(dim=1), tail.norm().view(1)])])
 
 
 class SketchFold:

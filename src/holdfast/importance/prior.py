@@ -162,8 +162,8 @@ class ImportancePrior:
             return
         warnings.warn(
             f"the prior was made on another model than this {type(model).__name__}, or on an earlier state "
-            f"of it: {what}. Its importance may say nothing about these weights; compute it again on this model "
-            "(`holdfast attribute`) unless you know that they are close.",
+            f"of it: {what}. Its importance may say nothing about these weights; compute it again on this "
+            "model (`holdfast attribute`) unless you know that they are close.",
             stacklevel=4,
         )
 
