@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,12 @@ from holdfast.progress import no_library_bars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+_MATRIX = re.compile(r"weight|proj|kernel|^[a-z]\d$")  # what modules call matrices of their own
+
+
+_SAMPLED = 64  # values of each parameter in its fingerprint
 
 
 class LoraOptions(Options):
@@ -60,9 +67,20 @@ class ModelOptions(Options):
         return self
 
 
+def unwrapped(model: Any) -> Any:
+    """The model inside torch.compile's and DistributedDataParallel's wrappers (PEFT's is kept)."""
+    while True:
+        if isinstance(model, torch.nn.parallel.DistributedDataParallel | torch.nn.DataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
+
+
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Whether the model reads the prompt with an encoder and writes the answer with a decoder."""
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    return bool(getattr(getattr(unwrapped(model), "config", None), "is_encoder_decoder", False))
 
 
 def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -75,7 +93,10 @@ def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def block_parameters(model: nn.Module, trainable_only: bool = True) -> dict[str, nn.Parameter]:
-    """Weights and biases of the linear maps inside the transformer blocks (W^(l) of A, section 4.1).
+    """Weights and biases of all that is a linear map inside the transformer blocks (W^(l) of A, section 4.1).
+
+    These are linear layers and convolutions, and parameters of two or more dimensions that a module holds
+    itself: the experts of a mixture (one tensor for all of them), their biases and their router.
 
     Parameters
     ----------
@@ -90,10 +111,15 @@ def block_parameters(model: nn.Module, trainable_only: bool = True) -> dict[str,
         Canonical name to parameter, in the model's order. Norms, embeddings and heads are not in it.
     """
     found: dict[str, nn.Parameter] = {}
-    for module_name, module in linear_modules(model):
-        if layer_of(module_name + ".") is None:
+    linear = {id(module) for _, module in linear_modules(model)}
+    for module_name, module in model.named_modules():
+        if layer_of(module_name + ".") is None or isinstance(module, nn.Embedding):
             continue
-        for leaf, parameter in module.named_parameters(recurse=False):
+        own = dict(module.named_parameters(recurse=False))
+        whole = id(module) in linear or isinstance(module, nn.Conv1d)
+        for leaf, parameter in own.items():
+            if not (whole or _is_matrix(leaf, parameter) or _is_bias(leaf, own)):
+                continue
             if parameter.requires_grad or not trainable_only:
                 found[canonical_name(f"{module_name}.{leaf}")] = parameter
     return found
@@ -111,6 +137,23 @@ def input_dims(model: nn.Module) -> dict[str, int]:
     }
 
 
+def _is_matrix(leaf: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter that a module holds itself has rows and columns.
+
+    Shape alone tells it of a stack of matrices; of two dimensions there are tables of other things too, such
+    as the decay rates of a state.
+    """
+    sizes = [size for size in parameter.shape if size > 1]
+    return len(sizes) > 1 and (parameter.dim() > 2 or _MATRIX.search(leaf) is not None)
+
+
+def _is_bias(leaf: str, own: dict[str, nn.Parameter]) -> bool:
+    """Whether a parameter is the bias of a matrix that the same module holds (a router's, an expert's)."""
+    stem = leaf.removesuffix("bias")
+    of = (stem.rstrip("_"), f"{stem}weight")
+    return stem != leaf and any(name in own and _is_matrix(name, own[name]) for name in of)
+
+
 def digest(model: nn.Module) -> str:
     """SHA-256 over the names, shapes and bytes of all parameters."""
     h = hashlib.sha256()
@@ -120,6 +163,23 @@ def digest(model: nn.Module) -> str:
         if flat.numel():  # an empty tensor can't be viewed as bytes
             h.update(flat.view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
+
+
+def fingerprints(model: nn.Module) -> dict[str, str]:
+    """Canonical name to eight hex digits of a few values of each parameter, the same in every float type.
+
+    Cheap, to tell one model from another; `digest` looks at every byte.
+    """
+    found = {}
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        places = torch.linspace(0, max(0, flat.numel() - 1), min(flat.numel(), _SAMPLED), dtype=torch.float64)
+        values = flat[places.long().to(flat.device)].to("cpu", torch.bfloat16).contiguous()
+        h = hashlib.sha256(repr(tuple(parameter.shape)).encode())
+        if values.numel():
+            h.update(values.view(torch.uint8).numpy().tobytes())
+        found[canonical_name(name)] = h.hexdigest()[:8]
+    return found
 
 
 def tiny_llama(
@@ -206,11 +266,15 @@ def _load_pretrained(path: str, options: ModelOptions, seed: int) -> tuple[Any, 
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"model.path: '{path}' could not be loaded: {error}") from error
+    return model, _with_padding(tokenizer, path)
+
+
+def _with_padding(tokenizer: Any, path: Path | str) -> Any:
     if tokenizer.eos_token_id is None:
         raise ModelError(f"model.path: the tokenizer of '{path}' has no end-of-sequence token.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # the usual choice; padding is masked everywhere
-    return model, tokenizer
+    return tokenizer
 
 
 def _load_adapter(folder: Path, options: ModelOptions, seed: int) -> tuple[Any, Any]:
@@ -226,9 +290,63 @@ def _load_adapter(folder: Path, options: ModelOptions, seed: int) -> tuple[Any, 
             f"{ADAPTER}); write the base's folder or hub id there."
         )
     model, tokenizer = _load_pretrained(base, options, seed)
-    model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    tokenizer = _own_tokenizer(folder, tokenizer)
+    _resize_embeddings(model, folder, len(tokenizer))
+    try:
+        model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"model.path: the adapter in '{folder}' does not load on its base '{base}': "
+            f"{' '.join(str(error).split()[:60])}"
+        ) from error
     model.eval()
     return model, tokenizer
+
+
+def _own_tokenizer(folder: Path, of_base: Any) -> Any:
+    """The tokenizer that was saved beside an adapter, or the base's with the chat template that was."""
+    from transformers import AutoTokenizer
+
+    if (folder / "tokenizer_config.json").is_file():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(
+                f"model.path: the tokenizer in '{folder}' could not be loaded: {error}"
+            ) from error
+        return _with_padding(tokenizer, folder)
+    template = folder / "chat_template.jinja"
+    if template.is_file():
+        of_base.chat_template = template.read_text(encoding="utf-8")
+    return of_base
+
+
+def _resize_embeddings(model: Any, folder: Path, tokens: int) -> None:
+    """Give the base as many embeddings as the adapter was saved with.
+
+    Raises
+    ------
+    ModelError
+        The adapter's tokenizer has more tokens than there are embeddings, saved or in the base.
+    """
+    from safetensors import safe_open
+
+    rows = model.get_input_embeddings().weight.shape[0]
+    saved, file = rows, folder / "adapter_model.safetensors"
+    if file.is_file():
+        own = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  (no mapping)
+                if name.removeprefix("base_model.model.").startswith(f"{own}.") and name.endswith("weight"):
+                    saved = tensors.get_slice(name).get_shape()[0]
+    if saved != rows:
+        model.resize_token_embeddings(saved, mean_resizing=False)  # the adapter's rows replace all
+    if tokens > saved:
+        raise ModelError(
+            f"model.path: the tokenizer of '{folder}' has {tokens} tokens, but the base model has {saved} "
+            "embeddings and the adapter saved none of its own: the added tokens were never trained. Save the "
+            "adapter again with save_pretrained(..., save_embedding_layers=True)."
+        )
 
 
 def add_lora(model: Any, options: LoraOptions, seed: int = 0) -> Any:

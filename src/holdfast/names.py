@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.|base_model\.model\.)+")
+# what an adapter wraps; of two adapters around one module the inner one keeps it in its factors' names
+_BASE_LAYER = re.compile(r"\.base_layer(?!.*\.lora_)")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|block|blocks|layer)\.(\d+)\.")
 Block = tuple[str, int]  # ("encoder" | "decoder" | "", index of the transformer block)
 
@@ -12,11 +14,12 @@ Block = tuple[str, int]  # ("encoder" | "decoder" | "", index of the transformer
 def canonical_name(name: str) -> str:
     """The name a weight has in the bare model, whatever wraps it (PEFT, DDP, torch.compile).
 
-    LoRA factors lose the adapter's name: ``...q_proj.lora_A.default.weight`` becomes
-    ``...q_proj.lora_A.weight``.
+    Factors of PEFT's adapter ``default`` lose its name: ``...q_proj.lora_A.default.weight`` becomes
+    ``...q_proj.lora_A.weight``. Those of any other adapter keep theirs, so that two are told apart.
     """
-    name = _WRAPPERS.sub("", name).replace("._orig_mod", "").replace(".base_layer", "")
-    return re.sub(r"\.(lora_[AB]|lora_embedding_[AB])\.[^.]+", r".\1", name)
+    name = _WRAPPERS.sub("", name).replace("._orig_mod", "")
+    name = _BASE_LAYER.sub("", name)
+    return re.sub(r"\.(lora_[AB]|lora_embedding_[AB])\.default(?=\.|$)", r".\1", name)
 
 
 def layer_of(name: str) -> int | None:

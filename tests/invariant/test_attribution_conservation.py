@@ -79,9 +79,9 @@ def test_hooks_that_make_embeddings_require_grad_do_no_harm() -> None:
     assert attribute(model).conservation_max_relative_error == plain
 
 
-class Sine(torch.nn.Module):
+class Tangent(torch.nn.Module):
     def forward(self, x):
-        return torch.sin(x)
+        return torch.tan(x)
 
 
 class Cube(torch.nn.Module):
@@ -94,14 +94,7 @@ class Square(torch.nn.Module):
         return x.square() + x
 
 
-class Gate(torch.nn.Module):
-    def forward(self, x):
-        return x * torch.sigmoid(x)
-
-
-@pytest.mark.parametrize(
-    ("module", "operation"), [(Sine, "sin"), (Cube, "pow"), (Square, "add"), (Gate, "sigmoid")]
-)
+@pytest.mark.parametrize(("module", "operation"), [(Tangent, "tan"), (Cube, "pow"), (Square, "add")])
 def test_an_unruled_operation_is_named_with_its_module(module, operation) -> None:
     model = build("llama")
     model.model.layers[1].mlp.act_fn = module()
@@ -115,7 +108,7 @@ class Opaque(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
-        return F.silu(x) + 0.3
+        return F.silu(x) + 0.3 * x.softmax(-1)
 
     @staticmethod
     def backward(ctx, g):

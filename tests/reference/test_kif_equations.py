@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from holdfast.errors import ConfigError
 from holdfast.hold.fusion import (
     AdaptiveFusionOptions,
     StaticFusionOptions,
@@ -184,6 +185,8 @@ def test_scaled_gradients_of_fp16_give_the_same_sensitivity() -> None:
             p.grad /= scale
         for total in seen.squares._fold.sums.values():  # what the hooks would have seen
             total /= scale**2
+        for total in seen.squares._fold.gradients.values():
+            total /= scale
         seen.observe(scale)
         results.append(seen.result())
     for name, value in results[0].items():
@@ -339,3 +342,23 @@ def test_regulariser_and_its_gradient_are_those_of_the_equation(
         torch.testing.assert_close(w.detach(), before - 0.01 * 0.5 * gradient, rtol=1e-3, atol=1e-4)
     handle.remove()
     assert not optimizer._optimizer_step_pre_hooks
+
+
+class Shortcut(nn.Module):
+    """Uses a linear layer's weight past the layer too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) + x @ self.layer.weight
+
+
+def test_samples_that_do_not_sum_to_the_batchs_gradient_are_refused_in_the_first_step() -> None:
+    model = Shortcut()
+    seen = Sensitivity(model, dict(model.named_parameters()), SensitivityOptions(order="second"))
+    seen.watch({"labels": torch.zeros(3, 2, dtype=torch.long)})
+    model(torch.randn(3, 2, 4)).square().sum().backward()
+    with pytest.raises(ConfigError, match=r"those of layer\.weight sum to something else.*'second-batch'"):
+        seen.observe()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from attribution_models import ROWS, build, lora
 from holdfast import storage
 from holdfast.errors import DataError, PriorMismatchError, StorageError
-from holdfast.importance.prior import ImportancePrior
+from holdfast.importance import compute_prior
+from holdfast.importance.prior import ImportancePrior, trained_parameters
 from holdfast.models import block_parameters
 
 META = {
@@ -225,3 +228,47 @@ def test_the_hold_of_a_task_does_not_weaken_when_more_are_merged():
         ImportancePrior({"w": torch.tensor([0.0, 1e6])})
     )
     assert raw.mean_normalised().tensors["w"][0] < 1e-4  # the second task's scale drowns the first
+
+
+def lora_prior() -> tuple[Any, ImportancePrior]:
+    model = lora(build("llama", torch.float32), ["q_proj", "v_proj"])
+    return model, compute_prior(model, ROWS, "magnitude", pad_id=0)
+
+
+def test_a_prior_of_the_same_model_is_accepted_without_a_word_also_after_more_training() -> None:
+    model, prior = lora_prior()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prior.check_fits(model)
+        with torch.no_grad():
+            for parameter in trained_parameters(model).values():
+                parameter += 1
+        prior.check_fits(model)
+        ImportancePrior(prior.tensors, {**prior.meta}).check_fits(model.to(torch.bfloat16))
+
+
+def test_a_fresh_adapter_on_a_merged_base_is_another_model_and_what_differs_is_said() -> None:
+    model, prior = lora_prior()
+    again = lora(model.merge_and_unload(), ["q_proj", "v_proj"])
+    with pytest.warns(
+        UserWarning, match=r"made on another model.*4 of its frozen weights differ: .*q_proj\.weight"
+    ):
+        prior.check_fits(again)
+
+
+def test_another_model_of_the_same_shape_is_told_where_all_is_trained() -> None:
+    model = build("llama", torch.float32)
+    prior = compute_prior(model, ROWS, "magnitude", pad_id=0)
+    torch.manual_seed(5)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    with pytest.warns(UserWarning, match=r"made on another model.*every weight differs"):
+        prior.check_fits(model)
+
+
+def test_a_second_trained_adapter_is_missing_from_a_prior_by_its_names() -> None:
+    model, prior = lora_prior()
+    model.add_adapter("second", model.peft_config["default"])
+    model.set_adapter("second")
+    with pytest.raises(PriorMismatchError, match=r"missing \(8\): .*lora_A\.second\.weight"):
+        prior.check_fits(model)

@@ -35,6 +35,7 @@ def toy(folder: Path) -> str:
         "_orig_mod.model.layers.0.mlp.up_proj.weight",
         "base_model.model.model.layers.0.mlp.up_proj.weight",
         "base_model.model.model.layers.0.mlp.up_proj.base_layer.weight",
+        "base_model.model.model.layers.0.mlp.up_proj.base_layer.base_layer.weight",
     ],
 )
 def test_a_weight_has_one_name_whatever_wraps_it(wrapped: str) -> None:
@@ -66,6 +67,85 @@ def test_adapter_folder_loads_on_its_base_and_only_the_adapter_is_trainable(tmp_
     assert {n.rsplit(".", 2)[-2] for n in block_parameters(again)} == {"lora_A", "lora_B"}
     with pytest.raises(ModelError, match="is an adapter already"):
         load_model(ModelOptions(path=str(tmp_path / "adapter"), lora=LoraOptions()))
+
+
+def adapter(folder: Path, base: str, tokenizer=None, **options) -> str:
+    """An adapter as PEFT saves it, with random factors."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    if tokenizer is not None:
+        model.resize_token_embeddings(len(tokenizer))
+        torch.nn.init.normal_(model.get_input_embeddings().weight)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(folder, **options)
+    return str(folder)
+
+
+def longer(folder: str):
+    """The base's tokenizer with two tokens and a chat template of its own."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<one>", "<two>"])
+    tokenizer.chat_template = "{{ messages[0]['content'] }}!"
+    return tokenizer
+
+
+def test_adapter_with_resized_embeddings_and_a_tokenizer_of_its_own_loads_with_both(tmp_path: Path) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    base = toy(tmp_path / "base")
+    tokenizer = longer(base)
+    folder = adapter(tmp_path / "adapter", base, tokenizer)
+    tokenizer.save_pretrained(folder)
+    model, found = load_model(ModelOptions(path=folder))
+    assert len(found) == len(tokenizer)
+    assert found.chat_template == tokenizer.chat_template
+    ids = torch.tensor([[5, len(tokenizer) - 1, 7]])
+    expected = AutoPeftModelForCausalLM.from_pretrained(folder)(ids).logits
+    assert model(ids).logits.shape[-1] == len(tokenizer)
+    assert torch.equal(model(ids).logits, expected)
+    assert model.get_input_embeddings().weight.requires_grad is False
+
+
+def test_added_tokens_without_saved_embeddings_are_refused(tmp_path: Path) -> None:
+    base = toy(tmp_path / "base")
+    tokenizer = longer(base)
+    folder = adapter(tmp_path / "adapter", base, save_embedding_layers=False)
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ModelError, match=r"has \d+ tokens, but the base model has \d+ embeddings"):
+        load_model(ModelOptions(path=folder))
+
+
+def test_chat_template_beside_an_adapter_is_used_on_the_bases_tokenizer(tmp_path: Path) -> None:
+    base = toy(tmp_path / "base")
+    folder = adapter(tmp_path / "adapter", base)
+    (tmp_path / "adapter" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}?")
+    _, tokenizer = load_model(ModelOptions(path=folder))
+    assert tokenizer.chat_template == "{{ messages[0]['content'] }}?"
+
+
+def test_an_adapter_that_does_not_fit_its_base_is_told(tmp_path: Path) -> None:
+    base = toy(tmp_path / "base")
+    folder = adapter(tmp_path / "adapter", base)
+    other, _ = load_model(ModelOptions(toy=True, hidden=64, layers=2), 0, toy_tokenizer)
+    other.save_pretrained(base)
+    with pytest.raises(ModelError, match=r"does not load on its base.*size mismatch"):
+        load_model(ModelOptions(path=folder))
+
+
+@pytest.mark.parametrize("other", ["second", "v2.1"])
+def test_factors_of_two_adapters_have_two_names(other: str) -> None:
+    stem = "base_model.model.model.layers.0.self_attn.q_proj.lora_A"
+    assert canonical_name(f"{stem}.default.weight") == "model.layers.0.self_attn.q_proj.lora_A.weight"
+    assert (
+        canonical_name(f"{stem}.{other}.weight") == f"model.layers.0.self_attn.q_proj.lora_A.{other}.weight"
+    )
 
 
 def test_adapter_without_a_base_says_what_to_write(tmp_path: Path) -> None:

@@ -12,22 +12,17 @@ from holdfast.attribution.ledger import Ledger, relevance
 from holdfast.attribution.rules import rule
 from holdfast.attribution.trace import Ruled, Trace, scaled, tracked
 
-# Proposition 4.3 divides by the score E. |E| is kept above this, which changes the relevance of scores that
-# are closer to zero than it; what they don't pass on is booked as absorbed.
+# Proposition 4.3 divides by the score E. A score closer to zero than this passes nothing on: what it would is
+# booked as absorbed. (Some models subtract a row's maximum first, so one score in each row is zero.)
 STABILISER = {torch.float64: 1e-12, torch.float32: 1e-6}
-
-
-def stabilised(score: Tensor) -> Tensor:
-    """The score, moved away from zero."""
-    eps = STABILISER.get(score.dtype, 1e-3)
-    return torch.where(score.abs() < eps, torch.where(score < 0, -eps, eps), score)
 
 
 def softmax_rule(paper: bool, score: Tensor, weight: Tensor, lam: Tensor) -> Tensor:
     """Lambda_E from Lambda_A: identity, Lambda_A * A / E, or the Jacobian (Achtibat et al. 2024)."""
     lam_weight = lam * weight
     if paper:
-        return torch.where(weight == 0, 0.0, lam_weight / stabilised(score))
+        small = score.abs() < STABILISER.get(score.dtype, 1e-3)
+        return torch.where(small | (weight == 0), 0.0, lam_weight / score)
     return lam_weight - weight * lam_weight.sum(-1, keepdim=True)
 
 

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from holdfast.attribution.ledger import Ledger, relevance
-from holdfast.attribution.mode import RuleMode, in_place, operation_name
+from holdfast.attribution.mode import RuleMode, operation_name
+from holdfast.attribution.rules import in_place
 from holdfast.attribution.trace import Scale, Trace, tensors_in, tracked
 
 SHOWN = 3
@@ -73,6 +74,8 @@ def _probed(value: Any, ledger: Ledger) -> Any:
         if not tracked(value):
             return value
         probe = Scale.apply(value, 1.0)
+        if not probe.requires_grad:  # the model computes this without gradients
+            return value
         probe.register_hook(_adder(ledger, "inputs", value.detach()))
         return probe
     if isinstance(value, dict):

@@ -12,7 +12,7 @@ from holdfast.attribution.maps import Fold
 from holdfast.attribution.options import AttributionOptions, AttributionReport
 from holdfast.attribution.passes import Job, Pass
 from holdfast.errors import DataError, ModelError
-from holdfast.models import block_parameters
+from holdfast.models import block_parameters, unwrapped
 from holdfast.resume import Partial
 from holdfast.tasks.encode import Encoded
 
@@ -129,6 +129,7 @@ def _run(
     progress: Progress | None,
     partial: Partial | None,
 ) -> AttributionReport:
+    model = unwrapped(model)
     wanted = dict(block_parameters(model) if parameters is None else parameters)
     if not rows:
         raise DataError("attribution: there are no rows. Give at least one example with an answer.")

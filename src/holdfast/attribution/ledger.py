@@ -18,6 +18,8 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-2, torc
 def relevance(value: Tensor, lam: Tensor) -> float:
     """Sum of value * lam; an infinite value (a mask) that nothing depends on counts as zero."""
     value, lam = value.detach(), lam.detach()
+    if value.is_complex():
+        value, lam = torch.view_as_real(value), torch.view_as_real(lam.resolve_conj())
     if (
         value.shape == lam.shape
         and value.dtype == lam.dtype

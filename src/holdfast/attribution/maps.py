@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from holdfast.attribution.ledger import Ledger, relevance
+from holdfast.errors import ModelError
 
 NARROW = 4  # a weight with this many times more rows than columns is narrow
 GROUP_BYTES = 2**20  # maps handed over at once: few enough to stay in the cache, enough to amortise calls
@@ -64,7 +65,7 @@ class TokenFold(Fold, Protocol):
         """
 
 
-class _Use(NamedTuple):
+class _TokenUse(NamedTuple):
     """One use of a map in a batch."""
 
     parameter: nn.Parameter
@@ -72,6 +73,21 @@ class _Use(NamedTuple):
     x_STI: Tensor
     lam_STO: Tensor
     real_ST: Tensor
+
+
+class _Place(NamedTuple):
+    """Where the elements of a view lie in its parameter: sizes, strides, and the first one."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
+class _Use(NamedTuple):
+    """One use of a parameter: makes the maps of some samples, of the shape of `place` (None: all of it)."""
+
+    place: _Place | None
+    make: Callable[[slice], Tensor]
 
 
 class WeightMaps:
@@ -94,11 +110,13 @@ class WeightMaps:
         self.fold, self.factor = fold, factor
         self.names = {id(parameter): name for name, parameter in wanted.items()}
         self.reached: set[str] = set()
-        self._by_storage = {p.untyped_storage().data_ptr(): p for p in model.parameters()}
+        self._by_storage = {p.untyped_storage().data_ptr(): p for p in model.parameters() if p.numel()}
+        self._copies: dict[int, tuple[Tensor, nn.Parameter, int]] = {}
         self._scratch: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._uses: Counter[int] = Counter()
-        self._pending: dict[int, tuple[nn.Parameter, Tensor]] = {}
-        self._tokens: dict[int, list[_Use]] = {}
+        self._left: Counter[int] = Counter()
+        self._pending: dict[int, tuple[nn.Parameter, list[_Use], Ledger | None]] = {}
+        self._tokens: dict[int, list[_TokenUse]] = {}
         self.by_token = hasattr(fold, "take_tokens")
         self.samples = 0
         self.rows: frozenset[int] = frozenset()
@@ -113,56 +131,115 @@ class WeightMaps:
         self.samples, self.rows = samples, frozenset(samples * length for length in lengths)
         self.selected, self.real = None, real
         self._uses.clear()
+        self._left.clear()
         self._pending.clear()
+        self._copies.clear()
 
     def end_batch(self) -> None:
         """Fold what is left of weights that the model used several times."""
-        for parameter, grad_S in self._pending.values():
-            self._emit(parameter, grad_S)
-        self._pending.clear()
+        for key in list(self._pending):
+            self._flush(key)
         for uses in self._tokens.values():  # of maps that relevance reached in a part of their uses
             self._emit_tokens(uses)
         self._tokens.clear()
 
     def source(self, weight: Tensor) -> nn.Parameter | None:
-        """The parameter whose memory `weight` shares, or None for a constant."""
-        return self._by_storage.get(weight.untyped_storage().data_ptr())
+        """The parameter whose memory `weight` shares, or of which it is a cast; None for a constant."""
+        pointer = weight.untyped_storage().data_ptr()
+        copy = self._copies.get(pointer)
+        return self._by_storage.get(pointer) if copy is None else copy[1]
+
+    def cast(self, weight: Tensor, copy: Tensor) -> bool:
+        """Remember that `copy` holds the elements of `weight`, a part of a parameter, in another type."""
+        parameter, place = self.source(weight), self.place(weight)
+        if parameter is None or not (weight.is_contiguous() and copy.is_contiguous()):
+            return False
+        # the copy is kept until the batch ends: its memory must not become another tensor's
+        offset = 0 if place is None else place.offset
+        self._copies[copy.untyped_storage().data_ptr()] = (copy, parameter, offset)
+        return True
+
+    def place(self, weight: Tensor) -> _Place | None:
+        """Where `weight` lies in its parameter; None if it is the parameter, or a cast of it, as a whole."""
+        parameter = self.source(weight)
+        if parameter is None or weight is parameter:
+            return None
+        copy = self._copies.get(weight.untyped_storage().data_ptr())
+        start = parameter.storage_offset() if copy is None else -copy[2]
+        found = _Place(tuple(weight.shape), weight.stride(), int(weight.storage_offset()) - int(start))
+        whole = _Place(tuple(parameter.shape), parameter.stride(), 0)
+        return None if found == whole else found
+
+    def placeable(self, weight: Tensor) -> bool:
+        """Whether maps of `weight` can be put into its parameter's."""
+        parameter, place = self.source(weight), self.place(weight)
+        if parameter is None or place is None:
+            return parameter is not None
+        overlapping = any(n > 1 and step == 0 for n, step in zip(place.size, place.stride, strict=True))
+        return parameter.is_contiguous() and not overlapping
 
     def holds_samples(self, x: Tensor) -> bool:
         """Whether the rows of `x` can be told apart by sample: batch first, maybe flattened with time."""
+        if self.samples == 1:
+            return x.dim() >= 1
         return x.dim() >= 2 and (x.shape[0] == self.samples or (x.dim() == 2 and x.shape[0] in self.rows))
 
     def expect(self, parameter: Tensor | None) -> None:
         """Count a use of a parameter in the forward pass; maps of all uses are summed before the fold."""
         if parameter is not None and id(parameter) in self.names:
             self._uses[id(parameter)] += 1
+            self._left[id(parameter)] += 1
 
     def wants(self, parameter: Tensor | None) -> bool:
         """Whether the parameter gets a map."""
         return parameter is not None and id(parameter) in self.names
 
     def weight(
-        self, parameter: nn.Parameter, x: Tensor, lam: Tensor, out_first: bool, ledger: Ledger | None
+        self,
+        weight: Tensor,
+        x: Tensor,
+        lam: Tensor,
+        out_first: bool,
+        ledger: Ledger | None,
+        rows: Tensor | None = None,
     ) -> None:
         """Make the maps factor * x^T lam of a weight.
 
         Parameters
         ----------
-        parameter : Parameter, shape (O, I) if `out_first` else (I, O)
-        x : Tensor, shape (S, ..., I) or (S * T, I)
+        weight : Tensor, shape (O, I) if `out_first` else (I, O)
+            A parameter, or a part of one.
+        x : Tensor, shape (S, ..., I) or (S * T, I), or any rows (N, I) with `rows`
         lam : Tensor, same leading shape, (..., O)
+        rows : Tensor, shape (N,), optional
+            The sample that each row is of.
         """
-        x_STI = self._select(x)
-        lam_STO = self._select(lam).to(x.dtype)
         if self.by_token:
-            self._take_tokens(parameter, x_STI, lam_STO, out_first, ledger)
+            self._take_tokens(weight, self._select(x), self._select(lam).to(x.dtype), out_first, ledger)
             return
-        left, right = (lam_STO, x_STI) if out_first else (x_STI, lam_STO)
-        samples, group = len(left), max(1, GROUP_BYTES // (parameter.numel() * x.element_size()))
-        several = self._uses[id(parameter)] > 1
-        for start in range(0, samples, samples if several else group):
-            part = slice(start, None if several else start + group)
-            self._take(parameter, self._product(left[part], right[part]), several, ledger)
+        self._take(weight, self._maker(x, lam, out_first, rows), x.dtype, ledger)
+
+    def of_computed(self, x: Tensor, lam: Tensor, out_first: bool, rows: Tensor | None) -> Tensor:
+        """The maps of a weight that is no parameter, (S, *weight.shape)."""
+        return self._maker(x, lam, out_first, rows)(slice(None)).clone()
+
+    def _maker(
+        self, x: Tensor, lam: Tensor, out_first: bool, rows: Tensor | None
+    ) -> Callable[[slice], Tensor]:
+        left, right = (lam.to(x.dtype), x) if out_first else (x, lam.to(x.dtype))
+        if rows is None:
+            left_STM, right_STN = self._select(left), self._select(right)
+
+            def make(part: slice) -> Tensor:
+                return self._product(left_STM[part], right_STN[part])
+        else:
+            of_samples = self._rows_of_samples(rows)
+
+            def make(part: slice) -> Tensor:
+                maps = [left[rows_N].T @ right[rows_N] for rows_N in of_samples[part]]
+                return torch.stack(maps).mul_(self.factor)
+
+        return make
 
     def _product(self, left_STM: Tensor, right_STN: Tensor) -> Tensor:
         """factor * left^T right of each sample, (S, M, N)."""
@@ -177,10 +254,32 @@ class WeightMaps:
             torch.baddbmm(grad_SMN, left_SMT, right_STN, beta=0, alpha=self.factor, out=grad_SMN)
         return grad_SMN
 
-    def bias(self, parameter: nn.Parameter, lam: Tensor, ledger: Ledger | None) -> None:
-        """Make the maps of a bias, R(B) = B * sum of lam over positions; lam is (S, ..., O) or (S * T, O)."""
-        several = self._uses[id(parameter)] > 1
-        self._take(parameter, self._select(lam).to(parameter.dtype).sum(dim=1), several, ledger)
+    def bias(self, bias: Tensor, lam: Tensor, ledger: Ledger | None, rows: Tensor | None = None) -> None:
+        """Make the maps of a bias, or a part of one: R(B) = B * sum of lam over positions.
+
+        lam is (S, ..., O) or (S * T, O), or any rows (N, O) with `rows`; bias has one dimension or more.
+        """
+        lam = lam.to(bias.dtype)
+        if rows is not None:
+            grad_S = torch.stack(
+                [lam[rows_N].sum_to_size(bias.shape) for rows_N in self._rows_of_samples(rows)]
+            )
+        elif bias.dim() == 1:
+            grad_S = self._select(lam).sum(dim=1)
+        else:
+            lam_S = lam.reshape(self.samples, -1, *lam.shape[1:]) if len(lam) != self.samples else lam
+            chosen = lam_S if self.selected is None else lam_S.index_select(0, self.selected)
+            grad_S = torch.stack([lam.sum_to_size(bias.shape) for lam in chosen])
+        self._take(bias, lambda part: grad_S[part], bias.dtype, ledger)
+
+    def give(self, weight: Tensor, grad_S: Tensor, ledger: Ledger | None) -> None:
+        """Take maps of all samples that were made elsewhere, with their factor in them."""
+        chosen_S = grad_S if self.selected is None else grad_S.index_select(0, self.selected)
+        self._take(weight, lambda part: chosen_S[part], grad_S.dtype, ledger)
+
+    def take(self, weight: Tensor, grad_S: Tensor) -> None:
+        """Take maps of the selected samples that were made elsewhere."""
+        self._take(weight, lambda part: grad_S[part], grad_S.dtype, None)
 
     def fill_unreached(self, wanted: Mapping[str, nn.Parameter]) -> tuple[str, ...]:
         """Tell the fold of parameters that no sample reached; return their names."""
@@ -194,6 +293,10 @@ class WeightMaps:
         x_ST = x.reshape(self.samples, -1, x.shape[-1])
         return x_ST if self.selected is None else x_ST.index_select(0, self.selected)
 
+    def _rows_of_samples(self, rows: Tensor) -> list[Tensor]:
+        chosen = range(self.samples) if self.selected is None else self.selected.tolist()
+        return [(rows == sample).nonzero().flatten() for sample in chosen]
+
     def _buffer(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         # one buffer for all layers: no page faults, and it is still in the cache when the fold reads it
         count, key = torch.Size(shape).numel(), (like.dtype, like.device)
@@ -202,19 +305,26 @@ class WeightMaps:
         return self._scratch[key][:count].view(shape)
 
     def _take_tokens(
-        self, parameter: nn.Parameter, x_STI: Tensor, lam_STO: Tensor, out_first: bool, ledger: Ledger | None
+        self, weight: Tensor, x_STI: Tensor, lam_STO: Tensor, out_first: bool, ledger: Ledger | None
     ) -> None:
+        parameter = self.source(weight)
+        assert parameter is not None
+        if self.place(weight) is not None:
+            raise ModelError(
+                f"{self.names[id(parameter)]}: the model uses parts of this weight apart, so its inputs "
+                "can't be told as one. Take an importance by weight, such as 'fisher'."
+            )
         weight_OI = parameter.detach() if out_first else parameter.detach().t()
         if ledger is not None:
             ledger.maps += self.factor * relevance(x_STI @ weight_OI.t(), lam_STO)
         real = (mask for mask in self.real if mask.shape[1] == x_STI.shape[1])
         real_ST = next(real, torch.ones(self.samples, x_STI.shape[1], dtype=torch.bool, device=x_STI.device))
         uses = self._tokens.setdefault(id(parameter), [])
-        uses.append(_Use(parameter, weight_OI, x_STI, lam_STO, self._select(real_ST[..., None])[..., 0]))
+        uses.append(_TokenUse(parameter, weight_OI, x_STI, lam_STO, self._select(real_ST[..., None])[..., 0]))
         if len(uses) == self._uses[id(parameter)]:
             self._emit_tokens(self._tokens.pop(id(parameter)))
 
-    def _emit_tokens(self, uses: list[_Use]) -> None:
+    def _emit_tokens(self, uses: list[_TokenUse]) -> None:
         name = self.names[id(uses[0].parameter)]
         self.reached.add(name)
         x_STI, lam_STO, real_ST = (
@@ -223,17 +333,49 @@ class WeightMaps:
         )
         self.fold.take_tokens(name, uses[0].weight_OI, x_STI, lam_STO, real_ST)  # type: ignore[attr-defined]
 
-    def _take(self, parameter: nn.Parameter, grad_S: Tensor, several: bool, ledger: Ledger | None) -> None:
+    def _take(
+        self, weight: Tensor, make: Callable[[slice], Tensor], dtype: torch.dtype, ledger: Ledger | None
+    ) -> None:
+        """Fold the maps of one use, or wait for the other uses of its parameter."""
+        parameter, place = self.source(weight), self.place(weight)
+        assert parameter is not None
+        key = id(parameter)
+        self._left[key] -= 1
+        use = _Use(place, make)
+        if self._uses[key] == 1 and place is None:
+            for part in self._groups(parameter, dtype):
+                self._emit(parameter, make(part), ledger)
+            return
+        self._pending.setdefault(key, (parameter, [], ledger))[1].append(use)
+        if self._left[key] == 0:
+            self._flush(key)
+
+    @torch.no_grad()
+    def _flush(self, key: int) -> None:
+        """Sum the maps of all uses, a few samples at a time, in the parameter's own layout."""
+        parameter, uses, ledger = self._pending.pop(key)
+        for part in self._groups(parameter, parameter.dtype):
+            total_S: Tensor | None = None
+            for place, make in uses:
+                grad_S = make(part)
+                if total_S is None:
+                    total_S = grad_S.new_zeros((len(grad_S), *parameter.shape))
+                if place is None:
+                    total_S.add_(grad_S)
+                else:
+                    stride = (parameter.numel(), *place.stride)
+                    total_S.as_strided((len(grad_S), *place.size), stride, place.offset).add_(grad_S)
+            if total_S is not None:
+                self._emit(parameter, total_S, ledger)
+
+    def _groups(self, parameter: nn.Parameter, dtype: torch.dtype) -> list[slice]:
+        samples = self.samples if self.selected is None else len(self.selected)
+        group = max(1, GROUP_BYTES // max(1, parameter.numel() * dtype.itemsize))
+        return [slice(start, start + group) for start in range(0, samples, group)]
+
+    def _emit(self, parameter: nn.Parameter, grad_S: Tensor, ledger: Ledger | None) -> None:
         if ledger is not None:
             ledger.maps += sum(relevance(parameter, grad) for grad in grad_S)
-        if not several:
-            self._emit(parameter, grad_S)
-        elif id(parameter) in self._pending:
-            self._pending[id(parameter)][1].add_(grad_S)
-        else:
-            self._pending[id(parameter)] = (parameter, grad_S.clone())
-
-    def _emit(self, parameter: nn.Parameter, grad_S: Tensor) -> None:
         name = self.names[id(parameter)]
         self.reached.add(name)
         self.fold.update(name, parameter.detach(), grad_S)

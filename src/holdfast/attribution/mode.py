@@ -13,15 +13,17 @@ from torch.overrides import TorchFunctionMode
 
 import holdfast.attribution.attention  # noqa: F401  (registers its rules)
 from holdfast.attribution import normaliser
-from holdfast.attribution.rules import RULES, cast, whole_module
+from holdfast.attribution.rules import MADE_OF, RULES, SHADOW, cast, in_place, made_of, whole_module
+from holdfast.attribution.samples import follow
 from holdfast.attribution.trace import Trace, tensors_in, tracked
 
 # Needed for relevance and for plain per-sample gradients alike.
-LINEAR_MAPS = frozenset({"linear", "addmm", "matmul", "mm"})
+LINEAR_MAPS = frozenset({"linear", "addmm", "matmul", "mm", "bmm", "baddbmm", "conv1d"})
+_WITH_WEIGHTS = LINEAR_MAPS | {"add", "add_"}  # an expert's bias is added by an operation of its own
 CASTS = frozenset(name for name, rule in RULES.items() if rule is cast)
 # New tensors that take only shape and type from an activation.
-_FRESH = frozenset(f"{kind}_like" for kind in ("zeros", "ones", "empty", "full")) | {
-    f"new_{kind}" for kind in ("zeros", "ones", "empty", "full")
+_FRESH = frozenset(f"{kind}_like" for kind in ("zeros", "ones", "empty", "full", "rand", "randn")) | {
+    f"new_{kind}" for kind in ("zeros", "ones", "empty", "full", "tensor")
 }
 
 
@@ -30,11 +32,6 @@ def operation_name(func: Any) -> str:
     """The plain name of an operation: ``mul`` for ``torch.mul`` and the methods ``mul`` and ``__mul__``."""
     name = getattr(func, "__name__", str(func))
     return getattr(func.__self__, "__name__", name) if name == "__get__" else name
-
-
-def in_place(name: str) -> bool:
-    """Whether an operation changes its first argument."""
-    return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
 
 
 class RuleMode(TorchFunctionMode):
@@ -49,15 +46,30 @@ class RuleMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.trace.suspended:
             return func(*args, **kwargs)
-        tensors = list(tensors_in(*args, *kwargs.values()))
-        is_tracked = any(map(tracked, tensors))
-        if self.trace.rules == "gradient":
-            return self._gradient(func, args, kwargs) if is_tracked else func(*args, **kwargs)
         name = operation_name(func)
+        tensors = list(tensors_in(*args, *kwargs.values()))
+        if not any(map(tracked, tensors)):
+            roles = self.trace.rules != "gradient" and any(normaliser.role_of(t) for t in tensors)
+            if roles:
+                return normaliser.apply(self.trace, name, func, args, kwargs)
+            if name not in LINEAR_MAPS or not any(map(self._wanted, tensors)):
+                return self._constant(name, func, args, kwargs, tensors)
+            with_leaves = self._leaves(args), self._leaves(kwargs)
+            if not any(map(tracked, tensors_in(*with_leaves))):  # weights alone: LoRA's factors, merged
+                return self._constant(name, func, args, kwargs, tensors)
+            args, kwargs = with_leaves
+        output = self._tracked(name, func, args, kwargs, tensors)
+        follow(self.trace.maps, name, func, args, kwargs, output)
+        return output
+
+    def _tracked(self, name: str, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
+        made = next((made_of(t) for t in tensors if made_of(t) is not None), None)
+        if made is not None and name not in LINEAR_MAPS:
+            raise self.trace.unruled(name, f"with what '{made}' makes of weights that are to be attributed")
+        if self.trace.rules == "gradient":
+            return self._gradient(name, func, args, kwargs, tensors)
         if any(normaliser.role_of(t) for t in tensors):
             return normaliser.apply(self.trace, name, func, args, kwargs)
-        if not is_tracked:
-            return func(*args, **kwargs)
         rule = RULES.get(name)
         if rule is not None:
             return rule(self.trace, name, func, args, kwargs)
@@ -67,14 +79,76 @@ class RuleMode(TorchFunctionMode):
                 return normaliser.given(func(*args, **kwargs), role)
         return self._without_relevance(name, func, args, kwargs)
 
-    def _gradient(self, func: Any, args: Any, kwargs: Any) -> Any:
-        name, maps = operation_name(func), self.trace.maps
-        weights = (maps.source(t) for t in tensors_in(*args, *kwargs.values())) if name in LINEAR_MAPS else ()
-        if name in CASTS or any(map(maps.wants, weights)):
+    def _wanted(self, tensor: Tensor) -> bool:
+        return self.trace.maps.wants(self.trace.maps.source(tensor))
+
+    def _gradient(self, name: str, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
+        weights = any(self._wanted(t) or made_of(t) is not None for t in tensors)
+        if name in CASTS or (name in _WITH_WEIGHTS and weights):
             return RULES[name](self.trace, name, func, args, kwargs)
         if name == "softmax" and args[0].dtype == torch.float64:  # float64 stays float64, as under the rules
             kwargs = {key: value for key, value in kwargs.items() if key != "dtype"}
         return func(*args, **kwargs)
+
+    def _constant(self, name: str, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
+        """An operation without an activation; what it makes of attributed weights is remembered as such."""
+        maps = self.trace.maps
+        output = func(*args, **kwargs)
+        results = list(tensors_in(output))
+        if not any(t.is_floating_point() for t in results) or name in _FRESH | {"detach"} or in_place(name):
+            return output  # what a model detaches is meant to be a constant
+        if name in CASTS and maps.source(args[0]) is not None:
+            weight = args[0]
+            if weight.dtype == torch.float64 and output.dtype != torch.float64:
+                return weight  # float64 stays float64
+            if maps.source(output) is not None or maps.cast(weight, output):
+                return output
+        made = next((made_of(t) for t in tensors if made_of(t) is not None), None)
+        if made is None and not any(map(self._wanted, tensors)):
+            return output
+        shadows: Any = self._shadows(func, args, kwargs)
+        for result, shadow in zip(results, shadows or [None] * len(results), strict=True):
+            if made is not None or maps.source(result) is None:
+                setattr(result, MADE_OF, made or name)
+            setattr(result, SHADOW, shadow)
+        return output
+
+    def _shadows(self, func: Any, args: Any, kwargs: Any) -> list[Tensor] | None:
+        """The same for autograd, from leaves that stand for the weights; None if that is unknown."""
+        trace = self.trace
+
+        def shadow(value: Any) -> Any:
+            if isinstance(value, nn.Parameter) and trace.maps.wants(value):
+                return trace.stand_in(value)
+            if isinstance(value, Tensor) and (made_of(value) is not None or self._wanted(value)):
+                found = getattr(value, SHADOW, None)
+                if found is None:
+                    raise LookupError
+                return found
+            if isinstance(value, dict):
+                return {key: shadow(item) for key, item in value.items()}
+            return type(value)(map(shadow, value)) if type(value) in (list, tuple) else value
+
+        try:
+            with torch.enable_grad():
+                return list(tensors_in(func(*shadow(args), **shadow(kwargs))))
+        except LookupError:
+            return None
+
+    def _leaves(self, value: Any) -> Any:
+        """Constants that go into attributed weights (tokens that every text gets) are inputs."""
+        if isinstance(value, Tensor):
+            weight = self.trace.maps.source(value) is not None or made_of(value) is not None
+            maps = self.trace.maps  # tokens; not an identity that shows what a weight is
+            tokens = maps.samples in (1, *value.shape[:2]) if value.dim() > 2 else len(value) in maps.rows
+            if weight or not value.is_floating_point() or not tokens:
+                return value
+            leaf = value.detach().requires_grad_()
+            self.trace.leaves.append(leaf)
+            return leaf
+        if isinstance(value, dict):
+            return {key: self._leaves(item) for key, item in value.items()}
+        return type(value)(map(self._leaves, value)) if isinstance(value, list | tuple) else value
 
     def _without_relevance(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         """Shapes, comparisons, indices: what has no real-valued result carries no relevance."""
@@ -95,7 +169,8 @@ def attributable(model: nn.Module, leaves: list[Tensor]) -> Iterator[None]:
     Parameters
     ----------
     model : nn.Module
-        Put into evaluation mode, with all parameters frozen.
+        Put into evaluation mode, with all parameters frozen. Compiled parts run as they were written, and
+        experts one by one, so that every operation is seen.
     leaves : list of Tensor
         Each forward pass appends the embeddings' outputs, where relevance ends.
     """
@@ -106,9 +181,11 @@ def attributable(model: nn.Module, leaves: list[Tensor]) -> Iterator[None]:
         # PEFT and TRL may have a hook there that makes the output such a leaf already
         leaf = output if output.requires_grad else output.detach().requires_grad_()
         leaves.append(leaf)
-        return leaf
+        return leaf.clone()  # a model may scale it in place
 
     with ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(_experts_one_by_one(model))
         for module in _embeddings(model):
             # first of all hooks: one of PEFT's and TRL's makes the output require a gradient
             stack.callback(module.register_forward_hook(cut, prepend=True).remove)
@@ -123,6 +200,27 @@ def attributable(model: nn.Module, leaves: list[Tensor]) -> Iterator[None]:
                 parameter.requires_grad_(flag)
             for module, mode in modes:
                 module.training = mode
+
+
+@contextmanager
+def _experts_one_by_one(model: nn.Module) -> Iterator[None]:
+    """Let mixtures compute each expert as a linear map of its own: fused kernels copy the weights."""
+    configs = {
+        id(config): config for module in model.modules() if (config := _expert_config(module)) is not None
+    }
+    before = [(config, config._experts_implementation) for config in configs.values()]
+    try:
+        for config, _ in before:
+            config._experts_implementation = "eager"
+        yield
+    finally:
+        for config, implementation in before:
+            config._experts_implementation = implementation
+
+
+def _expert_config(module: nn.Module) -> Any:
+    config = getattr(module, "config", None)
+    return config if getattr(config, "_experts_implementation", None) not in (None, "eager") else None
 
 
 def _embeddings(model: Any) -> list[nn.Module]:
@@ -144,12 +242,6 @@ def whole_activations(model: nn.Module, trace: Trace) -> Iterator[None]:
     """Treat the activation modules of transformers, composed of elementary operations, as one function."""
     inputs: list[Tensor] = []
 
-    def composed(module: nn.Module) -> bool:  # silu is one operation, with a rule of its own
-        return (
-            type(module).__module__ == "transformers.activations"
-            and type(module).__name__ != "SiLUActivation"
-        )
-
     def before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         inputs.append(args[0])
         trace.suspended = True
@@ -163,7 +255,28 @@ def whole_activations(model: nn.Module, trace: Trace) -> Iterator[None]:
 
     with ExitStack() as stack:
         for module in model.modules():
-            if composed(module):
+            if _composed(module) or _hidden(module):
                 stack.callback(module.register_forward_pre_hook(before).remove)
                 stack.callback(module.register_forward_hook(after).remove)
         yield
+
+
+def _composed(module: nn.Module) -> bool:
+    # silu is one operation, with a rule of its own
+    return type(module).__module__ == "transformers.activations" and type(module).__name__ != "SiLUActivation"
+
+
+def _hidden(module: nn.Module) -> bool:
+    """Whether a module is an element-wise function behind an autograd.Function, which shows no operation."""
+    code = getattr(type(module).forward, "__code__", None)
+    holds = next(module.parameters(), None) is not None or next(module.children(), None) is not None
+    if holds or "apply" not in getattr(code, "co_names", ()):
+        return False
+    probe = torch.tensor([[[-1.5, -0.2, 0.7, 2.0]]])
+    try:
+        with torch.no_grad():
+            whole = type(module).forward(module, probe)
+            apart = torch.cat([type(module).forward(module, part) for part in probe.split(1, dim=-1)], dim=-1)
+    except (TypeError, ValueError, RuntimeError, IndexError):
+        return False
+    return isinstance(whole, Tensor) and whole.shape == probe.shape and torch.allclose(whole, apart)

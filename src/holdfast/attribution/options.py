@@ -42,6 +42,11 @@ class AttributionReport:
         Passes over the data, more than one where the memory budget demands it.
     unreached : tuple of str
         Parameters that nothing reached; their importance is zero.
+    alone_max_relative_error : float or None
+        How much a sample's maps in the first batch differ from those of the sample alone (for plain gradients
+        from autograd's), the largest over all weights; None where batches have one sample and no rule.
+    one_at_a_time : str
+        Why samples went through the model one by one; empty where they went in batches.
     """
 
     samples_seen: int = 0
@@ -52,3 +57,5 @@ class AttributionReport:
     created: float = 0.0
     passes: int = 1
     unreached: tuple[str, ...] = ()
+    alone_max_relative_error: float | None = None
+    one_at_a_time: str = ""

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import cached
 
+from holdfast.attribution.alone import TOLERANCE, Sketches, SketchFold, difference, sketch
 from holdfast.attribution.diagnose import LocalMode
 from holdfast.attribution.ledger import Ledger, relevance
 from holdfast.attribution.maps import Fold, WeightMaps
 from holdfast.attribution.mode import RuleMode, attributable, whole_activations
 from holdfast.attribution.options import AttributionReport
 from holdfast.attribution.targets import Batch, correct, initial_lambda, make_batch, module_names
-from holdfast.attribution.trace import RuleSet, Trace
-from holdfast.errors import ConservationError, ModelError, NoCorrectSampleError
+from holdfast.attribution.trace import RuleSet, SamplesMixedError, Trace
+from holdfast.errors import ConservationError, ModelError, NoCorrectSampleError, UnruledOperationError
 from holdfast.resume import Partial, State
 from holdfast.tasks.encode import Encoded
 
@@ -37,7 +40,13 @@ class Job:
 
 
 class Pass:
-    """One pass over the rows, for one set of parameters."""
+    """One pass over the rows, for one set of parameters.
+
+    Attributes
+    ----------
+    plain : bool
+        Take autograd's gradients of one sample at a time, without a map of any layer.
+    """
 
     def __init__(
         self,
@@ -49,9 +58,11 @@ class Pass:
         check: bool,
     ) -> None:
         self.model, self.job, self.report, self.check = model, job, report, check
+        self.wanted, self.plain = dict(wanted), False
         self.maps = WeightMaps(model, wanted, fold, factor=1.0 if job.halves == "none" else 0.5)
         self.weights = {name: parameter.detach() for name, parameter in wanted.items()}
         self.modules = module_names(model)
+        self.leaves: list[Tensor] = []  # where relevance ends, of the latest forward pass
 
     def run(
         self, rows: Sequence[Encoded], tell: Callable[[int], None], partial: Partial | None = None
@@ -60,15 +71,18 @@ class Pass:
         job = self.job
         first_pass = not self.report.samples_seen
         begin, used = (0, []) if partial is None else self._resume(partial)
-        leaves: list[Tensor] = []
-        with torch.inference_mode(False), torch.enable_grad(), attributable(self.model, leaves):
+        with torch.inference_mode(False), torch.enable_grad(), attributable(self.model, self.leaves):
+            if self.report.one_at_a_time:  # found by an earlier pass, or by the one that this one continues
+                self._one_at_a_time()
+            elif first_pass:
+                self._compare(rows[: job.batch_size])
+            job = self.job
             for start in range(begin, len(rows), job.batch_size):
                 room = None if job.max_samples is None else job.max_samples - len(used)
                 if room == 0:
                     break
                 part = rows[start : start + job.batch_size]
-                leaves.clear()
-                used += [start + i for i in self._batch(part, leaves, room, first_pass)]
+                used += [start + i for i in self._batch(part, room, first_pass)]
                 if first_pass:
                     self.report.samples_seen = start + len(part)
                 if partial is not None and partial.due:
@@ -81,6 +95,78 @@ class Pass:
             )
         tell(len(rows))
         return used
+
+    def _one_at_a_time(self, why: str = "") -> None:
+        self.report.one_at_a_time = self.report.one_at_a_time or why
+        self.job = replace(self.job, batch_size=1)
+        self.plain = self.job.rules == "gradient" and not self.maps.by_token
+
+    def _compare(self, rows: Sequence[Encoded]) -> None:
+        """See that a sample's maps don't depend on its batch; else take one sample at a time."""
+        shortest = min(range(len(rows)), key=lambda i: len(rows[i].prompt_ids) + len(rows[i].completion_ids))
+        longest = max(range(len(rows)), key=lambda i: len(rows[i].prompt_ids) + len(rows[i].completion_ids))
+        probe = [rows[shortest]] if len(rows) == 1 else [rows[shortest], rows[longest]]
+        if len(probe) == 1 and self.job.rules != "gradient":
+            return  # relevance of a single sample is checked by conservation
+        try:
+            found = self._sketches(probe)
+        except SamplesMixedError as error:
+            return self._one_at_a_time(str(error))
+        except UnruledOperationError as error:
+            if self.job.rules != "gradient":
+                raise
+            return self._one_at_a_time(str(error).split(". ")[0])
+        alone = self._plain_sketches(probe[0]) if self.job.rules == "gradient" else self._sketches(probe[:1])
+        apart, where = difference(found, alone)
+        self.report.alone_max_relative_error = apart
+        if not apart <= TOLERANCE.get(next(iter(self.weights.values())).dtype, 0.5):
+            self._one_at_a_time(
+                f"in a batch, the maps of {where} differ by {apart:.2g} from a sample's alone"
+            )
+        return None
+
+    def _sketches(self, rows: Sequence[Encoded]) -> Sketches:
+        """Of the maps of the first of some rows."""
+        fold = SketchFold()
+        maps = WeightMaps(self.model, self.wanted, fold, self.maps.factor)
+        _, logits, lam = self._answer(rows, maps, None)
+        self._backward(logits, lam)
+        maps.end_batch()
+        return fold.of_sample(0, self.weights)
+
+    def _plain_sketches(self, row: Encoded) -> Sketches:
+        return {name: sketch(grad) for name, grad in self._plain_gradients(row).items()}
+
+    def _plain_gradients(self, row: Encoded) -> dict[str, Tensor]:
+        """Autograd's gradients of a single row."""
+        none = WeightMaps(self.model, {}, self.maps.fold, 1.0)
+        for parameter in self.wanted.values():
+            parameter.requires_grad_(True)
+        try:
+            _, logits, lam = self._answer([row], none, None)
+            found = torch.autograd.grad(logits, list(self.wanted.values()), lam, allow_unused=True)
+        finally:
+            for parameter in self.wanted.values():
+                parameter.requires_grad_(False)
+        return {
+            name: torch.zeros_like(p) if grad is None else grad
+            for (name, p), grad in zip(self.wanted.items(), found, strict=True)
+        }
+
+    def _answer(
+        self, rows: Sequence[Encoded], maps: WeightMaps, ledger: Ledger | None
+    ) -> tuple[Batch, Tensor, Tensor]:
+        """A traced forward pass: the batch, its logits, and their Lambda."""
+        job, device = self.job, next(self.model.parameters()).device
+        apart = self.maps.by_token
+        batch = make_batch(self.model, rows, job.pad_id, device, job.side, apart=apart)
+        trace = Trace(
+            job.rules, 0.5 if job.halves == "path" else 1.0, maps, ledger, self.modules, self.leaves
+        )
+        self.leaves.clear()
+        maps.begin_batch(len(rows), batch.lengths, batch.real)
+        logits = self._forward(batch, trace)
+        return batch, logits, initial_lambda(logits.detach(), batch.answer_ST, target=job.target, of=job.of)
 
     def _state(self, done: int, used: list[int]) -> State:
         tensors, folded = self.maps.fold.state()  # type: ignore[attr-defined]
@@ -106,45 +192,48 @@ class Pass:
         partial.say(f"{partial.file}: continuing after {values['done']} samples.")
         return values["done"], values["used"]
 
-    def _batch(
-        self, rows: Sequence[Encoded], leaves: list[Tensor], room: int | None, choose: bool
-    ) -> list[int]:
-        job, device = self.job, next(self.model.parameters()).device
-        apart = self.maps.by_token
-        batch = make_batch(self.model, rows, job.pad_id, device, job.side, apart=apart)
-        trace = Trace(
-            job.rules,
-            0.5 if job.halves == "path" else 1.0,
-            self.maps,
-            Ledger() if self.check else None,
-            self.modules,
-        )
-        self.maps.begin_batch(len(rows), batch.lengths, batch.real)
-        logits_STV = self._forward(batch, trace)
-        right_S = torch.ones(len(rows), dtype=torch.bool, device=device)
+    def _batch(self, rows: Sequence[Encoded], room: int | None, choose: bool) -> list[int]:
+        if self.plain:
+            for name, grad in self._plain_gradients(rows[0]).items():
+                self.maps.reached.add(name)
+                self.maps.fold.update(name, self.weights[name], grad[None])
+            return [0]
+        job, ledger = self.job, Ledger() if self.check else None
+        batch, logits_STV, lam_STV = self._answer(rows, self.maps, ledger)
+        right_S = torch.ones(len(rows), dtype=torch.bool, device=logits_STV.device)
         if job.correct_only and choose:
             right_S = correct(logits_STV.detach(), batch.answer_ST)
         selected = right_S.nonzero().flatten()[:room]
         if not len(selected):
             return []
-        lam_STV = initial_lambda(logits_STV.detach(), batch.answer_ST, target=job.target, of=job.of)
         if len(selected) < len(rows):
             self.maps.selected = selected
             keep_S = torch.zeros_like(right_S).index_fill_(0, selected, True)
             lam_STV = lam_STV * keep_S[:, None, None]
-        lams = torch.autograd.grad(logits_STV, leaves, lam_STV, allow_unused=True)
+        lams = self._backward(logits_STV, lam_STV)
         self.maps.end_batch()
-        if trace.ledger is not None:
-            self._conserved(batch, trace.ledger, logits_STV.detach(), lam_STV, leaves, lams)
+        if ledger is not None:
+            self._conserved(batch, ledger, logits_STV.detach(), lam_STV, lams)
         return [int(i) for i in selected]
+
+    def _backward(self, logits: Tensor, lam: Tensor) -> Sequence[Tensor | None]:
+        try:
+            return torch.autograd.grad(logits, self.leaves, lam, allow_unused=True)
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+            raise UnruledOperationError(
+                f"{type(self.model).__name__}: an operation in place changes what a rule needs on the way "
+                "back, so relevance can't be followed. Use an importance that needs none, such as 'fisher'."
+            ) from error
 
     def _forward(self, batch: Batch, trace: Trace) -> Tensor:
         model: Any = self.model
         if self.job.rules == "gradient":
-            with RuleMode(trace):
+            with cached(), RuleMode(trace):
                 output = model(**batch.inputs)
         else:
-            with whole_activations(model, trace), RuleMode(trace):
+            with cached(), whole_activations(model, trace), RuleMode(trace):
                 output = model(**batch.inputs)
         logits = output.logits
         if not logits.requires_grad:
@@ -165,13 +254,17 @@ class Pass:
         ledger: Ledger,
         logits: Tensor,
         lam: Tensor,
-        leaves: list[Tensor],
         lams: Sequence[Tensor | None],
     ) -> None:
         """Check the first batch that has a used sample, and record what the check found."""
         self.check = False
         ledger.target = relevance(logits, lam)
-        ledger.inputs = sum(relevance(x, g) for x, g in zip(leaves, lams, strict=True) if g is not None)
+        if not math.isfinite(ledger.target):
+            raise ModelError(
+                f"{type(self.model).__name__}: the logits of its first answers are NaN or infinite "
+                f"({logits.dtype}), so nothing can be attributed. Load it in float32, or look into the model."
+            )
+        ledger.inputs = sum(relevance(x, g) for x, g in zip(self.leaves, lams, strict=True) if g is not None)
         share, scale = self.job.halves == "path", abs(ledger.target) or 1.0
         self.report.conservation_max_relative_error = ledger.leak(weights_share=share) / scale
         self.report.absorbed = {key: value / scale for key, value in ledger.absorbed.items()}
@@ -187,7 +280,8 @@ class Pass:
         """Go through the batch once more, with a ledger for each operation."""
         unmapped = WeightMaps(self.model, {}, self.maps.fold, self.maps.factor)
         unmapped.begin_batch(len(lam), batch.lengths)
-        trace = Trace(self.job.rules, 0.5 if self.job.halves == "path" else 1.0, unmapped, None, self.modules)
+        path = 0.5 if self.job.halves == "path" else 1.0
+        trace = Trace(self.job.rules, path, unmapped, None, self.modules)
         try:
             with whole_activations(self.model, trace), LocalMode(trace) as mode:
                 logits = self.model(**batch.inputs).logits

@@ -7,14 +7,17 @@ need no change to the gradient at all.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.grad import conv1d_input, conv1d_weight
 
-from holdfast.attribution.ledger import relevance
+from holdfast.attribution.ledger import Ledger, relevance
+from holdfast.attribution.samples import rows_of
 from holdfast.attribution.trace import Ruled, Trace, tensors_in, tracked
 
 Rule = Callable[[Trace, str, Callable[..., Any], Sequence[Any], Mapping[str, Any]], Any]
@@ -37,14 +40,38 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 @rule("view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze")
 @rule("expand", "expand_as", "broadcast_to", "repeat", "repeat_interleave", "tile", "roll", "flip", "clone")
-@rule("transpose", "permute", "T", "mT", "t", "swapaxes", "swapdims", "movedim", "moveaxis", "unfold")
+@rule(
+    "transpose",
+    "permute",
+    "T",
+    "mT",
+    "t",
+    "swapaxes",
+    "swapdims",
+    "movedim",
+    "moveaxis",
+    "unfold",
+    "as_strided",
+)
 @rule("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "narrow", "select", "__getitem__")
-@rule("index_select", "gather", "take_along_dim", "diagonal", "tril", "triu")
-@rule("neg", "sum", "mean", "cumsum", "contiguous")
+@rule("index_select", "gather", "take_along_dim", "diagonal", "tril", "triu", "masked_select")
+@rule("neg", "sum", "mean", "cumsum", "contiguous", "view_as_complex", "view_as_real", "real", "imag")
 @rule("requires_grad_")  # a hook of PEFT and TRL on the embeddings; it changes no value
 def linear_unchanged(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
     """Selections, shapes and sums: autograd's gradient is the rule."""
     return func(*args, **kwargs)
+
+
+@rule("topk", "max", "amax", "min", "amin", "sort", "maximum", "minimum")
+def choice(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+    """What is chosen passes on; which it is, is a constant (the experts of a token, a row's largest)."""
+    if name in _OF_TWO and len(args) > 1 and isinstance(args[1], Tensor):
+        x, y = args[:2]
+        return RULES["where"](trace, "where", torch.where, (x >= y if "max" in name else x <= y, x, y), {})
+    return func(*args, **kwargs)
+
+
+_OF_TWO = frozenset({"max", "min", "maximum", "minimum"})
 
 
 @rule("to", "float", "double", "half", "bfloat16", "type", "type_as")
@@ -56,23 +83,78 @@ def cast(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
 
 
 @rule("add", "add_", "sub", "sub_", "__rsub__", "rsub", "where", "masked_fill", "masked_fill_")
-@rule("cat", "concat", "stack", "hstack", "pad")
+@rule(
+    "cat",
+    "concat",
+    "concatenate",
+    "stack",
+    "hstack",
+    "vstack",
+    "pad",
+    "copy_",
+    "__setitem__",
+    "index_copy",
+    "index_copy_",
+)
+@rule("index_add", "index_add_", "scatter", "scatter_", "scatter_add", "scatter_add_", "masked_scatter")
+@rule("masked_scatter_", "index_put", "index_put_")
 def affine(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
-    """Sums: every addend keeps its Lambda; what is added as a constant absorbs its part."""
+    """Sums and what is put into place: each part keeps its Lambda; a constant one absorbs its own."""
+    bias = next((a for a in args if trace.maps.wants(_source(trace, a))), None)
+    if bias is not None:
+        if name in ("add", "add_"):
+            return added_bias(trace, name, func, args, kwargs, bias)
+        raise trace.unruled(name, "with a weight that is to be attributed")
     addends = tensors_in(args[0]) if name in _JOINING else args[:2]
     if trace.ledger is None or (name in _ADDING and all(map(tracked, addends))):
         return func(*args, **kwargs)
     with torch.no_grad():  # the constant part is the value at zero
-        constant = func(*_at_zero(args), **_at_zero(kwargs))
-        constant = constant.clone() if name.endswith("_") else constant  # the operation is yet to change it
+        at_zero = _at_zero(args)
+        if in_place(name):  # the operation is yet to change it
+            at_zero = (at_zero[0].clone(), *at_zero[1:])
+        constant = func(*at_zero, **_at_zero(kwargs))
+        constant = at_zero[0] if name == "__setitem__" else constant
     output = func(*args, **kwargs)
     if constant.count_nonzero():
-        trace.book(output, lambda ledger, lam: ledger.absorb(name, relevance(constant, lam)))
+        changed = args[0] if name == "__setitem__" else output
+        trace.book(changed, lambda ledger, lam: ledger.absorb(name.strip("_"), relevance(constant, lam)))
     return output
 
 
-_JOINING = frozenset({"cat", "concat", "stack", "hstack"})
+def _source(trace: Trace, value: Any) -> nn.Parameter | None:
+    return trace.maps.source(value) if isinstance(value, Tensor) and not tracked(value) else None
+
+
+def added_bias(trace: Trace, name: str, func: Any, args: Any, kwargs: Any, bias: Tensor) -> Any:
+    """A bias that is added by an operation of its own (an expert's): R(B) = B Lambda, as in a linear map."""
+    x = args[1] if args[0] is bias else args[0]
+    maps, ledger, rows = trace.maps, trace.ledger, rows_of(x)
+    if kwargs.get("alpha", 1) != 1 or not maps.placeable(bias):
+        raise trace.unruled(name, "with a factor on a weight, or with its elements repeated")
+    output = func(*args, **kwargs)
+    by_rows = rows is not None and output.dim() == 2
+    if not (by_rows or maps.holds_samples(output)):
+        raise trace.mixed(name, output.shape)
+    maps.expect(maps.source(bias))
+
+    def take(lam: Tensor) -> None:
+        maps.bias(bias, lam, ledger, rows if by_rows else None)
+        if ledger is not None:
+            of_bias = relevance(bias.expand_as(lam), lam)
+            ledger.take(0.0, of_bias)
+            ledger.maps_expected += of_bias
+
+    output.register_hook(take)
+    return output
+
+
+_JOINING = frozenset({"cat", "concat", "concatenate", "stack", "hstack", "vstack"})
 _ADDING = _JOINING | {"add", "sub"}
+
+
+def in_place(name: str) -> bool:
+    """Whether an operation changes its first argument."""
+    return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
 
 
 def _at_zero(value: Any) -> Any:
@@ -108,10 +190,22 @@ def multiply(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
 
 @rule("div", "div_", "true_divide")
 def divide(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
-    """Division by a constant is linear."""
-    if tracked(args[1]) or kwargs.get("rounding_mode"):
-        raise trace.unruled(name, "by an activation")
+    """Division is linear in what is divided; what divides an activation is a normaliser, so a constant."""
+    if kwargs.get("rounding_mode"):
+        raise trace.unruled(name, "with rounding")
+    if not tracked(args[0]):
+        raise trace.unruled(name, "of a constant by an activation")
+    if tracked(args[1]):
+        args = (args[0], args[1].detach(), *args[2:])
     return func(*args, **kwargs)
+
+
+@rule("linalg_solve_triangular")
+def solve(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+    """A^-1 B is linear in B; what divides is a constant, as in `divide`."""
+    if not tracked(args[1]):
+        raise trace.unruled(name, "of a constant by an activation")
+    return func(args[0].detach(), args[1], *args[2:], **kwargs)
 
 
 @rule("einsum")
@@ -123,6 +217,15 @@ def einsum(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         raise trace.unruled(name, "of three activations, or of an activation and a weight")
     output = func(*args, **kwargs)
     return trace.product(output) if both == 2 else output
+
+
+@rule("addcmul")
+def addcmul(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+    """A sum with a product, apart."""
+    value = kwargs.get("value", 1)
+    left = args[1] if value == 1 else multiply(trace, "mul", torch.mul, (args[1], value), {})
+    product = multiply(trace, "mul", torch.mul, (left, args[2]), {})
+    return affine(trace, "add", torch.add, (args[0], product), {})
 
 
 # ---- linear maps, Lemma 4.1 --------------------------------------------------------------------------------
@@ -146,20 +249,36 @@ def addmm(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
     return linear_map(trace, name, x, weight, bias, out_first=False)
 
 
-@rule("matmul", "mm", "bmm", "baddbmm")
+@rule("matmul", "mm", "bmm")
 def matmul(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
     """Activation times weight is a linear map; activation times activation is a product."""
-    left, right = args[-2:] if name == "baddbmm" else args[:2]
-    if name == "baddbmm" and kwargs.get("beta", 1) != 0:
-        raise trace.unruled(name, "with beta other than 0")
+    left, right = _arguments(("input", "other" if name == "matmul" else "mat2"), args, kwargs)
     if tracked(left) and tracked(right):
-        return trace.product(func(*args, **kwargs))
+        return trace.product(func(left, right))
     constant = right if tracked(left) else left
-    if trace.maps.source(constant) is None:
-        return func(*args, **kwargs)
-    if constant is left or right.dim() != 2 or name == "baddbmm":
-        raise trace.unruled(name, "with a weight on its left, or with a batch of weights")
-    return linear_map(trace, name, left, right, None, out_first=False)
+    if trace.maps.source(constant) is None and made_of(constant) is None:
+        return func(left, right)
+    if constant is left and left.dim() == 2 and right.dim() > 1:  # W X = (X^T W^T)^T
+        return linear_map(trace, name, right.mT, left, None, out_first=True).mT
+    if constant is left:
+        raise trace.unruled(name, "with a batch of weights on its left")
+    if right.dim() == 2:
+        return linear_map(trace, name, left, right, None, out_first=False)
+    return batched_map(trace, name, left, right)
+
+
+@rule("baddbmm")
+def baddbmm(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+    """beta B + alpha P Q, apart: a product or linear map, and a sum."""
+    added, left, right = _arguments(("input", "batch1", "batch2"), args, kwargs)
+    beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
+    product = matmul(trace, "bmm", torch.bmm, (left, right), {})
+    if alpha != 1:
+        product = product * alpha
+    if beta == 0:
+        return product
+    added = added if beta == 1 else multiply(trace, "mul", torch.mul, (added, beta), {})
+    return affine(trace, "add", torch.add, (product, added), {})
 
 
 def _arguments(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
@@ -175,14 +294,12 @@ def linear_map(
     constant linear map: it takes no relevance, so nothing is halved.
     """
     maps, parameter = trace.maps, trace.maps.source(weight)
-    if maps.wants(parameter) and weight is not parameter:
-        raise trace.unruled(name, "with a part or a transpose of a weight")
+    if made_of(weight) is not None:
+        return computed_map(trace, name, x, weight, bias, out_first)
+    if parameter is not None and maps.place(weight) is not None and maps.place(weight.t()) is None:
+        weight, out_first = weight.t(), not out_first  # the whole of a weight, transposed
     half = 1.0 if parameter is None else trace.path
-    wanted = [p for p in (parameter, bias) if maps.wants(p)]
-    if wanted and not maps.holds_samples(x):
-        raise trace.unruled(name, f"where samples are not the first dimension (got shape {tuple(x.shape)})")
-    for p in wanted:
-        maps.expect(p)
+    rows = _rows(trace, name, x, [weight, bias])
     ledger = trace.ledger
 
     def compute(x: Tensor) -> tuple[Tensor, tuple[Tensor]]:
@@ -191,17 +308,175 @@ def linear_map(
         return (torch.matmul(x, weight) if bias is None else torch.addmm(bias, x, weight)), (x,)
 
     def backward(lam: Tensor, x: Tensor) -> tuple[Tensor]:
-        if maps.wants(parameter):
-            maps.weight(parameter, x, lam, out_first, ledger)  # type: ignore[arg-type]
-        if maps.wants(bias):
-            maps.bias(bias, lam, ledger)  # type: ignore[arg-type]
+        _maps_of(trace, ledger, weight, bias, x, lam, out_first, rows)
         lam_R, matrix_OI = lam.reshape(-1, lam.shape[-1]).to(x.dtype), weight if out_first else weight.t()
         lam_x = torch.addmm(lam_R.new_empty(1), lam_R, matrix_OI, beta=0, alpha=half).view(x.shape)
         if ledger is not None:
             through = relevance(x, lam_x) / half * maps.factor  # of sum (P W) * Lambda the weight's part
-            of_bias = 0.0 if bias is None else relevance(bias, lam)
-            ledger.take(0.0 if parameter is None else through, of_bias)
-            ledger.maps_expected += through * maps.wants(parameter) + of_bias * maps.wants(bias)
+            _book_linear(trace, ledger, weight, bias, through, 0.0 if bias is None else relevance(bias, lam))
+        return (lam_x,)
+
+    return Ruled.apply(compute, backward, x)
+
+
+def made_of(weight: Tensor) -> str | None:
+    """The operation that computed a tensor from weights that are to be attributed, if one did."""
+    return getattr(weight, MADE_OF, None)
+
+
+MADE_OF, SHADOW = "_holdfast_made_of", "_holdfast_shadow"
+
+
+def computed_map(
+    trace: Trace, name: str, x: Tensor, weight: Tensor, bias: Tensor | None, out_first: bool
+) -> Tensor:
+    """A linear map with a weight that is computed of attributed ones (an expert with LoRA's factors in it).
+
+    Each of those gets its part by autograd, from the weight's map: R(A) = A * (d weight / d A)^T map.
+    """
+    shadow, maps, ledger = getattr(weight, SHADOW, None), trace.maps, trace.ledger
+    used = [(p, leaf) for p, leaf in trace.stand_ins.values()]
+    if shadow is None or (bias is not None and maps.wants(maps.source(bias))):
+        raise trace.unruled(name, f"with a weight that '{made_of(weight)}' makes of the model's weights")
+    rows = rows_of(x) if maps.samples > 1 and x.dim() == 2 else None
+    if rows is None and not maps.holds_samples(x):
+        raise trace.mixed(name, x.shape)
+    ones = torch.autograd.grad(
+        shadow, [leaf for _, leaf in used], torch.zeros_like(shadow), retain_graph=True, allow_unused=True
+    )
+    used = [pair for pair, grad in zip(used, ones, strict=True) if grad is not None]
+    for parameter, _ in used:
+        maps.expect(parameter)
+
+    def compute(x: Tensor) -> tuple[Tensor, tuple[Tensor]]:
+        return F.linear(x, weight if out_first else weight.t(), bias), (x,)
+
+    def backward(lam: Tensor, x: Tensor) -> tuple[Tensor]:
+        maps_S = maps.of_computed(x, lam, out_first, rows)
+        parts = [
+            torch.autograd.grad(shadow, [leaf for _, leaf in used], g, retain_graph=True) for g in maps_S
+        ]
+        for (parameter, _), grads in zip(used, zip(*parts, strict=True), strict=True):
+            maps.take(parameter, torch.stack(grads))
+        lam_x = lam.to(x.dtype) @ (weight if out_first else weight.t()) * trace.path
+        if ledger is not None:
+            of_bias = 0.0 if bias is None else relevance(bias.expand_as(lam), lam)
+            ledger.take(relevance(x, lam_x) / trace.path * maps.factor, of_bias)
+        return (lam_x,)
+
+    return Ruled.apply(compute, backward, x)
+
+
+def _rows(trace: Trace, name: str, x: Tensor, weights: Sequence[Tensor | None]) -> Tensor | None:
+    """See that the weights' maps can be made; returns the samples of x's rows where they need telling."""
+    maps = trace.maps
+    wanted = [w for w in weights if w is not None and maps.wants(maps.source(w))]
+    for weight in wanted:
+        if not maps.placeable(weight):
+            raise trace.unruled(name, "with a part of a weight whose elements it repeats")
+        maps.expect(maps.source(weight))
+    rows = rows_of(x) if maps.samples > 1 and x.dim() == 2 else None
+    if wanted and rows is None and not maps.holds_samples(x):
+        raise trace.mixed(name, x.shape)
+    return rows
+
+
+def _maps_of(
+    trace: Trace,
+    ledger: Ledger | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    x: Tensor,
+    lam: Tensor,
+    out_first: bool,
+    rows: Tensor | None,
+) -> None:
+    maps = trace.maps
+    if maps.wants(maps.source(weight)):
+        maps.weight(weight, x, lam, out_first, ledger, rows)
+    if bias is not None and maps.wants(maps.source(bias)):
+        maps.bias(bias, lam, ledger, rows)
+
+
+def _book_linear(
+    trace: Trace, ledger: Ledger, weight: Tensor, bias: Tensor | None, of_weight: float, of_bias: float
+) -> None:
+    """Book what a linear map's weight and bias take; `of_weight` has its factor in it."""
+    maps = trace.maps
+    parameter = maps.source(weight)
+    ledger.take(0.0 if parameter is None else of_weight, of_bias)
+    ledger.maps_expected += of_weight * maps.wants(parameter)
+    ledger.maps_expected += of_bias * (bias is not None and maps.wants(maps.source(bias)))
+
+
+def batched_map(trace: Trace, name: str, x_ENI: Tensor, weight_EIO: Tensor) -> Tensor:
+    """A linear map for each expert, which is a part of one weight; rows of every expert are alike."""
+    maps, ledger, parameter = trace.maps, trace.ledger, trace.maps.source(weight_EIO)
+    made = made_of(weight_EIO)
+    if made is not None or parameter is None or x_ENI.dim() != 3 or weight_EIO.dim() != 3:
+        raise trace.unruled(
+            name, f"with a weight that '{made}' makes, or a batch of weights of more dimensions"
+        )
+    half, wanted = trace.path, maps.wants(parameter)
+    if wanted:
+        for x_NI, weight_IO in zip(x_ENI, weight_EIO, strict=True):
+            _rows(trace, name, x_NI, [weight_IO])
+
+    def compute(x_ENI: Tensor) -> tuple[Tensor, tuple[Tensor]]:
+        return torch.bmm(x_ENI, weight_EIO), (x_ENI,)
+
+    def backward(lam_ENO: Tensor, x_ENI: Tensor) -> tuple[Tensor]:
+        if wanted:
+            for x_NI, lam_NO, weight_IO in zip(x_ENI, lam_ENO, weight_EIO, strict=True):
+                maps.weight(weight_IO, x_NI, lam_NO, False, ledger)
+        lam_x = torch.bmm(lam_ENO, weight_EIO.transpose(1, 2)) * half
+        if ledger is not None:
+            of_weight = relevance(x_ENI, lam_x) / half * maps.factor
+            _book_linear(trace, ledger, weight_EIO, None, of_weight, 0.0)
+        return (lam_x,)
+
+    return Ruled.apply(compute, backward, x_ENI)
+
+
+@rule("conv1d")
+def conv1d(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+    """A convolution over time is a linear map; the weight (O, I / groups, K) takes its part."""
+    x, weight, bias, stride, padding, dilation, groups = _arguments(
+        ("input", "weight", "bias", "stride", "padding", "dilation", "groups"), args, kwargs
+    )
+    stride, dilation, groups = stride or 1, dilation or 1, groups or 1
+    padding = 0 if padding is None else padding
+    if tracked(weight) or isinstance(padding, str):
+        raise trace.unruled(name, "with a weight that is an activation, or padding by name")
+    maps, ledger, parameter = trace.maps, trace.ledger, trace.maps.source(weight)
+    half = 1.0 if parameter is None else trace.path
+    wanted = [w for w in (weight, bias) if w is not None and maps.wants(maps.source(w))]
+    if wanted and (x.dim() != 3 or len(x) != maps.samples):
+        raise trace.mixed(name, x.shape)
+    for w in wanted:
+        maps.expect(maps.source(w))
+    how = (stride, padding, dilation)
+
+    def compute(x: Tensor) -> tuple[Tensor, tuple[Tensor]]:
+        return F.conv1d(x, weight, bias, *how, groups), (x,)
+
+    def backward(lam_SOT: Tensor, x_SIT: Tensor) -> tuple[Tensor]:
+        samples, channels = len(lam_SOT), weight.shape[0]
+        if maps.wants(parameter):
+            # each sample is a group of its own, so its gradient is too
+            flat = (samples * channels, *weight.shape[1:])
+            one = x_SIT.reshape(1, -1, x_SIT.shape[-1])
+            lam = lam_SOT.reshape(1, -1, lam_SOT.shape[-1])
+            grad = conv1d_weight(one, flat, lam, *how, samples * groups)
+            maps.give(weight, grad.view(samples, *weight.shape) * maps.factor, ledger)
+        if bias is not None and maps.wants(maps.source(bias)):
+            maps.give(bias, lam_SOT.sum(-1), ledger)
+        shape = x_SIT.shape
+        lam_x = conv1d_input(shape, weight, lam_SOT, *how, groups) * half
+        if ledger is not None:
+            of_bias = 0.0 if bias is None else relevance(bias[:, None].expand_as(lam_SOT), lam_SOT)
+            of_weight = relevance(x_SIT, lam_x) / half * maps.factor
+            _book_linear(trace, ledger, weight, bias, of_weight, of_bias)
         return (lam_x,)
 
     return Ruled.apply(compute, backward, x)
@@ -217,12 +492,15 @@ def silu(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
 
 
 @rule("gelu", "relu", "tanh", "leaky_relu", "elu", "selu", "celu", "hardswish", "mish", "softsign")
-@rule("hardtanh", "relu6", "erf", "clamp", "clip", "tanhshrink", "softshrink", "hardshrink")
+@rule("hardtanh", "relu6", "erf", "clamp", "clip", "tanhshrink", "softshrink", "hardshrink", "clamp_min")
+@rule("sigmoid", "softplus", "exp", "expm1", "log1p", "log_sigmoid", "hardsigmoid", "sin", "cos", "abs")
 def activation(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
-    """R(U) = R(S): Lambda_U = Lambda_S * f(x) / x, and f'(0) at x = 0."""
+    """R(U) = R(S) less f(0)'s part: Lambda_U = Lambda_S (f(x) - f(0)) / x, and f'(0) at x = 0."""
     x, rest = args[0], args[1:]
     if any(map(tracked, rest)):
         raise trace.unruled(name, "with an activation as its limit")
+    if any(t.numel() > 1 for t in tensors_in(*rest, *kwargs.values())):
+        raise trace.unruled(name, "with a limit for each element")
     kwargs = {key: value for key, value in kwargs.items() if key != "inplace"}
     return identity(trace, name, lambda u: func(u, *rest, **kwargs), x)
 
@@ -230,19 +508,36 @@ def activation(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> An
 def identity(
     trace: Trace, name: str, function: Callable[[Tensor], Tensor], x: Tensor, y: Tensor | None = None
 ) -> Tensor:
-    """The identity rule for any element-wise function with function(0) = 0; y is its value if known."""
+    """The identity rule for any element-wise function; y is its value if known.
+
+    Its value at zero (a half for a sigmoid gate) depends on nothing: it absorbs its part, like a bias.
+    """
     with torch.enable_grad():
         zero = torch.zeros(1, dtype=x.dtype, device=x.device, requires_grad=True)
         at_zero = function(zero)
         (slope,) = torch.autograd.grad(at_zero.sum(), zero)
-    if at_zero.item() != 0:
-        raise trace.unruled(name, f"as it is {at_zero.item():.3g} at zero, so relevance has no share there")
+    constant = at_zero.item()
+    if not math.isfinite(constant):
+        raise trace.unruled(name, f"as it is {constant:.3g} at zero, so relevance has no share there")
+    # below it the difference to the value at zero is rounding
+    near = 0.0 if constant == 0 else math.sqrt(torch.finfo(x.dtype).eps)
+    ledger = trace.ledger
 
-    def compute(x: Tensor) -> tuple[Tensor, tuple[Tensor]]:
+    def compute(x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         value = function(x) if y is None else y
-        return value, ((value / x).masked_fill_(x == 0, slope.item()),)
+        change = value if constant == 0 else value - constant
+        ratio = (change / x).masked_fill_(x.abs() <= near, slope.item())
+        if ledger is None or constant == 0:
+            return value, (ratio,)
+        # an infinite x (a mask) takes nothing, so its value is a constant as well
+        return value, (ratio, torch.where(x.isinf(), value, constant))
 
-    return Ruled.apply(compute, lambda lam, ratio: (lam * ratio,), x)
+    def backward(lam: Tensor, ratio: Tensor, *absorbed: Tensor) -> tuple[Tensor]:
+        for value in absorbed:
+            ledger.absorb(name, relevance(value, lam))  # type: ignore[union-attr]
+        return (lam * ratio,)
+
+    return Ruled.apply(compute, backward, x)
 
 
 def whole_module(trace: Trace, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.errors import ModelError
-from holdfast.models import is_encoder_decoder
+from holdfast.models import is_encoder_decoder, unwrapped
 from holdfast.tasks.encode import IGNORED, Encoded, collate
 
 
@@ -51,6 +51,7 @@ def make_batch(
     With `apart` the sequences of encoder and decoder never have the same length (the decoder's gets one more
     position of padding), so that a sequence's length tells its mask.
     """
+    model = unwrapped(model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     accepted = inspect.signature(base.forward).parameters
     encoder_decoder = is_encoder_decoder(model)
@@ -61,13 +62,7 @@ def make_batch(
     if encoder_decoder:
         if apart and labels.shape[1] == real[0].shape[1]:
             labels = torch.cat([labels, labels.new_full((len(rows), 1), IGNORED)], dim=1)
-        prepare = getattr(base, "prepare_decoder_input_ids_from_labels", None)
-        if prepare is None:
-            raise ModelError(
-                f"{type(base).__name__}: an encoder-decoder model without "
-                "prepare_decoder_input_ids_from_labels can't be attributed."
-            )
-        inputs["decoder_input_ids"] = prepare(labels=labels)
+        inputs["decoder_input_ids"] = decoder_inputs(base, labels, pad_id)
         answer_ST = labels
         real.append(labels != IGNORED)
     else:
@@ -82,6 +77,33 @@ def make_batch(
         inputs["use_cache"] = False
     lengths = {batch["input_ids"].shape[1], labels.shape[1], answer_ST.shape[1]}
     return Batch(inputs, lengths, answer_ST, real)
+
+
+def decoder_inputs(model: Any, labels_ST: Tensor, pad_id: int) -> Tensor:
+    """What a decoder reads while it is taught `labels_ST` (-100 where there is no token).
+
+    Raises
+    ------
+    ModelError
+        The model has no token for its decoder to start with.
+    """
+    prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    starts = [getattr(c, "decoder_start_token_id", None) for c in (model.config, model.generation_config)]
+    start = next((token for token in starts if token is not None), None)
+    if prepare is not None and (
+        start is None or getattr(model.config, "decoder_start_token_id", None) == start
+    ):
+        try:
+            return prepare(labels=labels_ST)
+        except (AttributeError, ValueError):  # it asks its configuration for a token that it doesn't have
+            pass
+    if start is None:
+        raise ModelError(
+            f"{type(model).__name__}: it has no token for its decoder to start with. Set "
+            "model.config.decoder_start_token_id (often the id of the padding or of the end token)."
+        )
+    shifted_ST = torch.cat([torch.full_like(labels_ST[:, :1], start), labels_ST[:, :-1]], dim=1)
+    return shifted_ST.masked_fill(shifted_ST == IGNORED, pad_id)
 
 
 def correct(logits_STV: Tensor, answer_ST: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -13,6 +13,11 @@ from torch import Tensor, nn
 from holdfast.attribution.ledger import Ledger, relevance
 from holdfast.attribution.maps import WeightMaps
 from holdfast.errors import UnruledOperationError
+
+
+class SamplesMixedError(Exception):
+    """A weight met rows of several samples in an unknown order; one sample at a time it would not."""
+
 
 RuleSet = Literal["paper", "attnlrp", "gradient"]
 Backward = Callable[..., tuple[Tensor | None, ...]]
@@ -29,7 +34,7 @@ class Ruled(torch.autograd.Function):
         output, saved = compute(*inputs)
         ctx.save_for_backward(*saved)
         ctx.rule = rule
-        return output
+        return output.detach()  # no view, see `Scale`
 
     @staticmethod
     def backward(ctx: Any, *lams: Tensor) -> tuple[Any, ...]:
@@ -44,7 +49,7 @@ class Scale(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
         """Return x."""
         ctx.factor = factor
-        return x.view_as(x)
+        return x.detach()  # no view of x: a model may go on to change it in place
 
     @staticmethod
     def backward(ctx: Any, *lams: Tensor) -> tuple[Any, ...]:
@@ -88,6 +93,10 @@ class Trace:
         Where relevance is booked; None where nothing is checked.
     modules : dict
         id of a module to its name, for messages.
+    leaves : list of Tensor
+        Where relevance ends: the embeddings' outputs, and constants that go into attributed weights.
+    stand_ins : dict
+        id of an attributed weight to it and to the leaf that stands for it where weights are computed of it.
     suspended : bool
         Let all operations pass (inside an activation module, which has one rule as a whole).
     """
@@ -97,6 +106,8 @@ class Trace:
     maps: WeightMaps
     ledger: Ledger | None
     modules: dict[int, str]
+    leaves: list[Tensor] = field(default_factory=list)
+    stand_ins: dict[int, tuple[nn.Parameter, Tensor]] = field(default_factory=dict)
     suspended: bool = False
 
     def book(self, output: Tensor, entry: Callable[[Ledger, Tensor], None]) -> None:
@@ -108,11 +119,17 @@ class Trace:
     def product(self, output: Tensor) -> Tensor:
         """Lemma 4.1 for a product of two activations: each side gets `path` of the relevance."""
         if self.path == 1.0:
-            value = output.detach()
-
+            # of the first batch alone, and what follows may change the output in place
+            value = output.detach().clone() if self.ledger is not None else output
             self.book(output, lambda ledger, lam: ledger.create(relevance(value, lam)))
             return output
         return scaled(output, self.path)
+
+    def stand_in(self, parameter: nn.Parameter) -> Tensor:
+        """A leaf with the values of an attributed weight."""
+        if id(parameter) not in self.stand_ins:
+            self.stand_ins[id(parameter)] = parameter, parameter.detach().requires_grad_()
+        return self.stand_ins[id(parameter)][1]
 
     def where(self) -> str:
         """Name of the innermost module of the model that is running."""
@@ -130,4 +147,11 @@ class Trace:
             f"{self.where()}: the operation '{operation}' has no attribution rule"
             f"{' ' + reason if reason else ''}. Relevance can't be followed through it. Add a rule in "
             "holdfast/attribution/rules.py, or use an importance that needs none, such as 'fisher'."
+        )
+
+    def mixed(self, operation: str, shape: Sequence[int]) -> SamplesMixedError:
+        """The error for an operation in which the samples of a batch can't be told apart."""
+        return SamplesMixedError(
+            f"{self.where()}: in '{operation}' the samples of a batch can't be told apart (the input "
+            f"has shape {tuple(shape)})"
         )

@@ -19,7 +19,7 @@ from holdfast.config import Options, named, validate
 from holdfast.errors import ConfigError, DataError, ModelError
 from holdfast.importance.prior import ImportancePrior
 from holdfast.importance.registry import REGISTRY, Inputs, Progress
-from holdfast.models import block_parameters, digest
+from holdfast.models import block_parameters, digest, fingerprints, unwrapped
 from holdfast.resume import Partial
 from holdfast.tasks.encode import Encoded
 
@@ -86,7 +86,7 @@ def compute_prior(
     Where a model answers none of the samples right, `lrp` and `inputs` rate all of them, say so, and record
     it (``none_right``).
     """
-    chosen = _options(options)
+    chosen, model = _options(options), unwrapped(model)
     if parameters is None:
         parameters = block_parameters(model)
     if not parameters:
@@ -122,6 +122,7 @@ def compute_prior(
             "seed": seed,
             "seconds": round(before + time.perf_counter() - start, 3),
             "model_digest": model_digest,
+            "weights": fingerprints(model),
         },
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.errors import DataError, PriorMismatchError
-from holdfast.models import block_parameters, input_dims
+from holdfast.models import block_parameters, fingerprints, input_dims
 from holdfast.names import canonical_name
 from holdfast.records import PriorMeta
 from holdfast.storage import atomic_write, json_text, save_tensors, sha256
@@ -24,13 +25,8 @@ _SHOWN = 5  # names listed in a message; a wrong model can differ in hundreds
 
 
 def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Canonical name to parameter, for all parameters; of two adapters' factors the trainable one wins."""
-    found: dict[str, nn.Parameter] = {}
-    for name, parameter in model.named_parameters():
-        key = canonical_name(name)
-        if key not in found or (parameter.requires_grad and not found[key].requires_grad):
-            found[key] = parameter
-    return found
+    """Canonical name to parameter, for all parameters."""
+    return {canonical_name(name): parameter for name, parameter in model.named_parameters()}
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -49,7 +45,8 @@ class ImportancePrior:
         ``inputs``, of a linear map's weight, the second moment C (I, I) of the map's inputs that matter.
     meta : dict
         JSON-able record: ``importance``, ``options``, ``tasks``, ``samples_seen``, ``samples_used``,
-        ``seconds``, ``model_digest`` and, for `lrp`, ``conservation_max_relative_error``.
+        ``seconds``, ``model_digest``, ``weights`` (a fingerprint of each parameter) and, for `lrp`,
+        ``conservation_max_relative_error``.
     """
 
     tensors: dict[str, Tensor]
@@ -161,6 +158,8 @@ class ImportancePrior:
         the model's blocks must have an importance. Of the kind ``inputs``: every name must be the weight of
         such a map, with as many inputs, and every trainable one must have a matrix.
 
+        Warns if its weights are others than those that the prior was made on: frozen ones, or all of them.
+
         Raises
         ------
         PriorMismatchError
@@ -174,6 +173,28 @@ class ImportancePrior:
             needed &= dims.keys()
         expected = {name: s for name, s in all_shapes.items() if name in needed or name in self.tensors}
         _compare(self.tensors, expected, "the prior", f"the model ({type(model).__name__})")
+        self._check_values(model)
+
+    def _check_values(self, model: nn.Module) -> None:
+        made_on = self.meta.get("weights") or {}
+        now = fingerprints(model)
+        other = [name for name, value in made_on.items() if now.get(name, value) != value]
+        frozen = {name for name, p in parameters_by_name(model).items() if not p.requires_grad}
+        held_still = [name for name in other if name in frozen]
+        if not held_still and len(other) < len(made_on):
+            return  # trained weights have gone on since
+        if held_still:
+            what = f"{len(held_still)} of its frozen weights differ: {_some(held_still)}"
+        elif other:
+            what = "every weight differs"
+        else:
+            return
+        warnings.warn(
+            f"the prior was made on another model than this {type(model).__name__}, or on an earlier state "
+            f"of it: {what}. Its importance may say nothing about these weights; compute it again on this "
+            "model (`holdfast attribute`) unless you know that they are close.",
+            stacklevel=4,
+        )
 
     def save(self, folder: str | os.PathLike[str], dtype: Literal["float32", "bfloat16"] = "float32") -> Path:
         """Write ``prior.safetensors`` and ``prior.json``, atomically.
@@ -281,6 +302,8 @@ def _merged_meta(metas: Sequence[dict[str, Any]], how: str) -> dict[str, Any]:
         "tasks": [task for meta in metas for task in meta.get("tasks", [])],
         "model_digest": metas[-1].get("model_digest"),  # the latest model: the one that goes on training
     }
+    if "weights" in metas[-1]:
+        merged["weights"] = metas[-1]["weights"]
     options = [meta["options"] for meta in metas if "options" in meta]
     if options:
         merged["options"] = options[0] if all(o == options[0] for o in options) else options

@@ -61,6 +61,7 @@ def sample_counts(report: AttributionReport) -> dict[str, Any]:
         "samples_seen": report.samples_seen,
         "samples_used": report.samples_used,
         "unreached": list(report.unreached),
+        **({"one_at_a_time": report.one_at_a_time} if report.one_at_a_time else {}),
     }
 
 

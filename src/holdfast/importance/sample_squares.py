@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from holdfast.attribution.maps import WeightMaps
 from holdfast.errors import ConfigError
 from holdfast.models import linear_modules
+
+_TOLERANCE = 2e-2  # of the first step's check in float32; what it is to find is wrong by a fifth and more
+_SMALL = 1e-2  # of the largest gradient: below it, rounding is not looked at
 
 
 def require_linear_maps(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -48,6 +52,7 @@ class _SumOfSquares:
         self.total_N = torch.zeros(sum(s.numel() for s in shapes.values()), device=like.device)
         self.sums = named_views(self.total_N, shapes)
         self._seen: Counter[str] = Counter()
+        self.gradients: dict[str, Tensor] | None = {}  # summed over samples, of the first step alone
         self._squared_S = torch.ones(0)
 
     def begin(self, share_S: Tensor) -> None:
@@ -59,6 +64,9 @@ class _SumOfSquares:
         """Take in some samples' gradients; they are overwritten."""
         start = self._seen[name]
         self._seen[name] += len(grad_S)
+        if self.gradients is not None:
+            before = self.gradients.get(name, 0.0)
+            self.gradients[name] = before + grad_S.sum(0, dtype=torch.float32)
         total, square_S = self.sums[name], grad_S.float().square_()
         if not square_S.is_contiguous():  # a narrow weight's, transposed
             total, square_S = total.T, square_S.transpose(1, 2)
@@ -94,6 +102,7 @@ class SampleSquares:
 
     def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
         require_linear_maps(model, parameters)
+        self._parameters = dict(parameters)
         self._fold = _SumOfSquares(parameters)
         self._maps = WeightMaps(model, parameters, self._fold, factor=1.0)
         self._tokens = 0
@@ -136,12 +145,38 @@ class SampleSquares:
         ----------
         scale : float
             What a gradient has to be multiplied by (the inverse of fp16's loss scale).
+
+        Raises
+        ------
+        ConfigError
+            In the first step, the samples' gradients don't sum to the batch's, as the parameters have it: the
+            model uses its weights past its linear layers, or computes them otherwise than torch does.
         """
         self._maps.end_batch()
+        if self._fold.gradients is not None:
+            self._compare(self._fold.gradients)
+            self._fold.gradients = None
         result = self._fold.total_N * (self._tokens * scale) ** 2
         self._fold.total_N.zero_()
         self._tokens = 0
         return named_views(result, {name: total.shape for name, total in self._fold.sums.items()})
+
+    def _compare(self, sums: Mapping[str, Tensor]) -> None:
+        norms = {n: p.grad.float().norm() for n, p in self._parameters.items() if p.grad is not None}
+        largest = max((float(norm) for norm in norms.values()), default=0.0)
+        for name, norm in norms.items():
+            whole = self._parameters[name].grad.float()  # type: ignore[union-attr]
+            apart = sums.get(name, torch.zeros_like(whole)).to(whole.device)
+            scale = max(float(norm), _SMALL * largest)
+            error = float((apart - whole).norm()) / scale if scale else 0.0
+            limit = _TOLERANCE if self._parameters[name].dtype in (torch.float32, torch.float64) else 0.1
+            if not error <= limit and math.isfinite(largest):
+                raise ConfigError(
+                    "strategy.sensitivity: 'second' needs gradients of single samples, and those of "
+                    f"{name} sum to something else than the batch's gradient (relative difference "
+                    f"{error:.2g}). The model uses this weight in a way that can't be followed sample by "
+                    "sample (a quantised layer, tokens that every sample gets). Use 'second-batch'."
+                )
 
     def remove(self) -> None:
         """Take the hooks off the model."""
