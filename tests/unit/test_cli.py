@@ -228,7 +228,7 @@ def test_run_with_overrides_and_the_table_at_the_end(tiny: Any, tmp_path: Path) 
         ("seed.x=1", "seed is 0, not a section"),
         ("training.epochs=[1", "the value is not valid YAML"),
         ("training.epoch=3", "training.epoch: unknown key. Did you mean 'epochs'?"),
-        ("strategy.strength=1", "strategy.sequential.strength: unknown key."),
+        ("strategy.strength=1", "strategy.strength: unknown key."),
     ],
 )
 def test_wrong_override_is_told(override: str, message: str, tiny: Any, tmp_path: Path) -> None:

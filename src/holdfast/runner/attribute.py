@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field
 
 from holdfast.attribution.partial import Partial
-from holdfast.config import Options, override, validate
+from holdfast.config import MAX_SEED, Options, override, validate
 from holdfast.errors import ConfigError, DataError
 from holdfast.evaluation.evaluate import EvaluationOptions
 from holdfast.importance import ImportanceOptions, ImportancePrior, compute_prior
@@ -27,6 +27,7 @@ class AttributeConfig(Options):
     template: Template = Field(default_factory=Template)
     evaluation: EvaluationOptions = Field(default_factory=EvaluationOptions)
     model: ModelOptions
+    seed: int = Field(0, ge=0, le=MAX_SEED)
 
 
 SECTIONS = ("template", "evaluation", "importance")
@@ -64,6 +65,7 @@ def attribute_to_folder(
         **({} if like is None else _sections_of(like)),
         "importance": {"name": importance},
         "model": {"path": model, "dtype": dtype, "trainable": "all"},
+        "seed": seed,
     }
     config = validate(AttributeConfig, override(values, qualified), source="holdfast attribute")
     task = load_task(data)

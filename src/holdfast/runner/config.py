@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from holdfast.config import Options, override, read_yaml, validate
+from holdfast.config import MAX_SEED, Options, override, read_yaml, validate
 from holdfast.evaluation.evaluate import EvaluationOptions
 from holdfast.models import ModelOptions
 from holdfast.strategies import STRATEGIES, StrategyOptions
@@ -22,7 +22,7 @@ class RunConfig(Options):
 
     output: str = Field(description="run directory; a run started again with the same config continues there")
     label: str | None = Field(None, description="how the run is called in tables; default: the strategy")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=MAX_SEED)
     threads: int | None = Field(None, ge=1, description="CPU threads; results are reproducible per number")
     model: ModelOptions
     tasks: TasksOptions

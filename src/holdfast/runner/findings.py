@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from holdfast.errors import HoldfastError
 from holdfast.hold.cost import trained_numbers
 from holdfast.models import is_encoder_decoder, load_model
+from holdfast.progress import tell
 from holdfast.runner.config import RunConfig
+from holdfast.runner.table import Rows
 from holdfast.strategies import Strategy, build_strategy
 from holdfast.tasks import Encoder, inspect_stream, toy_tokenizer
 from holdfast.tasks.memory import Rehearsal
@@ -40,16 +41,13 @@ class Findings:
     def print(self, console: Console) -> None:
         """Show the findings."""
         for problem in self.problems:
-            console.print(f"problem: {problem}", style="red", highlight=False, markup=False, soft_wrap=True)
+            tell(console, f"problem: {problem}", "red")
         for remark in self.remarks:
-            console.print(f"note: {remark}", highlight=False, markup=False, soft_wrap=True)
+            tell(console, f"note: {remark}")
         if self.estimate:
-            table = Table("estimate", "", show_header=False)
-            for what, much in self.estimate:
-                table.add_row(what, much)
-            console.print(table)
+            console.print(Rows(("", ""), self.estimate))
         if not self.problems:
-            console.print("Ready to run.", style="green")
+            tell(console, "Ready to run.", "green")
 
 
 def check(config: RunConfig) -> Findings:
