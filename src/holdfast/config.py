@@ -239,7 +239,9 @@ def _unusable(value: Any, where: str = "") -> Iterator[str]:
     elif isinstance(value, int) and abs(value) >= 2**63:
         digits = value.bit_length() * 0.30103  # writing it out is quadratic, and refused beyond 4,300 digits
         yield f"  {_shown(where)}: an integer of about {digits:.0f} digits; at most 64 bits are allowed."
-    elif isinstance(value, str) and (odd := odd_character(value)):
+    elif isinstance(value, str) and (
+        odd := half_character(value) or ("\0" in value and "the character U+0000")
+    ):
         yield f"  {_shown(where)}: {odd} is in {value!r:.60}; write real characters."
 
 
@@ -247,15 +249,10 @@ def _shown(where: str) -> str:
     return where.encode("utf-8", "backslashreplace").decode() or "(top level)"
 
 
-def odd_character(text: str) -> str | None:
-    """The character of a text that can't be written to a file nor given to a tokenizer, in words, if any.
-
-    Half a character (a lone surrogate, such as ``"\\ud83d"`` in JSON) and the character of code 0.
-    """
+def half_character(text: str) -> str | None:
+    """The first lone surrogate of a text (``"\\ud83d"`` in JSON), in words: no file or tokenizer takes it."""
     half = re.search("[\ud800-\udfff]", text)
-    if half:
-        return f"half a character (U+{ord(half[0]):04X})"
-    return "the character U+0000" if "\0" in text else None
+    return f"half a character (U+{ord(half[0]):04X})" if half else None
 
 
 def _explanations(error: ValidationError, section: type[Options], data: Any) -> list[str]:

@@ -143,9 +143,10 @@ class Rehearsal:
 
 def _record(example: Example) -> dict[str, Any]:
     prompt = example.prompt if isinstance(example.prompt, str) else [dict(m) for m in example.prompt]
-    return {"prompt": prompt, "completion": example.completion, "references": list(example.references)}
+    row = {"prompt": prompt, "completion": example.completion, "references": list(example.references)}
+    return row | ({"tools": [dict(tool) for tool in example.tools]} if example.tools else {})
 
 
 def _example(row: dict[str, Any]) -> Example:
     prompt = row["prompt"] if isinstance(row["prompt"], str) else tuple(row["prompt"])
-    return Example(prompt, row["completion"], tuple(row["references"]))
+    return Example(prompt, row["completion"], tuple(row["references"]), tuple(row.get("tools", ())))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 MetricName = Literal["exact_match", "rouge_l", "options"]
-Message = Mapping[str, str]
+Message = Mapping[str, Any]  # role and content, both texts; tool calls where there are any
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +22,14 @@ class Example:
         The answer that is trained on.
     references : tuple of str
         All answers that count as right; empty means the completion alone.
+    tools : tuple of mappings
+        The functions that a chat may call, as its chat template takes them.
     """
 
     prompt: str | tuple[Message, ...]
     completion: str
     references: tuple[str, ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def answers(self) -> tuple[str, ...]:
@@ -44,6 +47,8 @@ class Task:
         How a generated answer is scored; ``options`` picks the nearest of `options` first.
     options : tuple of str
         The allowed answers, for ``metric="options"``.
+    read_as : str
+        The form that its files were recognised to have; "" for prompt and completion.
     """
 
     name: str
@@ -51,6 +56,7 @@ class Task:
     test: Sequence[Example]
     metric: MetricName = "exact_match"
     options: tuple[str, ...] = ()
+    read_as: str = ""
 
 
 @dataclass(frozen=True, slots=True)
