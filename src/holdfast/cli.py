@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,6 +59,12 @@ def _told(again: str = "") -> Iterator[None]:
         raise typer.Exit(130) from stop
     except HoldfastError as error:
         tell(console, f"error: {error}", "red")
+        raise typer.Exit(2) from error
+    except OSError as error:  # a file that may not be read, a disk that fails
+        if error.errno == errno.EPIPE:  # of `| head`: not an error of ours
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        tell(console, f"error: {where}{error.strerror or error}", "red")
         raise typer.Exit(2) from error
 
 

@@ -65,6 +65,17 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
+def context_length(model: nn.Module) -> int | None:
+    """How many positions the model has: of prompt and answer, or of each with an encoder-decoder.
+
+    None where it has no bound of its own (relative positions).
+    """
+    config: Any = getattr(model, "config", None)
+    inner = config.get_text_config() if hasattr(config, "get_text_config") else config
+    length = getattr(inner, "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None
+
+
 def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Name and module of every linear map (nn.Linear, transformers' Conv1D; LoRA's factors are such)."""
     from transformers.pytorch_utils import Conv1D

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from rich.console import Console
 
 from holdfast.errors import HoldfastError
+from holdfast.evaluation.audit import audit
 from holdfast.hold.cost import trained_numbers
 from holdfast.models import is_encoder_decoder, load_model
 from holdfast.progress import tell
@@ -72,6 +74,10 @@ def check(config: RunConfig) -> Findings:
         model, tokenizer = load_model(config.model, config.seed, toy_tokenizer)
     except HoldfastError as error:
         findings.problems.append(str(error))
+    try:
+        config.training.check_installed()
+    except HoldfastError as error:
+        findings.problems.append(str(error))
     _check_output(config, findings)
     strategy, fits = build_strategy(config.strategy), model is not None
     if model is not None:
@@ -82,7 +88,7 @@ def check(config: RunConfig) -> Findings:
             findings.problems.append(str(error))
     if stream is not None and tokenizer is not None:
         try:
-            _check_lengths(config, stream, model, tokenizer, findings)
+            _check_tasks(config, stream, model, tokenizer, findings)
         except HoldfastError as error:
             findings.problems.append(str(error))
     if model is not None and config.training.trainer == "sft" and is_encoder_decoder(model):
@@ -94,50 +100,31 @@ def check(config: RunConfig) -> Findings:
 
 def _check_output(config: RunConfig, findings: Findings) -> None:
     output = Path(config.output)
-    if output.exists() and not output.is_dir():
-        findings.problems.append(f"output: {output} is a file, not a folder.")
-    elif (output / "config.yaml").exists():
-        findings.remarks.append(
-            f"output: {output} exists; a run with the same configuration continues there."
-        )
+    try:
+        there = output.exists()
+        if there and not output.is_dir():
+            findings.problems.append(f"output: {output} is a file, not a folder.")
+        elif (output / "config.yaml").exists():
+            findings.remarks.append(
+                f"output: {output} exists; a run with the same configuration continues there."
+            )
+        nearest = next(path for path in (output, *output.absolute().parents) if path.exists())
+        if not os.access(nearest, os.W_OK):
+            findings.problems.append(f"output: {nearest} may not be written (Permission denied).")
+    except OSError as error:
+        findings.problems.append(f"output: {output} can't be used ({error.strerror or error}).")
 
 
-def _check_lengths(
+def _check_tasks(
     config: RunConfig, stream: TaskStream, model: Any, tokenizer: Any, findings: Findings
 ) -> None:
-    encoder = Encoder(
-        tokenizer, config.template, encoder_decoder=model is not None and is_encoder_decoder(model)
-    )
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    encoder = Encoder(tokenizer, config.template, encoder_decoder=is_encoder_decoder(model))
     for task in stream:
-        rows = []
-        for part in (task.train, task.test):
-            try:
-                rows += encoder.many(part)
-            except HoldfastError as error:
-                findings.problems.append(f"{task.name}: {error}")
-        if not rows:
-            continue
-        cut = [row for row in rows if row.cut]
-        if cut:
-            most = max(row.cut for row in cut)
-            findings.remarks.append(
-                f"{task.name}: {len(cut)} of {len(rows)} prompts are longer than template.max_prompt_tokens "
-                f"({config.template.max_prompt_tokens}); their {config.template.keep} tokens are kept, "
-                f"up to {most} are cut."
-            )
-        answers = sum(row.completion_cut > 0 for row in rows)
-        if answers:
-            findings.remarks.append(
-                f"{task.name}: {answers} completions are longer than template.max_completion_tokens = "
-                f"{config.template.max_completion_tokens} and lose their end."
-            )
-        longest = max(len(row.prompt_ids) + len(row.completion_ids) for row in rows)
-        if limit is not None and longest > limit:
-            findings.problems.append(
-                f"{task.name}: the longest row has {longest} tokens, the model takes {limit}; lower "
-                "template.max_prompt_tokens."
-            )
+        if task.read_as:
+            findings.remarks.append(f"{task.name}: read as {task.read_as}.")
+        found = audit(task, encoder, model, config.evaluation)
+        findings.problems += found.problems
+        findings.remarks += found.remarks
 
 
 def _estimate(
