@@ -192,7 +192,13 @@ def attribute(
     model: Annotated[
         str, typer.Option(help="folder or hub id of the model; a PEFT adapter folder works too")
     ],
-    data: Annotated[Path, typer.Option(help="folder with train.jsonl (and test.jsonl), or a .jsonl file")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="jsonl, json, csv, tsv or parquet file; folder with such a file called train (and test); "
+            "or hub id of a data set"
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="folder for prior.safetensors and prior.json")],
     importance: Annotated[
         str, typer.Option(help="lrp, fisher, taylor, magnitude, ... (holdfast list importances)")

@@ -27,8 +27,8 @@ LAYERS = [  # from the top down; those in one line may import each other
     {"importance"},
     {"attribution"},
     {"tasks"},
-    {"models", "adapters"},
-    {"names", "config"},
+    {"models", "adapters", "pretrained"},
+    {"names", "config", "places"},
     {"progress", "storage"},
     {"errors"},
 ]

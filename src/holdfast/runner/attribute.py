@@ -69,8 +69,12 @@ def attribute_to_folder(
     }
     config = validate(AttributeConfig, override(values, qualified), source="holdfast attribute")
     task = load_task(data)
+    if task.read_as:
+        progress.say(f"{data}: read as {task.read_as}.")
     if faithfulness and not task.test:
-        raise DataError(f"{data}: --test-faithfulness needs test rows: put a test.jsonl beside train.jsonl.")
+        raise DataError(
+            f"{data}: --test-faithfulness needs test rows: put a test file beside the training file."
+        )
     loaded, tokenizer = load_model(config.model, seed, toy_tokenizer)
     encoder = Encoder(tokenizer, config.template, encoder_decoder=is_encoder_decoder(loaded))
     rows = encoder.many(task.train)

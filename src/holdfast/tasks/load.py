@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from holdfast.places import is_local, near
 from holdfast.tasks.files import FORMATS, rows_of
 from holdfast.tasks.jsonl import note_if_empty, read_examples, read_labels
 from holdfast.tasks.problems import Problems, first_line
@@ -40,8 +40,8 @@ def load_task(path: str | Path, columns: Columns = STANDARD) -> Task:
             task = Task(root.stem, examples, [], read_as=form)
         elif root.exists():
             problems.add("data", f"'{path}' is none of {', '.join(FORMATS)}, nor a folder")
-        elif _looks_local(str(path)):
-            problems.add("data", f"no '{path}'; give {_wanted()}.{_near(root)}")
+        elif is_local(str(path), FORMATS):
+            problems.add("data", f"no '{path}'; give {_wanted()}.{near(root)}")
         else:
             task = _hub(str(path), columns, problems)
     except OSError as error:
@@ -52,28 +52,6 @@ def load_task(path: str | Path, columns: Columns = STANDARD) -> Task:
 
 def _wanted() -> str:
     return f"a file ({', '.join(FORMATS)}), or a folder with train.jsonl (or another of these) in it"
-
-
-def _looks_local(path: str) -> bool:
-    """Whether it can't be meant as a hub id, ``name`` or ``owner/name``."""
-    return (
-        path.startswith((".", "/", "~"))
-        or path.count("/") > 1
-        or path.endswith("/")
-        or "\\" in path
-        or Path(path).suffix.lower() in FORMATS
-        or ("/" in path and Path(path).expanduser().parent.is_dir())
-    )
-
-
-def _near(path: Path) -> str:
-    """A hint at a file or folder beside it whose name is close."""
-    try:
-        names = [child.name for child in path.parent.iterdir()]
-    except OSError:
-        return f" There is no folder '{path.parent}' either."
-    close = difflib.get_close_matches(path.name, names, n=1)
-    return f" Did you mean '{path.with_name(close[0])}'?" if close else ""
 
 
 def _folder(root: Path, columns: Columns, problems: Problems) -> Task:
@@ -123,7 +101,7 @@ def _hub(path: str, columns: Columns, problems: Problems) -> Task:
         problems.add(
             "data",
             f"no file or folder '{path}' (looked in {Path().resolve()}), and as a data set of the hub it "
-            f"can't be loaded: {first_line(cause)}.{_near(Path(path))}",
+            f"can't be loaded: {first_line(cause)}.{near(Path(path))}",
         )
         problems.raise_if_any()
         raise
