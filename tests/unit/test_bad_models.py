@@ -225,7 +225,7 @@ def test_a_folder_that_may_not_be_written_is_found_by_check(
 
     file = tmp_path / "c.yaml"
     file.write_text(json.dumps(tiny(tmp_path / "new" / "r")))
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
     result = CliRunner().invoke(app, ["check", str(file)])
     assert result.exit_code == 2
     assert f"output: {tmp_path} may not be written (Permission denied)" in result.output

@@ -387,7 +387,7 @@ def test_faithfulness_without_test_rows_is_refused_before_any_work(
         *("--out", tmp_path / "p", "--test-faithfulness"),
     )
     assert result.exit_code == 2
-    assert "--test-faithfulness needs test rows: put a test.jsonl beside train.jsonl" in result.output
+    assert "--test-faithfulness needs test rows: put a test file beside the training file" in result.output
     assert not (tmp_path / "p").exists()
 
 

@@ -258,6 +258,8 @@ def test_a_long_cell_is_read(tmp_path: Path) -> None:
         ("a.json", "[{]", r"a\.json:1: not JSON \("),
         ("a.json", '[{"prompt": "a"}]', r"a\.json row 1: no column 'completion'"),
         ("a.json", '{"data": []}', r"a\.json: must be a list of rows, or a row a line, got an object"),
+        ("a.json", '[{"prompt": "a", "prompt": "b"}]', r"a\.json: the key 'prompt' is given twice in one"),
+        ("a.jsonl", '\n{"a": 1, "a": 2}', r"a\.jsonl:2: the key 'a' is given twice in one object"),
         ("a.json", "null", r"a\.json: must be a list of rows, or a row a line, got NoneType"),
         ("a.json", b"[\xff]", r"a\.json: not UTF-8 \(byte 2\)"),
         ("a.json", "[" * 100_000, r"a\.json: not JSON that can be read \(nested too deeply\)"),
@@ -298,13 +300,16 @@ def test_a_folder_that_may_not_be_looked_into_is_named(
     def refuse(self: Path, *args: Any, **kwargs: Any) -> None:
         raise PermissionError(13, "Permission denied", str(self))
 
-    config = ADAPTER.validate_python({"source": "jsonl", "path": str(tmp_path)})
+    configs = [
+        ADAPTER.validate_python({"source": source, "path": str(tmp_path)})
+        for source in ("jsonl", "cl_benchmark")
+    ]
     monkeypatch.setattr(Path, "is_dir", refuse)
     with pytest.raises(DataError, match="can't be read: Permission denied"):
         load_task(tmp_path)
-    problems = Problems()
-    config.available(problems)
-    assert "can't be read: Permission denied" in problems.found[0]
+    for config in configs:
+        _, problems = inspect_stream(config)
+        assert "can't be read: Permission denied" in problems.found[0]
 
 
 def test_a_typo_in_a_path_does_not_talk_of_the_hub(tmp_path: Path) -> None:

@@ -53,15 +53,29 @@ def parse_json(raw: bytes) -> Any:
         It is no JSON, or of a kind that nobody means; `json.JSONDecodeError` where a place can be named.
     """
     try:
-        return json.loads(raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8"))
+        text = raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
+        return json.loads(text, object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 (byte {error.start + 1})") from error
     except RecursionError as error:
         raise ValueError("not JSON that can be read (nested too deeply)") from error
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, _TwiceError):
         raise
     except ValueError as error:  # an integer of more than 4,300 digits
         raise ValueError("not JSON that can be read (an integer of thousands of digits)") from error
+
+
+class _TwiceError(ValueError):
+    """A key of an object is given twice."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for i, key in enumerate(keys) if key in keys[:i])
+        raise _TwiceError(f"the key '{twice}' is given twice in one object")
+    return made
 
 
 def _bytes(path: Path, problems: Problems) -> bytes | None:

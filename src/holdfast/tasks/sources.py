@@ -55,14 +55,18 @@ def inspect_stream(config: SourceOptions, seed: int = 0) -> tuple[TaskStream, Pr
     """
     problems = Problems(skip_rows=config.bad_rows == "skip")
     seed = seed if config.seed is None else config.seed
-    names = config.available(problems)
+    names = _available(config, problems)
     order = _resolve_order(config, names, problems) if names else []
     _check_mappings(config, order or names, problems)
     read: dict[str, Task] = {}
     tasks = []
     for name, called in zip(order, _told_apart(order), strict=True):
         if name not in read:
-            task = config.read(name, problems, seed)
+            try:
+                task = config.read(name, problems, seed)
+            except OSError as error:
+                problems.add(f"task '{name}'", _unreadable(error))
+                continue
             if task is None:
                 continue
             read[name] = _finish(task, config, problems, seed)
@@ -77,8 +81,20 @@ def ordered_names(config: SourceOptions, problems: Problems) -> list[str]:
     Names are those of `TaskStream.names`: as the source writes them, and ``A (2)`` for a task that comes the
     second time. So a longer order extends a shorter one if its list begins with the other's.
     """
-    names = config.available(problems)
+    names = _available(config, problems)
     return _told_apart(_resolve_order(config, names, problems)) if names else []
+
+
+def _available(config: SourceOptions, problems: Problems) -> list[str]:
+    try:
+        return config.available(problems)
+    except OSError as error:
+        problems.add("tasks", _unreadable(error))
+        return []
+
+
+def _unreadable(error: OSError) -> str:
+    return f"'{error.filename}' can't be read: {error.strerror or error}"
 
 
 def _resolve_order(config: SourceOptions, names: list[str], problems: Problems) -> list[str]:
