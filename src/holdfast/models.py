@@ -18,6 +18,7 @@ from holdfast.adapters import ADAPTER, load_adapter
 from holdfast.config import Options
 from holdfast.errors import ModelError
 from holdfast.names import canonical_name, layer_of
+from holdfast.places import local_path
 from holdfast.pretrained import load_pretrained
 from holdfast.progress import no_library_bars
 
@@ -172,7 +173,7 @@ def load_model(
         model: Any = tiny_llama(tokenizer, seed, options.hidden or 128, options.layers or 4)
         model.to(getattr(torch, options.dtype))
     elif _is_adapter(str(options.path)):
-        return _load_adapter(Path(str(options.path)).expanduser(), options, seed)
+        return _load_adapter(local_path(str(options.path)), options, seed)
     else:
         model, tokenizer = _load_pretrained(str(options.path), options, seed)
     if options.lora is not None:
@@ -187,7 +188,7 @@ def load_model(
 
 def _is_adapter(path: str) -> bool:
     try:
-        return (Path(path).expanduser() / ADAPTER).is_file()
+        return (local_path(path) / ADAPTER).is_file()
     except OSError:  # said where the model is looked for
         return False
 

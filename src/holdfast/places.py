@@ -7,13 +7,21 @@ from collections.abc import Collection
 from pathlib import Path
 
 
+def local_path(text: str | Path) -> Path:
+    """The path that a text means, with ``~`` filled in where there is such a home folder."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # ~nobody
+        return Path(text)
+
+
 def is_local(text: str, suffixes: Collection[str] = ()) -> bool:
     """Whether a text is a path of this machine and not a hub id (``name`` or ``owner/name``).
 
     What is there is local, and so is what can't be an id: by its form, by one of the `suffixes`, or because
     it stands in a folder that is there.
     """
-    path = Path(text).expanduser()
+    path = local_path(text)
     try:
         if path.exists() or ("/" in text and path.parent.is_dir()):
             return True

@@ -12,7 +12,7 @@ import torch
 
 from holdfast.errors import ModelError
 from holdfast.names import layer_of
-from holdfast.places import is_local, near
+from holdfast.places import is_local, local_path, near
 
 _SHOWN = 5
 
@@ -36,7 +36,7 @@ def load_pretrained(path: str, dtype: torch.dtype, *, random_init: bool, seed: i
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     local = is_local(path, (".gguf",))
-    source = str(Path(path).expanduser()) if local else path
+    source = str(local_path(path)) if local else path
     if local:
         _see_folder(path, Path(source))
     try:
@@ -136,8 +136,8 @@ def _explained(path: str, local: bool, error: Exception) -> str:
     if type(error).__name__ == "UnpicklingError":
         said = "its pickle holds more than tensors, or is damaged. Save the model as safetensors"
     elif "ignore_mismatched_sizes" in said:
-        said = f"tensors are of another shape than its config.json says: {_shapes(Path(path).expanduser())}"
-    torn = [f"{file.name} ({why})" for file, why in _torn(Path(path).expanduser())]
+        said = f"tensors are of another shape than its config.json says: {_shapes(local_path(path))}"
+    torn = [f"{file.name} ({why})" for file, why in _torn(local_path(path))]
     return f"model.path: '{path}' could not be loaded: {f'damaged file {torn[0]}' if torn else said}"
 
 

@@ -174,6 +174,10 @@ def test_a_gguf_file_is_refused_by_name(tmp_path: Path) -> None:
     assert "is a GGUF file, which is made for inference" in refusal(tmp_path / "m.gguf")
 
 
+def test_a_home_folder_that_nobody_has_is_told() -> None:
+    assert "no Hugging Face model at '~nobody-1/x'" in refusal("~nobody-1/x")
+
+
 def test_a_path_that_no_file_system_takes_is_told() -> None:
     assert "can't be read (File name too long)" in refusal("x" * 300)
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
+from holdfast.places import local_path
 from holdfast.tasks.files import read_json
 from holdfast.tasks.jsonl import note_if_empty, read_labels
 from holdfast.tasks.options import SourceOptions
@@ -63,7 +64,7 @@ class ClBenchmarkSource(SourceOptions):
 
     def _folders(self, problems: Problems) -> dict[str, Path]:
         """Task name to folder; a data set that two groups have is called group/dataset."""
-        root = self.path.expanduser()
+        root = local_path(self.path)
         if not root.is_dir():
             problems.add("tasks.path", f"no folder '{self.path}' (looked in {root.resolve()})")
             return {}
@@ -167,7 +168,7 @@ def _fill(frame: str, **values: str) -> str:
 def _read_instructions(path: Path, problems: Problems) -> dict[str, str]:
     """The first zero-shot instruction of each group: ``{group: [{"instruction_type", "instruction"}]}``."""
     before = len(problems)
-    data = read_json(path.expanduser(), problems)
+    data = read_json(local_path(path), problems)
     if len(problems) > before:
         return {}
     try:

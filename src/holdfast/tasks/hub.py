@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from holdfast.config import Options
+from holdfast.places import local_path
 from holdfast.tasks.files import FORMATS, Placed, read_rows, rows_of
 from holdfast.tasks.jsonl import note_if_empty
 from holdfast.tasks.options import Name, SourceOptions
@@ -82,7 +83,7 @@ def _from_files(
 
     where = f"tasks.tasks.{name}"
     suffixes = {Path(file).suffix.lower() for file in files.values()}
-    missing = [file for file in files.values() if not Path(file).expanduser().is_file()]
+    missing = [file for file in files.values() if not local_path(file).is_file()]
     if missing:
         problems.add(f"{where}.path", f"no file '{missing[0]}' (looked in {Path().resolve()})")
         return None
@@ -92,8 +93,7 @@ def _from_files(
         return None
     wanted = {part.strip().split("[")[0] for part in split.split("+")}  # the other need not even be sound
     rows = {
-        part: read_rows(Path(file).expanduser(), problems) if part in wanted else []
-        for part, file in files.items()
+        part: read_rows(local_path(file), problems) if part in wanted else [] for part, file in files.items()
     }
     try:
         lengths = {part: len(found) for part, found in rows.items()}

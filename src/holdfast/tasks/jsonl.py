@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from holdfast.places import local_path
 from holdfast.tasks.files import read_json, read_rows
 from holdfast.tasks.options import SourceOptions, fault_of
 from holdfast.tasks.problems import Problems
@@ -34,7 +35,7 @@ class JsonlSource(SourceOptions):
         return task_folders(self.path, "train.jsonl", "tasks.path", problems)
 
     def read(self, name: str, problems: Problems, seed: int) -> Task:
-        folder = self.path.expanduser() / name
+        folder = local_path(self.path) / name
         train, form = read_examples(folder / "train.jsonl", problems, self.columns)
         tested = self.test_split == "test"
         test = read_examples(folder / "test.jsonl", problems, self.columns)[0] if tested else []
@@ -43,7 +44,7 @@ class JsonlSource(SourceOptions):
 
 def task_folders(path: Path, file: str, setting: str, problems: Problems) -> list[str]:
     """Names of the sub-folders that hold `file`, sorted; a missing or empty folder is a problem."""
-    root = path.expanduser()
+    root = local_path(path)
     try:
         if not root.is_dir():
             problems.add(setting, f"no folder '{path}' (looked in {root.resolve()})")

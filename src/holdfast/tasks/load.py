@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from holdfast.places import is_local, near
+from holdfast.places import is_local, local_path, near
 from holdfast.tasks.files import FORMATS, rows_of
 from holdfast.tasks.jsonl import note_if_empty, read_examples, read_labels
 from holdfast.tasks.problems import Problems, first_line
@@ -31,7 +31,7 @@ def load_task(path: str | Path, columns: Columns = STANDARD) -> Task:
         There is no such data, or it is empty or malformed; every bad row is named by its line, or by its
         number where the file has no lines.
     """
-    problems, root = Problems(), Path(path).expanduser()
+    problems, root = Problems(), local_path(path)
     try:
         if root.is_dir():
             task = _folder(root, columns, problems)
