@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import typer
 from rich.console import Console
 
 from holdfast.errors import HoldfastError
-from holdfast.progress import Interrupted, Progress
+from holdfast.progress import Interrupted, Progress, tell
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -60,10 +61,16 @@ def _told(again: str = "") -> Iterator[None]:
         yield
     except (Interrupted, KeyboardInterrupt) as stop:
         detail = f"{stop} " if str(stop) else "Stopped. "
-        console.print(f"\n{detail}{again}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+        tell(console, f"\n{detail}{again}", "yellow")
         raise typer.Exit(130) from stop
     except HoldfastError as error:
-        console.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        tell(console, f"error: {error}", "red")
+        raise typer.Exit(2) from error
+    except OSError as error:  # a file that may not be read, a disk that fails
+        if error.errno == errno.EPIPE:  # of `| head`: not an error of ours
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        tell(console, f"error: {where}{error.strerror or error}", "red")
         raise typer.Exit(2) from error
 
 
@@ -242,7 +249,10 @@ def run_command(
 @app.command("compare")
 def compare_command(
     grid: Annotated[Path, typer.Argument(metavar="GRID.yaml", help="strategies, options, orders and seeds")],
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="such as seeds=[0,1] base.training.epochs=5"),
+    ] = None,
 ) -> None:
     """Compare strategies over options, orders and seeds in one sweep. Killed and started again, it continues.
 
@@ -268,7 +278,7 @@ def compare_command(
         failed = [f"{item.cell}: {item.reason}" for item in results.failed]
         failed += [f"{row}: none of its grid points could be chosen" for row in results.without_point]
         for line in failed:
-            console.print(f"failed: {line}", style="red", highlight=False, markup=False, soft_wrap=True)
+            tell(console, f"failed: {line}", "red")
         written = [output / "compare.md"]
         if any(run.status == "finished" for row in results.rows for run in row.runs):
             written.append(write_report([output], output / "report.html", title=grid.stem))
@@ -303,7 +313,13 @@ def attribute(
     model: Annotated[
         str, typer.Option(help="folder or hub id of the model; a PEFT adapter folder works too")
     ],
-    data: Annotated[Path, typer.Option(help="folder with train.jsonl (and test.jsonl), or a .jsonl file")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="jsonl, json, csv, tsv or parquet file; folder with such a file called train (and test); "
+            "or hub id of a data set"
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="folder for prior.safetensors and prior.json")],
     importance: Annotated[
         str, typer.Option(help="lrp, fisher, taylor, magnitude, ... (holdfast list importances)")
@@ -371,7 +387,7 @@ def report(
         from holdfast.report import write_report
 
         path = write_report(runs, out, title)
-        console.print(f"Report: {path}", highlight=False, soft_wrap=True)
+        tell(console, f"Report: {path}")
 
 
 class Listing(StrEnum):

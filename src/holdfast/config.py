@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,12 +15,16 @@ from holdfast.errors import ConfigError
 
 
 class Options(BaseModel):
-    """Base of every section of a configuration: unknown keys are errors, and values don't change."""
+    """Base of every section of a configuration.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    Unknown keys are errors, numbers are finite, and values don't change.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 Section = TypeVar("Section", bound=Options)
+MAX_SEED = 4_294_966  # a stage's seed is 1000 times the run's and its number, and numpy takes 32 bits
 
 
 def named(value: Any) -> Any:
@@ -45,13 +49,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises
     ------
     ConfigError
-        The file is missing, isn't YAML (with line and column), or isn't a mapping.
+        The file can't be read, isn't YAML (with line and column), or isn't a mapping.
     """
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        data = _parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: can't be read ({error.strerror}).") from error
-    except yaml.YAMLError as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}: not UTF-8 (byte {error.start + 1}). Save the file in the encoding UTF-8."
+        ) from error
+    except _NotYamlError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping of sections, got {type(data).__name__}.")
@@ -59,7 +67,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads ``1e-3`` as text, and ``on`` as true; a config means a number, and the word."""
+    """What a configuration means: YAML 1.1 reads ``1e-3`` as text, ``on`` as true, 2024-01-01 as a date and
+    ``=`` as a value of no type."""
 
 
 _Loader.add_implicit_resolver(
@@ -67,14 +76,88 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
     list("-+0123456789."),
 )
+_TAG = "tag:yaml.org,2002:"
 _Loader.yaml_implicit_resolvers = {
     first: [
         (tag, regexp)
         for tag, regexp in resolvers
-        if not (tag == "tag:yaml.org,2002:bool" and first in "oOyYnN")
+        if not (tag == f"{_TAG}bool" and first in "oOyYnN")
+        and tag not in (f"{_TAG}timestamp", f"{_TAG}value")
     ]
     for first, resolvers in _Loader.yaml_implicit_resolvers.items()
 }
+_PLAIN = {f"{_TAG}{kind}" for kind in ("str", "int", "float", "bool", "null", "map", "seq", "merge")}
+_DIGITS = 400  # a number longer than that fits no machine type
+_VALUES = 100_000  # aliases written out; a page of nested ones can stand for billions
+
+
+class _NotYamlError(Exception):
+    """Why a text is no YAML that a configuration may have, with line and column."""
+
+
+def _parse(text: str) -> Any:
+    """The value of a YAML text; raises `_NotYamlError` whatever is wrong with it."""
+    try:
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _count(node, {}, set())
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        said = ", ".join(part for part in (error.context, error.problem) if part)
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise _NotYamlError(f"{where}{said}") from error
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise _NotYamlError(f"line {line}: the character {error.character!r} isn't allowed") from error
+    except RecursionError as error:
+        raise _NotYamlError("nested too deeply") from error
+    except (ValueError, AttributeError, KeyError) as error:  # ``!!bool maybe``, ``!!int x``
+        raise _NotYamlError(f"a value doesn't fit its tag ({error})") from error
+
+
+def _count(node: yaml.Node, known: dict[int, int], above: set[int]) -> int:
+    """Values that a node stands for, aliases written out; refuses what can't be meant."""
+    if id(node) in known:
+        return known[id(node)]
+    if id(node) in above:
+        raise _refused("an alias inside the very part that it stands for", node)
+    if node.tag not in _PLAIN:
+        raise _refused(f"the tag {node.tag.replace(_TAG, '!!')} isn't allowed", node)
+    count = 1
+    if isinstance(node, yaml.ScalarNode):
+        if node.tag in (f"{_TAG}int", f"{_TAG}float") and len(node.value) > _DIGITS:
+            raise _refused(f"a number of {len(node.value)} digits", node)
+    else:
+        above.add(id(node))
+        parts = node.value
+        if isinstance(node, yaml.MappingNode):
+            _refuse_twice(node)
+            parts = [part for pair in node.value for part in pair]
+        count += sum(_count(part, known, above) for part in parts)
+        above.discard(id(node))
+    if count > _VALUES:
+        raise _refused(f"aliases that stand for more than {_VALUES:,} values", node)
+    known[id(node)] = count
+    return count
+
+
+def _refuse_twice(node: yaml.MappingNode) -> None:
+    seen: dict[str, int] = {}
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode) and key.tag != f"{_TAG}merge":
+            if key.value in seen:
+                raise _refused(f"the key '{key.value}' is given twice (first in line {seen[key.value]})", key)
+            seen[key.value] = key.start_mark.line + 1
+
+
+def _refused(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
 
 
 def override(data: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
@@ -97,8 +180,8 @@ def override(data: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, A
             problems.append(f"'{assignment}': expected key=value, such as training.epochs=3.")
             continue
         try:
-            value = yaml.load(text, Loader=_Loader)
-        except yaml.YAMLError as error:
+            value = _parse(text)
+        except _NotYamlError as error:
             problems.append(f"'{assignment}': the value is not valid YAML: {error}")
             continue
         node = result
@@ -134,34 +217,112 @@ def validate(section: type[Section], data: Mapping[str, Any], source: str) -> Se
     ConfigError
         One message that lists every problem: where, what was got, what is allowed.
     """
-    try:
-        return section.model_validate(data)
-    except ValidationError as error:
-        lines = [_explain(item, section) for item in error.errors(include_url=False)]
-        count = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
-        raise ConfigError(f"{source}: {count} in the configuration:\n" + "\n".join(lines)) from error
+    lines = list(_unusable(data))
+    if not lines:
+        try:
+            return section.model_validate(data)
+        except ValidationError as error:
+            lines = _explanations(error, section, data)
+    count = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
+    raise ConfigError(f"{source}: {count} in the configuration:\n" + "\n".join(lines))
+
+
+def _unusable(value: Any, where: str = "") -> Iterator[str]:
+    """Values that no option can have, whatever its type: they would fail far from here."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _unusable(key, where)
+            yield from _unusable(inner, f"{where}.{key}" if where else str(key))
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            yield from _unusable(inner, f"{where}.{index}")
+    elif isinstance(value, int) and abs(value) >= 2**63:
+        digits = value.bit_length() * 0.30103  # writing it out is quadratic, and refused beyond 4,300 digits
+        yield f"  {_shown(where)}: an integer of about {digits:.0f} digits; at most 64 bits are allowed."
+    elif isinstance(value, str) and (
+        odd := half_character(value) or ("\0" in value and "the character U+0000")
+    ):
+        yield f"  {_shown(where)}: {odd} is in {value!r:.60}; write real characters."
+
+
+def _shown(where: str) -> str:
+    return where.encode("utf-8", "backslashreplace").decode() or "(top level)"
+
+
+def half_character(text: str) -> str | None:
+    """The first lone surrogate of a text (``"\\ud83d"`` in JSON), in words: no file or tokenizer takes it."""
+    half = re.search("[\ud800-\udfff]", text)
+    return f"half a character (U+{ord(half[0]):04X})" if half else None
+
+
+def _explanations(error: ValidationError, section: type[Options], data: Any) -> list[str]:
+    """One line for each place: pydantic tells what is wrong for every form that a value might have."""
+    found: dict[str, list[str]] = {}
+    forms: set[str] = set()  # places where only one of several forms was looked at
+    for item in error.errors(include_url=False):
+        parts = _place(item, data)
+        where = ".".join(map(str, parts)) or "(top level)"
+        found.setdefault(where, []).append(_explain(item, section))
+        if item["loc"] and (not parts or item["loc"][-1] != parts[-1]):
+            forms.add(where)
+    inner = {where for where in forms if any(other.startswith(f"{where}.") for other in found)}
+    return [f"  {where}: {_either(said)}" for where, said in found.items() if where not in inner]
+
+
+def _place(item: Any, data: Any) -> list[Any]:
+    """Where in the data an error is: pydantic's location without the names of unions' members."""
+    parts, node, last = [], data, len(item["loc"]) - 1
+    for index, part in enumerate(item["loc"]):
+        keys: Any = node if isinstance(node, Mapping) else ()
+        if isinstance(node, list | tuple):
+            keys = range(len(node))
+        if part in keys:
+            node = node[part]
+        elif not (item["type"] == "missing" and index == last):
+            continue
+        parts.append(part)
+    return parts
+
+
+def _either(said: list[str]) -> str:
+    different = list(dict.fromkeys(said))
+    if len(different) == 1:
+        return different[0]
+    got = re.compile(r" \(got .*\)\.")
+    *first, last = different
+    return " Or: ".join([*(f"{got.sub('', text)}." for text in first), last])
 
 
 def _explain(item: Any, section: type[Options]) -> str:
-    where = ".".join(str(part) for part in item["loc"]) or "(top level)"
     if item["type"] == "extra_forbidden":
         fields = _fields_at(section, item["loc"][:-1])
         near = difflib.get_close_matches(str(item["loc"][-1]), fields, n=1)
         hint = f" Did you mean '{near[0]}'?" if near else ""
         allowed = f" Allowed here: {', '.join(fields)}." if fields else ""
-        return f"  {where}: unknown key.{hint}{allowed}"
+        return f"unknown key.{hint}{allowed}"
     if item["type"] == "missing":
-        return f"  {where}: required, but not given."
+        return "required, but not given."
     if item["type"] == "union_tag_not_found":
-        return f"  {where}: which one? Give its name ({item['ctx']['discriminator']}: ...)."
+        return f"which one? Give its name ({item['ctx']['discriminator']}: ...)."
     if item["type"] == "union_tag_invalid":
         context = item["ctx"]
         hint = _near(context["tag"], context["expected_tags"])
-        return f"  {where}: no such choice: '{context['tag']}'.{hint} Allowed: {context['expected_tags']}."
+        return f"no such choice: '{context['tag']}'.{hint} Allowed: {context['expected_tags']}."
     got = repr(item.get("input"))
     got = got if len(got) <= 80 else got[:77] + "..."
     hint = _near(item.get("input"), item["ctx"]["expected"]) if item["type"] == "literal_error" else ""
-    return f"  {where}: {item['msg'].removeprefix('Value error, ')} (got {got}).{hint}"
+    said = re.sub(r" or instance of \w+$", "", item["msg"].removeprefix("Value error, "))
+    for python, yaml_name in _IN_YAML.items():
+        said = said.replace(python, yaml_name)
+    return f"{said} (got {got}).{hint}"
+
+
+_IN_YAML = {
+    "valid tuple": "list",
+    "valid list": "list",
+    "valid dictionary": "mapping of keys to values",
+    "valid string": "text",
+}
 
 
 def _near(given: Any, quoted: str) -> str:

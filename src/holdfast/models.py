@@ -19,6 +19,8 @@ from holdfast.adapters import ADAPTER, load_adapter
 from holdfast.config import Options
 from holdfast.errors import ModelError
 from holdfast.names import canonical_name, layer_of
+from holdfast.places import local_path
+from holdfast.pretrained import load_pretrained
 from holdfast.progress import no_library_bars
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ _SAMPLED = 64  # values of each parameter in its fingerprint
 class LoraOptions(Options):
     """Low-rank adapters, made by PEFT."""
 
-    r: int = Field(8, ge=1, description="rank")
+    r: int = Field(8, ge=1, le=65536, description="rank")
     alpha: float = Field(16.0, gt=0, description="scale numerator (alpha / r)")
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: tuple[str, ...] | Literal["all-linear"] | None = Field(
@@ -53,8 +55,10 @@ class ModelOptions(Options):
     )
     lora: LoraOptions | None = Field(None, description="train low-rank adapters instead of the weights")
     random_init: bool = Field(False, description="take the architecture from `path`, but random weights")
-    hidden: int | None = Field(None, ge=8, description="toy only: hidden size (default 128)")
-    layers: int | None = Field(None, ge=1, description="toy only: number of blocks (default 4)")
+    hidden: int | None = Field(
+        None, ge=8, le=8192, multiple_of=8, description="toy only: hidden size (default 128)"
+    )
+    layers: int | None = Field(None, ge=1, le=1000, description="toy only: number of blocks (default 4)")
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelOptions:
@@ -81,6 +85,17 @@ def unwrapped(model: Any) -> Any:
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Whether the model reads the prompt with an encoder and writes the answer with a decoder."""
     return bool(getattr(getattr(unwrapped(model), "config", None), "is_encoder_decoder", False))
+
+
+def context_length(model: nn.Module) -> int | None:
+    """How many positions the model has: of prompt and answer, or of each with an encoder-decoder.
+
+    None where it has no bound of its own (relative positions).
+    """
+    config: Any = getattr(model, "config", None)
+    inner = config.get_text_config() if hasattr(config, "get_text_config") else config
+    length = getattr(inner, "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None
 
 
 def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -229,8 +244,8 @@ def load_model(
         tokenizer = toy_tokenizer()
         model: Any = tiny_llama(tokenizer, seed, options.hidden or 128, options.layers or 4)
         model.to(getattr(torch, options.dtype))
-    elif (Path(str(options.path)).expanduser() / ADAPTER).is_file():
-        return _load_adapter(Path(str(options.path)).expanduser(), options, seed)
+    elif _is_adapter(str(options.path)):
+        return _load_adapter(local_path(str(options.path)), options, seed)
     else:
         model, tokenizer = _load_pretrained(str(options.path), options, seed)
     if options.lora is not None:
@@ -243,30 +258,16 @@ def load_model(
     return model, tokenizer
 
 
-def _load_pretrained(path: str, options: ModelOptions, seed: int) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
-
-    looks_local = path.startswith((".", "/", "~")) or Path(path).exists()
-    source = str(Path(path).expanduser()) if looks_local else path
-    if looks_local and not (Path(source) / "config.json").is_file():
-        raise ModelError(
-            f"model.path: no Hugging Face model at '{path}' (no config.json there). Give a folder written by "
-            "save_pretrained, or a hub id such as 'meta-llama/Llama-3.2-1B'."
-        )
+def _is_adapter(path: str) -> bool:
     try:
-        config = AutoConfig.from_pretrained(source)
-        auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        dtype = getattr(torch, options.dtype)
-        if options.random_init:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                model = auto.from_config(config, dtype=dtype)
-        else:
-            model = auto.from_pretrained(source, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model.path: '{path}' could not be loaded: {error}") from error
-    return model, _with_padding(tokenizer, path)
+        return (local_path(path) / ADAPTER).is_file()
+    except OSError:  # said where the model is looked for
+        return False
+
+
+def _load_pretrained(path: str, options: ModelOptions, seed: int) -> tuple[Any, Any]:
+    dtype = getattr(torch, options.dtype)
+    return load_pretrained(path, dtype, random_init=options.random_init, seed=seed)
 
 
 def _with_padding(tokenizer: Any, path: Path | str) -> Any:

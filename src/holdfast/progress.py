@@ -50,6 +50,18 @@ def stoppable() -> Iterator[None]:
         _stop.clear()
 
 
+def _writable(console: Console, text: str) -> str:
+    """What the stream can't write, such as half a character in a file's name, becomes an escape."""
+    encoding = getattr(console.file, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def tell(console: Console, text: str, style: str | None = None) -> None:
+    """Print a text as it stands: no markup, no emoji codes, no line breaks of ours."""
+    text = _writable(console, text)
+    console.print(text, style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def no_library_bars() -> Iterator[None]:
     """No bars of transformers' own for the time of a block; what the user has set is untouched afterwards.
@@ -69,6 +81,7 @@ class Bar:
     """One piece of work with a known number of steps."""
 
     def __init__(self, owner: Progress, description: str, total: int) -> None:
+        description = _writable(owner.console, description)
         self._owner, self._description, self._total = owner, description, total
         self._done = 0
         self._started = self._said = time.monotonic()
@@ -84,10 +97,12 @@ class Bar:
         """Set how many steps are done without honouring a stop request (the caller does)."""
         self._done, self._total = done, total if total is not None else self._total
         if self._owner._rich is not None and self._task is not None:
-            self._owner._rich.update(self._task, completed=done, total=self._total, note=note)
+            self._owner._rich.update(
+                self._task, completed=done, total=self._total, note=_writable(self._owner.console, note)
+            )
         elif time.monotonic() - self._said > self._owner.line_every:
             self._said = time.monotonic()
-            self._owner.console.print(f"  {self._description}: {done}/{self._total} {note}")
+            self._owner.say(f"  {self._description}: {done}/{self._total} {note}")
 
     def say(self, text: str) -> None:
         """Print a line above the bars."""
@@ -129,12 +144,12 @@ class Progress:
     def __enter__(self) -> Progress:
         if not self._quiet and self.console.is_terminal:
             self._rich = _Bars(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=28),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
-                TextColumn("[dim]{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", style="dim", markup=False),
                 console=self.console,
                 transient=True,
             )
@@ -147,8 +162,8 @@ class Progress:
             self._rich = None
 
     def say(self, text: str) -> None:
-        """Print a line above the bars."""
-        self.console.print(text, highlight=False, soft_wrap=True)
+        """Print a line above the bars, as it is: names and paths may hold anything."""
+        tell(self.console, text)
 
     def show_above(self, picture: Callable[[], RenderableType] | None) -> None:
         """Keep what a function draws, such as a table, above the bars; on a terminal only. None ends it."""

@@ -184,7 +184,7 @@ def test_check_refuses_rows_longer_than_the_model_takes(tiny: Any, tmp_path: Pat
     values["tasks"] = {"source": "jsonl", "path": str(tmp_path / "data")}
     result = holdfast_cli("check", config_file(tmp_path, values))
     assert result.exit_code == 2
-    assert "long: the longest row has 603 tokens, the model takes 512" in result.output
+    assert "long: the longest row (prompt and answer) has 603 tokens, the model takes 512" in result.output
 
 
 def test_check_of_a_good_config_estimates_and_writes_nothing(tiny: Any, tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_run_with_overrides_and_the_table_at_the_end(tiny: Any, tmp_path: Path) 
         ("seed.x=1", "seed is 0, not a section"),
         ("training.epochs=[1", "the value is not valid YAML"),
         ("training.epoch=3", "training.epoch: unknown key. Did you mean 'epochs'?"),
-        ("strategy.strength=1", "strategy.sequential.strength: unknown key."),
+        ("strategy.strength=1", "strategy.strength: unknown key."),
     ],
 )
 def test_wrong_override_is_told(override: str, message: str, tiny: Any, tmp_path: Path) -> None:
@@ -355,7 +355,7 @@ def test_attribute_tests_answers_as_the_run_does(
         (["--set", "aggregat=topk"], "aggregat: unknown key. Did you mean 'aggregate'?"),
         (["--set", "top_k=3"], "`top_k` applies to `aggregate: topk` only"),
         (["--dtype", "int8"], "model.dtype: Input should be 'float32'"),
-        (["--data", "nowhere"], "no 'nowhere'; give a JSONL file, or a folder with train.jsonl in it"),
+        (["--data", "nowhere"], "no file or folder 'nowhere' (looked in /"),
         (["--model", "./nowhere"], "no Hugging Face model at './nowhere'"),
         (["--config", "nowhere.yaml"], "nowhere.yaml: can't be read (No such file or directory)"),
         (
@@ -389,7 +389,7 @@ def test_faithfulness_without_test_rows_is_refused_before_any_work(
         *("--out", tmp_path / "p", "--test-faithfulness"),
     )
     assert result.exit_code == 2
-    assert "--test-faithfulness needs test rows: put a test.jsonl beside train.jsonl" in result.output
+    assert "--test-faithfulness needs test rows: put a test file beside the training file" in result.output
     assert not (tmp_path / "p").exists()
 
 

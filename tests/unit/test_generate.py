@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from holdfast.evaluation.answers import generate, rank_options
-from holdfast.evaluation.evaluate import EvaluationOptions, answer_budget, evaluate_task
+from holdfast.evaluation.evaluate import EvaluationOptions, encode_task, evaluate_task
 from holdfast.models import tiny_llama
 from holdfast.tasks import Encoded, Encoder, Example, Task, Template, toy_tokenizer
 from tiny_t5 import tiny_t5
@@ -117,11 +117,14 @@ def test_ranked_option_has_the_highest_log_likelihood(
     assert rank_options(model, tokenizer, rows, options, batch_size=batch_size) == expected
 
 
-def test_answer_budget_is_learned_from_training_rows_only(tokenizer: Any) -> None:
+def test_answer_budget_has_room_for_every_answer_that_counts_as_right(tokenizer: Any) -> None:
     encoder = Encoder(tokenizer, Template(), encoder_decoder=False)
-    task = Task("t", [Example("a", "abc"), Example("b", "a")], [Example("c", "a" * 50)])
-    assert answer_budget(task, encoder, EvaluationOptions()) == 3 + 1 + 2  # letters, end token, two more
-    assert answer_budget(task, encoder, EvaluationOptions(max_new_tokens=9)) == 9
+    test = [Example("c", "a" * 7, ("a", "a" * 50))]
+    task = Task("t", [Example("a", "abc"), Example("b", "a")], test)
+    assert (
+        encode_task(task, encoder, EvaluationOptions()).max_new_tokens == 50 + 1 + 2
+    )  # and end token, two more
+    assert encode_task(task, encoder, EvaluationOptions(max_new_tokens=9)).max_new_tokens == 9
 
 
 def test_prediction_rows_say_prompt_expected_generated_and_score(

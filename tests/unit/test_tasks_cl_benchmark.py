@@ -141,7 +141,7 @@ def test_malformed_data_are_named(labelled, content, message):
     ("instructions", "message"),
     [
         ({"TC": "Topic?"}, "tasks.instructions: none for 'IMDB' nor its group 'SC'; given: TC"),
-        ("nowhere.json", "'nowhere.json' can't be read: No such file"),
+        ("nowhere.json", "nowhere.json: can't be read: No such file"),
         ("bad.json", r"must be JSON of the form \{group: "),
     ],
 )

@@ -61,7 +61,11 @@ def test_any_text_survives_as_it_is(completion, prompt):
             {"question": "a", "completion": "b"},
             "no column 'prompt'; columns of this row: question, completion",
         ),
-        ({"prompt": "a", "answer": "b"}, "no column 'completion'; columns of this row: prompt, answer"),
+        (
+            {"prompt": "a", "answer": "b"},
+            "written as prompt and answer, and the rows before it as prompt and completion: a file",
+        ),
+        ({"messages": []}, "written as chat messages, and the rows before it as prompt and completion"),
         ({"prompt": "a", "completion": None}, r"'completion' must be a text, got nothing \(null\)"),
         ({"prompt": 0.5, "completion": "b"}, r"'prompt' must be a text, got a fraction \(0.5\)"),
         ({"prompt": True, "completion": "b"}, "'prompt' must be a text, got a boolean"),
@@ -74,9 +78,6 @@ def test_any_text_survives_as_it_is(completion, prompt):
             "unknown role 'bot' .*allowed: system",
         ),
         ({"prompt": "a", "completion": [USER]}, "one assistant message"),
-        ({"messages": [USER]}, "must end with the assistant's answer, got role 'user'"),
-        ({"messages": [ANSWER]}, "no message before it"),
-        ({"messages": "hi"}, "'messages' must be a list of messages, got str"),
     ],
 )
 def test_a_wrong_row_says_what_is_wrong_and_where(row, message):

@@ -156,7 +156,6 @@ def test_bad_rows_are_left_out_and_noted_if_that_is_asked_for(folder):
             {"order": ["agnew"]},
             "tasks.order: no task 'agnew'. Did you mean 'agnews'\\? Allowed: agnews, dbpedia",
         ),
-        ({"order": ["agnews", "AGNEWS"]}, "task 'agnews' stands in it twice"),
         ({"order": []}, "tasks.order: it is empty"),
         ({"order": "L9"}, "no order 'L9'. Allowed: L1, L2, L3, S1, S2. Or give a list"),
         (
@@ -196,7 +195,7 @@ def test_a_missing_folder_file_or_sub_folder_is_named(folder, tmp_path):
 @pytest.mark.parametrize("labels", ["{", "[]", '{"a": 1}', "[1]"])
 def test_a_broken_labels_file_is_named(folder, labels):
     (folder / "agnews" / "labels.json").write_text(labels)
-    with pytest.raises(DataError, match=r"agnews/labels.json: (not JSON|must be a list of texts)"):
+    with pytest.raises(DataError, match=r"agnews/labels.json(:1: not JSON|: must be a list of texts)"):
         stream_of(source="jsonl", path=str(folder))
 
 
@@ -226,7 +225,9 @@ def test_a_single_task_is_loaded_from_a_folder_or_a_file(folder):
 
 
 def test_a_single_task_that_is_not_there_says_what_to_give(folder):
-    with pytest.raises(DataError, match=r"data: no '.*notes/train.jsonl'; give a JSONL file, or a folder"):
+    with pytest.raises(
+        DataError, match=r"data: no '.*notes/train.jsonl'; give a file \(\.jsonl, .*, or a folder"
+    ):
         load_task(folder / "notes")
     (folder / "agnews" / "train.jsonl").write_text('{"prompt": "a"}\n')
     with pytest.raises(DataError, match=r"train.jsonl:1: no column 'completion'"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from holdfast.models import accepts, is_encoder_decoder
+from holdfast.models import accepts, context_length, is_encoder_decoder
 from holdfast.tasks.encode import Encoded, collate, collate_prompts
 
 Progress = Callable[[int, int], None]
@@ -30,7 +30,7 @@ def _for_model(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _plain_greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Iterator[None]:
+def _plain_greedy(model: Any, tokenizer: Any, max_new_tokens: int, stop_ids: Sequence[int]) -> Iterator[None]:
     """Put the model's own generation settings aside.
 
     Passing a configuration to ``model.generate`` is not enough: what it leaves open (repetition penalty,
@@ -48,7 +48,7 @@ def _plain_greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Iterator[N
         use_cache=True,
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=list(stop_ids),
         bos_token_id=tokenizer.bos_token_id,
         decoder_start_token_id=start
         if start is not None
@@ -63,6 +63,20 @@ def _plain_greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Iterator[N
             holder.generation_config = config
 
 
+def room_for_answers(model: nn.Module, longest_prompt: int, wanted: int) -> int:
+    """How many tokens of an answer fit behind the longest prompt, at most `wanted` and at least one."""
+    limit = context_length(model)
+    if limit is None:
+        return wanted
+    return max(1, min(wanted, limit if is_encoder_decoder(model) else limit - longest_prompt))
+
+
+def _until(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
+    """The tokens before the first that ends an answer (a decoder's start token may be such a one)."""
+    end = next((i for i, token in enumerate(ids) if i and token in stop_ids), len(ids))
+    return ids[:end]
+
+
 @torch.no_grad()
 def generate(
     model: Any,
@@ -71,14 +85,29 @@ def generate(
     *,
     batch_size: int,
     max_new_tokens: int,
+    stop_ids: Sequence[int] | None = None,
+    kept_ids: Collection[int] = (),
     progress: Progress | None = None,
 ) -> list[str]:
-    """Greedy answers, in the order of `rows`; special tokens are left out.
+    """Greedy answers, in the order of `rows`.
 
     The key-value cache is used, nothing is sampled, and the model's own generation settings (sampling,
     penalties) are put aside: the same weights always give the same answers.
+
+    Parameters
+    ----------
+    max_new_tokens : int
+        At most; fewer where the longest prompt leaves less of the model's context.
+    stop_ids : sequence of int, optional
+        Tokens that end an answer; the tokenizer's end token when omitted.
+    kept_ids : collection of int
+        Special tokens that are part of an answer. All others are left out.
     """
     encoder_decoder = is_encoder_decoder(model)
+    stop_ids = [tokenizer.eos_token_id] if stop_ids is None else list(stop_ids)
+    dropped = {*tokenizer.all_special_ids, *stop_ids} - {*kept_ids}
+    longest = max((len(row.prompt_ids) for row in rows), default=0)
+    max_new_tokens = room_for_answers(model, longest, max_new_tokens)
     answers = [""] * len(rows)
     model.eval()
     done = 0
@@ -88,11 +117,12 @@ def generate(
         )
         batch.pop("position_ids", None)  # generate() derives them from the mask
         batch = _for_model(model, batch)
-        with _plain_greedy(model, tokenizer, max_new_tokens):
+        with _plain_greedy(model, tokenizer, max_new_tokens, stop_ids):
             output = model.generate(**batch)
         start = 0 if encoder_decoder else batch["input_ids"].shape[1]
         for index, ids in zip(indices, output[:, start:].tolist(), strict=True):
-            answers[index] = tokenizer.decode(ids, skip_special_tokens=True).strip()
+            said = [token for token in _until(ids, stop_ids) if token not in dropped]
+            answers[index] = tokenizer.decode(said, skip_special_tokens=False).strip()
         done += len(indices)
         if progress is not None:
             progress(done, len(rows))

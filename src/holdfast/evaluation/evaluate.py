@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from holdfast.evaluation.answers import generate, rank_options
 from holdfast.evaluation.scores import SCORES
 from holdfast.records import Prediction
 from holdfast.tasks.encode import Encoded, Encoder
-from holdfast.tasks.task import Example, Task
+from holdfast.tasks.task import Task
 
 
 class EvaluationOptions(Options):
@@ -21,7 +21,7 @@ class EvaluationOptions(Options):
 
     batch_size: int = Field(64, ge=1)
     max_new_tokens: int | None = Field(
-        None, ge=1, description="default: the longest training completion of the task, plus two tokens"
+        None, ge=1, description="default: the longest answer of the task, plus two tokens"
     )
     scope: Literal["all", "needed"] = Field(
         "all",
@@ -52,35 +52,53 @@ class EncodedTask:
         For the metric ``options``: each allowed answer with the tokens of its framed form; else empty.
     max_new_tokens : int
         How long a generated answer may be, in tokens; 0 where the answer is one of `choices`.
+    stop_ids : list of int
+        The tokens that end an answer.
+    kept_ids : frozenset of int
+        Special tokens that answers of this task hold.
     """
 
     task: Task
     rows: list[Encoded]
     choices: list[tuple[str, list[int]]]
     max_new_tokens: int
+    stop_ids: list[int]
+    kept_ids: frozenset[int] = frozenset()
 
 
 def encode_task(task: Task, encoder: Encoder, options: EvaluationOptions) -> EncodedTask:
     """Encode a task's test rows and what bounds its answers."""
-    ranked = task.metric == "options"
+    ranked, chat = task.metric == "options", is_chat(task)
+    answers = {} if ranked else {text: encoder.answer_ids(text, chat=chat) for text in answers_of(task)}
+    own = encoder.text.own_ids
     return EncodedTask(
         task,
         encoder.many(task.test),
-        [(text, _answer_ids(text, encoder)) for text in task.options] if ranked else [],
-        0 if ranked else answer_budget(task, encoder, options),
+        [(text, encoder.answer_ids(text, chat=chat)) for text in task.options] if ranked else [],
+        0 if ranked else answer_budget(answers, options),
+        encoder.stop_ids(chat=chat),
+        frozenset(own & {token for ids in answers.values() for token in ids}) if own else frozenset(),
     )
 
 
-def answer_budget(task: Task, encoder: Encoder, options: EvaluationOptions) -> int:
-    """How many tokens an answer may have; learned from training rows only."""
+def is_chat(task: Task) -> bool:
+    """Whether the prompts are chat messages."""
+    return any(not isinstance(example.prompt, str) for example in task.test)
+
+
+def answers_of(task: Task) -> set[str]:
+    """Every text that is trained on or counts as right; a classification has few."""
+    return {e.completion for e in task.train} | {answer for e in task.test for answer in e.answers}
+
+
+def answer_budget(answers: Mapping[str, Sequence[int]], options: EvaluationOptions) -> int:
+    """How many tokens a generated answer may have: those of the longest, and two.
+
+    Test answers count, so that none is cut; a longer budget changes no answer that ends before.
+    """
     if options.max_new_tokens is not None:
         return options.max_new_tokens
-    answers = {example.completion for example in task.train}  # a classification has few
-    return max((len(_answer_ids(text, encoder)) for text in answers), default=32) + 2
-
-
-def _answer_ids(text: str, encoder: Encoder) -> list[int]:
-    return encoder(Example("?", text)).completion_ids
+    return max((len(ids) for ids in answers.values()), default=32) + 2
 
 
 def evaluate_task(
@@ -121,6 +139,8 @@ def evaluate_encoded(
             encoded.rows,
             batch_size=batch_size,
             max_new_tokens=encoded.max_new_tokens,
+            stop_ids=encoded.stop_ids,
+            kept_ids=encoded.kept_ids,
             progress=progress,
         )
     score = SCORES[task.metric]

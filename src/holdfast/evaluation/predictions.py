@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,16 +11,25 @@ from holdfast.errors import DataError
 from holdfast.records import Prediction
 from holdfast.storage import write_text
 
+LONGEST = 150  # bytes; with number, suffix and a temporary file's marks a name stays below 255
+
 
 def file_safe(name: str) -> str:
     """A task's name as a part of a file name; different names stay different.
 
-    Letters, digits, blanks, ``-``, ``_`` and ``.`` stay. Every other character is written as the bytes of
-    its UTF-8 form, ``%`` and two hexadecimal digits each: ``glue/mnli`` becomes ``glue%2Fmnli``.
+    Letters, digits, blanks, ``-``, ``_`` and ``.`` stay, but for a dot at the beginning. Every other
+    character is written as the bytes of its UTF-8 form, ``%`` and two hexadecimal digits each:
+    ``glue/mnli`` becomes ``glue%2Fmnli``. The end of a name that file systems don't take, being longer than
+    150 bytes, becomes a digest of the whole.
     """
-    return "".join(
-        c if c.isalnum() or c in " -_." else "".join(f"%{byte:02X}" for byte in c.encode()) for c in name
+    safe = "".join(
+        c if c.isalnum() or c in " -_" or (c == "." and i) else "".join(f"%{byte:02X}" for byte in c.encode())
+        for i, c in enumerate(name)
     )
+    if len(safe.encode()) <= LONGEST:
+        return safe
+    digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+    return safe.encode()[: LONGEST - 17].decode(errors="ignore") + "-" + digest
 
 
 def predictions_file(folder: Path, task: str) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from pydantic import Field, model_validator
 
-from holdfast.config import Options, validate
+from holdfast.config import MAX_SEED, Options, validate
 from holdfast.errors import RunDirectoryError
 from holdfast.evaluation.evaluate import EvaluationOptions
 from holdfast.models import ModelOptions
@@ -25,7 +25,7 @@ STAGES = "tasks"  # there: what it learned
 class LearnerConfig(Options):
     """A model, and the strategy under which it learns one task after another."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=MAX_SEED)
     threads: int | None = Field(None, ge=1, description="CPU threads; results are reproducible per number")
     model: ModelOptions | None = Field(None, description="none: the model was made in a script")
     template: Template = Field(default_factory=Template)

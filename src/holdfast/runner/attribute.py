@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import Field
 
-from holdfast.config import Options, override, validate
+from holdfast.config import MAX_SEED, Options, override, validate
 from holdfast.errors import ConfigError, DataError
 from holdfast.evaluation.evaluate import EvaluationOptions
 from holdfast.importance import ImportanceOptions, ImportancePrior, compute_prior
@@ -29,6 +29,7 @@ class AttributeConfig(Options):
     template: Template = Field(default_factory=Template)
     evaluation: EvaluationOptions = Field(default_factory=EvaluationOptions)
     model: ModelOptions
+    seed: int = Field(0, ge=0, le=MAX_SEED)
 
 
 SECTIONS = ("template", "evaluation", "importance")
@@ -66,6 +67,7 @@ def attribute_to_folder(
         **({} if like is None else _sections_of(like)),
         "importance": {"name": importance},
         "model": {"path": model, "dtype": dtype, "trainable": "all"},
+        "seed": seed,
     }
     config = validate(AttributeConfig, override(values, qualified), source="holdfast attribute")
     if faithfulness and REGISTRY[config.importance.name].kind != "weights":
@@ -74,8 +76,12 @@ def attribute_to_folder(
             "directions of inputs. Leave it out, or choose an importance by weight such as lrp."
         )
     task = load_task(data)
+    if task.read_as:
+        progress.say(f"{data}: read as {task.read_as}.")
     if faithfulness and not task.test:
-        raise DataError(f"{data}: --test-faithfulness needs test rows: put a test.jsonl beside train.jsonl.")
+        raise DataError(
+            f"{data}: --test-faithfulness needs test rows: put a test file beside the training file."
+        )
     loaded, tokenizer = load_model(config.model, seed, toy_tokenizer)
     encoder = Encoder(tokenizer, config.template, encoder_decoder=is_encoder_decoder(loaded))
     rows = encoder.many(task.train)

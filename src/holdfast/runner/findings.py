@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,17 +11,18 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from holdfast.errors import HoldfastError
+from holdfast.evaluation.audit import audit
 from holdfast.hold.cost import trained_numbers
 from holdfast.models import is_encoder_decoder, load_model
+from holdfast.progress import tell
 from holdfast.quantities import count, mebibytes
 from holdfast.runner.config import RunConfig
 from holdfast.runner.directory import RunDirectory
+from holdfast.runner.table import Rows
 from holdfast.strategies import Strategy, build_strategy
 from holdfast.tasks import Encoder, inspect_stream, toy_tokenizer
-from holdfast.tasks.lengths import inspect_lengths
 from holdfast.tasks.memory import Rehearsal
 from holdfast.tasks.task import Example, TaskStream
 from holdfast.training.options import TrainingOptions
@@ -43,16 +45,13 @@ class Findings:
     def print(self, console: Console) -> None:
         """Show the findings."""
         for problem in self.problems:
-            console.print(f"problem: {problem}", style="red", highlight=False, markup=False, soft_wrap=True)
+            tell(console, f"problem: {problem}", "red")
         for remark in self.remarks:
-            console.print(f"note: {remark}", highlight=False, markup=False, soft_wrap=True)
+            tell(console, f"note: {remark}")
         if self.estimate:
-            table = Table("estimate", "", show_header=False)
-            for what, much in self.estimate:
-                table.add_row(what, much)
-            console.print(table)
+            console.print(Rows(("", ""), self.estimate))
         if not self.problems:
-            console.print("Ready to run.", style="green")
+            tell(console, "Ready to run.", "green")
 
 
 def check(config: RunConfig, directory: bool = True) -> Findings:
@@ -83,6 +82,10 @@ def check(config: RunConfig, directory: bool = True) -> Findings:
         model, tokenizer = load_model(config.model, config.seed, toy_tokenizer)
     except HoldfastError as error:
         findings.problems.append(str(error))
+    try:
+        config.training.check_installed()
+    except HoldfastError as error:
+        findings.problems.append(str(error))
     if directory:
         _check_output(config, findings)
     strategy, fits = build_strategy(config.strategy), model is not None
@@ -94,7 +97,7 @@ def check(config: RunConfig, directory: bool = True) -> Findings:
             findings.problems.append(str(error))
     if stream is not None and tokenizer is not None:
         try:
-            _check_lengths(config, stream, model, tokenizer, findings)
+            _check_tasks(config, stream, model, tokenizer, findings)
         except HoldfastError as error:
             findings.problems.append(str(error))
     if model is not None and config.training.trainer == "sft" and is_encoder_decoder(model):
@@ -106,34 +109,33 @@ def check(config: RunConfig, directory: bool = True) -> Findings:
 
 def _check_output(config: RunConfig, findings: Findings) -> None:
     output = Path(config.output)
-    if output.exists() and not output.is_dir():
-        findings.problems.append(f"output: {output} is a file, not a folder.")
-    elif different := RunDirectory.hindrances(config):
-        findings.problems.append(
-            f"output: {output} holds a run with another configuration; different: {', '.join(different)}. "
-            "Give output=DIR."
-        )
-    elif (output / "config.yaml").exists():
-        findings.remarks.append(f"output: {output} exists; the run there is continued.")
+    try:
+        if output.exists() and not output.is_dir():
+            findings.problems.append(f"output: {output} is a file, not a folder.")
+        elif different := RunDirectory.hindrances(config):
+            findings.problems.append(
+                f"output: {output} holds a run with another configuration; different: "
+                f"{', '.join(different)}. Give output=DIR."
+            )
+        elif (output / "config.yaml").exists():
+            findings.remarks.append(f"output: {output} exists; the run there is continued.")
+        nearest = next(path for path in (output, *output.absolute().parents) if path.exists())
+        if not os.access(nearest, os.W_OK):
+            findings.problems.append(f"output: {nearest} may not be written (Permission denied).")
+    except OSError as error:
+        findings.problems.append(f"output: {output} can't be used ({error.strerror or error}).")
 
 
-def _check_lengths(
+def _check_tasks(
     config: RunConfig, stream: TaskStream, model: Any, tokenizer: Any, findings: Findings
 ) -> None:
-    encoder = Encoder(
-        tokenizer, config.template, encoder_decoder=model is not None and is_encoder_decoder(model)
-    )
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    encoder = Encoder(tokenizer, config.template, encoder_decoder=is_encoder_decoder(model))
     for task in stream:
-        rows = []
-        for part in (task.train, task.test):
-            try:
-                rows += encoder.many(part)
-            except HoldfastError as error:
-                findings.problems.append(f"{task.name}: {error}")
-        remarks, problems = inspect_lengths(rows, config.template, limit)
-        findings.remarks += [f"{task.name}: {remark}" for remark in remarks]
-        findings.problems += [f"{task.name}: {problem}" for problem in problems]
+        if task.read_as:
+            findings.remarks.append(f"{task.name}: read as {task.read_as}.")
+        found = audit(task, encoder, model, config.evaluation)
+        findings.problems += found.problems
+        findings.remarks += found.remarks
 
 
 def _estimate(

@@ -12,6 +12,7 @@ import torch
 
 from holdfast.config import override, validate
 from holdfast.errors import ConfigError, DataError
+from holdfast.evaluation.audit import audit
 from holdfast.learner import Learner, LearnerConfig
 from holdfast.learner.config import recorded_config
 from holdfast.learner.learner import begun
@@ -19,10 +20,11 @@ from holdfast.learner.skills import Skills, read_skills
 from holdfast.models import load_model
 from holdfast.progress import Progress, stoppable
 from holdfast.tasks import load_task, toy_tokenizer
-from holdfast.tasks.lengths import inspect_lengths
 from holdfast.tasks.options import left_out, subsample
 from holdfast.tasks.task import Example, MetricName, Task
 
+# what kept most without an old row (docs/results.md)
+DEFAULT = {"name": "attribution", "importance": {"name": "inputs"}}
 KEPT_SHARE, KEPT_MOST = 0.1, 200  # of each data set, for testing what becomes of it
 LONG_ANSWER = 6  # words; from here on answers are compared by ROUGE-L
 SMALL = 30_000_000  # parameters; larger models are fine-tuned at a lower rate
@@ -74,7 +76,7 @@ def learn_data(
     usual_rate = not begun(skills)
     config = _config(skills, model, strategy, lora, assignments)
     usual_rate &= "learning_rate" not in config.training.model_fields_set
-    task = _task(data, name, test, metric, config.seed)
+    task = _task(data, name, test, metric, config.seed, progress)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     with stoppable(), _learner(skills, config, progress, usual_rate) as learner:
@@ -86,7 +88,7 @@ def learn_data(
                 )
             progress.say(f"{skills}: '{task.name}' is learned already; nothing to do.")
             return read_skills(skills)
-        _check_lengths(learner, task, data, progress)
+        _audit(learner, task, progress)
         about = {"learned": datetime.now(UTC).isoformat(timespec="seconds"), "data": str(data)}
         with learner.task(
             task.name, task.train, task.test, metric=task.metric, options=task.options, about=about
@@ -104,7 +106,7 @@ def _config(
 ) -> LearnerConfig:
     model = None if model is None else _absolute(model)
     if not begun(skills):
-        values: dict[str, Any] = {"strategy": strategy or "attribution"}
+        values: dict[str, Any] = {"strategy": strategy or DEFAULT}
         if model is not None:
             values["model"] = {"path": model}
         if lora:
@@ -166,19 +168,23 @@ def _usual_rate(config: LearnerConfig, model: Any) -> float:
     return 1e-3 if sum(p.numel() for p in model.parameters()) < SMALL else 2e-5
 
 
-def _check_lengths(learner: Learner, task: Task, data: Path, progress: Progress) -> None:
-    limit = getattr(getattr(learner.model, "config", None), "max_position_embeddings", None)
-    rows = learner.encoder.many([*task.train, *task.test])
-    remarks, problems = inspect_lengths(rows, learner.config.template, limit)
-    for remark in remarks:
-        progress.say(f"{data}: {remark}")
-    if problems:
-        raise DataError(f"{data}: {problems[0]}")
+def _audit(learner: Learner, task: Task, progress: Progress) -> None:
+    """Say what is cut, and refuse what can't be answered or doesn't fit."""
+    learner.config.training.check_installed()
+    found = audit(task, learner.encoder, learner.model, learner.config.evaluation)
+    for remark in found.remarks:
+        progress.say(remark)
+    if found.problems:
+        raise DataError("\n".join(found.problems))
 
 
-def _task(data: Path, name: str | None, test: Path | None, metric: MetricName | None, seed: int) -> Task:
+def _task(
+    data: Path, name: str | None, test: Path | None, metric: MetricName | None, seed: int, progress: Progress
+) -> Task:
     """The rows to train on and those kept aside, and how answers are scored."""
     loaded = load_task(data)
+    if loaded.read_as:
+        progress.say(f"{data}: read as {loaded.read_as}.")
     name = name or loaded.name
     train: Sequence[Example] = loaded.train
     tests: Sequence[Example] = loaded.test if test is None else load_task(test).train

@@ -2,91 +2,157 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from holdfast.learner.skills import Skills
-from holdfast.quantities import number
+from holdfast.quantities import mebibytes, number
 from holdfast.records import RunMetrics
 
 
-def metrics_table(runs: Sequence[RunMetrics]) -> Table:
+@dataclass
+class Rows:
+    """A table on a terminal wide enough for its longest words; on a narrower one, each row as a list.
+
+    Cells are shown as they stand: a label with ``[/x]`` or ``:one:`` in it is neither markup nor an emoji.
+
+    Attributes
+    ----------
+    head : sequence of str
+        The columns' names; "" for one that speaks for itself.
+    rows : sequence of sequences
+        Texts.
+    numbers : bool
+        Whether all columns but the first hold numbers, set to the right.
+    """
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str | Text]]
+    caption: str | None = None
+    numbers: bool = False
+    lines: bool = False
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        columns = zip(self.head, *self.rows, strict=True)
+        words = [max(len(word) for cell in column for word in ["", *str(cell).split()]) for column in columns]
+        if sum(words) + 3 * len(words) + 1 <= options.max_width:  # with blanks and lines around each
+            yield self._table()
+            return
+        for first, *cells in self.rows:
+            yield Text.assemble(_text(first), style="bold")
+            for name, cell in zip(self.head[1:], cells, strict=True):
+                yield Padding(
+                    Text.assemble(f"{' '.join(name.split())}: " if name else "", _text(cell)), (0, 0, 0, 2)
+                )
+        if self.caption:
+            yield Text(self.caption, style="italic")
+
+    def _table(self) -> Table:
+        table = Table(
+            caption=None if self.caption is None else Text(self.caption),
+            show_header=any(self.head),
+            show_lines=self.lines,
+            padding=(0, 0, 0, 1) if self.lines else (0, 1),
+        )
+        for index, name in enumerate(self.head):
+            table.add_column(Text(name), justify="right" if self.numbers and index else "left")
+        for row in self.rows:
+            table.add_row(*map(_text, row))
+        return table
+
+
+def _text(cell: str | Text) -> Text:
+    return cell if isinstance(cell, Text) else Text(cell)
+
+
+def metrics_table(runs: Sequence[RunMetrics]) -> Rows:
     """AP, BWT, FWT, learning accuracy and seconds, a row a run."""
-    table = Table(caption="AP and learning accuracy: higher is better; BWT: 0 is no forgetting (percent)")
-    table.add_column("run")
-    for head in ("AP", "BWT", "FWT", "learning accuracy", "seconds"):
-        table.add_column(head, justify="right")
-    for run in runs:
-        cells = [number(value) for value in (run.ap, run.bwt, run.fwt, run.learning_accuracy)]
-        table.add_row(Text(run.label), *cells, number(run.seconds.get("total"), 0))
-    return table
+    return Rows(
+        ("run", "AP", "BWT", "FWT", "learning accuracy", "seconds"),
+        [
+            (
+                run.label,
+                *(number(value) for value in (run.ap, run.bwt, run.fwt, run.learning_accuracy)),
+                number(run.seconds.get("total"), 0),
+            )
+            for run in runs
+        ],
+        caption="AP and learning accuracy: higher is better; BWT: 0 is no forgetting (percent)",
+        numbers=True,
+    )
 
 
-def skills_table(known: Skills) -> Table:
+def skills_table(known: Skills) -> Rows:
     """What a learner's folder holds, a row a skill."""
-    about = f"percent, on rows kept aside; moved: answered otherwise now than then. {known.method}, "
-    table = Table(caption=Text(f"{about}{known.disk / 2**20:.1f} MiB on disk"))
-    table.add_column("skill", overflow="fold")
-    for head in ("learned", "rows", "then", "now", "moved"):
-        table.add_column(head, justify="right")
-    for skill in known.skills:
-        rows = "–" if skill.train_rows is None else f"{skill.train_rows}"
-        cells = [number(value) for value in (skill.then, skill.now, skill.drift)]
-        table.add_row(Text(skill.name), skill.learned[:10] or "–", rows, *cells)
-    for name in known.unfinished:
-        table.add_row(Text(name), "unfinished", "", "", "", "")
-    return table
+    rows = [
+        (
+            skill.name,
+            skill.learned[:10] or "–",
+            "–" if skill.train_rows is None else f"{skill.train_rows}",
+            *(number(value) for value in (skill.then, skill.now, skill.drift)),
+        )
+        for skill in known.skills
+    ]
+    rows += [(name, "unfinished", "", "", "", "") for name in known.unfinished]
+    return Rows(
+        ("skill", "learned", "rows", "then", "now", "moved"),
+        rows,
+        caption="percent, on rows kept aside; moved: answered otherwise now than then. "
+        f"{known.method}, {mebibytes(known.disk)} on disk",
+        numbers=True,
+    )
 
 
-def listing(what: str) -> Table:
+def listing(what: str) -> Rows:
     """Strategies, toy tasks, named orders or importances, from their own declarations."""
     return {"strategies": _strategies, "tasks": _tasks, "orders": _orders, "importances": _importances}[
         what
     ]()
 
 
-def _strategies() -> Table:
+def _strategies() -> Rows:
     from holdfast.strategies import STRATEGIES
 
-    about = "state: kept between tasks beside the model; answer: its extra cost; both with default options"
-    table = Table("name", "what it does", show_lines=True, padding=(0, 0, 0, 1), caption=about)
-    for head in ("rehearsal-\nfree", "task\nidentity", "state", "answer"):
-        table.add_column(head, no_wrap=True)
+    rows: list[tuple[str | Text, ...]] = []
     for name, cls in sorted(STRATEGIES.items()):
         what = Text.assemble(cls.summary, "\n", (cls.paper, "dim"))
         flags = ("yes" if flag else "no" for flag in (cls.rehearsal_free, cls.needs_task_identity))
-        table.add_row(name, what, *flags, cls.state, cls.inference)
-    return table
+        rows.append((name, what, *flags, cls.state, cls.inference))
+    return Rows(
+        ("name", "what it does", "without\nrehearsal", "task\nidentity", "state", "answer"),
+        rows,
+        caption="state: kept between tasks beside the model; answer: its extra cost; with default options",
+        lines=True,
+    )
 
 
-def _tasks() -> Table:
+def _tasks() -> Rows:
     from holdfast.tasks import TOY_TASKS
 
-    table = Table(
-        "toy task", "what it asks", caption="tasks: {source: toy}; other sources read your own data"
+    return Rows(
+        ("toy task", "what it asks"),
+        [(name, str(description)) for name, description in TOY_TASKS.items()],
+        caption="tasks: {source: toy}; other sources read your own data",
     )
-    for name, description in TOY_TASKS.items():
-        table.add_row(name, str(description))
-    return table
 
 
-def _orders() -> Table:
+def _orders() -> Rows:
     from holdfast.tasks import list_orders
 
-    table = Table("order", "tasks")
-    for name, tasks in list_orders().items():
-        table.add_row(name, " ".join(tasks))
-    return table
+    return Rows(("order", "tasks"), [(name, " ".join(tasks)) for name, tasks in list_orders().items()])
 
 
-def _importances() -> Table:
+def _importances() -> Rows:
     from holdfast.importance.registry import REGISTRY
 
-    table = Table("importance", "what it measures", "options")
+    rows = []
     for name, entry in sorted(REGISTRY.items()):
         first = (entry.options.__doc__ or "").strip().splitlines()[0]
         options = [key for key in entry.options.model_fields if key != "name"]
-        table.add_row(name, first, ", ".join(options) or "–")
-    return table
+        rows.append((name, first, ", ".join(options) or "–"))
+    return Rows(("importance", "what it measures", "options"), rows)

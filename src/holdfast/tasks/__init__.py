@@ -3,10 +3,11 @@
 from holdfast.tasks.cl_benchmark import ClBenchmarkSource
 from holdfast.tasks.encode import Encoded, Encoder, Template, collate, collate_prompts
 from holdfast.tasks.hub import HubSource, HubTask
-from holdfast.tasks.jsonl import JsonlSource, load_task
+from holdfast.tasks.jsonl import JsonlSource
+from holdfast.tasks.load import load_task
 from holdfast.tasks.orders import list_orders, match_task
 from holdfast.tasks.rows import Columns, as_examples
-from holdfast.tasks.sources import TasksOptions, build_stream, inspect_stream
+from holdfast.tasks.sources import TasksOptions, build_stream, inspect_stream, ordered_names
 from holdfast.tasks.task import Example, Task, TaskStream
 from holdfast.tasks.toy import BASE_TASKS, STREAM_TASKS, TOY_TASKS, ToySource, toy_suite, toy_tokenizer
 
@@ -35,6 +36,7 @@ __all__ = [
     "list_orders",
     "load_task",
     "match_task",
+    "ordered_names",
     "toy_suite",
     "toy_tokenizer",
 ]

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -18,6 +17,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
+from holdfast.places import local_path
+from holdfast.tasks.files import read_json
 from holdfast.tasks.jsonl import note_if_empty, read_labels
 from holdfast.tasks.options import SourceOptions
 from holdfast.tasks.problems import Problems
@@ -63,7 +64,7 @@ class ClBenchmarkSource(SourceOptions):
 
     def _folders(self, problems: Problems) -> dict[str, Path]:
         """Task name to folder; a data set that two groups have is called group/dataset."""
-        root = self.path.expanduser()
+        root = local_path(self.path)
         if not root.is_dir():
             problems.add("tasks.path", f"no folder '{self.path}' (looked in {root.resolve()})")
             return {}
@@ -83,16 +84,9 @@ class ClBenchmarkSource(SourceOptions):
         return Task(name, train, test, options=labels)
 
     def _rows(self, path: Path, labels: tuple[str, ...], problems: Problems) -> list[Example]:
-        try:
-            data = json.loads(path.read_text(encoding="utf-8-sig"))
-        except OSError as error:
-            problems.add(path, f"can't be read: {error.strerror or error}")
-            return []
-        except json.JSONDecodeError as error:
-            problems.add(f"{path}:{error.lineno}", f"not JSON ({error.msg})")
-            return []
-        except UnicodeDecodeError as error:
-            problems.add(path, f"not UTF-8 (byte {error.start + 1})")
+        before = len(problems)
+        data = read_json(path, problems)
+        if len(problems) > before:
             return []
         if isinstance(data, list):
             return self._labelled(path, data, labels, problems)
@@ -173,15 +167,16 @@ def _fill(frame: str, **values: str) -> str:
 
 def _read_instructions(path: Path, problems: Problems) -> dict[str, str]:
     """The first zero-shot instruction of each group: ``{group: [{"instruction_type", "instruction"}]}``."""
+    before = len(problems)
+    data = read_json(local_path(path), problems)
+    if len(problems) > before:
+        return {}
     try:
-        data = json.loads(path.expanduser().read_text(encoding="utf-8"))
         return {
             group: next(item["instruction"] for item in items if item["instruction_type"] == "zero-shot")
             for group, items in data.items()
         }
-    except OSError as error:
-        problems.add("tasks.instructions", f"'{path}' can't be read: {error.strerror or error}")
-    except (ValueError, AttributeError, TypeError, KeyError, StopIteration):
+    except (AttributeError, TypeError, KeyError, StopIteration):
         problems.add(
             "tasks.instructions",
             f"'{path}' must be JSON of the form "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +13,9 @@ from torch import Tensor
 
 from holdfast.config import Options
 from holdfast.errors import DataError
+from holdfast.tasks.chat_frame import ChatFrame
 from holdfast.tasks.task import Example, Message
+from holdfast.tasks.user_text import UserText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,8 +27,9 @@ class Template(Options):
     """The frame around every prompt and completion, and how much of each is kept.
 
     ``{bos}`` and ``{eos}`` stand for the tokenizer's tokens (nothing where it has none). Chat prompts are
-    framed by the tokenizer's own chat template, so `prompt` and `strip` do not apply to them. T5 expects its
-    input to end in ``{eos}``: use ``prompt: "{prompt}{eos}"`` for it.
+    framed by the tokenizer's own chat template, so `prompt` and `strip` do not apply to them, and their
+    answers end as the template ends a turn, unless `completion` is set. T5 expects its input to end in
+    ``{eos}``: use ``prompt: "{prompt}{eos}"`` for it.
     """
 
     prompt: str = Field(
@@ -82,7 +85,7 @@ class Encoder:
     """Turns examples into token ids under a template.
 
     Frame, prompt text and answer are tokenised separately, so the tokens of a prompt don't depend on its
-    answer and cutting never touches the frame.
+    answer and cutting never touches the frame. A control token in a user's text is text (`UserText`).
 
     Parameters
     ----------
@@ -99,6 +102,8 @@ class Encoder:
         self.tokenizer = tokenizer
         self.template = template
         self.encoder_decoder = encoder_decoder
+        self.text = UserText(tokenizer)
+        self._chats = ChatFrame(tokenizer, self.text)
         self._prompt_frame = self._frame(template.prompt, "{prompt}")
         self._completion_frame = self._frame(template.completion, "{completion}")
 
@@ -108,12 +113,12 @@ class Encoder:
         Raises
         ------
         DataError
-            The answer or (for a causal model) the prompt has no tokens, or the tokenizer has no chat
-            template for a chat prompt.
+            The answer or (for a causal model) the prompt has no tokens, or the tokenizer's chat template
+            can't frame a chat prompt.
         """
-        limit = self.template.max_completion_tokens
-        answer_ids = self._ids(example.completion) if example.completion.strip() else []
-        if not answer_ids:
+        chat = not isinstance(example.prompt, str)
+        completion_ids, completion_cut = self._answer(example.completion, chat=chat)
+        if not completion_ids:
             raise DataError(
                 f"empty completion (prompt {_start_of(example.prompt)}): there is nothing to learn from it. "
                 "Give the row an answer or leave it out."
@@ -121,19 +126,37 @@ class Encoder:
         if isinstance(example.prompt, str):
             prompt_ids, cut = self._text(example.prompt)
         else:
-            prompt_ids, cut = self._chat(example.prompt)
+            prompt_ids, cut = self._chat(example.prompt, example.tools)
         if not prompt_ids and not self.encoder_decoder:
             raise DataError(
                 f"empty prompt (completion {_start_of(example.completion)}): a causal model needs a token to "
                 "answer from. Put {bos} or some text into template.prompt."
             )
+        return Encoded(prompt_ids, completion_ids, cut, completion_cut)
+
+    def answer_ids(self, text: str, *, chat: bool = False) -> list[int]:
+        """Tokens of an answer in its frame, behind a chat or behind a text; none of an empty one."""
+        return self._answer(text, chat=chat)[0]
+
+    def stop_ids(self, *, chat: bool = False) -> list[int]:
+        """The tokens that end an answer: the tokenizer's own, and that of its chat template."""
+        end = self._chats.end_ids() if chat and self._ends_as_chat else []
+        return list(dict.fromkeys([*end[-1:], self.tokenizer.eos_token_id]))
+
+    @property
+    def _ends_as_chat(self) -> bool:
+        return self.template.completion == Template.model_fields["completion"].default
+
+    def _answer(self, text: str, *, chat: bool) -> tuple[list[int], int]:
+        """Framed tokens, and how many are cut."""
+        ids = self.text.ids(text) if text.strip() else []
+        if not ids:
+            return [], 0
+        limit = self.template.max_completion_tokens
         before, after = self._completion_frame
-        return Encoded(
-            prompt_ids=prompt_ids,
-            completion_ids=[*before, *answer_ids[:limit], *after],
-            cut=cut,
-            completion_cut=max(0, len(answer_ids) - limit),
-        )
+        if chat and self._ends_as_chat:
+            after = self._chats.end_ids() or after
+        return [*before, *ids[:limit], *after], max(0, len(ids) - limit)
 
     def many(self, examples: Sequence[Example]) -> list[Encoded]:
         """Encode examples in order; an error names the row, counted from 1."""
@@ -145,32 +168,24 @@ class Encoder:
                 raise DataError(f"row {number}: {error}") from error
         return rows
 
-    def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
-
     def _frame(self, frame: str, placeholder: str) -> tuple[list[int], list[int]]:
         for name in ("bos", "eos"):
             frame = frame.replace(f"{{{name}}}", getattr(self.tokenizer, f"{name}_token") or "")
         before, after = frame.split(placeholder)
-        return self._ids(before), self._ids(after)
+        return self.text.framed_ids(before), self.text.framed_ids(after)
 
     def _text(self, text: str) -> tuple[list[int], int]:
         if self.template.strip:
             text = text.rstrip().removesuffix(self.template.strip).rstrip()
-        ids, limit = self._ids(text), self.template.max_prompt_tokens
+        ids, limit = self.text.ids(text), self.template.max_prompt_tokens
         kept = ids[:limit] if self.template.keep == "first" else ids[-limit:]
         before, after = self._prompt_frame
         return [*before, *kept, *after], len(ids) - len(kept)
 
-    def _chat(self, messages: Sequence[Message]) -> tuple[list[int], int]:
+    def _chat(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> tuple[list[int], int]:
         """Render messages by the chat template, after cutting the longest until their texts fit."""
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise DataError(
-                "the prompt is a list of chat messages, but the tokenizer has no chat template. Use a model "
-                "whose tokenizer has one, or give the prompt as text."
-            )
         turns = [dict(message) for message in messages]
-        lengths = [len(self._ids(turn["content"])) for turn in turns]
+        lengths = [len(self.text.ids(turn["content"])) for turn in turns]
         cut = excess = max(0, sum(lengths) - self.template.max_prompt_tokens)
         while excess:
             longest = max(range(len(turns)), key=lengths.__getitem__)
@@ -178,13 +193,10 @@ class Encoder:
             turns[longest]["content"] = self._shorten(turns[longest]["content"], kept)
             excess -= lengths[longest] - kept
             lengths[longest] = kept
-        rendered: Any = self.tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, tokenize=True, return_dict=True
-        )
-        return list(rendered["input_ids"]), cut
+        return self._chats.prompt_ids(turns, tools), cut
 
     def _shorten(self, text: str, tokens: int) -> str:
-        ids = self._ids(text)
+        ids = self.text.ids(text)
         kept = ids[:tokens] if self.template.keep == "first" else ids[len(ids) - tokens :]
         return str(self.tokenizer.decode(kept, skip_special_tokens=False))
 

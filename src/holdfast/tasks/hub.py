@@ -1,23 +1,20 @@
-"""Tasks from the Hugging Face hub or from local tables, through the ``datasets`` library."""
+"""Tasks from the Hugging Face hub, through the ``datasets`` library, or from local files."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from holdfast.config import Options
+from holdfast.places import local_path
+from holdfast.tasks.files import FORMATS, Placed, read_rows, rows_of
 from holdfast.tasks.jsonl import note_if_empty
 from holdfast.tasks.options import Name, SourceOptions
-from holdfast.tasks.problems import Problems
-from holdfast.tasks.rows import STANDARD, Columns, to_example
+from holdfast.tasks.problems import Problems, first_line
+from holdfast.tasks.rows import STANDARD, Columns, to_examples
 from holdfast.tasks.task import Example, Task
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
 
 class HubTask(Options):
@@ -49,82 +46,82 @@ class HubSource(SourceOptions):
 
     def read(self, name: str, problems: Problems, seed: int) -> Task | None:
         spec = self.tasks[name]
-        train = _rows(name, spec, spec.train, problems)
-        test = _rows(name, spec, spec.test, problems) if self.test_split == "test" else []
-        return Task(name, train, test)
+        train, form = _rows(name, spec, spec.train, problems)
+        test = _rows(name, spec, spec.test, problems)[0] if self.test_split == "test" else []
+        return Task(name, train, test, read_as=form)
 
 
-def _rows(name: str, spec: HubTask, split: str, problems: Problems) -> list[Example]:
-    dataset = _load(name, spec, split, problems)
-    if dataset is None:
-        return []
+def _rows(name: str, spec: HubTask, split: str, problems: Problems) -> tuple[list[Example], str]:
     source = spec.path if isinstance(spec.path, str) else name
-    labels = {
-        column: feature.names for column, feature in dataset.features.items() if hasattr(feature, "int2str")
-    }
-    examples = []
-    for number, row in enumerate(dataset, start=1):
-        named: dict[str, Any] = dict(row)
-        for column, names in labels.items():
-            value = named[column]  # -1 marks a hidden label in test splits of the hub
-            named[column] = names[value] if value is not None and value >= 0 else None
-        example = to_example(named, f"{source}[{split}] row {number}", problems, spec.columns)
-        if example is not None:
-            examples.append(example)
-    note_if_empty(examples, f"{source}[{split}]", problems)
-    return examples
+    where = f"{source}[{split}]"
+    files = _files(spec)
+    if files is None:
+        rows = _from_hub(name, spec, split, where, problems)
+    else:
+        rows = _from_files(name, files, split, spec, problems)
+    if rows is None:
+        return [], ""
+    examples, form = to_examples(rows, problems, spec.columns)
+    if rows or not problems.found:
+        note_if_empty(examples, where if files is None else next(iter(files.values())), problems)
+    return examples, form
 
 
-def _load(name: str, spec: HubTask, split: str, problems: Problems) -> Dataset | None:
-    """One split, or None where it can't be had: whatever ``datasets`` raises is a problem here."""
-    where, request = f"tasks.tasks.{name}", _request(name, spec, problems)
-    if request is None:
+def _files(spec: HubTask) -> dict[str, str] | None:
+    """The local files of each split; None where a hub id is given."""
+    if isinstance(spec.path, str):
+        local = Path(spec.path).suffix.lower() in FORMATS
+        return {"train": spec.path} if local else None
+    return {str(split): file for split, file in spec.path.items()}
+
+
+def _from_files(
+    name: str, files: dict[str, str], split: str, spec: HubTask, problems: Problems
+) -> list[Placed] | None:
+    """The part of local files that a split such as ``train[:80%]`` means."""
+    from datasets import ReadInstruction
+
+    where = f"tasks.tasks.{name}"
+    suffixes = {Path(file).suffix.lower() for file in files.values()}
+    missing = [file for file in files.values() if not local_path(file).is_file()]
+    if missing:
+        problems.add(f"{where}.path", f"no file '{missing[0]}' (looked in {Path().resolve()})")
         return None
+    if len(suffixes) != 1 or not suffixes <= set(FORMATS):
+        found = ", ".join(sorted(suffixes))
+        problems.add(f"{where}.path", f"files must be of one kind of {', '.join(FORMATS)}, got {found}")
+        return None
+    wanted = {part.strip().split("[")[0] for part in split.split("+")}  # the other need not even be sound
+    rows = {
+        part: read_rows(local_path(file), problems) if part in wanted else [] for part, file in files.items()
+    }
+    try:
+        lengths = {part: len(found) for part, found in rows.items()}
+        pieces = ReadInstruction.from_spec(split).to_absolute(lengths)
+    except (ValueError, AssertionError) as error:
+        said = first_line(error)
+        problems.add(where, f"split '{split}' of '{spec.path}' can't be loaded: {said}{_advice(spec)}")
+        return None
+    return [row for piece in pieces for row in rows[piece.splitname][piece.from_ : piece.to]]
+
+
+def _from_hub(name: str, spec: HubTask, split: str, place: str, problems: Problems) -> list[Placed] | None:
+    """One split, or None where it can't be had: whatever ``datasets`` raises is a problem here."""
     from datasets import load_dataset
     from datasets.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     try:
-        return load_dataset(**request, split=split)
+        dataset = load_dataset(path=spec.path, name=spec.config, revision=spec.revision, split=split)
     except Exception as error:
-        cause = error.__cause__ or error
-        problems.add(
-            where, f"split '{split}' of '{spec.path}' can't be loaded: {_first_line(cause)}{_advice(spec)}"
-        )
+        said = first_line(error.__cause__ or error)
+        problems.add(f"tasks.tasks.{name}", f"split '{split}' of '{spec.path}' can't be loaded: {said}.")
         return None
-
-
-def _request(name: str, spec: HubTask, problems: Problems) -> dict[str, Any] | None:
-    """Arguments for load_dataset: a hub id, or a format and local files."""
-    where = f"tasks.tasks.{name}.path"
-    if isinstance(spec.path, str) and Path(spec.path).suffix not in FORMATS:
-        return {"path": spec.path, "name": spec.config, "revision": spec.revision}
-    files = {"train": spec.path} if isinstance(spec.path, str) else {str(k): v for k, v in spec.path.items()}
-    suffixes = {Path(file).suffix for file in files.values()}
-    missing = [file for file in files.values() if not Path(file).expanduser().is_file()]
-    if missing:
-        problems.add(where, f"no file '{missing[0]}' (looked in {Path().resolve()})")
-        return None
-    if len({FORMATS.get(suffix) for suffix in suffixes}) != 1 or not suffixes <= set(FORMATS):
-        problems.add(
-            where, f"files must be of one kind of {', '.join(FORMATS)}, got {', '.join(sorted(suffixes))}"
-        )
-        return None
-    request: dict[str, Any] = {
-        "path": FORMATS[min(suffixes)],
-        "data_files": {key: str(Path(file).expanduser()) for key, file in files.items()},
-    }
-    if suffixes == {".tsv"}:
-        request["sep"] = "\t"
-    return request
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return list(rows_of(dataset, place))
 
 
 def _advice(spec: HubTask) -> str:
-    if isinstance(spec.path, str) and Path(spec.path).suffix in FORMATS:
+    if isinstance(spec.path, str):
         return (
             ". A single file has the split 'train' only: use train: 'train[:80%]' and test: 'train[80%:]', "
             "or path: {train: FILE, test: FILE}."

@@ -7,9 +7,9 @@ import random
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
-from holdfast.config import Options
+from holdfast.config import Options, half_character
 from holdfast.tasks.problems import Problems
 from holdfast.tasks.task import Example, MetricName, Task
 
@@ -23,6 +23,24 @@ def _is_text(value: Any) -> Any:
 Name = Annotated[str, BeforeValidator(_is_text)]
 
 
+def fault_of(options: Sequence[str]) -> str | None:
+    """What is wrong with a list of allowed answers, if anything."""
+    for index, text in enumerate(options):
+        if not text.strip():
+            return f"answer {index + 1} is empty; there must be something to tell it from the others"
+        if half := half_character(text):
+            return f"answer {index + 1} has {half} in it"
+        if text in options[:index]:
+            return f"the answer '{text}' stands in it twice"
+    return None
+
+
+def _distinct(options: tuple[str, ...]) -> tuple[str, ...]:
+    if fault := fault_of(options):
+        raise ValueError(fault)
+    return options
+
+
 class SourceOptions(Options):
     """Options of every source.
 
@@ -32,7 +50,8 @@ class SourceOptions(Options):
 
     order: tuple[Name, ...] | Name | None = Field(
         default=None,
-        description="task names, or a named order (`holdfast list orders`); all tasks when omitted",
+        description="task names, or a named order (`holdfast list orders`); all tasks when omitted. A task "
+        "may come again: the second time it is called 'NAME (2)', with the same rows",
     )
     train_rows: int | None = Field(default=None, ge=1, description="at most that many training rows a task")
     test_rows: int | None = Field(default=None, ge=1, description="at most that many test rows a task")
@@ -48,7 +67,7 @@ class SourceOptions(Options):
     metric: MetricName | dict[str, MetricName] | None = Field(
         default=None, description="one metric for all tasks, or task name to metric; exact_match when omitted"
     )
-    options: dict[str, tuple[Name, ...]] = Field(
+    options: dict[str, Annotated[tuple[Name, ...], AfterValidator(_distinct)]] = Field(
         default_factory=dict, description="task name to its allowed answers, for the metric `options`"
     )
 

@@ -10,6 +10,10 @@ from holdfast.errors import DataError
 SHOWN = 10
 
 
+class RowFault(Exception):
+    """What is wrong with a row; caught where the row's place is known."""
+
+
 class Problems:
     """A growing list of what is wrong and where, such as ``train.jsonl:17: empty completion``."""
 
@@ -17,17 +21,23 @@ class Problems:
         self.found: list[str] = []
         self.skipped: list[str] = []
         self._rows = self.skipped if skip_rows else self.found
+        self._known: set[str] = set()  # a file that serves two splits is read twice
 
     def __len__(self) -> int:
         return len(self.found)
 
     def add(self, where: object, what: str) -> None:
         """Note one problem; `where` is a file with its line, or the name of a setting."""
-        self.found.append(f"{where}: {what}")
+        self._note(self.found, f"{where}: {what}")
 
     def add_row(self, where: object, what: str) -> None:
         """Note a bad row: a problem, or merely skipped if that was asked for."""
-        self._rows.append(f"{where}: {what}")
+        self._note(self._rows, f"{where}: {what}")
+
+    def _note(self, problems: list[str], text: str) -> None:
+        if text not in self._known:
+            self._known.add(text)
+            problems.append(text)
 
     def raise_if_any(self) -> None:
         """Raise one error that counts all problems and shows the first of them.
@@ -54,3 +64,18 @@ def did_you_mean(name: str, allowed: Iterable[str]) -> str:
     nearest = next((n for n in names if close and n.lower() == close[0]), None)
     hint = f" Did you mean '{nearest}'?" if nearest else ""
     return f"{hint} Allowed: {', '.join(names) if names else '(none)'}."
+
+
+def kind_of(value: object) -> str:
+    """A value in words, with its beginning."""
+    names = {bool: "a boolean", float: "a fraction", list: "a list", dict: "an object"}
+    if value is None:
+        return "nothing (null)"
+    if isinstance(value, list | tuple) and not value:
+        return "an empty list"
+    return f"{names.get(type(value), type(value).__name__)} ({value!r:.40})"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its class where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,17 +1,19 @@
-"""From a row of a data set (a mapping) to an Example, with every fault noted where it stands."""
+"""From rows of a data set (mappings) to Examples, with every fault noted where it stands."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import Field, model_validator
 
-from holdfast.config import Options
-from holdfast.tasks.problems import Problems
+from holdfast.config import Options, half_character
+from holdfast.tasks.chat import read_answer, read_messages
+from holdfast.tasks.problems import Problems, RowFault, kind_of
 from holdfast.tasks.task import Example, Message
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
+ANSWERS = ("response", "answer")  # what a completion is called where exactly one of them is there
 
 
 class Columns(Options):
@@ -42,10 +44,45 @@ class Columns(Options):
 
 
 STANDARD = Columns()
+Row = Mapping[str, Any]
 
 
-class _Fault(Exception):
-    """What is wrong with a row; caught where the row's place is known."""
+@dataclass(frozen=True)
+class Form:
+    """A way in which data sets write a row.
+
+    Attributes
+    ----------
+    name : str
+        How it is said; "" for prompt and completion, and for what the user has set.
+    read : callable
+        From a row to (prompt, completion); raises `RowFault`.
+    """
+
+    name: str
+    read: Callable[[Row], tuple[str | tuple[Message, ...], str]]
+
+
+def form_of(row: object, columns: Columns = STANDARD) -> Form | None:
+    """The form of a row: what `columns` says, or else what the names of its columns say, if they do."""
+    if columns.messages is not None:
+        return _chat(columns.messages, "")
+    if columns != STANDARD:
+        return _pair(columns.prompt or "prompt", columns.completion or "completion", "")
+    if not isinstance(row, Mapping):
+        return None
+    if "completion" in row:
+        return PLAIN
+    answers = [name for name in ANSWERS if name in row]
+    if "prompt" in row and len(answers) == 1:
+        return _pair("prompt", answers[0], f"prompt and {answers[0]}")
+    if "prompt" not in row and "messages" in row:
+        return _chat("messages", "chat messages")
+    if "prompt" not in row and "conversations" in row:
+        return _chat("conversations", "ShareGPT: conversations")
+    if "instruction" in row and "output" in row:
+        return Form("Alpaca: instruction, a line break and input; output", _alpaca)
+    return None
 
 
 def to_example(row: object, where: str, problems: Problems, columns: Columns = STANDARD) -> Example | None:
@@ -54,16 +91,42 @@ def to_example(row: object, where: str, problems: Problems, columns: Columns = S
     Parameters
     ----------
     row : mapping
-        ``{"prompt", "completion"[, "references"]}`` or ``{"messages"}``, under the names in `columns`.
-        Prompt and completion may be texts or, as in TRL, lists of chat messages.
+        ``{"prompt", "completion"[, "references"]}`` or ``{"messages"}``, under the names in `columns`; or,
+        without `columns`, any form that `form_of` knows. Prompt and completion may be texts or, as in TRL,
+        lists of chat messages.
     where : str
         The row's place, such as ``train.jsonl:17``.
     """
+    return _to_example(row, where, problems, columns, form_of(row, columns) or PLAIN)
+
+
+def _to_example(row: object, where: str, problems: Problems, columns: Columns, form: Form) -> Example | None:
+    own = form_of(row, columns)
     try:
-        return _example(row, columns)
-    except _Fault as fault:
+        if own is not None and own.name != form.name:
+            names = [each.name or "prompt and completion" for each in (own, form)]
+            raise RowFault(
+                f"written as {names[0]}, and the rows before it as {names[1]}: a file has one form"
+            )
+        return _example(row, columns, form)
+    except RowFault as fault:
         problems.add_row(where, str(fault))
         return None
+
+
+def to_examples(
+    rows: Iterable[tuple[str, object]], problems: Problems, columns: Columns = STANDARD
+) -> tuple[list[Example], str]:
+    """The examples of one file's rows, given with their places, and the form in which they are written.
+
+    A file has one form, that of its first row that has any: a row in another one is a fault. Its name is ""
+    for prompt and completion.
+    """
+    placed = list(rows)
+    forms = (form_of(row, columns) for _, row in placed)
+    form = next((form for form in forms if form is not None), PLAIN)
+    found = (_to_example(row, where, problems, columns, form) for where, row in placed)
+    return [example for example in found if example is not None], form.name
 
 
 def as_examples(rows: Iterable[Example | Mapping[str, Any]], columns: Columns = STANDARD) -> list[Example]:
@@ -74,98 +137,119 @@ def as_examples(rows: Iterable[Example | Mapping[str, Any]], columns: Columns = 
     DataError
         A row is malformed, or there is none; all of them are named.
     """
-    problems, examples = Problems(), []
-    for number, row in enumerate(rows, start=1):
-        example = row if isinstance(row, Example) else to_example(row, f"row {number}", problems, columns)
-        if example is not None:
-            examples.append(example)
-    if not examples and not problems.found:
+    problems, numbered = Problems(), list(enumerate(rows, start=1))
+    written = [(f"row {number}", row) for number, row in numbered if not isinstance(row, Example)]
+    read = iter(to_examples(written, problems, columns)[0])
+    if not numbered:
         problems.add("data", "there are no rows")
-    problems.raise_if_any()
-    return examples
+    problems.raise_if_any()  # so below there is one example for each written row
+    return [row if isinstance(row, Example) else next(read) for _, row in numbered]
 
 
-def _example(row: object, columns: Columns) -> Example:
+def _example(row: object, columns: Columns, form: Form) -> Example:
     if not isinstance(row, Mapping):
-        raise _Fault(
-            f"a row must be an object such as {{'prompt': ..., 'completion': ...}}, got {_kind(row)}"
+        raise RowFault(
+            f"a row must be an object such as {{'prompt': ..., 'completion': ...}}, got {kind_of(row)}"
         )
-    messages = columns.messages or ("messages" if columns == STANDARD and _is_chat(row) else None)
-    if messages is not None:
-        turns = _messages(_get(row, messages), messages)
-        if turns[-1]["role"] != "assistant":
-            raise _Fault(f"'{messages}' must end with the assistant's answer, got role '{turns[-1]['role']}'")
-        if len(turns) == 1:
-            raise _Fault(f"'{messages}' has an answer, but no message before it")
-        prompt: str | tuple[Message, ...] = turns[:-1]
-        completion = turns[-1]["content"]
-    else:
-        asked, answered = columns.prompt or "prompt", columns.completion or "completion"
-        prompt = _prompt(_get(row, asked), asked)
-        completion = _completion(_get(row, answered), answered)
+    prompt, completion = form.read(row)
     if not completion.strip():
-        raise _Fault("empty completion: give the row an answer or leave it out")
-    return Example(prompt, completion, _references(row, columns))
+        raise RowFault("empty completion: give the row an answer or leave it out")
+    references, tools = _references(row, columns), _tools(row, prompt)
+    _refuse_half_characters({"prompt": prompt, "completion": completion, "references": references})
+    return Example(prompt, completion, references, tools)
 
 
-def _is_chat(row: Mapping[str, Any]) -> bool:
-    return "messages" in row and "prompt" not in row
+def _pair(asked: str, answered: str, name: str) -> Form:
+    def read(row: Row) -> tuple[str | tuple[Message, ...], str]:
+        return _prompt(_get(row, asked), asked), _completion(_get(row, answered), answered)
+
+    return Form(name, read)
 
 
-def _get(row: Mapping[str, Any], column: str) -> Any:
+PLAIN = _pair("prompt", "completion", "")
+
+
+def _chat(column: str, name: str) -> Form:
+    def read(row: Row) -> tuple[tuple[Message, ...], str]:
+        turns = read_messages(_get(row, column), column)
+        answer = read_answer(turns[-1], column)
+        if len(turns) == 1:
+            raise RowFault(f"'{column}' has an answer, but no message before it")
+        return _with_system(row, turns[:-1]), answer
+
+    return Form(name, read)
+
+
+def _with_system(row: Row, turns: tuple[Message, ...]) -> tuple[Message, ...]:
+    """ShareGPT files may have the system's message in a column of its own."""
+    system = row.get("system")
+    if not isinstance(system, str) or not system.strip() or turns[0]["role"] == "system":
+        return turns
+    return ({"role": "system", "content": system}, *turns)
+
+
+def _alpaca(row: Row) -> tuple[str, str]:
+    instruction = _text(_get(row, "instruction"), "instruction")
+    given = row.get("input")
+    given = "" if given is None else _text(given, "input")
+    prompt = f"{instruction}\n{given}" if given.strip() else instruction
+    return prompt, _completion(_get(row, "output"), "output")
+
+
+def _get(row: Row, column: str) -> Any:
     """The value of a column, or of a text with {column} in it."""
     present = ", ".join(map(str, row)) or "(none)"
     if column in row:
         return row[column]
     if "{" not in column:
-        raise _Fault(f"no column '{column}'; columns of this row: {present}")
+        raise RowFault(f"no column '{column}'; columns of this row: {present}")
     try:
         return column.format_map(
             {key: _text(value, str(key)) for key, value in row.items() if f"{{{key}}}" in column}
         )
     except (KeyError, IndexError, ValueError) as error:
-        raise _Fault(
+        raise RowFault(
             f"the text {column!r} can't be filled ({error}); columns of this row: {present}"
         ) from error
 
 
 def _text(value: object, column: str) -> str:
-    """A text; whole numbers count as texts, since tables (CSV) read '1' as a number."""
+    """A text; whole numbers and truth values count as texts, since labels are often such."""
     if isinstance(value, str):
         return value
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
         return str(value)
-    raise _Fault(f"'{column}' must be a text, got {_kind(value)}")
+    raise RowFault(f"'{column}' must be a text, got {kind_of(value)}")
 
 
 def _prompt(value: object, column: str) -> str | tuple[Message, ...]:
-    return _messages(value, column) if isinstance(value, list | tuple) else _text(value, column)
+    if isinstance(value, bool):
+        raise RowFault(f"'{column}' must be a text, got {kind_of(value)}")
+    return read_messages(value, column) if isinstance(value, list | tuple) else _text(value, column)
 
 
 def _completion(value: object, column: str) -> str:
     if not isinstance(value, list | tuple):
         return _text(value, column)
-    turns = _messages(value, column)
+    turns = read_messages(value, column)
     if len(turns) != 1 or turns[0]["role"] != "assistant":
-        raise _Fault(f"'{column}' must be a text or one assistant message, got {len(turns)} messages")
-    return turns[0]["content"]
+        raise RowFault(f"'{column}' must be a text or one assistant message, got {len(turns)} messages")
+    return read_answer(turns[0], column)
 
 
-def _messages(value: object, column: str) -> tuple[Message, ...]:
-    if not isinstance(value, list | tuple) or not value:
-        raise _Fault(f"'{column}' must be a list of messages, got {_kind(value)}")
-    for turn in value:
-        known = isinstance(turn, Mapping) and all(isinstance(turn.get(k), str) for k in ("role", "content"))
-        if not known:
-            raise _Fault(
-                f"a message in '{column}' must be {{'role': text, 'content': text}}, got {turn!r:.60}"
-            )
-        if turn["role"] not in ROLES:
-            raise _Fault(f"unknown role '{turn['role']}' in '{column}'; allowed: {', '.join(ROLES)}")
-    return tuple({"role": turn["role"], "content": turn["content"]} for turn in value)
+def _tools(row: Row, prompt: str | tuple[Message, ...]) -> tuple[Mapping[str, Any], ...]:
+    """The functions that a chat may call, for its template."""
+    value = row.get("tools")
+    if isinstance(prompt, str) or not value:
+        return ()
+    if not isinstance(value, list | tuple) or not all(isinstance(tool, Mapping) for tool in value):
+        raise RowFault(f"'tools' must be a list of objects, got {kind_of(value)}")
+    return tuple(value)
 
 
-def _references(row: Mapping[str, Any], columns: Columns) -> tuple[str, ...]:
+def _references(row: Row, columns: Columns) -> tuple[str, ...]:
     if columns.references is None and "references" not in row:
         return ()
     column = columns.references or "references"
@@ -175,22 +259,18 @@ def _references(row: Mapping[str, Any], columns: Columns) -> tuple[str, ...]:
     if isinstance(value, str):
         return (value,)
     if not isinstance(value, Sequence) or not all(isinstance(item, str) for item in value):
-        raise _Fault(f"'{column}' must be a list of texts, got {_kind(value)}")
+        raise RowFault(f"'{column}' must be a list of texts, got {kind_of(value)}")
     return tuple(value)
 
 
-def _kind(value: object) -> str:
-    names = {
-        type(None): "nothing (null)",
-        bool: "a boolean",
-        float: "a fraction",
-        list: "a list",
-        dict: "an object",
-    }
-    if isinstance(value, list | tuple) and not value:
-        return "an empty list"
-    return (
-        f"{names.get(type(value), type(value).__name__)} ({value!r:.40})"
-        if value is not None
-        else names[type(None)]
-    )
+def _refuse_half_characters(parts: object, where: str = "") -> None:
+    """A lone surrogate can be neither tokenised nor written to a file."""
+    if isinstance(parts, str):
+        if half := half_character(parts):
+            raise RowFault(f"{half} is in '{where}' ({parts!r:.60}): write the whole character")
+    elif isinstance(parts, Mapping):
+        for key, value in parts.items():
+            _refuse_half_characters(value, where or str(key))
+    elif isinstance(parts, list | tuple):
+        for value in parts:
+            _refuse_half_characters(value, where)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Union
 
 from pydantic import Field
 
+from holdfast.config import half_character
 from holdfast.tasks.options import SourceOptions, left_out, subsample
 from holdfast.tasks.orders import list_orders, match_task
 from holdfast.tasks.problems import Problems, did_you_mean
@@ -52,19 +55,53 @@ def inspect_stream(config: SourceOptions, seed: int = 0) -> tuple[TaskStream, Pr
     """
     problems = Problems(skip_rows=config.bad_rows == "skip")
     seed = seed if config.seed is None else config.seed
-    names = config.available(problems)
+    names = _available(config, problems)
     order = _resolve_order(config, names, problems) if names else []
     _check_mappings(config, order or names, problems)
+    read: dict[str, Task] = {}
     tasks = []
-    for name in order:
-        task = config.read(name, problems, seed)
-        if task is not None:
-            tasks.append(_finish(task, config, problems, seed))
+    for name, called in zip(order, _told_apart(order), strict=True):
+        if name not in read:
+            try:
+                task = config.read(name, problems, seed)
+            except OSError as error:
+                problems.add(f"task '{name}'", _unreadable(error))
+                continue
+            if task is None:
+                continue
+            read[name] = _finish(task, config, problems, seed)
+        tasks.append(replace(read[name], name=called))
     title = config.order if isinstance(config.order, str) else config.title()
     return TaskStream(title, tuple(tasks)), problems
 
 
+def ordered_names(config: SourceOptions, problems: Problems) -> list[str]:
+    """The names of a stream's tasks in their order, without reading a row.
+
+    Names are those of `TaskStream.names`: as the source writes them, and ``A (2)`` for a task that comes the
+    second time. So a longer order extends a shorter one if its list begins with the other's.
+    """
+    names = _available(config, problems)
+    return _told_apart(_resolve_order(config, names, problems)) if names else []
+
+
+def _available(config: SourceOptions, problems: Problems) -> list[str]:
+    try:
+        return config.available(problems)
+    except OSError as error:
+        problems.add("tasks", _unreadable(error))
+        return []
+
+
+def _unreadable(error: OSError) -> str:
+    return f"'{error.filename}' can't be read: {error.strerror or error}"
+
+
 def _resolve_order(config: SourceOptions, names: list[str], problems: Problems) -> list[str]:
+    """The source's names in the order that is asked for; one that comes again stands in it again."""
+    for name in names:
+        if not name.strip() or half_character(name):
+            problems.add("tasks", f"the task {name!r} needs a name that can be written")
     if config.order is None:
         return names
     wanted = config.order
@@ -82,13 +119,28 @@ def _resolve_order(config: SourceOptions, names: list[str], problems: Problems) 
         match = match_task(name, names)
         if match is None:
             problems.add("tasks.order", f"no task '{name}'.{did_you_mean(name, names)}")
-        elif match in found:
-            problems.add("tasks.order", f"task '{match}' stands in it twice")
         else:
             found.append(match)
     if not wanted:
         problems.add("tasks.order", f"it is empty. Allowed: {', '.join(names)}.")
+    again = {own for name, own in zip(found, _told_apart(found), strict=True) if own != name}
+    for own in sorted(again & {*names}):
+        problems.add(
+            "tasks.order",
+            f"a task that comes again would be called '{own}', and the source has a task of this name: "
+            "rename that one",
+        )
     return found
+
+
+def _told_apart(order: Sequence[str]) -> list[str]:
+    """Names of which none stands twice: ``A``, ``A (2)``, ``A (3)``."""
+    seen: Counter[str] = Counter()
+    names = []
+    for name in order:
+        seen[name] += 1
+        names.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return names
 
 
 def _check_mappings(config: SourceOptions, names: list[str], problems: Problems) -> None:
@@ -109,8 +161,8 @@ def _finish(task: Task, config: SourceOptions, problems: Problems, seed: int) ->
         _check_options(task, options, problems)
     drawn = config.test_split == "validation" and not config.makes_validation
     tested = _validation_rows(task, config, problems, seed) if drawn else task.test
-    return Task(
-        name=task.name,
+    return replace(
+        task,
         train=subsample(task.train, config.train_rows, seed, task.name, "train"),
         test=subsample(tested, config.test_rows, seed, task.name, config.test_split),
         metric=metric,

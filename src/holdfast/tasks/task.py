@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 MetricName = Literal["exact_match", "rouge_l", "options"]
-Message = Mapping[str, str]
+Message = Mapping[str, Any]  # role and content, both texts; tool calls where there are any
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +22,14 @@ class Example:
         The answer that is trained on.
     references : tuple of str
         All answers that count as right; empty means the completion alone.
+    tools : tuple of mappings
+        The functions that a chat may call, as its chat template takes them.
     """
 
     prompt: str | tuple[Message, ...]
     completion: str
     references: tuple[str, ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def answers(self) -> tuple[str, ...]:
@@ -36,13 +39,14 @@ class Example:
     def record(self) -> dict[str, Any]:
         """The example as a row of a JSONL file."""
         prompt = self.prompt if isinstance(self.prompt, str) else [dict(m) for m in self.prompt]
-        return {"prompt": prompt, "completion": self.completion, "references": list(self.references)}
+        row = {"prompt": prompt, "completion": self.completion, "references": list(self.references)}
+        return row | ({"tools": [dict(tool) for tool in self.tools]} if self.tools else {})
 
     @classmethod
     def of_record(cls, row: Mapping[str, Any]) -> Example:
         """The example that `record` gave."""
         prompt = row["prompt"] if isinstance(row["prompt"], str) else tuple(row["prompt"])
-        return cls(prompt, row["completion"], tuple(row["references"]))
+        return cls(prompt, row["completion"], tuple(row["references"]), tuple(row.get("tools", ())))
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,8 @@ class Task:
         How a generated answer is scored; ``options`` picks the nearest of `options` first.
     options : tuple of str
         The allowed answers, for ``metric="options"``.
+    read_as : str
+        The form that its files were recognised to have; "" for prompt and completion.
     """
 
     name: str
@@ -62,6 +68,7 @@ class Task:
     test: Sequence[Example]
     metric: MetricName = "exact_match"
     options: tuple[str, ...] = ()
+    read_as: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from holdfast.config import Options
+from holdfast.errors import ConfigError
 
 
 class TrainingOptions(Options):
     """Options of the training loop; `transformers` does the loop itself."""
 
-    epochs: float = Field(3.0, gt=0)
-    max_steps: int | None = Field(None, ge=1, description="stop after this many optimizer steps instead")
+    epochs: float = Field(3.0, gt=0, le=1e6)
+    max_steps: int | None = Field(
+        None, ge=1, le=10**9, description="stop after this many optimizer steps instead"
+    )
     batch_size: int = Field(16, ge=1)
     gradient_accumulation: int = Field(1, ge=1)
     learning_rate: float = Field(1e-3, gt=0)
@@ -28,4 +31,39 @@ class TrainingOptions(Options):
     )
     checkpoint_steps: int = Field(500, ge=1, description="save what a resume needs every n steps of a task")
     log_steps: int = Field(10, ge=1)
-    report_to: tuple[str, ...] = Field((), description="logging integrations of transformers, such as wandb")
+    report_to: tuple[str, ...] = Field(
+        (), description="logging integrations of transformers: one name, such as wandb, or several"
+    )
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("report_to")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if value:
+            from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+            if unknown := [name for name in value if name not in INTEGRATION_TO_CALLBACK]:
+                allowed = sorted(INTEGRATION_TO_CALLBACK)
+                raise ValueError(f"no logging integration '{unknown[0]}'; allowed: {', '.join(allowed)}")
+        return value
+
+    def check_installed(self) -> None:
+        """See that every logging integration can be imported.
+
+        Raises
+        ------
+        ConfigError
+            One is missing.
+        """
+        if not self.report_to:
+            return
+        from transformers.integrations import get_available_reporting_integrations
+
+        if missing := sorted({*self.report_to} - {*get_available_reporting_integrations()}):
+            raise ConfigError(
+                f"training.report_to: {', '.join(missing)} can't be imported; install it, or leave it out."
+            )

@@ -1,0 +1,180 @@
+"""What a task's answers and prompts lose on the way through tokenizer, template and context: found before."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from holdfast.errors import HoldfastError
+from holdfast.evaluation.answers import room_for_answers
+from holdfast.evaluation.evaluate import (
+    EncodedTask,
+    EvaluationOptions,
+    answers_of,
+    encode_task,
+    is_chat,
+)
+from holdfast.evaluation.scores import normalise
+from holdfast.models import context_length, is_encoder_decoder
+from holdfast.tasks.encode import Encoded, Encoder
+from holdfast.tasks.task import Example, Task
+
+
+@dataclass
+class Audit:
+    """Problems, which would stop a run or make its scores worthless, and remarks."""
+
+    problems: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+
+def audit(task: Task, encoder: Encoder, model: nn.Module, options: EvaluationOptions) -> Audit:
+    """Encode all of a task and see what is cut, what can't be answered, and what doesn't fit.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Of which only the configuration is looked at.
+    """
+    found = Audit()
+    rows: list[Encoded] = []
+    for part in (task.train, task.test):
+        try:
+            rows += encoder.many(part)
+        except HoldfastError as error:
+            found.problems.append(f"{task.name}: {error}")
+    if found.problems or not rows or not task.test:
+        return found
+    try:
+        encoded = encode_task(task, encoder, options)
+    except HoldfastError as error:
+        found.problems.append(f"{task.name}: {error}")
+        return found
+    _cut(task, rows, encoder, found)
+    _control_tokens(task, encoder, found)
+    if task.metric == "options":
+        _options(encoded, found)
+    else:
+        _answers(encoded, encoder, found)
+    _context(encoded, rows, model, found)
+    return found
+
+
+def _cut(task: Task, rows: list[Encoded], encoder: Encoder, found: Audit) -> None:
+    template = encoder.template
+    cut = [row.cut for row in rows if row.cut]
+    if cut:
+        found.remarks.append(
+            f"{task.name}: {len(cut)} of {len(rows)} prompts are longer than template.max_prompt_tokens "
+            f"({template.max_prompt_tokens}); their {template.keep} tokens are kept, "
+            f"up to {max(cut)} are cut."
+        )
+    answers = sum(row.completion_cut > 0 for row in rows)
+    if answers:
+        found.remarks.append(
+            f"{task.name}: {answers} completions are longer than template.max_completion_tokens = "
+            f"{template.max_completion_tokens} and lose their end."
+        )
+
+
+def _control_tokens(task: Task, encoder: Encoder, found: Audit) -> None:
+    seen: Counter[str] = Counter()
+    rows = 0
+    for example in (*task.train, *task.test):
+        tokens = {token for text in _texts(example) for token in encoder.text.controls_in(text)}
+        seen.update(tokens)
+        rows += bool(tokens)
+    if rows:
+        named = ", ".join(f"'{token}' ({count})" for token, count in seen.most_common(3))
+        found.remarks.append(
+            f"{task.name}: {rows} rows have the tokenizer's control tokens in their text, such as {named}; "
+            "they are read as plain text."
+        )
+
+
+def _texts(example: Example) -> Iterable[str]:
+    yield example.completion
+    if isinstance(example.prompt, str):
+        yield example.prompt
+    else:
+        yield from (str(turn["content"]) for turn in example.prompt)
+
+
+def _options(encoded: EncodedTask, found: Audit) -> None:
+    """Options that become the same tokens always tie."""
+    known: dict[tuple[int, ...], str] = {}
+    for text, ids in encoded.choices:
+        other = known.setdefault(tuple(ids), text)
+        if other != text:
+            found.problems.append(
+                f"{encoded.task.name}: the options '{other}' and '{text}' are the same tokens to this model, "
+                "so it can't choose between them; write them with other words."
+            )
+
+
+def _answers(encoded: EncodedTask, encoder: Encoder, found: Audit) -> None:
+    """Test answers that can't be scored right whatever is learned."""
+    task, chat = encoded.task, is_chat(encoded.task)
+    gone = [e for e in task.test if not any(map(_comes_back(encoder), e.answers))]
+    if gone:
+        found.remarks.append(
+            f"{task.name}: {len(gone)} of {len(task.test)} test answers hold characters that the tokenizer "
+            f"lacks, so they can't be produced and score less, such as {gone[0].answers[0]!r:.60}."
+        )
+    limit = encoded.max_new_tokens
+    long = [e for e in task.test if all(len(encoder.answer_ids(a, chat=chat)) > limit for a in e.answers)]
+    if long:
+        found.remarks.append(
+            f"{task.name}: {len(long)} of {len(task.test)} test answers are longer than "
+            f"evaluation.max_new_tokens = {limit}, so they can't be produced."
+        )
+    missing = sum(normalise(a) == "" for a in answers_of(task))
+    if missing:
+        found.remarks.append(f"{task.name}: {missing} right answers are empty.")
+
+
+def _comes_back(encoder: Encoder) -> Callable[[str], bool]:
+    tokenizer: Any = encoder.tokenizer
+    known: dict[str, bool] = {}
+
+    def comes_back(text: str) -> bool:
+        if text not in known:
+            ids = encoder.text.ids(text)
+            known[text] = normalise(str(tokenizer.decode(ids))) == normalise(text)
+        return known[text]
+
+    return comes_back
+
+
+def _context(encoded: EncodedTask, rows: list[Encoded], model: nn.Module, found: Audit) -> None:
+    """Prompts and answers, generated ones too, against the positions that the model has."""
+    task, limit, two_parts = encoded.task, context_length(model), is_encoder_decoder(model)
+    if limit is None:
+        return
+    longest_answer = max((len(ids) for _, ids in encoded.choices), default=0)
+    prompts = [len(row.prompt_ids) for row in rows]
+    answers = [max(len(row.completion_ids), longest_answer) for row in rows]
+    if two_parts:
+        longest = max(*prompts, *answers)
+    else:
+        longest = max(p + a for p, a in zip(prompts, answers, strict=True))
+    if longest > limit:
+        what = "longest prompt or answer" if two_parts else "longest row (prompt and answer)"
+        found.problems.append(
+            f"{task.name}: the {what} has {longest} tokens, the model takes {limit}; lower "
+            "template.max_prompt_tokens or template.max_completion_tokens."
+        )
+        return
+    if encoded.choices:
+        return
+    longest_test = max(len(row.prompt_ids) for row in encoded.rows)
+    room = room_for_answers(model, longest_test, encoded.max_new_tokens)
+    if room < encoded.max_new_tokens:
+        found.remarks.append(
+            f"{task.name}: answers may have {room} tokens instead of {encoded.max_new_tokens}: the longest "
+            f"test prompt leaves no more of the model's {limit}."
+        )

@@ -1,0 +1,180 @@
+"""A model and its tokenizer from a folder or the hub: whole, or refused with what is wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from holdfast.errors import ModelError
+from holdfast.names import layer_of
+from holdfast.places import is_local, local_path, near
+
+_SHOWN = 5
+
+
+def load_pretrained(path: str, dtype: torch.dtype, *, random_init: bool, seed: int) -> tuple[Any, Any]:
+    """Load a causal or encoder-decoder model with its tokenizer.
+
+    Parameters
+    ----------
+    path : str
+        Folder or hub id.
+    random_init : bool
+        Take the architecture alone, with weights drawn by `seed`.
+
+    Raises
+    ------
+    ModelError
+        There is no such model, a file of it is damaged, weights are missing or belong to another
+        architecture, a library that it needs is not installed, or its tokenizer doesn't fit.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+    local = is_local(path, (".gguf",))
+    source = str(local_path(path)) if local else path
+    if local:
+        _see_folder(path, Path(source))
+    try:
+        config = AutoConfig.from_pretrained(source)
+        auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        loading: Mapping[str, Any] = {}
+        if random_init:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                model = auto.from_config(config, dtype=dtype)
+        else:
+            model, loading = auto.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # damaged files fail in a dozen ways below
+        raise ModelError(_explained(path, local, error)) from error
+    if problem := _problem(config, model, loading, tokenizer):
+        raise ModelError(f"model.path: '{path}' {problem}")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # the usual choice; padding is masked everywhere
+    return model, tokenizer
+
+
+def _see_folder(path: str, folder: Path) -> None:
+    try:
+        if (folder / "config.json").is_file():
+            return
+        there = folder.exists()
+    except OSError as error:
+        raise ModelError(f"model.path: '{path}' can't be read ({error.strerror or error}).") from error
+    if folder.suffix.lower() == ".gguf" and there:
+        raise ModelError(
+            f"model.path: '{path}' is a GGUF file, which is made for inference; give the folder of "
+            "safetensors that it was made from."
+        )
+    what = "no config.json there" if there else "nothing is there"
+    hint = "" if there else near(folder)
+    raise ModelError(
+        f"model.path: no Hugging Face model at '{path}' ({what}). Give a folder written by save_pretrained, "
+        f"or a hub id such as 'meta-llama/Llama-3.2-1B'.{hint}"
+    )
+
+
+def _problem(config: Any, model: Any, loading: Mapping[str, Any], tokenizer: Any) -> str | None:
+    """Why what was loaded is not the model that was saved, or can't be used."""
+    missing = sorted(loading.get("missing_keys", ()))
+    if missing:
+        return (
+            f"lacks {_tensors(missing)} that its config.json asks for, which would be random: "
+            f"{_named(missing)}. Give all of its weights, and the config.json that belongs to them."
+        )
+    if left := sorted(_other_layers(loading.get("unexpected_keys", ()), model)):
+        return (
+            f"has {_tensors(left)} of layers that its config.json doesn't have: {_named(left)}. Give the "
+            "config.json that belongs to these weights."
+        )
+    quantised = getattr(config, "quantization_config", None)
+    if quantised and loading and getattr(model, "hf_quantizer", None) is None:
+        method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
+        return f"is quantised by {method!r}, which transformers doesn't know; give its full weights."
+    if tokenizer.eos_token_id is None:
+        return "has a tokenizer without an end-of-sequence token."
+    rows = model.get_input_embeddings().weight.shape[0]
+    if (largest := max(tokenizer.get_vocab().values(), default=0)) >= rows:
+        return (
+            f"has a tokenizer with tokens up to {largest}, but embeddings for {rows} only; it belongs to "
+            "another model, or the embeddings were not resized."
+        )
+    return None
+
+
+def _tensors(names: list[str]) -> str:
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''}"
+
+
+def _named(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+def _other_layers(unexpected: Iterable[str], model: Any) -> Iterator[str]:
+    """Weights that some layer of the model has too, under another number: it is of another depth."""
+    known = {re.sub(r"\.\d+\.", ".*.", name) for name in model.state_dict()}
+    for name in unexpected:
+        if layer_of(name) is not None and re.sub(r"\.\d+\.", ".*.", name) in known:
+            yield name
+
+
+def _explained(path: str, local: bool, error: Exception) -> str:
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines() or [""]
+    said = f"{type(error).__name__}: {' '.join(line.strip() for line in lines[:3])}"
+    if isinstance(error, OSError | ImportError) and lines[0]:
+        said = " ".join(line.strip() for line in lines[:3])
+    if not local:
+        return (
+            f"model.path: no folder '{path}' here (looked in {Path().resolve()}), and as a hub id it could "
+            f"not be loaded: {said}{near(Path(path))}"
+        )
+    if type(error).__name__ == "UnpicklingError":
+        said = "its pickle holds more than tensors, or is damaged. Save the model as safetensors"
+    elif "ignore_mismatched_sizes" in said:
+        said = f"tensors are of another shape than its config.json says: {_shapes(local_path(path))}"
+    torn = [f"{file.name} ({why})" for file, why in _torn(local_path(path))]
+    return f"model.path: '{path}' could not be loaded: {f'damaged file {torn[0]}' if torn else said}"
+
+
+def _torn(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Files of tensors that can't be opened, and JSON files that are of another shape than any is."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(folder.glob("*.json")):
+        try:
+            value = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            yield file, str(error)
+        else:
+            if not isinstance(value, dict):
+                yield file, f"it must be a JSON object, got {value!r:.40}"
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            yield file, str(error)
+
+
+def _shapes(folder: Path) -> str:
+    """Stored shapes against those of the configuration, as far as they differ."""
+    from safetensors import safe_open
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    config = AutoConfig.from_pretrained(folder)
+    auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with torch.device("meta"):
+        wanted = {name: tuple(p.shape) for name, p in auto.from_config(config).state_dict().items()}
+    different = []
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - no mapping
+                shape = tuple(tensors.get_slice(name).get_shape())
+                if shape != wanted.get(name, shape):
+                    different.append(f"{name} {shape} instead of {wanted[name]}")
+    return _named(different) or "see the report above"

@@ -1,0 +1,109 @@
+"""Chat messages as data sets write them: OpenAI's form with content parts and tool calls, and ShareGPT's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from holdfast.tasks.problems import RowFault, kind_of
+from holdfast.tasks.task import Message
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+SPEAKERS = {  # ShareGPT's names, and those that its descendants use
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "chatgpt": "assistant",
+    "function_call": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+KEPT = ("tool_calls", "tool_call_id", "name")  # what chat templates may show beside role and content
+
+
+def read_messages(value: object, column: str) -> tuple[Message, ...]:
+    """Messages ``{"role", "content"}`` or ``{"from", "value"}``; every content becomes a text.
+
+    Raises
+    ------
+    RowFault
+        It is no list of messages, a role is unknown, or a part of a content is no text.
+    """
+    if not isinstance(value, list | tuple) or not value:
+        raise RowFault(f"'{column}' must be a list of messages, got {kind_of(value)}")
+    return tuple(_message(turn, column) for turn in value)
+
+
+def _message(turn: object, column: str) -> Message:
+    if isinstance(turn, Mapping) and isinstance(turn.get("from"), str) and "value" in turn:
+        role, content, allowed = SPEAKERS.get(turn["from"].lower()), turn["value"], tuple(SPEAKERS)
+        given = turn["from"]
+    elif isinstance(turn, Mapping) and isinstance(turn.get("role"), str):
+        given, content, allowed = turn["role"], turn.get("content"), ROLES
+        role = given if given in ROLES else None
+    else:
+        raise RowFault(_must_be(turn, column))
+    if role is None:
+        raise RowFault(f"unknown role '{given}' in '{column}'; allowed: {', '.join(allowed)}")
+    message: dict[str, Any] = {"role": role, "content": _content(turn, content, column)}
+    for key in KEPT:
+        if turn.get(key):
+            message[key] = turn[key]
+    return message
+
+
+def _content(turn: Mapping[str, Any], content: object, column: str) -> str:
+    """A text; parts of text are joined, and a message that only calls tools has none."""
+    if isinstance(content, str):
+        return content
+    if content is None and turn.get("tool_calls"):
+        return ""
+    if not isinstance(content, list | tuple):
+        raise RowFault(_must_be(turn, column))
+    texts = []
+    for part in content:
+        if isinstance(part, str):
+            texts.append(part)
+        elif isinstance(part, Mapping) and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        else:
+            what = part.get("type", part) if isinstance(part, Mapping) else part
+            raise RowFault(f"a message in '{column}' has a part that is no text ({what!r:.40})")
+    return "".join(texts)
+
+
+def _must_be(turn: object, column: str) -> str:
+    return f"a message in '{column}' must be {{'role': text, 'content': text}}, got {turn!r:.60}"
+
+
+def read_answer(turn: Message, column: str) -> str:
+    """The text of the assistant's message that is trained on.
+
+    Where it calls tools, the calls as JSON, ``{"name", "arguments"}`` one a line, stand behind its text.
+
+    Raises
+    ------
+    RowFault
+        The message is not the assistant's, or a call has no name.
+    """
+    if turn["role"] != "assistant":
+        raise RowFault(f"'{column}' must end with the assistant's answer, got role '{turn['role']}'")
+    lines = [turn["content"]] if turn["content"] else []
+    for call in turn.get("tool_calls", ()):
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise RowFault(f"a tool call in '{column}' must have a function's name, got {call!r:.60}")
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except ValueError as error:
+                raise RowFault(f"the arguments of a tool call in '{column}' are no JSON ({error})") from error
+        said = {"name": function["name"], "arguments": arguments}
+        lines.append(json.dumps(said, ensure_ascii=False))
+    return "\n".join(lines)

@@ -1,0 +1,203 @@
+"""Data files as rows with their places: JSON Lines, JSON, CSV, TSV, Parquet."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from holdfast.tasks.problems import Problems
+
+Placed = tuple[str, object]  # where a row stands, such as "train.jsonl:17", and the row
+FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+_LONGEST_CELL = 2**31 - 1
+
+
+def read_rows(path: Path, problems: Problems) -> list[Placed]:
+    """The rows of a file, by its suffix; what can't be read is noted with its line.
+
+    Cells of CSV and TSV are texts, as they stand: ``007`` stays so, and ``NA`` is a label like any other.
+    """
+    readers: dict[str, Callable[[Path, Problems], list[Placed]]] = {
+        ".json": _json,
+        ".csv": _table,
+        ".tsv": _table,
+        ".parquet": _parquet,
+    }
+    return readers.get(path.suffix.lower(), _json_lines)(path, problems)
+
+
+def read_json(path: Path, problems: Problems) -> Any:
+    """The value of a JSON file; None, and a problem, where it can't be read."""
+    raw = _bytes(path, problems)
+    if raw is None:
+        return None
+    try:
+        return parse_json(raw)
+    except json.JSONDecodeError as error:
+        problems.add(f"{path}:{error.lineno}", f"not JSON ({error.msg})")
+    except ValueError as error:
+        problems.add(path, str(error))
+    return None
+
+
+def parse_json(raw: bytes) -> Any:
+    """The value of a JSON text.
+
+    Raises
+    ------
+    ValueError
+        It is no JSON, or of a kind that nobody means; `json.JSONDecodeError` where a place can be named.
+    """
+    try:
+        text = raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
+        return json.loads(text, object_pairs_hook=_object)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 (byte {error.start + 1})") from error
+    except RecursionError as error:
+        raise ValueError("not JSON that can be read (nested too deeply)") from error
+    except (json.JSONDecodeError, _TwiceError):
+        raise
+    except ValueError as error:  # an integer of more than 4,300 digits
+        raise ValueError("not JSON that can be read (an integer of thousands of digits)") from error
+
+
+class _TwiceError(ValueError):
+    """A key of an object is given twice."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for i, key in enumerate(keys) if key in keys[:i])
+        raise _TwiceError(f"the key '{twice}' is given twice in one object")
+    return made
+
+
+def _bytes(path: Path, problems: Problems) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        problems.add(path, f"can't be read: {error.strerror or error}")
+        return None
+
+
+def _json_lines(path: Path, problems: Problems) -> list[Placed]:
+    rows: list[Placed] = []
+    raw = _bytes(path, problems) or b""
+    for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            rows.append((where, parse_json(line)))
+        except json.JSONDecodeError as error:
+            problems.add_row(where, f"not JSON ({error}): {line.decode('utf-8')[:60]!r}")
+        except ValueError as error:
+            said = str(error)
+            problems.add_row(
+                where, said.replace(")", " of the line)") if said.startswith("not UTF") else said
+            )
+    return rows
+
+
+def _json(path: Path, problems: Problems) -> list[Placed]:
+    """A list of rows; or JSON Lines, which many files of this name are."""
+    raw = _bytes(path, problems)
+    if raw is None:
+        return []
+    lines = [line for line in raw.splitlines() if line.strip()]
+    if lines and lines[0].lstrip().removeprefix(b"\xef\xbb\xbf").startswith(b"{") and len(lines) > 1:
+        try:
+            parse_json(lines[0])
+        except ValueError:
+            pass
+        else:
+            return _json_lines(path, problems)
+    before = len(problems)
+    value = read_json(path, problems)
+    if len(problems) > before:
+        return []
+    if not isinstance(value, list):
+        kind = "an object" if isinstance(value, dict) else type(value).__name__
+        problems.add(path, f"must be a list of rows, or a row a line, got {kind}")
+        return []
+    return [(f"{path} row {number}", row) for number, row in enumerate(value, start=1)]
+
+
+def _table(path: Path, problems: Problems) -> list[Placed]:
+    """Rows of a table with a head; each is placed by the line that it begins in."""
+    raw = _bytes(path, problems)
+    if raw is None:
+        return []
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        problems.add(f"{path}:{line}", "not UTF-8. Save the table in the encoding UTF-8")
+        return []
+    rows: list[Placed] = []
+    head: list[str] | None = None
+    line = 1
+    longest = csv.field_size_limit(_LONGEST_CELL)
+    try:
+        cells_of = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(path, text), strict=True)
+        for cells in cells_of:
+            where, line = f"{path}:{line}", cells_of.line_num + 1
+            if not cells:
+                continue
+            if head is None:
+                head = [name.strip() for name in cells]
+                if twice := [name for i, name in enumerate(head) if name in head[:i]]:
+                    problems.add(where, f"the column '{twice[0]}' stands in the head twice")
+                    return []
+            elif len(cells) != len(head):
+                problems.add_row(where, f"{len(cells)} cells, but the head has {len(head)} columns")
+            else:
+                rows.append((where, dict(zip(head, cells, strict=True))))
+    except csv.Error as error:
+        problems.add(f"{path}:{line}", f"not a table: {error}")
+        return []
+    finally:
+        csv.field_size_limit(longest)
+    return rows
+
+
+def _delimiter(path: Path, text: str) -> str:
+    """Tab for TSV; else the comma, or the semicolon of a head that has no comma."""
+    if path.suffix.lower() == ".tsv":
+        return "\t"
+    head = text.split("\n", 1)[0]
+    return ";" if ";" in head and "," not in head else ","
+
+
+def _parquet(path: Path, problems: Problems) -> list[Placed]:
+    import pyarrow
+    from datasets import Dataset
+    from pyarrow import parquet
+
+    try:
+        with path.open("rb") as file:
+            dataset = Dataset(parquet.read_table(file))
+    except (OSError, pyarrow.ArrowException, ValueError) as error:
+        said = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        problems.add(path, f"can't be read: {said}")
+        return []
+    return list(rows_of(dataset, str(path)))
+
+
+def rows_of(dataset: Any, where: str) -> Iterator[Placed]:
+    """The rows of a ``datasets.Dataset``; class labels become their names."""
+    labels = {
+        column: feature.names for column, feature in dataset.features.items() if hasattr(feature, "int2str")
+    }
+    for number, row in enumerate(dataset, start=1):
+        named: dict[str, Any] = dict(row)
+        for column, names in labels.items():
+            value = named[column]  # -1 marks a hidden label in test splits of the hub
+            named[column] = names[value] if value is not None and value >= 0 else None
+        yield f"{where} row {number}", named
