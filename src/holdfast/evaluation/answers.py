@@ -22,15 +22,27 @@ def _by_length(rows: Sequence[Encoded], size: int) -> list[list[int]]:
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 
-def _for_model(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def for_model(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A batch as the model takes it, where the model is."""
     if not accepts(model, "position_ids"):
         batch.pop("position_ids", None)
     device = next(model.parameters()).device
     return {k: v.to(device) for k, v in batch.items()}
 
 
+def _inner(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def decoder_start(model: Any) -> int | None:
+    """The token that an encoder-decoder model's decoder begins with."""
+    inner = _inner(model)
+    start = getattr(inner.generation_config, "decoder_start_token_id", None)
+    return start if start is not None else getattr(inner.config, "decoder_start_token_id", None)
+
+
 @contextmanager
-def _plain_greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Iterator[None]:
+def plain_greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Iterator[None]:
     """Put the model's own generation settings aside.
 
     Passing a configuration to ``model.generate`` is not enough: what it leaves open (repetition penalty,
@@ -38,10 +50,9 @@ def _plain_greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Iterator[N
     """
     from transformers import GenerationConfig
 
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = _inner(model)
     holders = [m for m in {id(m): m for m in (model, inner)}.values() if "generation_config" in vars(m)]
     own = [m.generation_config for m in holders]
-    start = getattr(inner.generation_config, "decoder_start_token_id", None)
     plain = GenerationConfig(
         do_sample=False,
         num_beams=1,
@@ -50,9 +61,7 @@ def _plain_greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Iterator[N
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=tokenizer.bos_token_id,
-        decoder_start_token_id=start
-        if start is not None
-        else getattr(inner.config, "decoder_start_token_id", None),
+        decoder_start_token_id=decoder_start(model),
     )
     try:
         for holder in holders:
@@ -63,7 +72,6 @@ def _plain_greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Iterator[N
             holder.generation_config = config
 
 
-@torch.no_grad()
 def generate(
     model: Any,
     tokenizer: Any,
@@ -73,13 +81,30 @@ def generate(
     max_new_tokens: int,
     progress: Progress | None = None,
 ) -> list[str]:
-    """Greedy answers, in the order of `rows`; special tokens are left out.
+    """The texts of `greedy`'s answers; special tokens are left out."""
+    answers = greedy(
+        model, tokenizer, rows, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=progress
+    )
+    return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
+
+
+@torch.no_grad()
+def greedy(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Encoded],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    progress: Progress | None = None,
+) -> list[list[int]]:
+    """Greedy answers as token ids, in the order of `rows`; what follows an end token is padding.
 
     The key-value cache is used, nothing is sampled, and the model's own generation settings (sampling,
     penalties) are put aside: the same weights always give the same answers.
     """
     encoder_decoder = is_encoder_decoder(model)
-    answers = [""] * len(rows)
+    answers: list[list[int]] = [[] for _ in rows]
     model.eval()
     done = 0
     for indices in _by_length(rows, batch_size):
@@ -87,16 +112,32 @@ def generate(
             [rows[i] for i in indices], tokenizer.pad_token_id, encoder_decoder=encoder_decoder
         )
         batch.pop("position_ids", None)  # generate() derives them from the mask
-        batch = _for_model(model, batch)
-        with _plain_greedy(model, tokenizer, max_new_tokens):
+        batch = for_model(model, batch)
+        with plain_greedy(model, tokenizer, max_new_tokens):
             output = model.generate(**batch)
         start = 0 if encoder_decoder else batch["input_ids"].shape[1]
         for index, ids in zip(indices, output[:, start:].tolist(), strict=True):
-            answers[index] = tokenizer.decode(ids, skip_special_tokens=True).strip()
+            answers[index] = ids
         done += len(indices)
         if progress is not None:
             progress(done, len(rows))
     return answers
+
+
+@torch.no_grad()
+def log_likelihoods(model: Any, tokenizer: Any, rows: Sequence[Encoded]) -> Tensor:
+    """Log-likelihood of each row's answer given its prompt, summed over its tokens, in one batch -> (S,)."""
+    encoder_decoder = is_encoder_decoder(model)
+    batch = collate(rows, tokenizer.pad_token_id, encoder_decoder=encoder_decoder)
+    batch = for_model(model, batch)
+    labels = batch["labels"]
+    # without them no loss is computed; prompts that an input finds need them to tell it from the answer
+    labelled = encoder_decoder or getattr(model, "reads_labels", False)
+    inputs = batch if labelled else {k: v for k, v in batch.items() if k != "labels"}
+    logits = model(**inputs).logits
+    if not encoder_decoder:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    return -F.cross_entropy(logits.transpose(1, 2).float(), labels, reduction="none").sum(1)
 
 
 @torch.no_grad()
@@ -116,23 +157,12 @@ def rank_options(
     options : sequence of (text, token ids)
         The token ids are those of the whole completion, end token included.
     """
-    encoder_decoder = is_encoder_decoder(model)
     answers = [""] * len(rows)
     model.eval()
     done = 0
     for indices in _by_length(rows, max(1, batch_size // len(options))):
         pairs = [Encoded(rows[i].prompt_ids, ids, 0) for i in indices for _, ids in options]
-        batch = collate(pairs, tokenizer.pad_token_id, encoder_decoder=encoder_decoder)
-        batch = _for_model(model, batch)
-        labels = batch["labels"]
-        # without them no loss is computed; prompts that an input finds need them to tell it from the answer
-        labelled = encoder_decoder or getattr(model, "reads_labels", False)
-        inputs = batch if labelled else {k: v for k, v in batch.items() if k != "labels"}
-        logits = model(**inputs).logits
-        if not encoder_decoder:
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        token_loss = F.cross_entropy(logits.transpose(1, 2).float(), labels, reduction="none")
-        score_NO = -token_loss.sum(1).view(len(indices), len(options))
+        score_NO = log_likelihoods(model, tokenizer, pairs).view(len(indices), len(options))
         for index, best in zip(indices, score_NO.argmax(1).tolist(), strict=True):
             answers[index] = options[best][0]
         done += len(indices)

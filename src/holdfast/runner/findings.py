@@ -18,7 +18,7 @@ from holdfast.models import is_encoder_decoder, load_model
 from holdfast.runner.config import RunConfig
 from holdfast.strategies import Strategy, build_strategy
 from holdfast.tasks import Encoder, inspect_stream, toy_tokenizer
-from holdfast.tasks.memory import Rehearsal
+from holdfast.tasks.memory import Rehearsal, stand_in
 from holdfast.tasks.task import Example, TaskStream
 from holdfast.training.options import TrainingOptions
 
@@ -189,7 +189,7 @@ def _rows(config: RunConfig, stream: TaskStream, strategy: Strategy) -> Iterator
         examples: Sequence[Example] = [example for task in stage.tasks for example in task.train]
         if rehearsal is not None:
             examples = rehearsal.mixed(examples, config.seed)
-            rehearsal.learned(stage.tasks, config.seed)
+            rehearsal.learned(stage.tasks, config.seed, stand_in)
         yield len(examples)
 
 

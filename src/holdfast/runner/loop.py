@@ -134,6 +134,7 @@ class _Run:
         metrics["parameters"] = sum(p.numel() for p in learner.model.parameters())
         metrics["knows_task"] = learner.strategy.needs_task_identity
         metrics["rehearses"] = self.config.rehearses
+        metrics["memory"] = self.config.memory
         first = json.loads((self.directory.path / self.names[0] / "training.json").read_text())
         metrics["trainable"] = first.get("trained")  # none in a run of an earlier version
         write_json(self.directory.path / "metrics.json", metrics)

@@ -145,6 +145,34 @@ class Encoder:
                 raise DataError(f"row {number}: {error}") from error
         return rows
 
+    def frame(self, prompt: str | Sequence[Message]) -> tuple[list[int], list[int]]:
+        """The tokens around the text of a prompt, before it and behind it.
+
+        Of chat messages: around the text of their first user turn, where no other turn follows it.
+        """
+        if isinstance(prompt, str):
+            return self._prompt_frame
+        before, turn = _opening_turns(prompt)
+        mark = "\N{SYMBOL FOR SUBSTITUTE FORM TWO}"
+        text = self._render([*before, {**turn, "content": mark}], tokenize=False)
+        ends = text.split(mark)
+        return self._ids(ends[0]), self._ids(ends[-1])
+
+    def text_ids(self, prompt: str | Sequence[Message]) -> list[int]:
+        """The tokens of a prompt's text (of chat messages: of the first user turn's), cut as in a row."""
+        text = prompt if isinstance(prompt, str) else _opening_turns(prompt)[1]["content"]
+        if isinstance(prompt, str):
+            return self._kept(text)[0]
+        return self._ids(text)[: self.template.max_prompt_tokens]
+
+    def answer_text(self, ids: Sequence[int]) -> str:
+        """The answer in tokens that a model wrote: without its frame and special tokens."""
+        before, after = (
+            self.tokenizer.decode(part, skip_special_tokens=True) for part in self._completion_frame
+        )
+        text = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text.removeprefix(before).removesuffix(after))
+
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
@@ -154,21 +182,20 @@ class Encoder:
         before, after = frame.split(placeholder)
         return self._ids(before), self._ids(after)
 
-    def _text(self, text: str) -> tuple[list[int], int]:
+    def _kept(self, text: str) -> tuple[list[int], int]:
         if self.template.strip:
             text = text.rstrip().removesuffix(self.template.strip).rstrip()
         ids, limit = self._ids(text), self.template.max_prompt_tokens
         kept = ids[:limit] if self.template.keep == "first" else ids[-limit:]
+        return kept, len(ids) - len(kept)
+
+    def _text(self, text: str) -> tuple[list[int], int]:
+        kept, cut = self._kept(text)
         before, after = self._prompt_frame
-        return [*before, *kept, *after], len(ids) - len(kept)
+        return [*before, *kept, *after], cut
 
     def _chat(self, messages: Sequence[Message]) -> tuple[list[int], int]:
         """Render messages by the chat template, after cutting the longest until their texts fit."""
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise DataError(
-                "the prompt is a list of chat messages, but the tokenizer has no chat template. Use a model "
-                "whose tokenizer has one, or give the prompt as text."
-            )
         turns = [dict(message) for message in messages]
         lengths = [len(self._ids(turn["content"])) for turn in turns]
         cut = excess = max(0, sum(lengths) - self.template.max_prompt_tokens)
@@ -178,15 +205,30 @@ class Encoder:
             turns[longest]["content"] = self._shorten(turns[longest]["content"], kept)
             excess -= lengths[longest] - kept
             lengths[longest] = kept
-        rendered: Any = self.tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, tokenize=True, return_dict=True
+        return list(self._render(turns, tokenize=True, return_dict=True)["input_ids"]), cut
+
+    def _render(self, turns: Sequence[Message], **how: Any) -> Any:
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise DataError(
+                "the prompt is a list of chat messages, but the tokenizer has no chat template. Use a model "
+                "whose tokenizer has one, or give the prompt as text."
+            )
+        return self.tokenizer.apply_chat_template(
+            [dict(turn) for turn in turns], add_generation_prompt=True, **how
         )
-        return list(rendered["input_ids"]), cut
 
     def _shorten(self, text: str, tokens: int) -> str:
         ids = self._ids(text)
         kept = ids[:tokens] if self.template.keep == "first" else ids[len(ids) - tokens :]
         return str(self.tokenizer.decode(kept, skip_special_tokens=False))
+
+
+def _opening_turns(messages: Sequence[Message]) -> tuple[list[Message], Message]:
+    """The turns before the first user turn, such as a system message, and that turn."""
+    for i, message in enumerate(messages):
+        if message["role"] == "user":
+            return list(messages[:i]), message
+    raise DataError(f"the chat messages {_start_of(messages)} have no turn of a user.")
 
 
 def _start_of(prompt: object) -> str:

@@ -14,6 +14,7 @@ from transformers import Trainer
 from holdfast.errors import TrainingDivergedError
 from holdfast.models import accepts, is_encoder_decoder
 from holdfast.storage import write_tensors
+from holdfast.training.prompt_loss import PromptLoss
 from holdfast.training.steps import OBSERVED
 from holdfast.training.verbs import Verbs, has, model_inputs
 
@@ -44,12 +45,15 @@ class Bridge:
     ----------
     own_loss : bool
         Whether the loss is ours (`completion_loss` of the last logits only) or the trainer's own.
+    prompt_loss : PromptLoss, optional
+        Added to either.
     bad_batch : Path
         Where the batch goes that made the loss infinite.
     """
 
     verbs: Verbs
     own_loss: bool = True
+    prompt_loss: PromptLoss | None = None
     bad_batch: Path
 
     def compute_loss(
@@ -61,15 +65,17 @@ class Bridge:
             loss, outputs = self._completion_loss(model, model_inputs(batch), num_items_in_batch)
         else:
             # TRL makes the outputs in a second forward pass: only where somebody looks at them
-            wanted = return_outputs or own
+            wanted = return_outputs or own or self.prompt_loss is not None
             result = super().compute_loss(  # type: ignore[misc]
                 model, model_inputs(batch), return_outputs=wanted, num_items_in_batch=num_items_in_batch
             )
             loss, outputs = result if wanted else (result, None)
+        # the trainer's loss may be this micro-batch's part of the step's; others are of a whole one
+        part = self.model_accepts_loss_kwargs and num_items_in_batch is not None  # type: ignore[attr-defined]
+        parts = self.current_gradient_accumulation_steps if part else 1  # type: ignore[attr-defined]
+        if self.prompt_loss is not None:
+            loss = loss + self.prompt_loss(model, batch, outputs) / parts
         if own:
-            # the trainer's loss may be this micro-batch's part of the step's; a method sees a whole one
-            part = self.model_accepts_loss_kwargs and num_items_in_batch is not None  # type: ignore[attr-defined]
-            parts = self.current_gradient_accumulation_steps if part else 1  # type: ignore[attr-defined]
             loss = verbs.loss(model, batch, outputs, loss * parts) / parts
         if not torch.isfinite(loss):
             self._stop_diverged(float(loss.detach()), batch)
@@ -99,9 +105,10 @@ class Bridge:
                 logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1), reduction="sum"
             )
             return total / (count if count is not None else (labels != -100).sum().clamp(min=1)), outputs
-        # rows are padded on the left, so completions end the row: logits before them are never needed
-        keep = int((labels != -100).any(0).float().argmax())
-        keep = labels.shape[1] - max(keep - 1, 0)
+        keep = labels.shape[1]
+        if self.prompt_loss is None:
+            # rows are padded on the left, so completions end the row: logits before them are never needed
+            keep -= max(int((labels != -100).any(0).float().argmax()) - 1, 0)
         extra = {"logits_to_keep": keep} if accepts(model, "logits_to_keep") else {}
         outputs = model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False, **extra)
         return completion_loss(outputs.logits[:, -keep:], labels[:, -keep:], count), outputs
