@@ -108,8 +108,8 @@ def write_rows(
     progress : callable, optional
         Called with the rows kept so far, and `count`.
     """
-    tokenizer = encoder.tokenizer
-    written = Written(count, tokenizer.decode(opening.given), tokenizer.decode(list(opening.closing)))
+    before, behind = (str(encoder.tokenizer.decode(list(ids))) for ids in (opening.given, opening.closing))
+    written = Written(count, before, behind)
     not_again = {tuple(row.prompt_ids) for row in encoder.many(known)}
     seen: set[tuple[int, ...]] = set()
     most = options.tries * count
@@ -241,11 +241,10 @@ def _sound_prompts(
             written.unfinished += 1
             continue
         body = [*opening.shared, *ids[:end], *(opening.closing if opening.part_of_text else ())]
-        text = encoder.tokenizer.decode(body, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        if not encoder.tokenizer.decode(ids[:end], skip_special_tokens=True).strip():
+        if not encoder.text_of(ids[:end]).strip():
             written.empty += 1
             continue
-        prompt = opening.prompt(text)
+        prompt = opening.prompt(encoder.text_of(body))
         row = encoder(Example(prompt, "?"))
         key = tuple(row.prompt_ids)
         if key in known:
@@ -279,7 +278,7 @@ def _answer(
     answers = greedy(model, tokenizer, [row for _, row in rows], batch_size=batch_size, max_new_tokens=limit)
     sound = []
     for (example, row), ids in zip(rows, answers, strict=True):
-        text = encoder.answer_text(ids)
+        text = encoder.answer_of(ids)
         if end not in ids:
             written.unfinished += 1
         elif not text.strip():

@@ -53,8 +53,8 @@ class Context:
         ``(model, examples, name, verbs=None, epochs=None) -> None``: another training, with the learner's
         options. It is not resumed by itself: a killed stage goes through its `end` again.
     write : callable
-        ``(task, options) -> examples``: rows of its own that the model, as it stands, writes of a task which
-        it has just learned (`holdfast.tasks.memory.Memory.add` takes it); they are also written into `folder`.
+        ``(task, options) -> examples``: rows that the model, as it stands, writes of a task which it has just
+        learned (`holdfast.tasks.memory.Memory.add` takes it); they are kept as text in `folder` too.
     """
 
     model: Any

@@ -152,26 +152,29 @@ class Encoder:
         """
         if isinstance(prompt, str):
             return self._prompt_frame
-        before, turn = _opening_turns(prompt)
+        before = before_user(prompt)
         mark = "\N{SYMBOL FOR SUBSTITUTE FORM TWO}"
-        text = self._render([*before, {**turn, "content": mark}], tokenize=False)
+        text = self._render([*before, {"role": "user", "content": mark}], tokenize=False)
         ends = text.split(mark)
         return self._ids(ends[0]), self._ids(ends[-1])
 
     def text_ids(self, prompt: str | Sequence[Message]) -> list[int]:
         """The tokens of a prompt's text (of chat messages: of the first user turn's), cut as in a row."""
-        text = prompt if isinstance(prompt, str) else _opening_turns(prompt)[1]["content"]
         if isinstance(prompt, str):
-            return self._kept(text)[0]
-        return self._ids(text)[: self.template.max_prompt_tokens]
+            return self._kept(prompt)[0]
+        turn = prompt[len(before_user(prompt))]
+        return self._ids(turn["content"])[: self.template.max_prompt_tokens]
 
-    def answer_text(self, ids: Sequence[int]) -> str:
-        """The answer in tokens that a model wrote: without its frame and special tokens."""
-        before, after = (
-            self.tokenizer.decode(part, skip_special_tokens=True) for part in self._completion_frame
+    def text_of(self, ids: Sequence[int]) -> str:
+        """The text of tokens, without special ones and otherwise to the letter."""
+        return str(
+            self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         )
-        text = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return str(text.removeprefix(before).removesuffix(after))
+
+    def answer_of(self, ids: Sequence[int]) -> str:
+        """The answer in tokens that a model wrote, without its frame."""
+        before, after = (self.text_of(part) for part in self._completion_frame)
+        return self.text_of(ids).removeprefix(before).removesuffix(after)
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
@@ -223,11 +226,17 @@ class Encoder:
         return str(self.tokenizer.decode(kept, skip_special_tokens=False))
 
 
-def _opening_turns(messages: Sequence[Message]) -> tuple[list[Message], Message]:
-    """The turns before the first user turn, such as a system message, and that turn."""
+def before_user(messages: Sequence[Message]) -> list[Message]:
+    """The turns before the first of a user's, such as a system message.
+
+    Raises
+    ------
+    DataError
+        There is no turn of a user.
+    """
     for i, message in enumerate(messages):
         if message["role"] == "user":
-            return list(messages[:i]), message
+            return list(messages[:i])
     raise DataError(f"the chat messages {_start_of(messages)} have no turn of a user.")
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 
 from holdfast.errors import DataError
-from holdfast.tasks.encode import Encoder
+from holdfast.tasks.encode import Encoder, before_user
 from holdfast.tasks.task import Example, Message
 
 
@@ -58,12 +57,16 @@ def opening_of(rows: Sequence[Example], encoder: Encoder, name: str) -> Opening:
     DataError
         Nothing marks the end of a prompt: neither the template nor an ending that all of them have.
     """
-    kind = type(rows[0].prompt)
-    alike = [row.prompt for row in rows if isinstance(row.prompt, str) == (kind is str)]
+    chat = not isinstance(rows[0].prompt, str)
+    alike = [row.prompt for row in rows if isinstance(row.prompt, str) != chat]
     texts = list(dict.fromkeys(tuple(encoder.text_ids(prompt)) for prompt in alike))
-    systems = {repr(_before_user(prompt)) for prompt in alike}
-    system = None if kind is str else (_before_user(alike[0]) if len(systems) == 1 else ())
-    model_prompt = "" if system is None else (*system, {"role": "user", "content": ""})
+    system: tuple[Message, ...] | None = None
+    model_prompt: str | tuple[Message, ...] = ""
+    if chat:
+        befores = [tuple(before_user(prompt)) for prompt in alike if not isinstance(prompt, str)]
+        same = len(texts) > 1 and all(turns == befores[0] for turns in befores)
+        system = befores[0] if same else ()
+        model_prompt = (*system, {"role": "user", "content": ""})
     before, after = encoder.frame(model_prompt)
     shared = common_beginning(texts)
     closing = _until_special(after, encoder.tokenizer.all_special_ids)
@@ -81,15 +84,12 @@ def opening_of(rows: Sequence[Example], encoder: Encoder, name: str) -> Opening:
 
 def common_beginning(texts: Iterable[Sequence[int]]) -> tuple[int, ...]:
     """What all sequences begin with, short of the whole of any; nothing where there is only one."""
-    different = list(dict.fromkeys(tuple(text) for text in texts))
+    different = sorted({tuple(text) for text in texts})
     if len(different) < 2:
         return ()
-    return tuple(commonprefix(different)[: min(len(text) for text in different) - 1])
-
-
-def _before_user(prompt: str | Sequence[Message]) -> tuple[Message, ...]:
-    roles = ["user" if isinstance(prompt, str) else turn["role"] for turn in prompt]
-    return () if isinstance(prompt, str) else tuple(prompt[: roles.index("user")])
+    low, high = different[0], different[-1]  # what these two share, all that sort between them share
+    shared = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
+    return low[: min(shared, *(len(text) - 1 for text in different))]
 
 
 def _until_special(ids: Sequence[int], special: Sequence[int]) -> tuple[int, ...]:

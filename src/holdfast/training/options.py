@@ -19,9 +19,9 @@ class TrainingOptions(Options):
     lm_weight: float | None = Field(
         None,
         ge=0,
-        description="weight of the loss on prompts, beside that on answers (LAMOL's lambda): what a model needs "
-        "to write prompts itself. None: 0.25 where a generated memory is to learn from prompts that are text, "
-        "otherwise 0",
+        description="weight of the loss on prompts, beside that on answers (LAMOL's lambda): by it a model "
+        "learns to write prompts itself. None: 0.25 where a generated memory is to be written of prompts "
+        "that are text, otherwise 0",
     )
     learning_rate: float = Field(1e-3, gt=0)
     scheduler: Literal["linear", "constant", "cosine", "constant_with_warmup"] = "linear"

@@ -56,13 +56,13 @@ class PromptLoss:
         ids_ST, mask_ST = batch["input_ids"], batch.get("attention_mask")
         if mask_ST is None:
             raise ConfigError(
-                "training.lm_weight: the loss on prompts needs `attention_mask` in each batch, to tell prompts "
+                "training.lm_weight: the loss on prompts needs `attention_mask` in each batch, to tell them "
                 "from padding. Turn packing and padding-free batches off, or set lm_weight to 0."
             )
         seen_ST = mask_ST.bool()
         if is_encoder_decoder(model):
-            logits_STV = self._written(model, ids_ST.masked_fill(~seen_ST, -100))
-            return self._mean(logits_STV[seen_ST], ids_ST[seen_ST])
+            written_STV = self._written(model, ids_ST.masked_fill(~seen_ST, -100))
+            return self._mean(written_STV[seen_ST], ids_ST[seen_ST])
         logits_STV = getattr(outputs, "logits", None)
         if logits_STV is None or logits_STV.shape[1] < ids_ST.shape[1]:
             raise ConfigError(
