@@ -235,8 +235,11 @@ def _sound_prompts(
     written: Written,
 ) -> Iterator[tuple[Example, Encoded]]:
     """The prompts that are whole and new; the others are counted."""
+    limit = max(1, encoder.template.max_prompt_tokens - len(opening.shared))
     for ids in prompts:
         end = _find(ids, opening.closing)
+        if end is None and opening.cut and encoder.tokenizer.eos_token_id not in ids:
+            end = limit
         if end is None:
             written.unfinished += 1
             continue

@@ -24,6 +24,9 @@ class Opening:
         The tokens at which a prompt is complete.
     part_of_text : bool
         Whether the closing belongs to the prompt's text, because all texts end so, or to the frame.
+    cut : bool
+        Whether some prompts are cut at the template's limit and closed there by the frame: then one that the
+        model writes up to this limit is whole as well.
     system : tuple of messages or None
         The turns before the user's, where all rows have the same; None where prompts are text.
     """
@@ -32,6 +35,7 @@ class Opening:
     shared: tuple[int, ...]
     closing: tuple[int, ...]
     part_of_text: bool = False
+    cut: bool = False
     system: tuple[Message, ...] | None = None
 
     @property
@@ -71,7 +75,8 @@ def opening_of(rows: Sequence[Example], encoder: Encoder, name: str) -> Opening:
     shared = common_beginning(texts)
     closing = _until_special(after, encoder.tokenizer.all_special_ids)
     if closing:
-        return Opening(tuple(before), shared, closing, system=system)
+        cut = encoder.template.keep == "first" and any(encoder(row).cut for row in rows)
+        return Opening(tuple(before), shared, closing, cut=cut, system=system)
     ending = common_beginning(text[len(shared) :][::-1] for text in texts)[::-1]
     if not ending:
         raise DataError(
