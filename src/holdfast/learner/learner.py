@@ -303,13 +303,12 @@ class Learner:
         self._check_can_begin(stage)
         seconds: dict[str, float] = {}
         with self.folder.part(self.part(stage)) as folder:
-            if self.config.memory == "generated":
-                for task in stage.tasks:
-                    opening_of(task.train, self.encoder, task.name)  # what can't be written isn't begun
             self._broken = stage.name
             self.context.folder = folder
             started = time.perf_counter()
             self.strategy.begin(self.context, stage)
+            for task in stage.tasks if self.config.memory == "generated" else ():
+                opening_of(task.train, self.encoder, task.name)  # what can't be written isn't trained
             examples = self.strategy.examples(self.context, stage)
             if self.replay is not None:
                 examples = self.replay.mixed(examples, self.config.seed)
