@@ -30,7 +30,10 @@ REPLAY = {"memory": {"sampling": "generated", "count": COUNT}}
 TRAINING = {"epochs": 10, "batch_size": 8, "learning_rate": 3e-3, "checkpoint_steps": 15}
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {},
-    "llama-lora": {"model": {"toy": True, "hidden": 32, "layers": 2, "lora": {"r": 4}}},
+    "llama-lora": {
+        "model": {"toy": True, "hidden": 32, "layers": 2, "lora": {"r": 16}},
+        "training": {**TRAINING, "learning_rate": 5e-2},
+    },
     "t5": {"template": {"prompt": "{prompt}{eos}"}},
 }
 

@@ -67,9 +67,10 @@ class Written:
         """In one line."""
         reasons = ("empty", "unfinished", "repeated", "copied", "unsure")
         left_out = [f"{count} {reason}" for reason in reasons if (count := getattr(self, reason))]
-        return f"{len(self.rows)} of {self.written} rows kept" + (
-            f" (left out: {', '.join(left_out)})" if left_out else ""
-        )
+        said = f"{len(self.rows)} of {self.written} rows kept"
+        if left_out:
+            said += f" (left out: {', '.join(left_out)})"
+        return said if self.rows else f"{said}; there is nothing of this task to replay"
 
     def save(self, folder: Path) -> None:
         """Write ``memory.jsonl``, a row a line, and ``memory.json``, the counts."""
