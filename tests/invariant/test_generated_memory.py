@@ -16,8 +16,10 @@ import holdfast
 from holdfast.config import validate
 from holdfast.errors import ConfigError, DataError
 from holdfast.models import tiny_llama
+from holdfast.progress import Progress
 from holdfast.runner import RunConfig, run
 from holdfast.runner.findings import check
+from holdfast.runner.learn import learn_data
 from holdfast.tasks import toy_suite, toy_tokenizer
 from holdfast.tasks.memory import Rehearsal
 from holdfast.tasks.opening import opening_of
@@ -209,7 +211,36 @@ def test_the_word_alone_means_a_hundred_rows_in_two_fifths(t5: Path, tmp_path: P
     assert kept.share == 0.2
 
 
-# in scripts
+def test_gradients_of_single_samples_and_learned_prompts_dont_combine(t5: Path, tmp_path: Path) -> None:
+    strategy = {"name": "kif-m", "memory": "generated", "sensitivity": "second"}
+    with pytest.raises(ConfigError, match="take `first` or `second-batch`, or lm_weight 0"):
+        config_of(tmp_path, "llama", t5, strategy=strategy, replay=None)
+    training = {**TRAINING, "lm_weight": 0.0}
+    assert config_of(tmp_path, "llama", t5, strategy=strategy, replay=None, training=training)
+
+
+# in scripts, and from the command line
+
+
+def test_holdfast_learn_writes_and_replays(tmp_path: Path) -> None:
+    tokenizer = toy_tokenizer()
+    tiny_llama(tokenizer, hidden=32, layers=2).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    for number, task in enumerate(toy_suite(["head", "copy"], 32, 8)):
+        data = tmp_path / f"{task.name}.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows_of(task)))
+        options = [f"replay.memory={{sampling: generated, count: {COUNT}}}"] if number == 0 else []
+        skills = learn_data(
+            data,
+            tmp_path / "skills",
+            model=str(tmp_path / "model") if number == 0 else None,
+            strategy="sequential" if number == 0 else None,
+            assignments=[*options, "training.epochs=10"],
+            progress=Progress(quiet=True),
+        )
+    assert skills.method == "sequential · generated memory"
+    rows = json.loads((tmp_path / "skills" / "tasks" / "02-copy" / "replay.json").read_text())["rows"]
+    assert {row["task"] for row in rows} == {"head", "copy"}
 
 
 def learner_of(folder: Path, **sections: Any) -> holdfast.Learner:

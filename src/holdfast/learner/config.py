@@ -40,6 +40,17 @@ class LearnerConfig(Options):
             )
         return self
 
+    @model_validator(mode="after")
+    def _whole_samples(self) -> LearnerConfig:
+        order = getattr(getattr(self.strategy, "sensitivity", None), "order", None)
+        weight = self.training.lm_weight
+        if order == "second" and (weight or (weight is None and self.memory == "generated")):
+            raise ValueError(
+                "`sensitivity: second` takes gradients of single samples' answers apart, and prompts are "
+                "learned beside them (training.lm_weight); take `first` or `second-batch`, or lm_weight 0"
+            )
+        return self
+
     @property
     def memory(self) -> Literal["none", "kept", "generated"]:
         """What is trained on for earlier tasks' sake: nothing, examples of theirs, or the model's own."""

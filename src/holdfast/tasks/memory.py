@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from holdfast.config import Options
 from holdfast.tasks.task import Example, Task, TaskStream
@@ -28,7 +28,7 @@ class WritingOptions(Options):
 
 
 class MemoryOptions(Options):
-    """How many examples a memory has, and which."""
+    """How many examples a memory has, and which; ``generated`` stands for ``{sampling: generated}``."""
 
     fraction: float | None = Field(
         None, gt=0, le=1, description="balanced only: share of each task's rows (default 0.02, K, section VI)"
@@ -44,6 +44,11 @@ class MemoryOptions(Options):
         "every row seen so far is equally likely; generated: no row is kept, the model writes its own",
     )
     writing: WritingOptions | None = Field(None, description="generated only: how rows are written")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_sampling(cls, value: Any) -> Any:
+        return {"sampling": value} if isinstance(value, str) else value
 
     @property
     def generated(self) -> bool:
@@ -70,15 +75,10 @@ class MemoryOptions(Options):
         return self
 
 
-def by_sampling(value: Any) -> Any:
-    """Let ``memory: generated`` stand for ``memory: {sampling: generated}``."""
-    return {"sampling": value} if isinstance(value, str) else value
-
-
 class RehearsalOptions(Options):
     """Train on a few examples of earlier tasks beside the new ones."""
 
-    memory: Annotated[MemoryOptions, BeforeValidator(by_sampling)] = Field(default_factory=MemoryOptions)
+    memory: MemoryOptions = Field(default_factory=MemoryOptions)
     ratio: float | None = Field(
         None,
         gt=0,
