@@ -278,8 +278,8 @@ def _answer(
     if not rows:
         return
     tokenizer, end = encoder.tokenizer, encoder.tokenizer.eos_token_id
-    limit = encoder.template.max_completion_tokens + 1
-    answers = greedy(model, tokenizer, [row for _, row in rows], batch_size=batch_size, max_new_tokens=limit)
+    room = encoder.template.max_completion_tokens + encoder.completion_frame_size
+    answers = greedy(model, tokenizer, [row for _, row in rows], batch_size=batch_size, max_new_tokens=room)
     sound = []
     for (example, row), ids in zip(rows, answers, strict=True):
         text = encoder.answer_of(ids)

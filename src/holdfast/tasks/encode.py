@@ -165,6 +165,11 @@ class Encoder:
         turn = prompt[len(before_user(prompt))]
         return self._ids(turn["content"])[: self.template.max_prompt_tokens]
 
+    @property
+    def completion_frame_size(self) -> int:
+        """How many tokens the frame of an answer has, such as its end token."""
+        return sum(len(part) for part in self._completion_frame)
+
     def text_of(self, ids: Sequence[int]) -> str:
         """The text of tokens, without special ones and otherwise to the letter."""
         return str(
