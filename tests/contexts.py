@@ -22,7 +22,14 @@ def never(*args: Any, **values: Any) -> Any:
 def context_of(model: Any, folder: Path = Path("/nowhere"), **values: Any) -> Context:
     """A whole context; `folder` must be given where a strategy writes into it."""
     encoder = Encoder(TOKENIZER, Template(), encoder_decoder=is_encoder_decoder(model))
-    rest = {"seed": 0, "progress": Progress(quiet=True), "base_model": never, "fit": never, **values}
+    rest = {
+        "seed": 0,
+        "progress": Progress(quiet=True),
+        "base_model": never,
+        "fit": never,
+        "write": never,
+        **values,
+    }
     return Context(model=model, tokenizer=TOKENIZER, encoder=encoder, folder=folder, **rest)
 
 

@@ -100,6 +100,8 @@ class RunMetrics(Record):
         Whether the method is told with each test which task it is.
     rehearses : bool
         Whether it trains on examples of earlier tasks again.
+    memory : str
+        What is trained on for earlier tasks' sake: nothing, kept examples of theirs, or the model's own.
     finished : bool
         Whether the last stage was tested.
     """
@@ -119,6 +121,7 @@ class RunMetrics(Record):
     seed: int | None = None
     knows_task: bool = False
     rehearses: bool = False
+    memory: Literal["none", "kept", "generated"] = "none"
     finished: bool = True
 
     @model_validator(mode="after")
@@ -163,6 +166,8 @@ class TrainingLog(Record):
         Since it was started for the last time.
     trained : int or None
         Numbers with a gradient.
+    lm_weight : float
+        Of the loss on prompts, beside that on completions.
     loss, learning_rate : list of (step, value)
         As the Trainer logged them.
     """
@@ -170,6 +175,7 @@ class TrainingLog(Record):
     steps: int | None = None
     seconds: float | None = None
     trained: int | None = None
+    lm_weight: float = 0.0
     loss: list[tuple[float, Score]] = []
     learning_rate: list[tuple[float, Score]] = []
 

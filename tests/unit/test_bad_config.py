@@ -19,6 +19,7 @@ from holdfast.cli import app
 from holdfast.config import MAX_SEED, override, read_yaml, validate
 from holdfast.errors import ConfigError
 from holdfast.progress import Progress
+from holdfast.records import RunMetrics
 from holdfast.runner import RunConfig
 from holdfast.runner.table import listing, metrics_table
 from holdfast.training.options import TrainingOptions
@@ -211,8 +212,8 @@ def rendered(table: Any, width: int) -> str:
 @pytest.mark.parametrize("text", TRICKY[:5])
 @pytest.mark.parametrize("width", [40, 100])
 def test_tables_show_labels_as_they_are(text: str, width: int) -> None:
-    run = {"label": text, "ap": 1.0, "bwt": None, "fwt": 2.0, "learning_accuracy": 3.0}
-    assert text in rendered(metrics_table([{**run, "seconds": {"total": 4.0}}]), width)
+    run = RunMetrics(label=text, strategy="ewc", tasks=["a"], matrix=[[None], [1.0]], seconds={"total": 4.0})
+    assert text in rendered(metrics_table([run]), width)
 
 
 @pytest.mark.parametrize("what", ["strategies", "tasks", "orders", "importances"])

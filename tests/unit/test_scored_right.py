@@ -382,8 +382,10 @@ def test_any_name_is_a_file_name_and_different_names_stay_different(a: str, b: s
 
 def test_names_of_250_bytes_can_be_written(tmp_path: Any) -> None:
     from holdfast.evaluation.predictions import write_predictions
+    from holdfast.records import Prediction
 
+    said = Prediction(prompt="a", expected=["b"], generated="b", score=100.0)
     for name in ("x" * 250, "é" * 125, "/" * 250, "..", "." * 250):
-        write_predictions(tmp_path / f"01-{file_safe(name)}.partial", name, [{"score": 1.0}])
+        write_predictions(tmp_path / f"01-{file_safe(name)}.partial", name, [said])
     assert len([*tmp_path.rglob("*.jsonl")]) == 5
     assert file_safe("glue/mnli v1.1") == "glue%2Fmnli v1.1"

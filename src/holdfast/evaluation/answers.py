@@ -22,15 +22,29 @@ def _by_length(rows: Sequence[Encoded], size: int) -> list[list[int]]:
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 
-def _for_model(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def for_model(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A batch as the model takes it, where the model is."""
     if not accepts(model, "position_ids"):
         batch.pop("position_ids", None)
     device = next(model.parameters()).device
     return {k: v.to(device) for k, v in batch.items()}
 
 
+def _inner(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def decoder_start(model: Any) -> int | None:
+    """The token that an encoder-decoder model's decoder begins with."""
+    inner = _inner(model)
+    start = getattr(inner.generation_config, "decoder_start_token_id", None)
+    return start if start is not None else getattr(inner.config, "decoder_start_token_id", None)
+
+
 @contextmanager
-def _plain_greedy(model: Any, tokenizer: Any, max_new_tokens: int, stop_ids: Sequence[int]) -> Iterator[None]:
+def plain_greedy(
+    model: Any, tokenizer: Any, max_new_tokens: int, stop_ids: Sequence[int] | None = None
+) -> Iterator[None]:
     """Put the model's own generation settings aside.
 
     Passing a configuration to ``model.generate`` is not enough: what it leaves open (repetition penalty,
@@ -38,21 +52,18 @@ def _plain_greedy(model: Any, tokenizer: Any, max_new_tokens: int, stop_ids: Seq
     """
     from transformers import GenerationConfig
 
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = _inner(model)
     holders = [m for m in {id(m): m for m in (model, inner)}.values() if "generation_config" in vars(m)]
     own = [m.generation_config for m in holders]
-    start = getattr(inner.generation_config, "decoder_start_token_id", None)
     plain = GenerationConfig(
         do_sample=False,
         num_beams=1,
         use_cache=True,
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=list(stop_ids),
+        eos_token_id=tokenizer.eos_token_id if stop_ids is None else list(stop_ids),
         bos_token_id=tokenizer.bos_token_id,
-        decoder_start_token_id=start
-        if start is not None
-        else getattr(inner.config, "decoder_start_token_id", None),
+        decoder_start_token_id=decoder_start(model),
     )
     try:
         for holder in holders:
@@ -77,7 +88,6 @@ def _until(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
     return ids[:end]
 
 
-@torch.no_grad()
 def generate(
     model: Any,
     tokenizer: Any,
@@ -89,10 +99,7 @@ def generate(
     kept_ids: Collection[int] = (),
     progress: Progress | None = None,
 ) -> list[str]:
-    """Greedy answers, in the order of `rows`.
-
-    The key-value cache is used, nothing is sampled, and the model's own generation settings (sampling,
-    penalties) are put aside: the same weights always give the same answers.
+    """The texts of `greedy`'s answers, in the order of `rows`.
 
     Parameters
     ----------
@@ -103,12 +110,42 @@ def generate(
     kept_ids : collection of int
         Special tokens that are part of an answer. All others are left out.
     """
-    encoder_decoder = is_encoder_decoder(model)
     stop_ids = [tokenizer.eos_token_id] if stop_ids is None else list(stop_ids)
     dropped = {*tokenizer.all_special_ids, *stop_ids} - {*kept_ids}
+    answers = greedy(
+        model,
+        tokenizer,
+        rows,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        stop_ids=stop_ids,
+        progress=progress,
+    )
+    said = ([token for token in _until(ids, stop_ids) if token not in dropped] for ids in answers)
+    return [tokenizer.decode(ids, skip_special_tokens=False).strip() for ids in said]
+
+
+@torch.no_grad()
+def greedy(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Encoded],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    stop_ids: Sequence[int] | None = None,
+    progress: Progress | None = None,
+) -> list[list[int]]:
+    """Greedy answers as token ids, in the order of `rows`; what follows an end token is padding.
+
+    The key-value cache is used, nothing is sampled, and the model's own generation settings (sampling,
+    penalties) are put aside: the same weights always give the same answers. `max_new_tokens` and
+    `stop_ids` are those of `generate`.
+    """
+    encoder_decoder = is_encoder_decoder(model)
     longest = max((len(row.prompt_ids) for row in rows), default=0)
     max_new_tokens = room_for_answers(model, longest, max_new_tokens)
-    answers = [""] * len(rows)
+    answers: list[list[int]] = [[] for _ in rows]
     model.eval()
     done = 0
     for indices in _by_length(rows, batch_size):
@@ -116,17 +153,32 @@ def generate(
             [rows[i] for i in indices], tokenizer.pad_token_id, encoder_decoder=encoder_decoder
         )
         batch.pop("position_ids", None)  # generate() derives them from the mask
-        batch = _for_model(model, batch)
-        with _plain_greedy(model, tokenizer, max_new_tokens, stop_ids):
+        batch = for_model(model, batch)
+        with plain_greedy(model, tokenizer, max_new_tokens, stop_ids):
             output = model.generate(**batch)
         start = 0 if encoder_decoder else batch["input_ids"].shape[1]
         for index, ids in zip(indices, output[:, start:].tolist(), strict=True):
-            said = [token for token in _until(ids, stop_ids) if token not in dropped]
-            answers[index] = tokenizer.decode(said, skip_special_tokens=False).strip()
+            answers[index] = ids
         done += len(indices)
         if progress is not None:
             progress(done, len(rows))
     return answers
+
+
+@torch.no_grad()
+def log_likelihoods(model: Any, tokenizer: Any, rows: Sequence[Encoded]) -> Tensor:
+    """Log-likelihood of each row's answer given its prompt, summed over its tokens, in one batch -> (S,)."""
+    encoder_decoder = is_encoder_decoder(model)
+    batch = collate(rows, tokenizer.pad_token_id, encoder_decoder=encoder_decoder)
+    batch = for_model(model, batch)
+    labels = batch["labels"]
+    # without them no loss is computed; prompts that an input finds need them to tell it from the answer
+    labelled = encoder_decoder or getattr(model, "reads_labels", False)
+    inputs = batch if labelled else {k: v for k, v in batch.items() if k != "labels"}
+    logits = model(**inputs).logits
+    if not encoder_decoder:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    return -F.cross_entropy(logits.transpose(1, 2).float(), labels, reduction="none").sum(1)
 
 
 @torch.no_grad()
@@ -146,23 +198,12 @@ def rank_options(
     options : sequence of (text, token ids)
         The token ids are those of the whole completion, end token included.
     """
-    encoder_decoder = is_encoder_decoder(model)
     answers = [""] * len(rows)
     model.eval()
     done = 0
     for indices in _by_length(rows, max(1, batch_size // len(options))):
         pairs = [Encoded(rows[i].prompt_ids, ids, 0) for i in indices for _, ids in options]
-        batch = collate(pairs, tokenizer.pad_token_id, encoder_decoder=encoder_decoder)
-        batch = _for_model(model, batch)
-        labels = batch["labels"]
-        # without them no loss is computed; prompts that an input finds need them to tell it from the answer
-        labelled = encoder_decoder or getattr(model, "reads_labels", False)
-        inputs = batch if labelled else {k: v for k, v in batch.items() if k != "labels"}
-        logits = model(**inputs).logits
-        if not encoder_decoder:
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        token_loss = F.cross_entropy(logits.transpose(1, 2).float(), labels, reduction="none")
-        score_NO = -token_loss.sum(1).view(len(indices), len(options))
+        score_NO = log_likelihoods(model, tokenizer, pairs).view(len(indices), len(options))
         for index, best in zip(indices, score_NO.argmax(1).tolist(), strict=True):
             answers[index] = options[best][0]
         done += len(indices)

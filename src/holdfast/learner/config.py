@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, model_validator
@@ -32,28 +32,41 @@ class LearnerConfig(Options):
     training: TrainingOptions = Field(default_factory=TrainingOptions)
     strategy: StrategyOptions
     replay: RehearsalOptions | None = Field(
-        None, description="mix kept examples of earlier tasks into what the strategy trains on"
+        None,
+        description="mix examples of earlier tasks, kept or written by the model, into what the strategy "
+        "trains on",
     )
     evaluation: EvaluationOptions = Field(default_factory=EvaluationOptions)
 
     @model_validator(mode="after")
     def _one_memory(self) -> LearnerConfig:
-        if self.replay is not None and self._strategy_rehearses:
+        if self.replay is not None and _memory_of(self.strategy) != "none":
             raise ValueError(
                 f"`replay:` doesn't combine with `strategy: {self.strategy.name}`, which sees examples of "
                 "earlier tasks by itself; leave out one of the two"
             )
         return self
 
+    @model_validator(mode="after")
+    def _whole_samples(self) -> LearnerConfig:
+        order = getattr(getattr(self.strategy, "sensitivity", None), "order", None)
+        weight = self.training.lm_weight
+        if order == "second" and (weight or (weight is None and self.memory == "generated")):
+            raise ValueError(
+                "`sensitivity: second` takes gradients of single samples' answers apart, and prompts are "
+                "learned beside them (training.lm_weight); take `first` or `second-batch`, or lm_weight 0"
+            )
+        return self
+
     @property
-    def _strategy_rehearses(self) -> bool:
-        options: Any = self.strategy
-        return getattr(options, "memory", None) is not None or not STRATEGIES[options.name].rehearsal_free
+    def memory(self) -> Literal["none", "kept", "generated"]:
+        """What is trained on for earlier tasks' sake: nothing, examples of theirs, or the model's own."""
+        return _memory_of(self.strategy if self.replay is None else self.replay)
 
     @property
     def rehearses(self) -> bool:
         """Whether examples of earlier tasks are trained on again."""
-        return self.replay is not None or self._strategy_rehearses
+        return self.memory == "kept"
 
     @property
     def method(self) -> str:
@@ -68,6 +81,8 @@ class LearnerConfig(Options):
             parts.append(options.control)
         if self.replay is not None:
             parts.append("replay")
+        if self.memory == "generated":
+            parts[-1 if self.replay is not None else len(parts) :] = ["generated memory"]
         return " · ".join(parts)
 
 
@@ -87,3 +102,12 @@ def recorded_config(path: Path, sections: Mapping[str, Any]) -> LearnerConfig:
     except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError) as error:
         raise RunDirectoryError(f"{path / CONFIG}: can't be read ({error}).") from error
     return validate(LearnerConfig, {**values, **sections}, str(path / CONFIG))
+
+
+def _memory_of(options: Any) -> Literal["none", "kept", "generated"]:
+    """Of a strategy's options, or of a ``replay:`` section."""
+    memory = getattr(options, "memory", None)
+    if memory is not None:
+        return "generated" if memory.generated else "kept"
+    name = getattr(options, "name", None)
+    return "none" if name is None or STRATEGIES[name].rehearsal_free else "kept"

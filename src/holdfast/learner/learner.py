@@ -22,6 +22,7 @@ from holdfast.environment import describe_environment
 from holdfast.errors import ConfigError, DataError, HoldfastError, ModelError, RunDirectoryError
 from holdfast.evaluation.evaluate import EncodedTask, EvaluationOptions, encode_task, evaluate_encoded
 from holdfast.evaluation.predictions import file_safe, write_predictions
+from holdfast.evaluation.writing import write_rows
 from holdfast.folder import LOCK, PARTIAL, Folder
 from holdfast.learner.config import CONFIG, STAGES, LearnerConfig, recorded_config
 from holdfast.learner.known import read_about, read_task, write_task
@@ -34,7 +35,8 @@ from holdfast.records import StageMetrics
 from holdfast.storage import write_json, write_tensors, write_text
 from holdfast.strategies import Context, Stage, build_strategy
 from holdfast.tasks import Encoder, as_examples, toy_tokenizer
-from holdfast.tasks.memory import Rehearsal
+from holdfast.tasks.memory import MemoryOptions, Rehearsal, WritingOptions
+from holdfast.tasks.opening import opening_of
 from holdfast.tasks.task import Example, MetricName, Task
 from holdfast.training.loop import save_record, train
 from holdfast.training.verbs import Verbs
@@ -135,6 +137,7 @@ class Learner:
             folder=self.folder.path,
             base_model=base_model or self._base_model,
             fit=self._fit_aside,
+            write=self._write,
         )
         self.strategy.prepare(self.context)
         self.learned: list[str] = []
@@ -352,6 +355,8 @@ class Learner:
             self.context.folder = folder
             started = time.perf_counter()
             self.strategy.begin(self.context, stage)
+            for task in stage.tasks if self.config.memory == "generated" else ():
+                opening_of(task.train, self.encoder, task.name)  # what can't be written isn't trained
             examples = self.strategy.examples(self.context, stage)
             if self.replay is not None:
                 examples = self.replay.mixed(examples, self.config.seed)
@@ -373,7 +378,7 @@ class Learner:
             torch.manual_seed(learning.seed)  # a resumed training leaves the generator elsewhere
             self.strategy.end(self.context, stage)
             if self.replay is not None:
-                self.replay.learned(stage.tasks, self.config.seed)
+                self.replay.learned(stage.tasks, self.config.seed, self._write)
             seconds["prior"] = time.perf_counter() - started
             started = time.perf_counter()
             scores = self.evaluate(tested, folder, f"after {stage.name}")
@@ -549,6 +554,24 @@ class Learner:
                 "function that makes a fresh copy of it."
             )
         return load_model(self.config.model, self.config.seed, toy_tokenizer)[0].to(self.model.device)
+
+    def _write(self, task: Task, options: MemoryOptions) -> list[Example]:
+        """Rows that the model writes of a task it has just learned, kept as text in the stage's folder."""
+        with self.progress.bar(f"write rows of {task.name}", total=options.written) as bar:
+            written = write_rows(
+                self.route(task.name),
+                self.encoder,
+                opening_of(task.train, self.encoder, task.name),
+                options.writing or WritingOptions(),
+                count=options.written,
+                seed=f"{self.config.seed} {task.name}",
+                known=task.train,
+                batch_size=self.config.evaluation.batch_size,
+                progress=bar,
+            )
+        written.save(self.context.folder)
+        self.progress.say(f"  memory of {task.name}: {written.said()}")
+        return written.rows
 
     def _fit_aside(
         self,

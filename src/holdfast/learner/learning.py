@@ -19,6 +19,8 @@ from holdfast.tasks.encode import Encoded
 from holdfast.tasks.task import Example
 from holdfast.training.bridge import bridged, is_trl
 from holdfast.training.loop import Collator, Rows, train
+from holdfast.training.options import TrainingOptions
+from holdfast.training.prompt_loss import PromptLoss
 from holdfast.training.steps import Steps, TrainingRecord
 from holdfast.training.verbs import Batch
 
@@ -41,6 +43,8 @@ class Learning:
         What is trained on: the task's rows, and what the strategy adds to them.
     folder : Path
         Where the task's artefacts go.
+    options : TrainingOptions
+        The learner's, with the weight of the loss on prompts that is right for this task's rows.
     """
 
     def __init__(
@@ -50,6 +54,9 @@ class Learning:
         self.record = TrainingRecord(trained=trained_numbers(learner.model))
         self.seed = learner.config.seed * 1000 + stage.index + 1  # its own, so a resumed one draws the same
         self.trained = False
+        self.options = _with_lm_weight(learner, stage)
+        self.record.lm_weight = self.options.lm_weight or 0.0
+        self.prompt_loss = PromptLoss.of(self.options, learner.tokenizer)
         self._description = description
         self._handles: list[Handle] = []
         self._steps: list[Steps] = []
@@ -93,7 +100,7 @@ class Learning:
         self.record = train(
             learner.model,
             self.rows,
-            learner.config.training,
+            self.options,
             tokenizer=learner.tokenizer,
             folder=self.folder / "checkpoints",
             seed=self.seed,
@@ -140,7 +147,9 @@ class Learning:
                     "stage.trainer: a data_collator belongs to a train_dataset. Give both, or leave out both."
                 )
             arguments = {**arguments, **self._data(cls)}
-        elif learner.config.rehearses and arguments["train_dataset"] is not self.__dict__.get("dataset"):
+        elif learner.config.memory != "none" and arguments["train_dataset"] is not self.__dict__.get(
+            "dataset"
+        ):
             raise ConfigError(
                 f"stage.trainer: strategy '{learner.config.strategy.name}' replays rows of earlier tasks, "
                 "which this train_dataset lacks. Leave train_dataset out, or give stage.dataset."
@@ -151,6 +160,7 @@ class Learning:
         callbacks = [*(arguments.pop("callbacks", None) or ()), steps]
         trainer = bridged(cls, own_loss=ours)(model=learner.model, callbacks=callbacks, **arguments)
         trainer.verbs = learner.strategy
+        trainer.prompt_loss = self.prompt_loss
         trainer.bad_batch = Path(trainer.args.output_dir) / "bad_batch.safetensors"
         if ours:
             trainer.model_accepts_loss_kwargs = True
@@ -184,7 +194,12 @@ class Learning:
         self.learner.strategy.watch(self.learner.model, batch)
 
     def loss(self, batch: Batch, outputs: Any, loss: Tensor) -> Tensor:
-        """The loss to go backward from: the one given, or what the strategy makes of it."""
+        """The loss to go backward from: the one given, or what the strategy makes of it.
+
+        Where prompts are learned too (``training.lm_weight``), their loss is added.
+        """
+        if self.prompt_loss is not None:
+            loss = loss + self.prompt_loss(self.learner.model, batch, outputs)
         return self.learner.strategy.loss(self.learner.model, batch, outputs, loss)
 
     def before_step(self, scale: float = 1.0) -> None:
@@ -205,3 +220,13 @@ class Learning:
         for steps in self._steps:
             steps.release()
             self.trained |= steps.attached
+
+
+def _with_lm_weight(learner: Learner, stage: Stage) -> TrainingOptions:
+    """LAMOL's weight for text that the model is to write later; a chat model writes user turns unlearned."""
+    options = learner.config.training
+    if options.lm_weight is not None:
+        return options
+    text = any(isinstance(row.prompt, str) for task in stage.tasks for row in task.train)
+    weight = 0.25 if text and learner.config.memory == "generated" else 0.0
+    return options.model_copy(update={"lm_weight": weight})

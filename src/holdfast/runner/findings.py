@@ -23,7 +23,7 @@ from holdfast.runner.directory import RunDirectory
 from holdfast.runner.table import Rows
 from holdfast.strategies import Strategy, build_strategy
 from holdfast.tasks import Encoder, inspect_stream, toy_tokenizer
-from holdfast.tasks.memory import Rehearsal
+from holdfast.tasks.memory import Rehearsal, stand_in
 from holdfast.tasks.task import Example, TaskStream
 from holdfast.training.options import TrainingOptions
 
@@ -187,5 +187,5 @@ def _rows(config: RunConfig, stream: TaskStream, strategy: Strategy) -> Iterator
         examples: Sequence[Example] = [example for task in stage.tasks for example in task.train]
         if rehearsal is not None:
             examples = rehearsal.mixed(examples, config.seed)
-            rehearsal.learned(stage.tasks, config.seed)
+            rehearsal.learned(stage.tasks, config.seed, stand_in)
         yield len(examples)

@@ -134,6 +134,7 @@ class _Run:
         metrics["parameters"] = sum(p.numel() for p in learner.model.parameters())
         metrics["knows_task"] = learner.strategy.needs_task_identity
         metrics["rehearses"] = self.config.rehearses
+        metrics["memory"] = self.config.memory
         first = TrainingLog.read(self.directory.path / self.names[0] / "training.json")
         metrics["trainable"] = first.trained  # none in a run of an earlier version
         RunMetrics(**metrics).write(self.directory.path / "metrics.json")

@@ -10,6 +10,7 @@ from typing import Any
 from holdfast.importance import ImportancePrior, compute_prior
 from holdfast.progress import Progress
 from holdfast.tasks.encode import Encoder
+from holdfast.tasks.memory import Write
 from holdfast.tasks.task import Task
 
 
@@ -51,6 +52,9 @@ class Context:
     fit : callable
         ``(model, examples, name, verbs=None, epochs=None) -> None``: another training, with the learner's
         options. It is not resumed by itself: a killed stage goes through its `end` again.
+    write : callable
+        ``(task, options) -> examples``: rows that the model, as it stands, writes of a task which it has just
+        learned (`holdfast.tasks.memory.Memory.add` takes it); they are kept as text in `folder` too.
     """
 
     model: Any
@@ -61,6 +65,7 @@ class Context:
     folder: Path
     base_model: Callable[[], Any]
     fit: Callable[..., None]
+    write: Write
 
     def importance(self, task: Task, options: Any, model: Any = None) -> ImportancePrior:
         """The prior of a model (by default the run's) for a task, saved in ``<folder>/prior``."""

@@ -44,8 +44,8 @@ class Replay(Strategy):
         return self.rehearsal.mixed(super().examples(context, stage), context.seed)
 
     def end(self, context: Context, stage: Stage) -> None:
-        """Keep a few rows of what was learned."""
-        self.rehearsal.learned(stage.tasks, context.seed)
+        """Keep a few rows of what was learned, or let the model write some."""
+        self.rehearsal.learned(stage.tasks, context.seed, context.write)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The memory."""

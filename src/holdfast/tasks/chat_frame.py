@@ -21,7 +21,7 @@ class ChatFrame:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, text: UserText) -> None:
         self.tokenizer: Any = tokenizer
-        self.text = text
+        self.user_text = text
         self._end: list[int] | None = None
 
     def prompt_ids(self, turns: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -33,7 +33,7 @@ class ChatFrame:
             There is no template, it refuses the messages, or it leaves a part of them out.
         """
         hidden: list[str] = []
-        shown = [{**turn, "content": self.text.hide(turn["content"], hidden)} for turn in turns]
+        shown = [{**turn, "content": self.user_text.hide(turn["content"], hidden)} for turn in turns]
         rendered = self._render(shown, tools, add_generation_prompt=True)
         missing = [
             f"the {turn['role']}'s message"
@@ -44,21 +44,25 @@ class ChatFrame:
         for what, items in (("tool call", calls), ("tool", tools)):
             names = [item.get("function", item).get("name", "") for item in items]
             missing += [f"the {what} '{name}'" for name in names if str(name) not in rendered]
-        if missing or rendered.count(self.text.stand_in) != len(hidden):
+        if missing or rendered.count(self.user_text.stand_in) != len(hidden):
             what = missing[0] if missing else "a part of a message"
             raise DataError(
                 f"the tokenizer's chat template leaves out {what}. Use a model whose template shows it, or "
                 "write it into a user's message."
             )
-        return self.text.ids_with_hidden(rendered, hidden)
+        return self.user_text.ids_with_hidden(rendered, hidden)
+
+    def text(self, turns: Sequence[Message]) -> str:
+        """A chat up to where the assistant answers, rendered."""
+        return self._render(turns, (), add_generation_prompt=True)
 
     def end_ids(self) -> list[int]:
         """The tokens behind an answer, up to the special one that ends the turn; none if there is none."""
         if self._end is None:
             turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _ANSWER}]
             rendered = self._render(turns, (), add_generation_prompt=False)
-            ids = self.text.framed_ids(rendered.rpartition(_ANSWER)[2])
-            special = {self.tokenizer.convert_tokens_to_ids(token) for token in self.text.control}
+            ids = self.user_text.framed_ids(rendered.rpartition(_ANSWER)[2])
+            special = {self.tokenizer.convert_tokens_to_ids(token) for token in self.user_text.control}
             last = next((i for i, token in enumerate(ids) if token in special), -1)
             self._end = ids[: last + 1]
         return self._end

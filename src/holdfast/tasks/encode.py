@@ -168,19 +168,58 @@ class Encoder:
                 raise DataError(f"row {number}: {error}") from error
         return rows
 
+    def frame(self, prompt: str | Sequence[Message]) -> tuple[list[int], list[int]]:
+        """The tokens around the text of a prompt, before it and behind it.
+
+        Of chat messages: around the text of their first user turn, where no other turn follows it.
+        """
+        if isinstance(prompt, str):
+            return self._prompt_frame
+        before = before_user(prompt)
+        mark = "\N{SYMBOL FOR SUBSTITUTE FORM TWO}"
+        ends = self._chats.text([*before, {"role": "user", "content": mark}]).split(mark)
+        return self.text.framed_ids(ends[0]), self.text.framed_ids(ends[-1])
+
+    def text_ids(self, prompt: str | Sequence[Message]) -> list[int]:
+        """The tokens of a prompt's text (of chat messages: of the first user turn's), cut as in a row."""
+        if isinstance(prompt, str):
+            return self._kept(prompt)[0]
+        turn = prompt[len(before_user(prompt))]
+        return self.text.ids(turn["content"])[: self.template.max_prompt_tokens]
+
+    @property
+    def completion_frame_size(self) -> int:
+        """How many tokens the frame of an answer has, such as its end token."""
+        return sum(len(part) for part in self._completion_frame)
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """The text of tokens, without special ones and otherwise to the letter."""
+        return str(
+            self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )
+
+    def answer_of(self, ids: Sequence[int]) -> str:
+        """The answer in tokens that a model wrote, without its frame."""
+        before, after = (self.text_of(part) for part in self._completion_frame)
+        return self.text_of(ids).removeprefix(before).removesuffix(after)
+
     def _frame(self, frame: str, placeholder: str) -> tuple[list[int], list[int]]:
         for name in ("bos", "eos"):
             frame = frame.replace(f"{{{name}}}", getattr(self.tokenizer, f"{name}_token") or "")
         before, after = frame.split(placeholder)
         return self.text.framed_ids(before), self.text.framed_ids(after)
 
-    def _text(self, text: str) -> tuple[list[int], int]:
+    def _kept(self, text: str) -> tuple[list[int], int]:
         if self.template.strip:
             text = text.rstrip().removesuffix(self.template.strip).rstrip()
         ids, limit = self.text.ids(text), self.template.max_prompt_tokens
         kept = ids[:limit] if self.template.keep == "first" else ids[-limit:]
+        return kept, len(ids) - len(kept)
+
+    def _text(self, text: str) -> tuple[list[int], int]:
+        kept, cut = self._kept(text)
         before, after = self._prompt_frame
-        return [*before, *kept, *after], len(ids) - len(kept)
+        return [*before, *kept, *after], cut
 
     def _chat(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> tuple[list[int], int]:
         """Render messages by the chat template, after cutting the longest until their texts fit."""
@@ -199,6 +238,20 @@ class Encoder:
         ids = self.text.ids(text)
         kept = ids[:tokens] if self.template.keep == "first" else ids[len(ids) - tokens :]
         return str(self.tokenizer.decode(kept, skip_special_tokens=False))
+
+
+def before_user(messages: Sequence[Message]) -> list[Message]:
+    """The turns before the first of a user's, such as a system message.
+
+    Raises
+    ------
+    DataError
+        There is no turn of a user.
+    """
+    for i, message in enumerate(messages):
+        if message["role"] == "user":
+            return list(messages[:i])
+    raise DataError(f"the chat messages {_start_of(messages)} have no turn of a user.")
 
 
 def _start_of(prompt: object) -> str:

@@ -1,9 +1,9 @@
-"""Replay memory: the examples of earlier tasks that a rehearsal method keeps, and how they are mixed in."""
+"""Replay memory: examples of earlier tasks, kept or written by the model, and how they are mixed in."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -12,23 +12,62 @@ from holdfast.config import Options
 from holdfast.tasks.task import Example, Task, TaskStream
 
 
+class WritingOptions(Options):
+    """How the model writes rows of its own, and which of them are left out."""
+
+    temperature: float = Field(1.0, gt=0, description="of the prompts; answers are always greedy")
+    top_p: float = Field(
+        0.95, gt=0, le=1, description="prompts are drawn from the likeliest tokens up to this"
+    )
+    unsure: float | None = Field(
+        None, lt=0, description="leave out rows whose answer has a lower mean log-probability a token"
+    )
+    tries: int = Field(
+        4, ge=1, description="write at most so many rows for each one asked for, where some are left out"
+    )
+
+
 class MemoryOptions(Options):
-    """How many examples are kept, and which."""
+    """How many examples a memory has, and which; ``generated`` stands for ``{sampling: generated}``."""
 
     fraction: float | None = Field(
         None, gt=0, le=1, description="balanced only: share of each task's rows (default 0.02, K, section VI)"
     )
     count: int | None = Field(
-        None, ge=1, description="rows instead of a share: of each task (balanced) or in all (reservoir)"
+        None,
+        ge=1,
+        description="rows instead of a share: of each task (balanced, generated: 100) or in all (reservoir)",
     )
-    sampling: Literal["balanced", "reservoir"] = Field(
+    sampling: Literal["balanced", "reservoir", "generated"] = Field(
         "balanced",
         description="balanced: a draw of each task by itself; reservoir: one buffer of fixed size, in which "
-        "every row seen so far is equally likely",
+        "every row seen so far is equally likely; generated: no row is kept, the model writes its own",
     )
+    writing: WritingOptions | None = Field(None, description="generated only: how rows are written")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_sampling(cls, value: Any) -> Any:
+        return {"sampling": value} if isinstance(value, str) else value
+
+    @property
+    def generated(self) -> bool:
+        """Whether the model writes the rows itself."""
+        return self.sampling == "generated"
+
+    @property
+    def written(self) -> int:
+        """Generated only: rows of each task."""
+        return self.count or 100
 
     @model_validator(mode="after")
     def _one_size(self) -> MemoryOptions:
+        if self.generated and self.fraction is not None:
+            raise ValueError(
+                "`fraction` doesn't apply to `sampling: generated`; give `count`, rows of each task"
+            )
+        if not self.generated and self.writing is not None:
+            raise ValueError("`writing` applies to `sampling: generated` only")
         if self.fraction is not None and self.count is not None:
             raise ValueError("give one of `fraction` and `count`")
         if self.sampling == "reservoir" and self.count is None:
@@ -40,7 +79,25 @@ class RehearsalOptions(Options):
     """Train on a few examples of earlier tasks beside the new ones."""
 
     memory: MemoryOptions = Field(default_factory=MemoryOptions)
-    ratio: float = Field(0.2, gt=0, lt=1, description="share of a later task's training rows that are old")
+    ratio: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="share of a later task's training rows that are old (0.2; of generated ones 0.4)",
+    )
+
+    @property
+    def share(self) -> float:
+        """`ratio`, or what it is where nobody says."""
+        return self.ratio or (0.4 if self.memory.generated else 0.2)
+
+
+Write = Callable[[Task, MemoryOptions], Sequence[Example]]  # what the model writes of a task it has learned
+
+
+def stand_in(task: Task, options: MemoryOptions) -> list[Example]:
+    """In place of `Write` where only the number of rows counts."""
+    return [Example("", "")] * options.written
 
 
 def sizes_before(options: MemoryOptions, stream: TaskStream) -> list[int]:
@@ -48,12 +105,12 @@ def sizes_before(options: MemoryOptions, stream: TaskStream) -> list[int]:
     memory, sizes = Memory(options), []
     for task in stream:
         sizes.append(len(memory))
-        memory.add(task, seed=0)
+        memory.add(task, 0, stand_in)
     return sizes
 
 
 class Memory:
-    """Examples of the tasks learned so far; it holds copies and never looks at an earlier task again.
+    """Examples for the tasks learned so far; it holds copies and never looks at an earlier task again.
 
     Parameters
     ----------
@@ -73,11 +130,23 @@ class Memory:
         """The examples alone, in the order they came in."""
         return [example for _, example in self.rows]
 
-    def add(self, task: Task, seed: int) -> None:
-        """Take in a task that has just been learned; a run's seed leaves the same rows every time."""
+    def add(self, task: Task, seed: int, write: Write | None = None) -> None:
+        """Take in a task that has just been learned; a run's seed leaves the same rows every time.
+
+        Parameters
+        ----------
+        write : callable, optional
+            Asks the model for rows of its own; a generated memory takes these, and none of the task's.
+        """
         draw = random.Random(f"memory {seed} {self._tasks}")
         self._tasks += 1
-        options, rows = self.options, len(task.train)
+        options = self.options
+        if options.generated:
+            if write is None:
+                raise ValueError("a generated memory needs `write`")
+            self.rows += [(task.name, row) for row in write(task, options)]
+            return
+        rows = len(task.train)
         if options.sampling == "reservoir":
             self._fill(task, draw, options.count or 0)
             return
@@ -129,13 +198,13 @@ class Rehearsal:
     """
 
     def __init__(self, options: RehearsalOptions) -> None:
-        self.ratio, self.memory = options.ratio, Memory(options.memory)
+        self.ratio, self.memory = options.share, Memory(options.memory)
 
     def mixed(self, new: Sequence[Example], seed: int) -> list[Example]:
         """What a stage trains on: its own rows, and old ones once a task has been learned."""
         return self.memory.mixed_with(new, self.ratio, seed)
 
-    def learned(self, tasks: Sequence[Task], seed: int) -> None:
-        """Take in the tasks of a stage that has just been trained."""
+    def learned(self, tasks: Sequence[Task], seed: int, write: Write | None = None) -> None:
+        """Take in the tasks of a stage that has just been trained; `write` as of `Memory.add`."""
         for task in tasks:
-            self.memory.add(task, seed)
+            self.memory.add(task, seed, write)

@@ -14,6 +14,7 @@ from transformers import Trainer
 from holdfast.errors import TrainingDivergedError
 from holdfast.models import accepts, is_encoder_decoder
 from holdfast.storage import write_tensors
+from holdfast.training.prompt_loss import PromptLoss
 from holdfast.training.steps import OBSERVED
 from holdfast.training.verbs import Verbs, has, model_inputs
 
@@ -47,6 +48,8 @@ class Bridge:
     without_logits : bool
         Whether the trainer's loss makes no logits, or none with a gradient (TRL's): a method that looks at
         them gets a forward pass of its own.
+    prompt_loss : PromptLoss, optional
+        Added to either.
     bad_batch : Path
         Where the batch goes that made the loss infinite.
     """
@@ -54,6 +57,7 @@ class Bridge:
     verbs: Verbs
     own_loss: bool = True
     without_logits: bool = False
+    prompt_loss: PromptLoss | None = None
     bad_batch: Path
 
     def compute_loss(
@@ -64,18 +68,21 @@ class Bridge:
         if self.own_loss:
             loss, outputs = self._completion_loss(model, model_inputs(batch), num_items_in_batch)
         else:
-            wanted = return_outputs or (own and not self.without_logits)
+            looks = own or self.prompt_loss is not None
+            wanted = return_outputs or (looks and not self.without_logits)
             result = super().compute_loss(  # type: ignore[misc]
                 model, model_inputs(batch), return_outputs=wanted, num_items_in_batch=num_items_in_batch
             )
             loss, outputs = result if wanted else (result, None)
-            if own and self.without_logits:
+            if looks and self.without_logits:
                 inputs = {k: v for k, v in model_inputs(batch).items() if k != "labels"}
                 outputs = model(**inputs, use_cache=False)
+        # the trainer's loss may be this micro-batch's part of the step's; others are of a whole one
+        part = self.model_accepts_loss_kwargs and num_items_in_batch is not None  # type: ignore[attr-defined]
+        parts = self.current_gradient_accumulation_steps if part else 1  # type: ignore[attr-defined]
+        if self.prompt_loss is not None:
+            loss = loss + self.prompt_loss(model, batch, outputs) / parts
         if own:
-            # the trainer's loss may be this micro-batch's part of the step's; a method sees a whole one
-            part = self.model_accepts_loss_kwargs and num_items_in_batch is not None  # type: ignore[attr-defined]
-            parts = self.current_gradient_accumulation_steps if part else 1  # type: ignore[attr-defined]
             loss = verbs.loss(model, batch, outputs, loss * parts) / parts
         if not torch.isfinite(loss):
             self._stop_diverged(float(loss.detach()), batch)
@@ -105,9 +112,10 @@ class Bridge:
                 logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1), reduction="sum"
             )
             return total / (count if count is not None else (labels != -100).sum().clamp(min=1)), outputs
-        # rows are padded on the left, so completions end the row: logits before them are never needed
-        keep = int((labels != -100).any(0).float().argmax())
-        keep = labels.shape[1] - max(keep - 1, 0)
+        keep = labels.shape[1]
+        if self.prompt_loss is None:
+            # rows are padded on the left, so completions end the row: logits before them are never needed
+            keep -= max(int((labels != -100).any(0).float().argmax()) - 1, 0)
         extra = {"logits_to_keep": keep} if accepts(model, "logits_to_keep") else {}
         outputs = model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False, **extra)
         return completion_loss(outputs.logits[:, -keep:], labels[:, -keep:], count), outputs

@@ -21,6 +21,7 @@ from holdfast.tasks.encode import Encoded, collate
 from holdfast.training.bridge import bridged
 from holdfast.training.checkpoints import latest_checkpoint
 from holdfast.training.options import TrainingOptions
+from holdfast.training.prompt_loss import PromptLoss
 from holdfast.training.steps import Steps, TrainingRecord
 from holdfast.training.verbs import ROWS, Verbs
 
@@ -80,7 +81,7 @@ def train(
     model : nn.Module
         Trained in place; weights whose ``requires_grad`` is off stay.
     rows : sequence of Encoded
-        Prompts and completions; the loss is on completions only.
+        Prompts and completions; the loss is on completions, and with ``lm_weight`` on prompts too.
     folder : Path
         Where checkpoints go. A killed training that is started again with the same arguments ends with
         the same weights, bit for bit, on the same machine.
@@ -104,7 +105,7 @@ def train(
         )
     set_seed(seed)
     progress = progress or Progress(quiet=True)
-    record = TrainingRecord(trained=trained_numbers(model))
+    record = TrainingRecord(trained=trained_numbers(model), lm_weight=options.lm_weight or 0.0)
     started = time.perf_counter()
     arguments = _arguments(options, folder, seed, encoder_decoder)
     sft = options.trainer == "sft"
@@ -125,6 +126,7 @@ def train(
             callbacks=[steps],
         )
         trainer.verbs = steps.verbs
+        trainer.prompt_loss = PromptLoss.of(options, tokenizer)
         trainer.bad_batch = folder.parent / "bad_batch.safetensors"
         if trainer.own_loss:
             trainer.model_accepts_loss_kwargs = True  # our loss divides by the step's token count itself

@@ -19,6 +19,13 @@ class TrainingOptions(Options):
     )
     batch_size: int = Field(16, ge=1)
     gradient_accumulation: int = Field(1, ge=1)
+    lm_weight: float | None = Field(
+        None,
+        ge=0,
+        description="weight of the loss on prompts, beside that on answers (LAMOL's lambda): by it a model "
+        "learns to write prompts itself. None: 0.25 where a generated memory is to be written of prompts "
+        "that are text, otherwise 0",
+    )
     learning_rate: float = Field(1e-3, gt=0)
     scheduler: Literal["linear", "constant", "cosine", "constant_with_warmup"] = "linear"
     warmup_steps: int = Field(0, ge=0)

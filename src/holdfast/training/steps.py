@@ -23,6 +23,7 @@ class TrainingRecord:
 
     steps: int = 0
     seconds: float = 0.0
+    lm_weight: float = 0.0  # of the loss on prompts
     trained: int = 0  # numbers with a gradient, earlier ranks of a grown LoRA among them
     loss: list[list[float]] = field(default_factory=list)
     learning_rate: list[list[float]] = field(default_factory=list)

@@ -96,7 +96,7 @@ class Kif(Strategy):
         if self.memory is not None:
             if len(self.memory):
                 self._replay(context, stage, scores, self.memory.examples)
-            self.memory.add(stage.tasks[0], context.seed)
+            self.memory.add(stage.tasks[0], context.seed, context.write)
         self.accumulated = scores if before is None else accumulated(before, scores, self.options.beta)
         total = None if before is None else self.accumulated
         write_units(context.folder / "units.json", self.options.units, self.units, scores, total)

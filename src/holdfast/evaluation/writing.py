@@ -1,0 +1,302 @@
+"""Rows that a model writes itself: prompts drawn from an opening, answered greedily, and filtered."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, StoppingCriteria
+
+from holdfast.evaluation.answers import (
+    Progress,
+    decoder_start,
+    for_model,
+    greedy,
+    log_likelihoods,
+    plain_greedy,
+)
+from holdfast.storage import write_json, write_text
+from holdfast.tasks.encode import Encoded, Encoder, collate_prompts
+from holdfast.tasks.memory import WritingOptions
+from holdfast.tasks.opening import Opening
+from holdfast.tasks.task import Example
+
+ROWS = "memory.jsonl"
+RECORD = "memory.json"
+
+
+@dataclass
+class Written:
+    """Rows that a model wrote, and what became of those that it also wrote.
+
+    Attributes
+    ----------
+    asked, written : int
+        How many rows were wanted, and how many were written for them.
+    empty : int
+        Left out: no text behind what all prompts of the task begin with, or no answer.
+    unfinished : int
+        Left out: a prompt without its closing, or an answer without an end token.
+    repeated, copied : int
+        Left out: the prompt of another row of these, or of a row that the task was learned from.
+    unsure : int
+        Left out: answers below the mean log-probability that the options ask for.
+    opening, closing : str
+        What the model was given to go on from, and what ended a prompt.
+    """
+
+    asked: int
+    opening: str = ""
+    closing: str = ""
+    written: int = 0
+    empty: int = 0
+    unfinished: int = 0
+    repeated: int = 0
+    copied: int = 0
+    unsure: int = 0
+    rows: list[Example] = field(default_factory=list, repr=False)
+    confidence: list[float] = field(default_factory=list, repr=False)
+
+    def said(self) -> str:
+        """In one line."""
+        reasons = ("empty", "unfinished", "repeated", "copied", "unsure")
+        left_out = [f"{count} {reason}" for reason in reasons if (count := getattr(self, reason))]
+        said = f"{len(self.rows)} of {self.written} rows kept"
+        if left_out:
+            said += f" (left out: {', '.join(left_out)})"
+        return said if self.rows else f"{said}; there is nothing of this task to replay"
+
+    def save(self, folder: Path) -> None:
+        """Write ``memory.jsonl``, a row a line, and ``memory.json``, the counts."""
+        lines = [
+            json.dumps({**row.record(), "confidence": sure}, ensure_ascii=False) + "\n"
+            for row, sure in zip(self.rows, self.confidence, strict=True)
+        ]
+        write_text(folder / ROWS, "".join(lines))
+        counts = {key: value for key, value in asdict(self).items() if key not in ("rows", "confidence")}
+        write_json(folder / RECORD, {**counts, "kept": len(self.rows)})
+
+
+def write_rows(
+    model: Any,
+    encoder: Encoder,
+    opening: Opening,
+    options: WritingOptions,
+    *,
+    count: int,
+    seed: str,
+    known: Sequence[Example] = (),
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> Written:
+    """Let a model write rows: it goes on from an opening to its closing, and answers what it wrote.
+
+    The same weights, opening and seed give the same rows, whatever the batch size (up to rounding in the
+    model): each row has random numbers of its own.
+
+    Parameters
+    ----------
+    count : int
+        How many rows are wanted; fewer are given where ``options.tries * count`` weren't enough.
+    known : sequence of Example
+        Rows that must not come back: one with the same prompt is left out.
+    progress : callable, optional
+        Called with the rows kept so far, and `count`.
+    """
+    before, behind = (str(encoder.tokenizer.decode(list(ids))) for ids in (opening.given, opening.closing))
+    written = Written(count, before, behind)
+    not_again = {tuple(row.prompt_ids) for row in encoder.many(known)}
+    seen: set[tuple[int, ...]] = set()
+    most = options.tries * count
+    while len(written.rows) < count and written.written < most:
+        # a round is as large as what is missing, so batches don't decide which rows are written
+        size = min(max(count - len(written.rows), 8), most - written.written)
+        drawn = _uniform(f"{seed} {written.written}", size, _room(encoder, opening))
+        prompts = []
+        for first in range(0, size, batch_size):
+            prompts += _draw(model, encoder, opening, drawn[first : first + batch_size], options)
+            if progress is not None:
+                progress(len(written.rows), count)
+        written.written += size
+        rows = list(_sound_prompts(prompts, encoder, opening, seen, not_again, written))
+        _answer(model, encoder, rows, options, batch_size, written)
+        if progress is not None:
+            progress(len(written.rows), count)
+    del written.rows[count:], written.confidence[count:]
+    return written
+
+
+def _room(encoder: Encoder, opening: Opening) -> int:
+    """How many tokens may follow the opening: no more than the template lets a prompt have."""
+    rest = encoder.template.max_prompt_tokens - len(opening.shared)
+    return max(1, rest) + (0 if opening.part_of_text else len(opening.closing))
+
+
+def _uniform(seed: str, rows: int, steps: int) -> Tensor:
+    """Random numbers in [0, 1), float64, (rows, steps): those of a row depend on no other row."""
+    generator = torch.Generator()
+    generator.manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7]))
+    return torch.rand(rows, steps, generator=generator, dtype=torch.float64)
+
+
+def choose(logits_BV: Tensor, drawn_B: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Draw a token of each row from its nucleus by inverting the distribution function.
+
+    The nucleus is the smallest set of likeliest tokens whose probability is at least `top_p` (Holtzman et
+    al. 2020, arXiv 1904.09751).
+
+    Parameters
+    ----------
+    drawn_B : Tensor
+        One number in [0, 1) a row.
+
+    Returns
+    -------
+    Tensor
+        Token ids, (B,) int64.
+    """
+    sorted_BV, order_BV = (logits_BV.double() / temperature).softmax(-1).sort(descending=True, stable=True)
+    total_BV = sorted_BV.cumsum(-1)
+    last_B1 = (total_BV < top_p).sum(-1, keepdim=True).clamp(max=total_BV.shape[-1] - 1)
+    target_B1 = drawn_B.to(total_BV)[:, None] * total_BV.gather(-1, last_B1)
+    place_B1 = (total_BV <= target_B1).sum(-1, keepdim=True).minimum(last_B1)
+    return order_BV.gather(-1, place_B1)[:, 0]
+
+
+class _Draw(LogitsProcessor):
+    """Leaves greedy generation the token that `choose` drew."""
+
+    def __init__(self, drawn_BT: Tensor, options: WritingOptions) -> None:
+        self.drawn_BT, self.options, self.step = drawn_BT, options, 0
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        options = self.options
+        ids = choose(scores, self.drawn_BT[:, self.step], options.temperature, options.top_p)
+        self.step += 1
+        return torch.full_like(scores, float("-inf")).scatter_(1, ids[:, None], 0.0)
+
+
+class _Closed(StoppingCriteria):
+    """Stops a row that ends in the closing."""
+
+    def __init__(self, closing: Sequence[int], draw: _Draw) -> None:
+        self.closing, self.draw = torch.tensor(closing), draw
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        size = len(self.closing)
+        if self.draw.step < size:  # what is there from before counts for nothing
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        return (input_ids[:, -size:] == self.closing.to(input_ids.device)).all(1)
+
+
+@torch.no_grad()
+def _draw(
+    model: Any, encoder: Encoder, opening: Opening, drawn_BT: Tensor, options: WritingOptions
+) -> list[list[int]]:
+    """What a model writes behind an opening, once for each row of random numbers."""
+    tokenizer, rows = encoder.tokenizer, len(drawn_BT)
+    model.eval()
+    extra: dict[str, Any] = {}
+    if encoder.encoder_decoder:  # the decoder goes on from the opening, and the encoder has read nothing
+        batch = collate_prompts(
+            [Encoded([tokenizer.eos_token_id], [])] * rows, tokenizer.pad_token_id, encoder_decoder=True
+        )
+        ids = torch.tensor([[decoder_start(model), *opening.given]] * rows)
+        extra["decoder_input_ids"] = ids.to(next(model.parameters()).device)
+        before = ids.shape[1]
+    else:
+        batch = collate_prompts(
+            [Encoded(opening.given, [])] * rows, tokenizer.pad_token_id, encoder_decoder=False
+        )
+        before = len(opening.given)
+    batch.pop("position_ids", None)  # generate() derives them from the mask
+    draw = _Draw(drawn_BT, options)
+    with plain_greedy(model, tokenizer, drawn_BT.shape[1]):
+        output = model.generate(
+            **for_model(model, batch),
+            **extra,
+            logits_processor=[draw],
+            stopping_criteria=[_Closed(opening.closing, draw)],
+        )
+    return [list(ids) for ids in output[:, before:].tolist()]
+
+
+def _sound_prompts(
+    prompts: Sequence[list[int]],
+    encoder: Encoder,
+    opening: Opening,
+    seen: set[tuple[int, ...]],
+    known: Collection[tuple[int, ...]],
+    written: Written,
+) -> Iterator[tuple[Example, Encoded]]:
+    """The prompts that are whole and new; the others are counted."""
+    limit = max(1, encoder.template.max_prompt_tokens - len(opening.shared))
+    for ids in prompts:
+        end = _find(ids, opening.closing)
+        if end is None and opening.cut and encoder.tokenizer.eos_token_id not in ids:
+            end = limit
+        if end is None:
+            written.unfinished += 1
+            continue
+        body = [*opening.shared, *ids[:end], *(opening.closing if opening.part_of_text else ())]
+        if not encoder.text_of(ids[:end]).strip():
+            written.empty += 1
+            continue
+        prompt = opening.prompt(encoder.text_of(body))
+        row = encoder(Example(prompt, "?"))
+        key = tuple(row.prompt_ids)
+        if key in known:
+            written.copied += 1
+        elif key in seen:
+            written.repeated += 1
+        else:
+            seen.add(key)
+            yield Example(prompt, ""), row
+
+
+def _find(ids: Sequence[int], closing: Sequence[int]) -> int | None:
+    """Where the closing begins; None where it isn't there."""
+    size = len(closing)
+    return next((i for i in range(len(ids) - size + 1) if tuple(ids[i : i + size]) == tuple(closing)), None)
+
+
+def _answer(
+    model: Any,
+    encoder: Encoder,
+    rows: Sequence[tuple[Example, Encoded]],
+    options: WritingOptions,
+    batch_size: int,
+    written: Written,
+) -> None:
+    """Answer prompts greedily, and keep what is whole and sure enough."""
+    if not rows:
+        return
+    tokenizer, end = encoder.tokenizer, encoder.tokenizer.eos_token_id
+    room = encoder.template.max_completion_tokens + encoder.completion_frame_size
+    answers = greedy(model, tokenizer, [row for _, row in rows], batch_size=batch_size, max_new_tokens=room)
+    sound = []
+    for (example, row), ids in zip(rows, answers, strict=True):
+        text = encoder.answer_of(ids)
+        if end not in ids:
+            written.unfinished += 1
+        elif not text.strip():
+            written.empty += 1
+        else:
+            whole = ids[: ids.index(end) + 1]
+            sound.append((Example(example.prompt, text), Encoded(row.prompt_ids, whole)))
+    for first in range(0, len(sound), batch_size):
+        part = sound[first : first + batch_size]
+        sums = log_likelihoods(model, tokenizer, [row for _, row in part]).tolist()
+        for (example, row), total in zip(part, sums, strict=True):
+            mean = total / len(row.completion_ids)
+            if options.unsure is not None and mean < options.unsure:
+                written.unsure += 1
+            else:
+                written.rows.append(example)
+                written.confidence.append(mean)
