@@ -153,7 +153,8 @@ def test_strategy_learns_a_stream_and_leaves_a_whole_run_directory(
     stages = build_strategy(STRATEGIES[name].Options()).stages(toy_suite(TASKS, 4, 4))
     for number, stage in enumerate(stages, start=1):
         part = folder / "tasks" / f"{number:02d}-{stage.name}"
-        assert json.loads((part / "training.json").read_text())["steps"] == 8 * len(stage.tasks) or (
+        steps = 8 * len(stage.tasks) if STRATEGIES[name].strategy.trains else 0
+        assert json.loads((part / "training.json").read_text())["steps"] == steps or (
             not STRATEGIES[name].rehearsal_free
         )
         assert {p.stem for p in part.glob("predictions/*.jsonl")} == set(TASKS)
@@ -167,7 +168,7 @@ def test_strategy_learns_a_stream_and_leaves_a_whole_run_directory(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", sorted(STRATEGIES))
+@pytest.mark.parametrize("name", [n for n in sorted(STRATEGIES) if STRATEGIES[n].strategy.trains])
 def test_strategy_killed_in_the_middle_ends_bit_identical(
     name: str, kind: str, finished: Any, config_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -105,6 +105,8 @@ def train(
     set_seed(seed)
     progress = progress or Progress(quiet=True)
     record = TrainingRecord(trained=trained_numbers(model))
+    if verbs is not None and not verbs.trains:
+        return record
     started = time.perf_counter()
     arguments = _arguments(options, folder, seed, encoder_decoder)
     sft = options.trainer == "sft"
