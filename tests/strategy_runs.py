@@ -9,6 +9,8 @@ FISHER = {"name": "fisher", "samples": 8}
 QUICK: dict[str, dict[str, Any]] = {
     "attribution": {"importance": FISHER},
     "ewc": {"fisher": {"samples": 8}},
+    "ewc-lora": {"fisher": {"samples": 8}},
+    "inf-lora": {"samples": 8},
     "fisher-mask": {"fisher": {"samples": 8}},
     "replay": {"memory": {"count": 4}},
     "kif-m": {"memory": {"count": 4}},

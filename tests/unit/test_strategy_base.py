@@ -53,12 +53,16 @@ def test_check_counts_no_steps_and_no_trained_numbers(tmp_path: Path) -> None:
     estimate = dict(check(config_of(tmp_path / "run")).estimate)
     assert "(0 trained)" in estimate["parameters"]
     assert estimate["optimizer steps"] == "0 (0, 0, 0 by stage)"
-    assert dict(check(config_of(tmp_path / "run", "sequential")).estimate)["optimizer steps"].startswith("24 ")
+    assert dict(check(config_of(tmp_path / "run", "sequential")).estimate)["optimizer steps"].startswith(
+        "24 "
+    )
 
 
 def test_a_loop_of_ones_own_finds_nothing_to_train_and_may_be_left_out(tmp_path: Path) -> None:
     rows = [{"prompt": "copy ab", "completion": "ab"}]
-    learner: Any = Learner(tiny_llama(TOKENIZER, hidden=16, layers=1), TOKENIZER, "base", folder=tmp_path / "s")
+    learner: Any = Learner(
+        tiny_llama(TOKENIZER, hidden=16, layers=1), TOKENIZER, "base", folder=tmp_path / "s"
+    )
     with learner.task("june", rows, rows) as stage:
         assert not [p for p in learner.model.parameters() if p.requires_grad]
         with pytest.raises(ValueError, match="empty parameter list"):

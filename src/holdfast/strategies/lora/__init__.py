@@ -1,6 +1,7 @@
-"""A LoRA that grows by a block of ranks with each task, and the methods that train it."""
+"""Methods that train LoRA as such: blocks of ranks that grow with each task, and one LoRA for all of them."""
 
 from holdfast.strategies.lora.inc_lora import IncLora
+from holdfast.strategies.lora.inf_lora import InfLora
 from holdfast.strategies.lora.o_lora import OLora
 
-__all__ = ["IncLora", "OLora"]
+__all__ = ["IncLora", "InfLora", "OLora"]

@@ -81,9 +81,10 @@ class Grown:
             return gradient
 
         handle = hook(unwrap(optimizer), after=restore)
-        for a, b in self.factors:
-            handle.removers.append(a.register_hook(partial(mask, dim=0)).remove)
-            handle.removers.append(b.register_hook(partial(mask, dim=1)).remove)
+        for factors in self.factors:
+            for dim, factor in enumerate(factors):
+                if factor.requires_grad:  # a strategy may freeze one of the two as a whole
+                    handle.removers.append(factor.register_hook(partial(mask, dim=dim)).remove)
         return handle
 
     def summary(self) -> dict[str, Any]:
