@@ -3,5 +3,6 @@
 from holdfast.strategies.lora.inc_lora import IncLora
 from holdfast.strategies.lora.inf_lora import InfLora
 from holdfast.strategies.lora.o_lora import OLora
+from holdfast.strategies.lora.routed import LoraRouted
 
-__all__ = ["IncLora", "InfLora", "OLora"]
+__all__ = ["IncLora", "InfLora", "LoraRouted", "OLora"]
