@@ -61,11 +61,12 @@ class InfLora(Strategy):
     by GPM's rule, M gets the fewest leading directions of the inputs, now of the trained model, that bring
     what it holds of ‖H‖² to `energy`.
 
-    From memory: the paper's r is 10 and its threshold grows with the task, from 0.98 or so to 1, where tasks
-    are counted beforehand; ours is constant, so that nobody need count. Its code takes energies of H Hᵀ, thus
-    of fourth powers of inputs, with the threshold; ours are of H, as GPM writes. It keeps M or the
-    complement, whichever is smaller (DualGPM); a projector is the same M. ViT there, keys and values; here
-    what ``model.lora`` adapts. Once M holds all that a task brings, the task can't be learned.
+    The authors' threshold grows with the task up to a second value, where tasks are counted beforehand; ours
+    is constant, so that nobody need count. Their code squares the singular values of H Hᵀ, fourth powers of
+    inputs; ours are energies of H, as GPM writes them: the same threshold holds more here. They keep M or its
+    complement, whichever is smaller (DualGPM); a projector is the same M. From memory: r 10, 0.98. A ViT
+    there, keys and values; here what ``model.lora`` adapts. Once M holds all that a task brings, the task
+    can't be learned.
 
     Extra state: a square matrix for each adapted layer, as wide as its input, and r more ranks a task.
     ``adapters.json`` of each task says what share of all input directions is held.
