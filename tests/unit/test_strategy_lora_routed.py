@@ -20,7 +20,8 @@ from holdfast.errors import ConfigError
 from holdfast.evaluation.answers import generate
 from holdfast.models import LoraOptions, add_lora
 from holdfast.runner import RunConfig, run
-from holdfast.strategies.lora.routed import Routed, features, nearest, select
+from holdfast.strategies.lora.ranks import Weighted, select
+from holdfast.strategies.lora.routed import features, nearest
 from holdfast.tasks import Encoder, Template
 from holdfast.tasks.encode import Encoded, collate_prompts
 from lora_cases import STREAM, TOKENIZER, R, lora_model, strategy_of, train_by_chance
@@ -56,7 +57,7 @@ def logits_of(model: Any, ids: Tensor) -> Tensor:
 def test_each_row_is_answered_by_its_own_ranks_alone() -> None:
     model, ids = two_blocks(), torch.arange(10, 28).view(3, 6)
     chosen = torch.eye(2)[[1, 0, 1]].repeat_interleave(R, 1)
-    got = logits_of(Routed(model, lambda ids, question: chosen), ids)
+    got = logits_of(Weighted(model, lambda ids, question: select(model, chosen)), ids)
     merged = [logits_of(with_block_merged(model, task), ids) for task in (0, 1)]
     expected = torch.stack([merged[task][row] for row, task in enumerate((1, 0, 1))])
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)

@@ -5,8 +5,9 @@ from holdfast.strategies.lora.ella import Ella
 from holdfast.strategies.lora.ewc_lora import EwcLora
 from holdfast.strategies.lora.inc_lora import IncLora
 from holdfast.strategies.lora.inf_lora import InfLora
+from holdfast.strategies.lora.moe import LoraMoe
 from holdfast.strategies.lora.o_lora import OLora
 from holdfast.strategies.lora.routed import LoraRouted
 from holdfast.strategies.lora.slao import Slao
 
-__all__ = ["CLora", "Ella", "EwcLora", "IncLora", "InfLora", "LoraRouted", "OLora", "Slao"]
+__all__ = ["CLora", "Ella", "EwcLora", "IncLora", "InfLora", "LoraMoe", "LoraRouted", "OLora", "Slao"]

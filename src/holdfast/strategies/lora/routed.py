@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from holdfast.adapters import check_growable, lora_layers, rank_of
+from holdfast.adapters import check_growable, rank_of
 from holdfast.config import Options
 from holdfast.errors import ConfigError
 from holdfast.hold import Handle
@@ -21,8 +21,8 @@ from holdfast.models import is_encoder_decoder
 from holdfast.storage import write_json
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.lora.grown import Grown, grown_cost
+from holdfast.strategies.lora.ranks import Weighted, select
 from holdfast.strategies.prompts.pool import check_feature, query
-from holdfast.strategies.prompts.soft import question
 from holdfast.strategies.protocol import Strategy, preset, register
 from holdfast.tasks.encode import collate_prompts
 from holdfast.tasks.task import Example, TaskStream
@@ -41,24 +41,6 @@ class LoraRoutedOptions(Options):
     probes: int = Field(64, ge=1, description="further rows, whose features are kept to measure the router")
 
 
-def select(model: Any, chosen: Tensor) -> Handle:
-    """Let only some ranks of the adapter answer, until the handle is removed.
-
-    Parameters
-    ----------
-    chosen : Tensor
-        1 for a rank that answers, else 0: (R,) for all rows, or (B, R) for each row of the batch.
-    """
-
-    def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if chosen.dim() == 1:
-            return output * chosen.to(output)
-        return output * chosen.to(output).view(len(chosen), *[1] * (output.dim() - 2), -1)
-
-    layers = lora_layers(model).values()
-    return Handle([layer.lora_A["default"].register_forward_hook(hook).remove for layer in layers])
-
-
 @torch.no_grad()
 def features(model: Any, ids_BT: Tensor, question_BT: Tensor) -> Tensor:
     """Mean last hidden state of each question's tokens in the model without its adapter: (B, K) float32."""
@@ -72,60 +54,6 @@ def features(model: Any, ids_BT: Tensor, question_BT: Tensor) -> Tensor:
 def nearest(features_BK: Tensor, means_NK: Tensor) -> Tensor:
     """Index (B,) of the mean of least Euclidean distance."""
     return torch.cdist(features_BK, means_NK, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
-
-
-class Routed:
-    """The model with the ranks that each row of a batch is sent to; it answers calls and ``generate``.
-
-    Parameters
-    ----------
-    choose : callable
-        (input_ids (B, T), the question's tokens (B, T) bool) -> the ranks that answer, (B, R) or (R,).
-    """
-
-    reads_labels = True  # a causal model's labels tell the question from the answer
-
-    def __init__(self, model: Any, choose: Callable[[Tensor, Tensor], Tensor]) -> None:
-        self.model, self.choose = model, choose
-
-    @property
-    def config(self) -> Any:
-        """The model's."""
-        return self.model.config
-
-    def get_base_model(self) -> Any:
-        """The model without its adapter's wrapper."""
-        return self.model.get_base_model()
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """The model's."""
-        return iter(self.model.parameters())
-
-    def eval(self) -> Routed:
-        """Put the model into evaluation mode."""
-        self.model.eval()
-        return self
-
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Any) -> Any:
-        """A forward pass."""
-        labels = None if is_encoder_decoder(self.model) else inputs.pop("labels", None)
-        chosen = self.choose(input_ids, question(attention_mask, labels))
-        on = select(self.model, chosen)
-        try:
-            return self.model(input_ids=input_ids, attention_mask=attention_mask, **inputs)
-        finally:
-            on.remove()
-
-    def generate(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
-        """Token ids as the model's own ``generate`` gives them."""
-        on = select(self.model, self.choose(input_ids, attention_mask.bool()))
-        try:
-            output: Tensor = self.model.generate(
-                input_ids=input_ids, attention_mask=attention_mask, **options
-            )
-            return output
-        finally:
-            on.remove()
 
 
 @register
@@ -225,14 +153,14 @@ class LoraRouted(Strategy):
         blocks_NR = torch.eye(len(self.tasks)).repeat_interleave(rank_of(model) // len(self.tasks), 1)
         if self.options.router == "oracle":
             told = blocks_NR[self.tasks.index(task)] if task in self.tasks else torch.zeros(rank_of(model))
-            return Routed(model, lambda ids_BT, _: told.to(ids_BT.device))
+            return Weighted(model, lambda ids_BT, _: select(model, told.to(ids_BT.device)))
         means_NK = torch.stack(self.means)
 
-        def choose(ids_BT: Tensor, question_BT: Tensor) -> Tensor:
+        def attach(ids_BT: Tensor, question_BT: Tensor) -> Handle:
             found_BK = features(model, ids_BT, question_BT)
-            return blocks_NR.to(found_BK)[nearest(found_BK, means_NK.to(found_BK))]
+            return select(model, blocks_NR.to(found_BK)[nearest(found_BK, means_NK.to(found_BK))])
 
-        return Routed(model, choose)
+        return Weighted(model, attach)
 
     def export(self, context: Context, folder: Path) -> None:
         """Refuse: no plain model chooses among its ranks."""
