@@ -191,6 +191,8 @@ TRAINED = [
     ("prog-prompt", {"reparametrise": False}),
     ("l2p", {}),
     ("inc-lora", {"lora": True}),
+    ("inf-lora", {"lora": True}),
+    ("lora-moe", {"lora": True, "experts": 2}),
 ]
 
 
