@@ -222,3 +222,12 @@ def test_selecting_no_rank_is_the_frozen_model() -> None:
     handle = select(model, torch.zeros(2 * R))
     torch.testing.assert_close(logits_of(model, ids), logits_of(copy.deepcopy(model).unload(), ids))
     handle.remove()
+
+
+def test_layer_that_gets_all_tokens_in_one_row_is_refused_by_name() -> None:
+    model = two_blocks()
+    name, layer = next(iter(lora_layers(model).items()))
+    handle = select(model, torch.ones(3, 2 * R))
+    with pytest.raises(ConfigError, match=rf"target_modules: {name} gets \(18, 16\) as input"):
+        layer(torch.zeros(18, 16, dtype=torch.float64))
+    handle.remove()

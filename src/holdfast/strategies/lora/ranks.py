@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from holdfast.adapters import lora_layers
+from holdfast.errors import ConfigError
 from holdfast.hold import Handle
 from holdfast.models import is_encoder_decoder
 from holdfast.strategies.prompts.soft import question
@@ -17,14 +18,28 @@ Weigh = Callable[[int, Tensor, Tensor], Tensor]
 
 
 def weigh(model: Any, by: Weigh) -> Handle:
-    """Weight what A puts out in every adapted layer, until the handle is removed."""
+    """Weight what A puts out in every adapted layer, until the handle is removed.
 
-    def hook(number: int) -> Any:
-        return lambda _, args, output: by(number, args[0], output)
+    Raises
+    ------
+    ConfigError
+        In the forward pass: a layer gets the tokens of all rows as one row (experts of a model do).
+    """
 
-    layers = lora_layers(model).values()
+    def hook(number: int, name: str) -> Any:
+        def weighted(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if output.dim() != 3:
+                raise ConfigError(
+                    f"model.lora.target_modules: {name} gets {tuple(args[0].shape)} as input, without a row for "
+                    "each example, so its ranks can't be told apart by example. Adapt other layers."
+                )
+            return by(number, args[0], output)
+
+        return weighted
+
+    layers = enumerate(lora_layers(model).items())
     return Handle(
-        [layer.lora_A["default"].register_forward_hook(hook(n)).remove for n, layer in enumerate(layers)]
+        [layer.lora_A["default"].register_forward_hook(hook(n, name)).remove for n, (name, layer) in layers]
     )
 
 
