@@ -30,8 +30,8 @@ def weigh(model: Any, by: Weigh) -> Handle:
         def weighted(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if output.dim() != 3:
                 raise ConfigError(
-                    f"model.lora.target_modules: {name} gets {tuple(args[0].shape)} as input, without a row for "
-                    "each example, so its ranks can't be told apart by example. Adapt other layers."
+                    f"model.lora.target_modules: {name} gets {tuple(args[0].shape)} as input, without a row "
+                    "for each example, so its ranks can't be weighted by example. Adapt other layers."
                 )
             return by(number, args[0], output)
 
