@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from holdfast.attribution import attribute_batches
+from holdfast.attribution import AttributionOptions, attribute_batches
 from holdfast.importance.aggregate import TopKMean
 from holdfast.models import block_parameters
 from holdfast.tasks.encode import IGNORED, Encoded, collate
@@ -70,7 +70,10 @@ def plain(model: LlamaForCausalLM, batches: list[dict[str, Tensor]], weights: li
 def attribution(model: LlamaForCausalLM, examples: list[Encoded]) -> None:
     """One attribution, folded by eqs. 10 and 11, with the result taken."""
     fold = TopKMean(K)
-    attribute_batches(model, examples, fold=fold, batch_size=SEQUENCES, pad_id=0, correct_only=False)
+    options = AttributionOptions(halves="path")
+    attribute_batches(
+        model, examples, options=options, fold=fold, batch_size=SEQUENCES, pad_id=0, correct_only=False
+    )
     fold.result()
 
 

@@ -121,22 +121,24 @@ def learn_command(
         Metric | None, typer.Option(help="how answers are scored; by default their length decides")
     ] = None,
     strategy: Annotated[
-        str | None, typer.Option(help="how old skills are kept (holdfast list strategies)")
+        str | None,
+        typer.Option(help="how old skills are kept (holdfast list strategies); default: attribution"),
     ] = None,
     lora: Annotated[bool, typer.Option("--lora", help="train low-rank adapters, not the weights")] = False,
 ) -> None:
     """Teach a model one more thing, on top of what a folder of skills holds; no config is needed.
 
-    The first call makes the folder, later ones go on from it, in another process, weeks later. What was
-    learned before is held while the new data are learned. Killed at any moment, the same command continues.
+    The first call makes the folder; later ones go on from it, weeks later.
+    What was learned before is held while the new data are learned.
+    Killed at any moment, the same command continues.
 
     Examples:
 
-      holdfast learn may.jsonl --skills skills --model HuggingFaceTB/SmolLM2-135M-Instruct --lora
+      holdfast learn may.jsonl --skills skills --model my-model --lora
 
       holdfast learn june.jsonl --skills skills
 
-      holdfast learn july.jsonl --skills skills --test july-test.jsonl training.epochs=2
+      holdfast learn july.jsonl --skills skills --test july-test.jsonl
 
     Then `holdfast skills skills` shows what is kept.
     """
@@ -226,12 +228,13 @@ def run_command(
     """
     again = " ".join(["holdfast run", str(config), *(overrides or [])])
     with _told(f"Continue with: {again}"), Progress() as progress:
+        from holdfast.records import RunMetrics
         from holdfast.runner.config import load_config
         from holdfast.runner.loop import run
         from holdfast.runner.table import metrics_table
 
         loaded = load_config(config, overrides or [])
-        metrics = run(loaded, progress)
+        metrics = RunMetrics.model_validate(run(loaded, progress))
         Console().print(metrics_table([metrics]))
         progress.say(f"Run directory: {loaded.output}   Report: holdfast report {loaded.output}")
 
@@ -262,12 +265,12 @@ def compare_command(
         output = Path(plan.grid.output)
         results = compare(plan, progress)
         Console().print(live_table(results))
-        failed = [f"{item['cell']}: {item['reason']}" for item in results["failed"]]
-        failed += [f"{row}: none of its grid points could be chosen" for row in results["without_point"]]
+        failed = [f"{item.cell}: {item.reason}" for item in results.failed]
+        failed += [f"{row}: none of its grid points could be chosen" for row in results.without_point]
         for line in failed:
             console.print(f"failed: {line}", style="red", highlight=False, markup=False, soft_wrap=True)
         written = [output / "compare.md"]
-        if any(run["status"] == "finished" for row in results["rows"] for run in row["runs"]):
+        if any(run.status == "finished" for row in results.rows for run in row.runs):
             written.append(write_report([output], output / "report.html", title=grid.stem))
         progress.say(f"Written: {', '.join(map(str, written))}")
         if failed:

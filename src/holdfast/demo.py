@@ -10,6 +10,8 @@ from rich.console import Console
 
 from holdfast.config import validate
 from holdfast.progress import Progress
+from holdfast.quantities import number
+from holdfast.records import RunMetrics
 from holdfast.report import write_report
 from holdfast.runner import RunConfig, run
 from holdfast.runner.table import metrics_table
@@ -71,13 +73,14 @@ def run_demo(out: Path, seed: int, progress: Progress) -> Path:
     for name, strategy in WAYS.items():
         progress.say(f"Learning {' → '.join(STREAM_TASKS)}: {name}")
         values = {**STREAM, "label": name, "strategy": strategy, "model": {"path": str(base)}}
-        runs.append(run(_config(values, out / name, seed), progress))
+        runs.append(RunMetrics.model_validate(run(_config(values, out / name, seed), progress)))
     report = write_report([out / name for name in WAYS], out / "report.html", title="holdfast demo")
     Console().print(metrics_table(runs))
     plain, held = runs[0], runs[1]
+    lost, kept = (number(None if run.bwt is None else -run.bwt, 0) for run in (plain, held))
     progress.say(
-        f"Plain fine-tuning ends {-plain['bwt']:.0f} points below what it had learned; "
-        f"with protection it is {-held['bwt']:.0f}.\nReport: {report.resolve()}"
+        f"Plain fine-tuning ends {lost} points below what it had learned; "
+        f"with protection it is {kept}.\nReport: {report.resolve()}"
     )
     return report
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -12,11 +11,13 @@ from pathlib import Path
 from typing import IO
 
 from holdfast.errors import RunDirectoryError, StorageError
-from holdfast.storage import is_disk_error, sha256, write_json
+from holdfast.manifest import problem_of, write_manifest
+from holdfast.storage import is_disk_error
 
 PARTIAL = ".partial"
 MANIFEST = "manifest.json"
 LOCK = "run.lock"
+GONE = ".gone"
 
 
 class Folder:
@@ -59,7 +60,7 @@ class Folder:
         """The committed parts in a sub-folder, in the order of their names."""
         folder = self.path / within
         found = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
-        return [f"{within}/{name}" for name in found if not name.startswith(".") and PARTIAL not in name]
+        return [f"{within}/{name}" for name in found if name[0] != "." and not name.endswith(PARTIAL)]
 
     def partial(self, within: str) -> list[str]:
         """The parts there that were begun and not committed, without their ending."""
@@ -69,7 +70,7 @@ class Folder:
 
     def problem(self, part: str) -> str | None:
         """What is wrong with a committed part; None where every file is as its manifest says."""
-        return _problem(self.path / part)
+        return problem_of(self.path / part, MANIFEST)
 
     def completed(self, parts: Sequence[str]) -> int:
         """How many of the leading parts are on disk and intact.
@@ -95,10 +96,14 @@ class Folder:
         """Take a part away as a whole, committed or not: a kill leaves it as it was, or gone."""
         path = self.path / part
         path = path if path.exists() else path.with_name(path.name + PARTIAL)
-        gone = path.with_name(f".{path.name}.gone")
-        shutil.rmtree(gone, ignore_errors=True)
-        os.rename(path, gone)
-        shutil.rmtree(gone)
+        self._sweep(path.parent)
+        os.rename(path, path.with_name(f".{path.name}{GONE}"))
+        self._sweep(path.parent)
+
+    def _sweep(self, folder: Path) -> None:
+        """Delete what was taken away, now or before a kill."""
+        for gone in folder.glob(f".*{GONE}"):
+            shutil.rmtree(gone)
 
     @contextmanager
     def part(self, name: str) -> Iterator[Path]:
@@ -114,15 +119,15 @@ class Folder:
         partial = self.path / (name + PARTIAL)
         try:
             partial.mkdir(parents=True, exist_ok=True)
+            self._sweep(partial.parent)
             yield partial
             shutil.rmtree(partial / "checkpoints", ignore_errors=True)
             for file in list(partial.rglob(".*.tmp")):
                 file.unlink()  # of a write that was killed
-            files = [p for p in _files(partial) if p.name != MANIFEST]
-            for file in files:
+            for file in (p for p in partial.rglob("*") if p.is_file()):
                 with open(file, "rb") as handle:
                     os.fsync(handle.fileno())
-            write_json(partial / MANIFEST, {str(p.relative_to(partial)): sha256(p) for p in files})
+            write_manifest(partial, MANIFEST)
             os.rename(partial, self.path / name)  # the commit
         except Exception as error:
             if not is_disk_error(error):
@@ -162,28 +167,9 @@ def lock(path: Path, what: str) -> IO[str]:
         file.close()
         raise RunDirectoryError(
             f"{path.parent}: another {what} is working here (process {owner}). Wait for it, stop it, or give "
-            "this one a directory of its own with output=DIR."
+            f"this one a folder of its own{'' if what == 'learner' else ' with output=DIR'}."
         ) from None
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()
     return file
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file())
-
-
-def _problem(folder: Path) -> str | None:
-    try:
-        digests = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError):
-        return f"{MANIFEST} is missing or torn"
-    if not isinstance(digests, dict) or not digests:
-        return f"{MANIFEST} names no file"
-    for name, digest in digests.items():
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        if sha256(folder / name) != digest:
-            return f"{name} is torn or was changed (its digest differs)"
-    return None

@@ -99,6 +99,18 @@ def block_parameters(model: nn.Module, trainable_only: bool = True) -> dict[str,
     return found
 
 
+def input_dims(model: nn.Module) -> dict[str, int]:
+    """Canonical name of each weight of a linear map inside the transformer blocks to its input dimension.
+
+    1 for `torch.nn.Linear`, whose weight is (O, I); 0 for transformers' Conv1D, whose weight is (I, O).
+    """
+    return {
+        canonical_name(f"{name}.weight"): int(isinstance(module, nn.Linear))
+        for name, module in linear_modules(model)
+        if layer_of(f"{name}.") is not None
+    }
+
+
 def digest(model: nn.Module) -> str:
     """SHA-256 over the names, shapes and bytes of all parameters."""
     h = hashlib.sha256()

@@ -89,6 +89,10 @@ class Bar:
             self._said = time.monotonic()
             self._owner.console.print(f"  {self._description}: {done}/{self._total} {note}")
 
+    def say(self, text: str) -> None:
+        """Print a line above the bars."""
+        self._owner.say(text)
+
     def close(self) -> None:
         """Take the bar down; the time it took stays as a line where there is no terminal."""
         if self._owner._rich is not None and self._task is not None:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import secrets
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,11 +39,13 @@ def atomic_write(*paths: str | os.PathLike[str]) -> Iterator[Any]:
     Raises
     ------
     StorageError
-        The disk is full, or the folder can't be written. The previous files are untouched and the
-        temporary ones are gone.
+        The disk is full, the folder can't be written, or a target is there and is no file (nor a link to
+        one): a device would be replaced. The previous files are untouched and the temporary ones are gone.
     """
     targets = tuple(Path(path) for path in paths)
     temporary = tuple(p.with_name(f".{p.name}.{secrets.token_hex(4)}.tmp") for p in targets)
+    for target in targets:
+        refuse_what_is_no_file(target)
     try:
         for target in targets:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -72,11 +75,32 @@ def atomic_write(*paths: str | os.PathLike[str]) -> Iterator[Any]:
         raise
 
 
+# what torch.save says on a full disk, by size of the tensors and by format
+_TORCH_WRITES = (
+    "PytorchStreamWriter",
+    "inline_container",
+    "unexpected pos",
+    "iostream error",
+    "write(): fd",
+)
+
+
 def is_disk_error(error: Exception) -> bool:
     """Whether writing failed below Python: safetensors and torch wrap the system's error in their own."""
-    if isinstance(error, RuntimeError):  # torch.save; all other errors of torch are of this class too
-        return any(text in str(error) for text in ("PytorchStreamWriter", "inline_container"))
+    if isinstance(error, RuntimeError):  # all other errors of torch are of this class too
+        return any(text in str(error) for text in _TORCH_WRITES)
     return isinstance(error, OSError) or type(error).__name__ == "SafetensorError"
+
+
+def refuse_what_is_no_file(path: Path) -> None:
+    """Raise `StorageError` where a path is there and is no regular file: writing would replace a device."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # nothing there, or nothing that can be seen: writing tells
+        return
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a device, a pipe or a socket"
+        raise StorageError(f"could not write {path}: it is {kind}. Give the path of a file.")
 
 
 def _flush(path: Path) -> None:
@@ -122,9 +146,16 @@ def write_tensors(
 def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file in place: for use on a path that `atomic_write` gave."""
+    """Write a safetensors file at a path that `atomic_write` gave.
+
+    Raises
+    ------
+    StorageError
+        There is something there that is no file; safetensors would put a file in its place.
+    """
     from safetensors.torch import save_file
 
+    refuse_what_is_no_file(path)
     save_file(
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
         path,

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from holdfast.attribution import partial, passes
+from holdfast import resume
+from holdfast.attribution import passes
 from holdfast.errors import StorageError
 from holdfast.evaluation import faithfulness
 from holdfast.models import save_model, tiny_llama
 from holdfast.progress import Progress
 from holdfast.runner.attribute import attribute_to_folder
+from holdfast.storage import write_tensors
 from holdfast.tasks import toy_suite, toy_tokenizer
 from kills import Killed, dying
 
 TOP_K = ("lrp", ["aggregate=topk", "top_k=3", "correct_only=false"])
 ABSOLUTE = ("lrp", ["aggregate=absolute", "correct_only=false"])
 FISHER = ("fisher", [])
-DUE = partial.Partial.due
+DUE = resume.Partial.due
 
 
 class Bench:
@@ -43,7 +47,7 @@ class Bench:
             return original(inside, *arguments)
 
         monkeypatch.setattr(passes.Pass, "_batch", counted)
-        monkeypatch.setattr(partial.Partial, "due", True)  # after every batch
+        monkeypatch.setattr(resume.Partial, "due", True)  # after every batch
 
     def attribute(self, out: str, importance: str, options: list[str], dies_at: int = 0) -> tuple[bytes, Any]:
         """The prior's tensors and its record, without the time it took."""
@@ -114,24 +118,54 @@ def test_a_torn_state_starts_over_and_says_so(bench: Bench) -> None:
     assert any("torn" in line and "starting over" in line for line in bench.said)
 
 
+@pytest.mark.parametrize("values", ["[]", "{}", '"x"', "null", '{"identity": [1], "seconds": 0}', "{"])
+def test_a_state_of_another_shape_starts_over_and_says_so(values: str, tmp_path: Path) -> None:
+    said: list[str] = []
+    state = resume.Partial(tmp_path, said.append)
+    write_tensors(state.file, {}, {"values": values})
+    assert state.load() is None
+    assert len(said) == 1
+    assert re.search(r"state\.safetensors: torn .*starting over", said[0])
+
+
+def test_a_state_is_continued_only_by_the_same_work(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    def work(**identity: Any) -> resume.Partial:
+        partial = resume.Partial(tmp_path, said.append, "work")
+        partial.identity = identity
+        return partial
+
+    assert work(seed=1).load() is None
+    work(seed=1, data="a").save({"w": torch.arange(3.0)}, {"done": 3})
+    assert not said
+    tensors, values = work(seed=1, data="a").load() or ({}, {})
+    assert (tensors["w"].tolist(), values) == ([0.0, 1.0, 2.0], {"done": 3})
+    assert work(seed=2, data="b").load() is None
+    assert said == [f"{tmp_path}/work.safetensors: begun with another seed, data; starting over."]
+    assert work(seed=1, data="a", more=True).load() is None  # a part that the state doesn't know
+    work().clear()
+    assert not tmp_path.exists()
+
+
 def test_a_full_disk_stops_no_attribution(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = bench.attribute("whole", *FISHER)
 
     def full(*arguments: Any) -> None:
         raise StorageError("no space left")
 
-    monkeypatch.setattr(partial, "write_tensors", full)
-    monkeypatch.setattr(partial.Partial, "due", DUE)
-    monkeypatch.setattr(partial.Partial, "every", 0.0)
+    monkeypatch.setattr(resume, "write_tensors", full)
+    monkeypatch.setattr(resume.Partial, "due", DUE)
+    monkeypatch.setattr(resume.Partial, "every", 0.0)
     assert bench.attribute("other", *FISHER) == whole
     assert sum("no space left" in line for line in bench.said) == 1
 
 
 def test_saving_takes_a_tenth_of_the_time_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
-    monkeypatch.setattr(partial.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(partial, "write_tensors", lambda *arguments: now.__setitem__(0, now[0] + 30.0))
-    state, due = partial.Partial(tmp_path, print), []
+    monkeypatch.setattr(resume.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(resume, "write_tensors", lambda *arguments: now.__setitem__(0, now[0] + 30.0))
+    state, due = resume.Partial(tmp_path, print), []
     for _ in range(100):
         now[0] += 10.0
         due.append(state.due)
@@ -192,6 +226,6 @@ def test_points_of_another_evaluation_are_not_used(bench: Bench, measured: Any) 
 def test_points_that_are_torn_are_not_used(bench: Bench, measured: Any) -> None:
     with pytest.raises(Killed):
         measured("broken", dies_at=10)
-    (bench.folder / "broken" / "partial" / "faithfulness.json").write_text('{"identity": {')
+    (bench.folder / "broken" / "partial" / "faithfulness.safetensors").write_text('{"identity": {')
     assert measured("broken") == 21
-    assert any("can't be read" in line and "starting over" in line for line in bench.said)
+    assert any("torn" in line and "starting over" in line for line in bench.said)

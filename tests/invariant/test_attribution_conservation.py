@@ -16,7 +16,7 @@ def attribute(model, fold=None, **options):
     return attribute_batches(
         model,
         ROWS,
-        options=AttributionOptions(**options),
+        options=AttributionOptions(**{"halves": "path", **options}),
         fold=fold or AbsoluteMean(),
         pad_id=0,
         correct_only=False,

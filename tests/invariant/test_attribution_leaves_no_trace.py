@@ -57,7 +57,7 @@ def test_logits_gradients_and_training_are_bit_identical(name: str) -> None:
         attribute_batches(
             attributed,
             ROWS,
-            options=AttributionOptions(rules=rules),
+            options=AttributionOptions(rules=rules, halves="path"),
             fold=AbsoluteMean(),
             pad_id=0,
             correct_only=False,
@@ -87,7 +87,7 @@ def test_the_traced_forward_computes_the_plain_logits(name: str, rules: str) -> 
     attribute_batches(
         model,
         ROWS,
-        options=AttributionOptions(rules=rules),
+        options=AttributionOptions(rules=rules, halves="path"),
         fold=AbsoluteMean(),
         pad_id=0,
         correct_only=False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from holdfast.cli import app
 from holdfast.errors import ConfigError, RunDirectoryError
 from holdfast.folder import lock
 from holdfast.progress import Progress
+from holdfast.records import Comparison, RunMetrics
 from holdfast.sweep.cells import Outcome
 from holdfast.sweep.choice import choose, count, in_order
 from holdfast.sweep.grid import Cell, load_grid
@@ -42,7 +44,7 @@ def grid_file(folder: Path, rows: list[Any], **sections: Any) -> Path:
     return file
 
 
-def sweep(file: Path, *overrides: str) -> dict[str, Any]:
+def sweep(file: Path, *overrides: str) -> Comparison:
     with Progress(quiet=True) as progress:
         return compare(load_grid(file, overrides), progress)
 
@@ -52,14 +54,14 @@ def holdfast_cli(*arguments: object) -> Result:
     return CliRunner(env=environment).invoke(app, [str(a) for a in arguments])
 
 
-def found(results: dict[str, Any]) -> str:
+def found(results: Comparison) -> str:
     """Results without what differs between two folders and two days."""
-    text = json.dumps({k: v for k, v in results.items() if k != "grid"}, sort_keys=True)
+    text = json.dumps(results.model_dump(mode="json", exclude={"grid"}), sort_keys=True)
     return re.sub(r'"(command|seconds)": ("[^"]*"|[\d.e-]+|null)', r'"\1": 0', text)
 
 
 @pytest.fixture(scope="module")
-def chosen(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def chosen(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Comparison]:
     """A finished sweep that chose its learning rate."""
     file = grid_file(tmp_path_factory.mktemp("sweep"), [PLAIN, RATES], choose={"by": "learning_accuracy"})
     return file, sweep(file)
@@ -67,11 +69,11 @@ def chosen(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
 
 def test_a_point_is_chosen_on_validation_rows_and_only_that_sees_test_rows(chosen):
     file, results = chosen
-    (row,) = results["choice"]["rows"]
-    values = {c["label"]: c["value"] for c in row["candidates"]}
-    assert row["chosen"] == "rate · learning_rate=0.01" == max(values, key=values.__getitem__)
+    (row,) = results.choice.rows
+    values = {c.label: c.value for c in row.candidates}
+    assert row.chosen == "rate · learning_rate=0.01" == max(values, key=values.__getitem__)
     assert len(set(values.values())) == 2
-    assert [r["label"] for r in results["rows"]] == ["plain", "rate · learning_rate=0.01"]
+    assert [r.label for r in results.rows] == ["plain", "rate · learning_rate=0.01"]
     asked: dict[str, set[str]] = {"runs": set(), "validation": set()}
     rates: dict[str, set[float]] = {"runs": set(), "validation": set()}
     for config in (file.parent / "out").rglob("config.yaml"):
@@ -84,8 +86,8 @@ def test_a_point_is_chosen_on_validation_rows_and_only_that_sees_test_rows(chose
     assert rates == {"runs": {3e-3, 1e-2}, "validation": {1e-9, 1e-2}}
     assert len(asked["runs"]) == len(asked["validation"]) == 6
     assert not asked["runs"] & asked["validation"]
-    (curve,) = results["curves"]
-    assert (curve["split"], [p["value"] for p in curve["points"]]) == ("validation", [1e-9, 1e-2])
+    (curve,) = results.curves
+    assert (curve.split, [p.value for p in curve.points]) == ("validation", [1e-9, 1e-2])
 
 
 @pytest.mark.parametrize("call", [2, 4])  # while choosing, and in the last cell
@@ -99,11 +101,71 @@ def test_a_sweep_killed_in_the_middle_ends_as_one_that_never_was(chosen, call, t
     assert not json.loads((tmp_path / "broken" / "out" / "compare.json").read_text())["finished"]
     results = sweep(file)
     assert calls[0] == 5  # four cells, one of them asked twice: no finished one was run again
-    assert results["finished"]
+    assert results.finished
     assert found(results) == found(chosen[1])
     assert calls[0] == 5
     sweep(file)
     assert calls[0] == 5
+
+
+def edited(out: Path) -> Path:
+    file = next(out.glob("runs/plain/**/metrics.json"))
+    metrics = json.loads(file.read_text())
+    metrics.update(ap=99.0, matrix=[[None], [99.0]], learning_accuracy=99.0)
+    file.write_text(json.dumps(metrics))
+    return file
+
+
+def copied(out: Path) -> Path:
+    other = next(out.glob("runs/rate/*0.01/**/seed-0/metrics.json"))
+    target = next(out.glob("runs/plain/**/seed-0/metrics.json"))
+    shutil.copy(other, target)
+    return target
+
+
+def of_another_shape(out: Path) -> Path:
+    file = next(out.glob("runs/plain/**/seed-0/metrics.json"))
+    file.write_text("[]")
+    return file
+
+
+def renamed_tasks(out: Path) -> Path:
+    file = next(out.glob("runs/plain/**/seed-0/metrics.json"))
+    file.write_text(file.read_text().replace('"head"', '"tail"'))
+    return file
+
+
+@pytest.mark.parametrize("change", [edited, copied, of_another_shape, renamed_tasks])
+def test_a_cells_metrics_are_made_again_from_its_stages(change, chosen, tmp_path, monkeypatch):
+    file, results = chosen
+    out = tmp_path / "out"
+    shutil.copytree(file.parent / "out", out)
+    changed = change(out)
+    wrong = changed.read_text()
+    module: Any = importlib.import_module("holdfast.learner.learner")
+    monkeypatch.setattr(module, "train", dying(module.train, 1, [0]))  # nothing is trained for it
+    again = sweep(file, f"output={out}")
+    assert found(again).replace(str(out), str(file.parent / "out")) == found(results)
+    assert changed.read_text() != wrong
+    assert json.loads(changed.read_text())["label"] == "plain"
+    assert not re.search(r"99\.0", (out / "compare.md").read_text())
+
+
+def test_a_cell_with_a_changed_stage_is_not_finished(chosen, tmp_path):
+    file, results = chosen
+    out = tmp_path / "out"
+    shutil.copytree(file.parent / "out", out)
+    (cell,) = (c for c in load_grid(file, [f"output={out}"]).cells if c.line.row == "plain")
+    assert Outcome.of(cell).status == "finished"
+    stage = cell.folder / "tasks" / "01-head" / "metrics.json"
+    record = json.loads(stage.read_text())
+    stage.write_text(json.dumps({**record, "scores": {"head": 99.0}}))
+    file_of_run = cell.folder / "metrics.json"
+    forged = {**json.loads(file_of_run.read_text()), "ap": 99.0, "matrix": [[None], [99.0]]}
+    file_of_run.write_text(json.dumps({**forged, "learning_accuracy": 99.0}))
+    assert Outcome.of(cell).status == "waiting"
+    again = sweep(file, f"output={out}")  # the stage is trained again
+    assert again.rows[0].scores == results.rows[0].scores
 
 
 def test_rows_are_finished_one_after_another_and_no_job_waits_for_a_choice(tmp_path):
@@ -118,7 +180,7 @@ def test_rows_are_finished_one_after_another_and_no_job_waits_for_a_choice(tmp_p
         return cell
 
     def end(cell: Cell, ap: float) -> None:
-        outcomes[cell.folder] = Outcome("finished", {"ap": ap})
+        outcomes[cell.folder] = Outcome("finished", RunMetrics.model_construct(ap=ap))
 
     low, high = start(), start()
     end(low, 10.0)
@@ -160,7 +222,7 @@ def test_the_command_line_shows_the_table_and_writes_all_three_forms(chosen):
     assert "rate · learning_rate=0.01" in result.output
     out = file.parent / "out"
     text = (out / "compare.md").read_text()
-    assert f"`{results['rows'][1]['command']}`" in text
+    assert f"`{results.rows[1].command}`" in text
     assert "| rate · learning_rate=0.01 |" in text
     page = (out / "report.html").read_text()
     assert 'id="comparison"' in page
@@ -205,9 +267,9 @@ def test_processes_side_by_side_find_what_one_after_another_find(tmp_path):
     rows, how = [RATES, BROKEN, PLAIN], {"choose": {"by": "learning_accuracy"}, "reference": "plain"}
     alone = sweep(grid_file(tmp_path / "1", rows, **how))
     together = sweep(grid_file(tmp_path / "2", rows, **how), "jobs=2")
-    assert [row["label"] for row in alone["rows"]] == ["rate · learning_rate=0.01", "broken", "plain"]
+    assert [row.label for row in alone.rows] == ["rate · learning_rate=0.01", "broken", "plain"]
     assert found(together).replace(str(tmp_path / "2"), str(tmp_path / "1")) == found(alone)
-    assert len(together["failed"]) == 1
+    assert len(together.failed) == 1
 
 
 @pytest.mark.slow

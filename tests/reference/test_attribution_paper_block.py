@@ -99,7 +99,12 @@ def test_every_weight_of_the_papers_block_gets_the_papers_relevance() -> None:
     model = PaperBlock().double()
     fold = Keep()
     report = attribute_batches(
-        model, [ROW], options=AttributionOptions(rules="paper"), fold=fold, pad_id=0, correct_only=False
+        model,
+        [ROW],
+        options=AttributionOptions(rules="paper", halves="path"),
+        fold=fold,
+        pad_id=0,
+        correct_only=False,
     )
     with torch.no_grad():
         part = model.layers[0]
@@ -158,7 +163,12 @@ def test_every_weight_of_a_llama_block_gets_the_relevance_of_the_same_rules(
     row = Encoded([1, 5, 6, 7], [10, 11])
     fold = Keep()
     attribute_batches(
-        model, [row], options=AttributionOptions(rules=rules), fold=fold, pad_id=0, correct_only=False
+        model,
+        [row],
+        options=AttributionOptions(rules=rules, halves="path"),
+        fold=fold,
+        pad_id=0,
+        correct_only=False,
     )
     with torch.no_grad():
         expected = llama_block(model, row, paper=rules == "paper")

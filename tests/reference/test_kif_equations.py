@@ -333,7 +333,7 @@ def test_regulariser_and_its_gradient_are_those_of_the_equation(
     expected = torch.autograd.grad(literal, [a, b])
     start = [a.detach().clone(), b.detach().clone()]
     optimizer = torch.optim.SGD([a, b], lr=0.01)
-    handle = Orthogonality(factors, 0.5).attach(optimizer)
+    handle = Orthogonality(factors, 0.5).attach(torch.nn.Module(), optimizer)
     optimizer.step()
     for w, before, gradient in zip((a, b), start, expected, strict=True):
         torch.testing.assert_close(w.detach(), before - 0.01 * 0.5 * gradient, rtol=1e-3, atol=1e-4)

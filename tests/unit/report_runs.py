@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from holdfast.evaluation.metrics import summarise
 from holdfast.evaluation.predictions import file_safe, predictions_file
+from holdfast.storage import sha256
 
 TASKS = ("copy", "reverse", "count", "lookup")
 Matrix = list[list[float | None]]
@@ -47,7 +48,9 @@ def write_prior(folder: Path, layers: int = 4, seed: int = 0, shared: float = 0.
             tensors[f"model.layers.{layer}.{module}.weight"] = scale * ((1 - shared) * own + shared * same)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "prior.safetensors")
-    write_json(folder / "prior.json", {"importance": "lrp", "samples_used": 97, "samples_seen": 128, **meta})
+    meta = {"importance": "lrp", "samples_used": 97, "samples_seen": 128, **meta}
+    own = {"dtype": "float32", "elements": sum(t.numel() for t in tensors.values())}
+    write_json(folder / "prior.json", {**meta, **own, "sha256": sha256(folder / "prior.safetensors")})
 
 
 def lora_names(stacks: Sequence[str] = ("model.layers",), layers: int = 3, ranks: int = 2) -> list[str]:

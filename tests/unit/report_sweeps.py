@@ -35,9 +35,10 @@ def write_sweep(path: Path, failed: bool = False) -> Path:
     for row in rows:
         values = {key: {s: m[key] for s, m in scores[row["label"]].items()} for key in METRICS}
         theirs = {key: {s: m[key] for s, m in scores["plain"].items()} for key in METRICS}
-        row["scores"] = {key: mean_and_spread(list(values[key].values())) for key in METRICS}
+        row["scores"] = {key: mean_and_spread(list(values[key].values())).model_dump() for key in METRICS}
         alone = row["label"] == "plain"
-        row["differences"] = None if alone else {key: difference(values[key], theirs[key]) for key in METRICS}
+        found = {key: difference(values[key], theirs[key]).model_dump() for key in METRICS}
+        row["differences"] = None if alone else found
     curve = [
         {"value": row["point"]["strategy.strength"], **{k: row["scores"][k]["mean"] for k in METRICS}}
         for row in rows[1:]

@@ -25,7 +25,6 @@ from holdfast.cli import app
 from holdfast.config import validate
 from holdfast.errors import (
     DataError,
-    NoCorrectSampleError,
     PriorMismatchError,
     RunDirectoryError,
     StorageError,
@@ -151,13 +150,24 @@ def test_corrected_configuration_may_take_over_a_folder_in_which_nothing_began(
 # attribution
 
 
-def test_no_correct_sample_says_how_many_and_what_to_do() -> None:
+@pytest.mark.parametrize("importance", ["lrp", "inputs"])
+def test_task_of_which_nothing_is_right_is_rated_by_all_rows_and_said_so(
+    importance: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     tokenizer = toy_tokenizer()
     model = tiny_llama(tokenizer, hidden=16, layers=1)
-    with pytest.raises(
-        NoCorrectSampleError, match=r"answered none of 2 samples right.*Train it longer.*correct_only: false"
-    ):
-        holdfast.attribute(model, tokenizer, ROWS, progress=False)
+    prior = holdfast.attribute(model, tokenizer, ROWS, importance=importance)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "the model answers none of the samples right, so all of them are rated" in said
+    assert (prior.meta["samples_used"], prior.meta["correct_only"], prior.meta["none_right"]) == (
+        2,
+        False,
+        True,
+    )
+    every = {"name": importance, "correct_only": False}
+    asked = holdfast.attribute(model, tokenizer, ROWS, importance=every, progress=False)
+    assert all(torch.equal(prior.tensors[n], t) for n, t in asked.tensors.items())
+    assert "none_right" not in asked.meta
 
 
 def test_operation_without_a_rule_is_named_with_its_module() -> None:

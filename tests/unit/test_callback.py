@@ -242,3 +242,26 @@ def test_callback_takes_a_folder(tmp_path: Path) -> None:
 def test_wrong_options_are_named(arguments_: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
         ProtectCallback(ImportancePrior({"w": torch.ones(2)}), **arguments_)
+
+
+def test_prior_by_inputs_is_held_by_its_whole_pull(tmp_path: Path) -> None:
+    model = tiny_model()
+    moments = {n: torch.eye(p.shape[1]) for n, p in block_parameters(model).items()}
+    callback = ProtectCallback(ImportancePrior(moments, {"kind": "inputs"}), pull=0.6)
+    with pytest.raises(ConfigError, match="what is attached doesn't know it"):
+        callback.drift()
+    moved = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            moved.append(callback.drift().total)
+
+    trainer = Trainer(model, arguments(tmp_path), train_dataset=rows(), callbacks=[callback, Watch()])
+    trainer.train()
+    # warm-up of 2 of 6 steps, then linear: rates 0, 1/2, 1, 3/4, 1/2, 1/4 of 1e-2
+    assert trainer.optimizer is not None
+    assert [g["holdfast_total_rate"] for g in trainer.optimizer.param_groups] == pytest.approx([3e-2, 3e-2])
+    assert moved[0] == 0.0  # the first rate is 0
+    assert all(value > 0 for value in moved[1:])
+    assert callback.protection is not None
+    assert callback.protection.summary()["mean"] == pytest.approx(0.6 * 1e-2 / 3e-2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typer.testing import CliRunner, Result
 
 from holdfast.cli import app
 from holdfast.importance.registry import REGISTRY
+from holdfast.records import Faithfulness
 from holdfast.strategies import STRATEGIES
 from holdfast.tasks import TOY_TASKS, list_orders, toy_suite
 
@@ -332,9 +334,9 @@ def test_attribute_tests_answers_as_the_run_does(
     file = config_file(tmp_path, tiny(tmp_path / "r", evaluation={"max_new_tokens": 3, "batch_size": 7}))
     seen: list[Any] = []
 
-    def measured(*_: Any, options: Any, **__: Any) -> dict[str, Any]:
+    def measured(*_: Any, options: Any, **__: Any) -> Faithfulness:
         seen.append((options.max_new_tokens, options.batch_size))
-        return {"curves": {}, "percent": []}
+        return Faithfulness(percent=[], curves={})
 
     monkeypatch.setattr("holdfast.runner.faithfulness.measure_faithfulness", measured)
     model, out = trained / "tasks" / "01-head" / "model", tmp_path / "p"
@@ -392,6 +394,17 @@ def test_faithfulness_without_test_rows_is_refused_before_any_work(
 
 
 # report
+
+
+def test_report_does_not_replace_what_is_no_file(trained: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link.html").symlink_to("pipe")
+    for out in ("pipe", "link.html"):
+        before = os.lstat(tmp_path / out).st_ino
+        result = holdfast_cli("report", trained, "--out", tmp_path / out)
+        assert result.exit_code == 2
+        assert f"could not write {tmp_path / out}: it is a device, a pipe or a socket" in result.output
+        assert os.lstat(tmp_path / out).st_ino == before
 
 
 def test_report_writes_one_file(trained: Path, tmp_path: Path) -> None:

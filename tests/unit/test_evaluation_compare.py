@@ -17,21 +17,22 @@ from holdfast.evaluation.compare import (
     paired_differences,
     strength_key,
 )
+from holdfast.records import Difference, Spread
 
 
 def test_mean_and_spread_by_hand():
-    assert mean_and_spread([50.0, 60.0, 70.0]) == {"mean": 60.0, "sd": 10.0, "n": 3}
-    assert mean_and_spread([50.0, None]) == {"mean": 50.0, "sd": None, "n": 1}
-    assert mean_and_spread([None]) == {"mean": None, "sd": None, "n": 0}
+    assert mean_and_spread([50.0, 60.0, 70.0]) == Spread(mean=60.0, sd=10.0, n=3)
+    assert mean_and_spread([50.0, None]) == Spread(mean=50.0, sd=None, n=1)
+    assert mean_and_spread([None]) == Spread(mean=None, sd=None, n=0)
 
 
 def test_differences_are_taken_within_a_seed_and_an_order_only():
     ours = {(0, "a"): 50.0, (1, "a"): 60.0, (2, "a"): None, (3, "a"): 99.0}
     theirs = {(1, "a"): 20.0, (0, "a"): 40.0, (2, "a"): 1.0, (3, "b"): 0.0}
     assert paired_differences(ours, theirs) == [10.0, 40.0]
-    assert difference(ours, theirs) == {"mean": 25.0, "low": 10.0, "high": 40.0, "pairs": 2}
-    assert difference({(0, "a"): 5.0}, theirs) == {"mean": -35.0, "low": None, "high": None, "pairs": 1}
-    assert difference({}, theirs) == {"mean": None, "low": None, "high": None, "pairs": 0}
+    assert difference(ours, theirs) == Difference(mean=25.0, low=10.0, high=40.0, pairs=2)
+    assert difference({(0, "a"): 5.0}, theirs) == Difference(mean=-35.0, low=None, high=None, pairs=1)
+    assert difference({}, theirs) == Difference(mean=None, low=None, high=None, pairs=0)
 
 
 @pytest.mark.parametrize("values", [[], [3.0]])
@@ -84,11 +85,8 @@ def test_curves_rise_with_the_strength_one_for_each_choice_of_the_other_keys():
     ]
     points[-1][1]["ap"] = None  # this cell failed
     lrp, fisher = curves(grid, points)
-    assert lrp["key"] == "s.strength"
-    assert lrp["fixed"] == {"s.importance": "lrp"}
-    assert [(p["value"], p["ap"], p["learning_accuracy"]) for p in lrp["points"]] == [
-        (1, 6, 89),
-        (10, 15, 80),
-    ]
-    assert [p["value"] for p in fisher["points"]] == [10]
+    assert lrp.key == "s.strength"
+    assert lrp.fixed == {"s.importance": "lrp"}
+    assert [(p.value, p.ap, p.learning_accuracy) for p in lrp.points] == [(1, 6, 89), (10, 15, 80)]
+    assert [p.value for p in fisher.points] == [10]
     assert curves({"s.importance": ["lrp"]}, [({"s.importance": "lrp"}, {"ap": 1.0})]) == []

@@ -130,12 +130,12 @@ def test_prediction_rows_say_prompt_expected_generated_and_score(
     examples = [Example("copy ab=", "ab"), Example("copy ba=", "ba", ("ba", "BA"))]
     task = Task("copy", examples, examples, metric="options", options=("ab", "ba"))
     result = evaluate_task(model, tokenizer, task, encoder, options=EvaluationOptions(batch_size=4))
-    assert [set(p) for p in result.predictions] == [{"prompt", "expected", "generated", "score"}] * 2
-    assert [p["expected"] for p in result.predictions] == [["ab"], ["ba", "BA"]]
-    assert {p["generated"] for p in result.predictions} <= {"ab", "ba"}
-    assert result.score == sum(p["score"] for p in result.predictions) / 2
+    assert [p.prompt for p in result.predictions] == ["copy ab=", "copy ba="]
+    assert [p.expected for p in result.predictions] == [["ab"], ["ba", "BA"]]
+    assert {p.generated for p in result.predictions} <= {"ab", "ba"}
+    assert result.score == sum(p.score for p in result.predictions) / 2
     for p in result.predictions:
-        assert p["score"] == 100.0 * (p["generated"] == p["expected"][0])
+        assert p.score == 100.0 * (p.generated == p.expected[0])
 
 
 def test_lora_model_answers_without_its_own_generation_settings(tokenizer: Any) -> None:

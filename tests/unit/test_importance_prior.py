@@ -93,11 +93,15 @@ def test_torn_tensors_are_noticed(keep: int, tmp_path: Path) -> None:
         ImportancePrior.load(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null", '{"sha256": 1'])
+WHOLE = {"dtype": "float32", "elements": 12, "sha256": "0" * 64}
+OTHER_SHAPES = ["[]", "{}", "null", '"x"', "1e5", json.dumps(WHOLE | {"tasks": "copy"})]
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"sha256": 1', "[" * 100_000, *OTHER_SHAPES])
 def test_torn_record_is_noticed(text: str, tmp_path: Path) -> None:
     prior().save(tmp_path)
     (tmp_path / "prior.json").write_text(text)
-    with pytest.raises(DataError, match=r"prior\.json is torn or not a prior's record"):
+    with pytest.raises(DataError, match=r"prior\.json: .*torn or edited.*`holdfast attribute`"):
         ImportancePrior.load(tmp_path)
 
 

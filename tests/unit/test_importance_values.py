@@ -176,7 +176,7 @@ def test_lrp_of_lora_rates_the_factors_alone() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("nothing", "no importance 'nothing'. Allowed: fisher, lrp"),
+        ("nothing", "no importance 'nothing'. Allowed: fisher, inputs, lrp"),
         ({"samples": 3}, "no importance None"),
         ({"name": "magnitude", "samples": 3}, "samples: unknown key"),
         ({"name": "lrp", "top_k": 3}, "`top_k` applies to `aggregate: topk` only"),

@@ -29,9 +29,9 @@ LAYERS = [  # from the top down; those in one line may import each other
     {"attribution"},
     {"tasks"},
     {"models", "adapters"},
-    {"names", "config"},
-    {"progress", "folder", "environment"},
-    {"storage"},
+    {"names", "config", "records", "resume", "progress", "folder", "environment"},
+    {"manifest"},
+    {"storage", "quantities"},
     {"errors"},
 ]
 LEVEL = {name: depth for depth, names in enumerate(LAYERS) for name in names}

@@ -30,7 +30,7 @@ def test_a_sweep_is_its_runs_and_their_paired_differences(tmp_path):
         assert f"{mean} ± {sd}" in text
         if row["differences"]:
             low, high = (f"{row['differences']['ap'][key]:.1f}" for key in ("low", "high"))
-            assert f"(+{low} to +{high})" in text
+            assert f"[+{low}, +{high}]" in text
     assert "plain reference" in text
     assert "no [room]" in text
     assert "<b>x</b>" not in page.replace("&lt;b&gt;", "")

@@ -13,7 +13,7 @@ from holdfast.report.forgotten import forgotten
 from holdfast.report.headline import headline
 from holdfast.report.importance_map import importance_map
 from holdfast.report.read import AttributionRecord, RunRecord, read
-from holdfast.report.summary import distinct, duration, grouped, number, table
+from holdfast.report.summary import distinct, grouped, table
 from holdfast.report.weight_figures import short_modules
 
 
@@ -157,21 +157,6 @@ def test_runs_of_one_label_are_told_apart_by_seed_or_else_by_folder(run):
     assert [r.name for r in distinct([first, second])] == ["x · 1", "x · 2"]
     reseeded = replace(second, metrics=second.metrics.model_copy(update={"seed": 7}))
     assert [r.name for r in distinct([first, reseeded])] == ["x · seed 0", "x · seed 7"]
-
-
-@pytest.mark.parametrize(
-    ("value", "text"), [(None, "–"), (-0.04, "0.0"), (-12.34, "−12.3"), (0.0, "0.0"), (99.96, "100.0")]
-)
-def test_numbers_have_a_real_minus_and_no_negative_zero(value, text):
-    assert number(value) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(4.21, "4.2 s"), (59.97, "1 min 00 s"), (200, "3 min 20 s"), (7500, "2 h 05 min"), (None, "–")],
-)
-def test_durations_read_as_people_say_them(seconds, text):
-    assert duration(seconds) == text
 
 
 def test_costs_scale_to_the_slowest_run_and_drop_phases_that_no_run_had(run):

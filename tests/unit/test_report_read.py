@@ -16,7 +16,7 @@ def test_a_run_is_read_with_every_stage_and_artefact(tmp_path):
     assert [stage.gate is not None for stage in run.stages] == [False, True, True, True]
     assert all(stage.prior and stage.training and stage.training.loss for stage in run.stages)
     assert run.config.startswith("strategy:")
-    assert run.environment["python"] == "3.11.9"
+    assert run.environment.python == "3.11.9"
     assert run.seen == 4
 
 
@@ -48,7 +48,7 @@ def test_an_attribution_is_read_with_its_prior_and_curves(tmp_path):
     record = read(write_attribution(tmp_path / "a"))
     assert isinstance(record, AttributionRecord)
     assert record.prior is not None
-    assert record.meta["samples_used"] == 97
+    assert record.meta.samples_used == 97
     assert record.faithfulness is not None
     assert record.faithfulness.percent[-1] == 20
 
@@ -111,7 +111,7 @@ def test_chat_prompts_are_read_as_lines(tmp_path):
     (path / "tasks/01-copy/predictions/copy.jsonl").write_text(json.dumps(row))
     run = read(path)
     assert isinstance(run, RunRecord)
-    assert next(run.stages[0].predictions("copy")).prompt == "user: hi"
+    assert next(run.stages[0].predictions("copy")).question == "user: hi"
 
 
 def test_a_curve_of_the_wrong_length_is_refused(tmp_path):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import resource
+import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -38,15 +42,96 @@ def test_failure_leaves_the_previous_file_and_no_litter(
     assert json.loads((tmp_path / "a.json").read_text()) == "old"
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
-def test_full_device_while_writing_tensors_is_a_storage_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """No file may grow beyond `size` bytes: the kernel fails the write, as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def torch_save(path: Path, size: int) -> None:
+    with storage.atomic_write(path) as temporary:
+        torch.save({"w": torch.ones(size)}, temporary)
+
+
+def torch_save_legacy(path: Path, size: int) -> None:
+    with storage.atomic_write(path) as temporary:
+        torch.save({"w": torch.ones(size)}, temporary, _use_new_zipfile_serialization=False)
+
+
+def tensors(path: Path, size: int) -> None:
+    storage.write_tensors(path, {"w": torch.ones(size)})
+
+
+def text(path: Path, size: int) -> None:
+    storage.write_text(path, "x" * size)
+
+
+@pytest.mark.parametrize("write", [torch_save, torch_save_legacy, tensors, text])
+@pytest.mark.parametrize("size", [200, 100_000])  # torch's message depends on the size
+def test_write_that_the_system_fails_is_a_storage_error(
+    write: Callable[[Path, int], None], size: int, tmp_path: Path
 ) -> None:
-    real = storage.save_tensors
-    monkeypatch.setattr(storage, "save_tensors", lambda path, *rest: real(Path("/dev/full"), *rest))
-    with pytest.raises(StorageError, match="untouched"):
-        storage.write_tensors(tmp_path / "a.safetensors", {"w": torch.ones(10)})
-    assert not list(tmp_path.iterdir())
+    write(tmp_path / "a", 100)
+    old = (tmp_path / "a").read_bytes()
+    with (
+        largest_file(100),
+        pytest.raises(StorageError, match=r"could not write .*untouched.*Free some space"),
+    ):
+        write(tmp_path / "a", size)
+    assert (tmp_path / "a").read_bytes() == old
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    write(tmp_path / "a", size)
+
+
+def test_errors_of_torch_that_are_no_disk_errors_pass_through() -> None:
+    assert not storage.is_disk_error(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+def put_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def put_link_to_pipe(path: Path) -> None:
+    os.mkfifo(path.with_name("pipe"))
+    path.symlink_to("pipe")
+
+
+def put_device(path: Path) -> None:
+    try:
+        os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 7))  # a /dev/full of the test's own
+    except OSError as error:
+        pytest.skip(f"needs the right to make a device ({error})")
+
+
+def put_link_to_folder(path: Path) -> None:
+    path.with_name("folder").mkdir()
+    path.symlink_to("folder")
+
+
+@pytest.mark.parametrize("put", [put_pipe, put_link_to_pipe, put_device, put_link_to_folder])
+@pytest.mark.parametrize("write", [torch_save, tensors, text])
+def test_what_is_no_file_is_never_replaced(
+    write: Callable[[Path, int], None], put: Callable[[Path], None], tmp_path: Path
+) -> None:
+    put(tmp_path / "a")
+    before = [(p.name, os.lstat(p).st_ino) for p in sorted(tmp_path.iterdir())]
+    with pytest.raises(StorageError, match=r"could not write .*a: it is a (folder|device).*path of a file"):
+        write(tmp_path / "a", 10)
+    with pytest.raises(StorageError, match="it is a"):
+        storage.save_tensors(tmp_path / "a", {"w": torch.ones(1)})
+    assert [(p.name, os.lstat(p).st_ino) for p in sorted(tmp_path.iterdir())] == before
+
+
+def test_link_to_a_file_is_replaced_and_the_file_stays(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("old")
+    (tmp_path / "a").symlink_to("mine")
+    storage.write_text(tmp_path / "a", "new")
+    assert ((tmp_path / "a").read_text(), (tmp_path / "mine").read_text()) == ("new", "old")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])

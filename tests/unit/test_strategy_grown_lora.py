@@ -121,7 +121,7 @@ def test_growth_is_recorded_and_its_scale_stays(strategy: Any, finished: Any) ->
         said = json.loads((folder / "adapters.json").read_text())
         assert said["rank"] == (number + 1) * R
         assert said["frozen"] == number * R
-        assert ("overlap" in said) == (strategy is O)
+        assert (said["overlap"] is None) == (strategy is INC)
         config = json.loads((folder / "model" / "adapter_config.json").read_text())
         assert config["r"] == (number + 1) * R
         assert config["lora_alpha"] / config["r"] == 2.0

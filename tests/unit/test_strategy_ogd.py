@@ -17,7 +17,7 @@ import contexts
 from contexts import context_of
 from holdfast.config import validate
 from holdfast.errors import ConfigError, PriorMismatchError
-from holdfast.hold.subspace import Subspace
+from holdfast.hold import Directions, Project
 from holdfast.importance.logit_gradient import logit_gradient
 from holdfast.importance.prior import trained_parameters
 from holdfast.importance.seeding import sample
@@ -66,9 +66,9 @@ class Weights(nn.Module):
 
 
 def test_basis_stays_orthonormal_over_several_tasks() -> None:
-    subspace = Subspace()
-    assert [subspace.extend(vectors(9, seed), 9) for seed in range(3)] == [9, 9, 9]
-    q_KN = matrix(subspace.directions)
+    directions = Directions()
+    assert [directions.extend(vectors(9, seed), 9) for seed in range(3)] == [9, 9, 9]
+    q_KN = matrix(directions.directions)
     torch.testing.assert_close(q_KN @ q_KN.T, torch.eye(27, dtype=torch.float64), rtol=0, atol=1e-6)
     for vector in vectors(9, 1):  # and the vectors are in its span
         left = flat(vector) - q_KN.T @ (q_KN @ flat(vector))
@@ -80,13 +80,13 @@ def test_vector_in_the_span_of_others_adds_no_direction_and_a_nearly_parallel_on
     combined = {n: 2 * first[n] - 3 * second[n] for n in SHAPES}
     nothing = {n: torch.zeros(s) for n, s in SHAPES.items()}
     near = {n: first[n] + 1e-3 * vectors(1, 5)[0][n] for n in SHAPES}
-    subspace = Subspace()
-    assert subspace.extend([first, second], 2) == 2
-    assert subspace.extend([combined, nothing, near, first], 4) == 1
-    assert {n: tuple(t.shape) for n, t in subspace.directions.items()} == {
+    directions = Directions()
+    assert directions.extend([first, second], 2) == 2
+    assert directions.extend([combined, nothing, near, first], 4) == 1
+    assert {n: tuple(t.shape) for n, t in directions.directions.items()} == {
         n: (3, *s) for n, s in SHAPES.items()
     }
-    q_KN = matrix(subspace.directions)
+    q_KN = matrix(directions.directions)
     torch.testing.assert_close(q_KN @ q_KN.T, torch.eye(3, dtype=torch.float64), rtol=0, atol=1e-5)
 
 
@@ -95,25 +95,25 @@ def test_directions_found_before_an_interruption_stay_sound() -> None:
         yield from vectors(2, 1)
         raise KeyboardInterrupt
 
-    subspace = Subspace()
-    subspace.extend(vectors(3), 3)
+    directions = Directions()
+    directions.extend(vectors(3), 3)
     with pytest.raises(KeyboardInterrupt):
-        subspace.extend(two_and_out(), 8)
-    q_KN = matrix(subspace.directions)
+        directions.extend(two_and_out(), 8)
+    q_KN = matrix(directions.directions)
     torch.testing.assert_close(q_KN @ q_KN.T, torch.eye(5, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
 def test_other_names_or_shapes_are_refused() -> None:
-    subspace, model = Subspace(), Weights()
-    subspace.extend(vectors(2), 2)
+    directions, model = Directions(), Weights()
+    directions.extend(vectors(2), 2)
     wide = {**vectors(1)[0], "b.bias": torch.ones(6)}
     with pytest.raises(PriorMismatchError, match=r"b\.bias \(\(6,\) instead of \(5,\)\)"):
-        subspace.extend([wide], 1)
-    with pytest.raises(PriorMismatchError, match=r"other \(unknown to the subspace\)"):
-        subspace.extend([{**vectors(1)[0], "other": torch.ones(1)}], 1)
-    assert len(subspace) == 2
+        directions.extend([wide], 1)
+    with pytest.raises(PriorMismatchError, match=r"other \(unknown to the directions\)"):
+        directions.extend([{**vectors(1)[0], "other": torch.ones(1)}], 1)
+    assert len(directions) == 2
     with pytest.raises(PriorMismatchError, match=r"b\.bias \(missing instead of \(5,\)\)"):
-        subspace.attach(model, torch.optim.SGD([model.a.weight, model.b.weight], lr=1.0))
+        Project(directions).attach(model, torch.optim.SGD([model.a.weight, model.b.weight], lr=1.0))
 
 
 # the projection
@@ -122,21 +122,21 @@ def test_other_names_or_shapes_are_refused() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_projected_gradient_is_the_formula_in_float64(dtype: torch.dtype) -> None:
     """g - sum_k (q_k . g) q_k, over all weights at once."""
-    subspace, model = Subspace(), Weights(dtype=dtype)
-    subspace.extend(vectors(7), 7)
+    directions, model = Directions(), Weights(dtype=dtype)
+    directions.extend(vectors(7), 7)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    subspace.attach(model, optimizer, on="gradient")
+    Project(directions, on="gradient").attach(model, optimizer)
     gradient = vectors(1, 3, dtype)[0]
     for name, p in model.named_parameters():
         p.grad = gradient[name].clone()
     optimizer.step()
     expected = flat(gradient)
-    for q_N in matrix(subspace.directions):
+    for q_N in matrix(directions.directions):
         expected = expected - (q_N @ flat(gradient)) * q_N
     got = flat({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(got, expected, rtol=0, atol=tolerance)
-    assert (matrix(subspace.directions) @ got).norm() < tolerance * got.norm()
+    assert (matrix(directions.directions) @ got).norm() < tolerance * got.norm()
 
 
 def optimizers(parameters: Any) -> dict[str, torch.optim.Optimizer]:
@@ -160,17 +160,17 @@ def optimizers(parameters: Any) -> dict[str, torch.optim.Optimizer]:
 )
 def test_which_steps_are_orthogonal(on: Any, name: str, orthogonal: bool) -> None:
     """Projected updates always; projected gradients only with SGD without weight decay."""
-    subspace, model = Subspace(), Weights()
-    subspace.extend(vectors(7), 7)
+    directions, model = Directions(), Weights()
+    directions.extend(vectors(7), 7)
     start = flat(dict(model.named_parameters())).detach()
     optimizer = optimizers(list(model.parameters()))[name]
-    handle = subspace.attach(model, optimizer, on=on)
+    handle = Project(directions, on=on).attach(model, optimizer)
     for step in range(30):
         for key, p in model.named_parameters():
             p.grad = vectors(1, 100 + step)[0][key]
         optimizer.step()
     moved = flat(dict(model.named_parameters())).detach() - start
-    inside = (matrix(subspace.directions) @ moved).norm() / moved.norm()
+    inside = (matrix(directions.directions) @ moved).norm() / moved.norm()
     assert inside < 2e-6 if orthogonal else inside > 1e-2
     handle.remove()
     assert not optimizer._optimizer_step_pre_hooks
@@ -178,22 +178,22 @@ def test_which_steps_are_orthogonal(on: Any, name: str, orthogonal: bool) -> Non
 
 
 def test_weight_without_gradient_gets_its_part_of_the_projection() -> None:
-    subspace, model = Subspace(), Weights()
-    subspace.extend(vectors(7), 7)
+    directions, model = Directions(), Weights()
+    directions.extend(vectors(7), 7)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    subspace.attach(model, optimizer, on="gradient")
+    Project(directions, on="gradient").attach(model, optimizer)
     model.a.weight.grad = torch.ones(4, 6)  # b took no part in this batch
     optimizer.step()
     got = flat({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    assert (matrix(subspace.directions) @ got).norm() < 1e-6 * got.norm()
+    assert (matrix(directions.directions) @ got).norm() < 1e-6 * got.norm()
 
 
 def test_projected_gradients_and_a_closure_are_refused() -> None:
-    subspace, model = Subspace(), Weights()
-    subspace.extend(vectors(2), 2)
+    directions, model = Directions(), Weights()
+    directions.extend(vectors(2), 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    subspace.attach(model, optimizer, on="gradient")
-    with pytest.raises(ConfigError, match="a subspace with on='gradient': step"):
+    Project(directions, on="gradient").attach(model, optimizer)
+    with pytest.raises(ConfigError, match="a projection with on='gradient': step"):
         optimizer.step(lambda: torch.zeros(()))
 
 

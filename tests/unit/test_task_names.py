@@ -61,7 +61,7 @@ def test_a_run_of_tasks_with_odd_names_works_and_is_reported_under_them(
     assert [stage.task for stage in record.stages] == odd
     for stage in record.stages:
         for name, task in toys.items():
-            asked = [prediction.prompt for prediction in stage.predictions(name)]
+            asked = [prediction.question for prediction in stage.predictions(name)]
             assert asked == [example.prompt for example in task.test]
     page = write_report([tmp_path / "r"], tmp_path / "page.html", None).read_text()
     assert "a/b" in page

@@ -283,7 +283,7 @@ def test_handles_are_attached_once_and_removed_even_if_training_fails(tmp_path: 
         def remove(self) -> None:
             events.append("removed")
 
-    def attach(model: Any, optimizer: Any, total_rate: float | None) -> Any:
+    def attach(model: Any, optimizer: Any) -> Any:
         events.append("attached")
         return [Counted()]
 

@@ -8,6 +8,13 @@ from holdfast.attribution.engine import (
     attribute_batches,
     per_sample_gradients,
 )
-from holdfast.attribution.maps import Fold
+from holdfast.attribution.maps import Fold, TokenFold
 
-__all__ = ["AttributionOptions", "AttributionReport", "Fold", "attribute_batches", "per_sample_gradients"]
+__all__ = [
+    "AttributionOptions",
+    "AttributionReport",
+    "Fold",
+    "TokenFold",
+    "attribute_batches",
+    "per_sample_gradients",
+]

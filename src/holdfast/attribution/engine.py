@@ -10,10 +10,10 @@ from torch import nn
 
 from holdfast.attribution.maps import Fold
 from holdfast.attribution.options import AttributionOptions, AttributionReport
-from holdfast.attribution.partial import Partial
 from holdfast.attribution.passes import Job, Pass
 from holdfast.errors import DataError, ModelError
 from holdfast.models import block_parameters
+from holdfast.resume import Partial
 from holdfast.tasks.encode import Encoded
 
 Progress = Callable[[int, int], None]
@@ -106,15 +106,16 @@ def per_sample_gradients(
     padding_side: Literal["left", "right"] = "left",
     progress: Progress | None = None,
     partial: Partial | None = None,
+    of: Literal["log_probability", "logit"] = "log_probability",
+    correct_only: bool = False,
 ) -> AttributionReport:
     """Fold the gradient of each answer's log-likelihood (summed over its tokens), sample by sample.
 
     The fold gets plain gradients of weights and biases of linear maps; see `attribute_batches` for the
-    parameters. All samples count, right or wrong.
+    parameters. All samples count, right or wrong. With ``of="logit"`` it is the gradient of the sum of the
+    answer's logits instead.
     """
-    job = Job(
-        "gradient", "none", "all", "log_probability", pad_id, padding_side, batch_size, False, max_samples
-    )
+    job = Job("gradient", "none", "all", of, pad_id, padding_side, batch_size, correct_only, max_samples)
     return _run(model, rows, job, fold, parameters, memory_budget, progress, partial)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,39 @@ class Fold(Protocol):
         """
 
 
+class TokenFold(Fold, Protocol):
+    """A fold that takes what a linear map's relevance is made of, instead of the map of its weight."""
+
+    def take_tokens(
+        self, name: str, weight_OI: Tensor, x_STI: Tensor, lam_STO: Tensor, real_ST: Tensor
+    ) -> None:
+        """Take the inputs of a map and the Lambda at its outputs, for the selected samples of a batch.
+
+        A map that is used several times comes once, its uses one after another along T.
+
+        Parameters
+        ----------
+        name : str
+            Canonical name of the weight.
+        weight_OI : Tensor
+            Its value, detached, outputs first whatever the layout of the module.
+        x_STI, lam_STO : Tensor
+            The memory is the engine's: not to be kept or changed.
+        real_ST : Tensor of bool
+            False at padding.
+        """
+
+
+class _Use(NamedTuple):
+    """One use of a map in a batch."""
+
+    parameter: nn.Parameter
+    weight_OI: Tensor
+    x_STI: Tensor
+    lam_STO: Tensor
+    real_ST: Tensor
+
+
 class WeightMaps:
     """Knows which weights are attributed, and hands their per-sample maps to a fold.
 
@@ -65,14 +98,20 @@ class WeightMaps:
         self._scratch: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._uses: Counter[int] = Counter()
         self._pending: dict[int, tuple[nn.Parameter, Tensor]] = {}
+        self._tokens: dict[int, list[_Use]] = {}
+        self.by_token = hasattr(fold, "take_tokens")
         self.samples = 0
         self.rows: frozenset[int] = frozenset()
+        self.real: Sequence[Tensor] = ()
         self.selected: Tensor | None = None
 
-    def begin_batch(self, samples: int, lengths: set[int]) -> None:
-        """Start a batch of `samples` rows whose sequences have one of `lengths` positions."""
+    def begin_batch(self, samples: int, lengths: set[int], real: Sequence[Tensor] = ()) -> None:
+        """Start a batch of `samples` rows whose sequences have one of `lengths` positions.
+
+        `real` are masks (S, T) of its sequences, False at padding.
+        """
         self.samples, self.rows = samples, frozenset(samples * length for length in lengths)
-        self.selected = None
+        self.selected, self.real = None, real
         self._uses.clear()
         self._pending.clear()
 
@@ -81,6 +120,9 @@ class WeightMaps:
         for parameter, grad_S in self._pending.values():
             self._emit(parameter, grad_S)
         self._pending.clear()
+        for uses in self._tokens.values():  # of maps that relevance reached in a part of their uses
+            self._emit_tokens(uses)
+        self._tokens.clear()
 
     def source(self, weight: Tensor) -> nn.Parameter | None:
         """The parameter whose memory `weight` shares, or None for a constant."""
@@ -112,6 +154,9 @@ class WeightMaps:
         """
         x_STI = self._select(x)
         lam_STO = self._select(lam).to(x.dtype)
+        if self.by_token:
+            self._take_tokens(parameter, x_STI, lam_STO, out_first, ledger)
+            return
         left, right = (lam_STO, x_STI) if out_first else (x_STI, lam_STO)
         samples, group = len(left), max(1, GROUP_BYTES // (parameter.numel() * x.element_size()))
         several = self._uses[id(parameter)] > 1
@@ -155,6 +200,28 @@ class WeightMaps:
         if key not in self._scratch or self._scratch[key].numel() < count:
             self._scratch[key] = like.new_empty(count)
         return self._scratch[key][:count].view(shape)
+
+    def _take_tokens(
+        self, parameter: nn.Parameter, x_STI: Tensor, lam_STO: Tensor, out_first: bool, ledger: Ledger | None
+    ) -> None:
+        weight_OI = parameter.detach() if out_first else parameter.detach().t()
+        if ledger is not None:
+            ledger.maps += self.factor * relevance(x_STI @ weight_OI.t(), lam_STO)
+        real = (mask for mask in self.real if mask.shape[1] == x_STI.shape[1])
+        real_ST = next(real, torch.ones(self.samples, x_STI.shape[1], dtype=torch.bool, device=x_STI.device))
+        uses = self._tokens.setdefault(id(parameter), [])
+        uses.append(_Use(parameter, weight_OI, x_STI, lam_STO, self._select(real_ST[..., None])[..., 0]))
+        if len(uses) == self._uses[id(parameter)]:
+            self._emit_tokens(self._tokens.pop(id(parameter)))
+
+    def _emit_tokens(self, uses: list[_Use]) -> None:
+        name = self.names[id(uses[0].parameter)]
+        self.reached.add(name)
+        x_STI, lam_STO, real_ST = (
+            values[0] if len(values) == 1 else torch.cat(values, dim=1)
+            for values in ([u.x_STI for u in uses], [u.lam_STO for u in uses], [u.real_ST for u in uses])
+        )
+        self.fold.take_tokens(name, uses[0].weight_OI, x_STI, lam_STO, real_ST)  # type: ignore[attr-defined]
 
     def _take(self, parameter: nn.Parameter, grad_S: Tensor, several: bool, ledger: Ledger | None) -> None:
         if ledger is not None:

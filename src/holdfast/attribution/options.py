@@ -11,19 +11,16 @@ from holdfast.config import Options
 
 
 class AttributionOptions(Options):
-    """Which relevance is computed."""
+    """Which relevance is computed; A to the letter is ``rules="paper", halves="path", target="first"``."""
 
     rules: Literal["paper", "attnlrp"] = Field(
-        default="attnlrp", description="softmax: identity as in A, Prop. 4.3, or its Jacobian"
+        "attnlrp", description="softmax: identity as in A, Prop. 4.3, or its Jacobian"
     )
     halves: Literal["path", "weights", "none"] = Field(
-        default="path",
-        description="where the 1/2 of Lemma 4.1 applies: everywhere (A), in R(W) alone, or nowhere",
+        "none", description="where Lemma 4.1's ½ applies: everywhere (A), in R(W) alone, or nowhere"
     )
-    target: Literal["all", "first"] = Field(default="all", description="answer tokens: all, or the first (A)")
-    of: Literal["logit", "log_probability"] = Field(
-        default="logit", description="of what relevance is computed"
-    )
+    target: Literal["all", "first"] = Field("all", description="all tokens of the answer, or the first (A)")
+    of: Literal["logit", "log_probability"] = Field("logit", description="what is attributed; A: the logit")
 
 
 @dataclass

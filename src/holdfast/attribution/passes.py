@@ -14,10 +14,10 @@ from holdfast.attribution.ledger import Ledger, relevance
 from holdfast.attribution.maps import Fold, WeightMaps
 from holdfast.attribution.mode import RuleMode, attributable, whole_activations
 from holdfast.attribution.options import AttributionReport
-from holdfast.attribution.partial import Partial, State
 from holdfast.attribution.targets import Batch, correct, initial_lambda, make_batch, module_names
 from holdfast.attribution.trace import RuleSet, Trace
 from holdfast.errors import ConservationError, ModelError, NoCorrectSampleError
+from holdfast.resume import Partial, State
 from holdfast.tasks.encode import Encoded
 
 
@@ -110,7 +110,8 @@ class Pass:
         self, rows: Sequence[Encoded], leaves: list[Tensor], room: int | None, choose: bool
     ) -> list[int]:
         job, device = self.job, next(self.model.parameters()).device
-        batch = make_batch(self.model, rows, job.pad_id, device, job.side)
+        apart = self.maps.by_token
+        batch = make_batch(self.model, rows, job.pad_id, device, job.side, apart=apart)
         trace = Trace(
             job.rules,
             0.5 if job.halves == "path" else 1.0,
@@ -118,7 +119,7 @@ class Pass:
             Ledger() if self.check else None,
             self.modules,
         )
-        self.maps.begin_batch(len(rows), batch.lengths)
+        self.maps.begin_batch(len(rows), batch.lengths, batch.real)
         logits_STV = self._forward(batch, trace)
         right_S = torch.ones(len(rows), dtype=torch.bool, device=device)
         if job.correct_only and choose:

@@ -27,24 +27,40 @@ class Batch:
         Numbers of positions that activations of this batch can have.
     answer_ST : Tensor
         The token to predict at each of the last T logits' positions; -100 where there is none.
+    real : list of Tensor
+        Of each sequence, (S, T): False at padding.
     """
 
     inputs: dict[str, Any]
     lengths: set[int]
     answer_ST: Tensor
+    real: list[Tensor]
 
 
 def make_batch(
-    model: Any, rows: Sequence[Encoded], pad_id: int, device: torch.device, side: Literal["left", "right"]
+    model: Any,
+    rows: Sequence[Encoded],
+    pad_id: int,
+    device: torch.device,
+    side: Literal["left", "right"],
+    *,
+    apart: bool = False,
 ) -> Batch:
-    """Collate rows; on the left, answers line up, so that logits are computed for the answer alone."""
+    """Collate rows; on the left, answers line up, so that logits are computed for the answer alone.
+
+    With `apart` the sequences of encoder and decoder never have the same length (the decoder's gets one more
+    position of padding), so that a sequence's length tells its mask.
+    """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     accepted = inspect.signature(base.forward).parameters
     encoder_decoder = is_encoder_decoder(model)
     batch = collate(rows, pad_id, encoder_decoder=encoder_decoder, side="right" if encoder_decoder else side)
     inputs: dict[str, Any] = {key: value.to(device) for key, value in batch.items() if key in accepted}
     labels = inputs.pop("labels", batch["labels"].to(device))
+    real = [batch["attention_mask"].to(device) != 0]
     if encoder_decoder:
+        if apart and labels.shape[1] == real[0].shape[1]:
+            labels = torch.cat([labels, labels.new_full((len(rows), 1), IGNORED)], dim=1)
         prepare = getattr(base, "prepare_decoder_input_ids_from_labels", None)
         if prepare is None:
             raise ModelError(
@@ -53,6 +69,7 @@ def make_batch(
             )
         inputs["decoder_input_ids"] = prepare(labels=labels)
         answer_ST = labels
+        real.append(labels != IGNORED)
     else:
         answer_ST = torch.cat([labels[:, 1:], labels.new_full((len(rows), 1), IGNORED)], dim=1)
         if side == "left" and "logits_to_keep" in accepted:
@@ -64,7 +81,7 @@ def make_batch(
     if "use_cache" in accepted:
         inputs["use_cache"] = False
     lengths = {batch["input_ids"].shape[1], labels.shape[1], answer_ST.shape[1]}
-    return Batch(inputs, lengths, answer_ST)
+    return Batch(inputs, lengths, answer_ST, real)
 
 
 def correct(logits_STV: Tensor, answer_ST: Tensor) -> Tensor:

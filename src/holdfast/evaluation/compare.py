@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from holdfast.records import Curve, CurvePoint, Difference, Spread
+
 METRICS = ("ap", "fwt", "bwt", "forgetting", "learning_accuracy")  # in percent, as in metrics.json
 LEVEL = 0.95
 RESAMPLES = 10_000
@@ -17,20 +19,14 @@ Key = TypeVar("Key", bound=Hashable)
 Number = float | None
 
 
-def mean_and_spread(values: Sequence[Number]) -> dict[str, Any]:
-    """Mean and sample standard deviation (n − 1) of what was measured.
-
-    Returns
-    -------
-    dict
-        ``mean`` (None without a value), ``sd`` (None with fewer than two), ``n``.
-    """
+def mean_and_spread(values: Sequence[Number]) -> Spread:
+    """Mean and sample standard deviation (n − 1) of what was measured."""
     known = [value for value in values if value is not None]
-    return {
-        "mean": statistics.fmean(known) if known else None,
-        "sd": statistics.stdev(known) if len(known) > 1 else None,
-        "n": len(known),
-    }
+    return Spread(
+        mean=statistics.fmean(known) if known else None,
+        sd=statistics.stdev(known) if len(known) > 1 else None,
+        n=len(known),
+    )
 
 
 def paired_differences(values: Mapping[Key, Number], reference: Mapping[Key, Number]) -> list[float]:
@@ -75,22 +71,11 @@ def bootstrap_interval(
     return float(means[low]), float(means[high])
 
 
-def difference(values: Mapping[Key, Number], reference: Mapping[Key, Number]) -> dict[str, Any]:
-    """Mean paired difference with its bootstrap interval.
-
-    Returns
-    -------
-    dict
-        ``mean``, ``low``, ``high`` (None where there is nothing to say), ``pairs``.
-    """
+def difference(values: Mapping[Key, Number], reference: Mapping[Key, Number]) -> Difference:
+    """Mean paired difference with its bootstrap interval."""
     pairs = paired_differences(values, reference)
     low, high = bootstrap_interval(pairs) or (None, None)
-    return {
-        "mean": statistics.fmean(pairs) if pairs else None,
-        "low": low,
-        "high": high,
-        "pairs": len(pairs),
-    }
+    return Difference(mean=statistics.fmean(pairs) if pairs else None, low=low, high=high, pairs=len(pairs))
 
 
 def strength_key(grid: Mapping[str, Sequence[Any]]) -> str | None:
@@ -110,7 +95,7 @@ def strength_key(grid: Mapping[str, Sequence[Any]]) -> str | None:
 
 def curves(
     grid: Mapping[str, Sequence[Any]], points: Sequence[tuple[Mapping[str, Any], Mapping[str, Number]]]
-) -> list[dict[str, Any]]:
+) -> list[Curve]:
     """Learning accuracy and AP over a strength, a curve for each choice of the grid's other keys.
 
     Parameters
@@ -123,20 +108,21 @@ def curves(
 
     Returns
     -------
-    list of dict
-        ``key``, ``fixed`` (the other keys), ``points``: a list of ``value``, ``learning_accuracy``, ``ap`` by
-        rising value. Nothing where the grid has no strength.
+    list of Curve
+        Nothing where the grid has no strength.
     """
     key = strength_key(grid)
     if key is None:
         return []
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, tuple[dict[str, Any], list[CurvePoint]]] = {}
     for point, means in points:
         fixed = {k: v for k, v in point.items() if k != key}
-        curve = found.setdefault(str(fixed), {"key": key, "fixed": fixed, "points": []})
+        _, measured = found.setdefault(str(fixed), (fixed, []))
         ap, learned = means.get("ap"), means.get("learning_accuracy")
         if ap is not None and learned is not None:
-            curve["points"].append({"value": point[key], "learning_accuracy": learned, "ap": ap})
-    for curve in found.values():
-        curve["points"].sort(key=lambda p: p["value"])
-    return [curve for curve in found.values() if curve["points"]]
+            measured.append(CurvePoint(value=point[key], learning_accuracy=learned, ap=ap))
+    return [
+        Curve(key=key, fixed=fixed, points=sorted(measured, key=lambda p: p.value))
+        for fixed, measured in found.values()
+        if measured
+    ]

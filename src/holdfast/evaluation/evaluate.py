@@ -11,6 +11,7 @@ from pydantic import Field
 from holdfast.config import Options
 from holdfast.evaluation.answers import generate, rank_options
 from holdfast.evaluation.scores import SCORES
+from holdfast.records import Prediction
 from holdfast.tasks.encode import Encoded, Encoder
 from holdfast.tasks.task import Example, Task
 
@@ -35,7 +36,7 @@ class TaskScore:
     """Mean score (0 to 100) and the predictions behind it."""
 
     score: float
-    predictions: list[dict[str, Any]]
+    predictions: list[Prediction]
 
 
 @dataclass(frozen=True)
@@ -123,15 +124,13 @@ def evaluate_encoded(
             progress=progress,
         )
     score = SCORES[task.metric]
-    predictions: list[dict[str, Any]] = [
-        {
-            "prompt": example.prompt
-            if isinstance(example.prompt, str)
-            else [dict(m) for m in example.prompt],
-            "expected": list(example.answers),
-            "generated": answer,
-            "score": score(answer, example.answers),
-        }
+    predictions = [
+        Prediction(
+            prompt=example.prompt if isinstance(example.prompt, str) else [dict(m) for m in example.prompt],
+            expected=list(example.answers),
+            generated=answer,
+            score=score(answer, example.answers),
+        )
         for example, answer in zip(task.test, answers, strict=True)
     ]
-    return TaskScore(sum(p["score"] for p in predictions) / len(predictions), predictions)
+    return TaskScore(sum(p.score for p in predictions) / len(predictions), predictions)

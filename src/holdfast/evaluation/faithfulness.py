@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.evaluation.evaluate import EvaluationOptions, encode_task, evaluate_encoded
+from holdfast.records import Faithfulness
 from holdfast.tasks.encode import Encoder
 from holdfast.tasks.task import Task
 
@@ -36,7 +37,7 @@ def measure_faithfulness(
     progress: Callable[[int, int], None] | None = None,
     known: Curves | None = None,
     keep: Callable[[Curves], None] | None = None,
-) -> dict[str, Any]:
+) -> Faithfulness:
     """Accuracy on the task's test rows with the top p % of each tensor set to zero.
 
     Parameters
@@ -54,9 +55,8 @@ def measure_faithfulness(
 
     Returns
     -------
-    dict
-        ``{"task", "percent", "curves": {"importance" | "random" | "magnitude": [accuracy, ...]}}``,
-        as it is written to ``faithfulness.json``.
+    Faithfulness
+        As it is written to ``faithfulness.json``.
     """
     options = options or EvaluationOptions()
     encoded = encode_task(task, encoder, options)
@@ -73,7 +73,7 @@ def measure_faithfulness(
                 keep(curves)
             if progress is not None:
                 progress(done, total)
-    return {"task": task.name, "percent": list(percent), "curves": curves}
+    return Faithfulness(task=task.name, percent=list(percent), curves={**curves})
 
 
 def _ranking(

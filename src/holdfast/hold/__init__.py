@@ -1,4 +1,9 @@
-"""Protection: how important weights are held while the next task is learned."""
+"""Hold: how what matters is held while the next task is learned.
+
+Every hold is one line, θ ← θ* + (1 − H) Δ. Operators say what H is (`elementwise`, `inputs`, `mask`,
+`directions`), mechanisms what Δ is and when the line is written (`anchor`, `gate`, `penalty`, `project`,
+`fusion`), controls give the same amount of hold to something else.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +18,18 @@ from holdfast.errors import ConfigError
 from holdfast.hold.anchor import Anchor, AnchorOptions
 from holdfast.hold.attach import Handle, Protection
 from holdfast.hold.control import Control, apply_control
+from holdfast.hold.directions import Directions
 from holdfast.hold.gate import Gate, GateOptions
 from holdfast.hold.penalty import Penalty, PenaltyOptions
+from holdfast.hold.project import Project, ProjectOptions
+from holdfast.hold.schedule import tell_total_rate
 from holdfast.importance.prior import ImportancePrior
 
 MECHANISMS: dict[str, tuple[type[Options], type]] = {
     "gate": (GateOptions, Gate),
     "anchor": (AnchorOptions, Anchor),
     "penalty": (PenaltyOptions, Penalty),
+    "project": (ProjectOptions, Project),
 }
 
 
@@ -47,7 +56,7 @@ def mechanism_options(mechanism: Any, source: str = "mechanism", **values: Any) 
 
 
 def build_mechanism(
-    options: GateOptions | AnchorOptions | PenaltyOptions,
+    options: GateOptions | AnchorOptions | PenaltyOptions | ProjectOptions,
     prior: ImportancePrior,
     reference: Mapping[str, Tensor] | None = None,
 ) -> Protection:
@@ -71,14 +80,18 @@ __all__ = [
     "Anchor",
     "AnchorOptions",
     "Control",
+    "Directions",
     "Gate",
     "GateOptions",
     "Handle",
     "MechanismOptions",
     "Penalty",
     "PenaltyOptions",
+    "Project",
+    "ProjectOptions",
     "Protection",
     "apply_control",
     "build_mechanism",
     "mechanism_options",
+    "tell_total_rate",
 ]

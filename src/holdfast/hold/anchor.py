@@ -3,36 +3,86 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any, Literal, cast
 
-import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from holdfast.config import Options, validate
+from holdfast.errors import ConfigError
 from holdfast.hold.attach import (
+    Chunk,
     Handle,
-    bind,
-    blend_,
     held_summary,
     hook,
     logarithmic_summary,
-    place,
+    observed,
     reference_weights,
 )
-from holdfast.importance.prior import ImportancePrior
+from holdfast.hold.inputs import Coordinates, Inputs
+from holdfast.hold.operator import Rate
+from holdfast.hold.schedule import TOTAL
+from holdfast.hold.spectrum import Spectrum
+from holdfast.importance.prior import ImportancePrior, Kind
+
+_STRENGTH = 600.0  # of priors by weight
+_PULL = 5.0  # of priors by input
+_WAITED = "holdfast_waited"  # in each parameter group: steps, and their rates, since the last pull
 
 
 class AnchorOptions(Options):
     """Pull each weight back after every step, the harder the more important it is."""
 
     name: Literal["anchor"] = "anchor"
-    strength: float = Field(600.0, ge=0, description="λ: a weight of mean importance is pulled by η·λ a step")
+    strength: float | None = Field(
+        None,
+        ge=0,
+        description="λ: a weight of mean importance is pulled by η·λ a step (default 600 by weight)",
+    )
+    pull: float | None = Field(
+        None,
+        ge=0,
+        description="Λ = λ Σ η, the whole pull over a task, in place of `strength` (default 5 by inputs)",
+    )
+    every: int = Field(1, ge=1, description="pull at every n-th step, by the rates of the n steps together")
+    coordinates: Literal["inputs", "weights"] | None = Field(
+        None, description="in which the optimizer steps; importance `inputs` only (default: inputs)"
+    )
+
+    @model_validator(mode="after")
+    def _one_unit(self) -> AnchorOptions:
+        if self.strength is not None and self.pull is not None:
+            raise ValueError(
+                "give `strength` (λ, a step) or `pull` (Λ, a whole task), not both; mechanism=anchor before "
+                "mechanism.pull=... drops what a configuration has"
+            )
+        return self
+
+    def resolved(self, kind: Kind) -> AnchorOptions:
+        """With the defaults for a kind of prior in place.
+
+        Raises
+        ------
+        ConfigError
+            `coordinates: inputs` for a prior by weight.
+        """
+        if kind == "weights" and self.coordinates == "inputs":
+            raise ConfigError(
+                "anchor: coordinates 'inputs' need a prior of the kind 'inputs' (importance: inputs); a "
+                "prior by weight is diagonal in the weights themselves. Leave it out."
+            )
+        changed: dict[str, Any] = {}
+        if self.strength is None and self.pull is None:
+            changed = {"strength": _STRENGTH} if kind == "weights" else {"pull": _PULL}
+        if self.coordinates is None:
+            changed["coordinates"] = kind
+        return self.model_copy(update=changed)
 
 
 class Anchor:
-    """After each optimizer step: θ ← θ* + (1 − min(1, η·λ·I)) ⊙ (θ − θ*).
+    """After each optimizer step: θ ← θ* + (1 − min(1, η·λ·H)) (θ − θ*).
 
     It is to EWC's penalty what AdamW is to L2 regularisation: the pull doesn't pass through Adam's
     normalisation, so its strength means the same for every weight.
@@ -40,30 +90,58 @@ class Anchor:
     Parameters
     ----------
     prior : ImportancePrior
-        I; negative values count as 0, then the mean over all weights is scaled to 1.
-    strength : float
+        H. By weight: negative values count as 0, then the mean over all weights is scaled to 1. Of the kind
+        ``inputs``: each map's matrix C, scaled to mean eigenvalue 1, acting on the input side of its change.
+    strength : float, optional
         λ. η is the learning rate of the weight's parameter group, read at each step.
+    pull : float, optional
+        Λ = λ Σ_t η_t, the whole pull over the task: a direction of mean importance ends at about 1/Λ of the
+        way that it would go. Σ η must have been told (`holdfast.hold.tell_total_rate`) by the first step.
+        Give one of both; by default λ = 600 by weight, Λ = 5 by inputs.
+    every : int
+        Pull at each n-th step, by the sum of the n steps' η.
+    coordinates : {"inputs", "weights"}, optional
+        Of the kind ``inputs`` only. ``inputs`` (default): the optimizer itself steps in the basis of C, see
+        `holdfast.hold.inputs.Coordinates`. ``weights``: it steps as without a hold.
     reference : mapping of str to Tensor, optional
         θ*, by canonical name; copies of the weights at `attach` when omitted.
 
     Notes
     -----
-    Where η·λ·I ≥ 1 the weight equals θ* bit for bit after every step. Memory, in the parameters' dtype:
-    I and θ* (2 values per protected weight), and temporarily η·λ·I for at most 64 M weights at a time. In
-    16-bit dtypes a pull below the weight's own rounding is lost, like any small update there.
+    By weight: where η·λ·I ≥ 1 the weight equals θ* bit for bit after every step. Memory, in the parameters'
+    dtype: I and θ* (2 values per protected weight), and temporarily η·λ·I for at most 64 M weights at a time.
+    In 16-bit dtypes a pull below the weight's own rounding is lost, like any small update there. By inputs:
+    see `Inputs`; memory θ*, U (I² float32 a map), and with coordinates ``inputs`` θ* U and Z. The state of
+    `every` is in the optimizer's parameter groups, so that it goes into checkpoints.
     """
 
     def __init__(
         self,
         prior: ImportancePrior,
         *,
-        strength: float = 600.0,
+        strength: float | None = None,
+        pull: float | None = None,
+        every: int = 1,
+        coordinates: Literal["inputs", "weights"] | None = None,
         reference: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.prior = prior
-        self.options = validate(AnchorOptions, {"strength": strength}, "Anchor")
+        values = {"strength": strength, "pull": pull, "every": every, "coordinates": coordinates}
+        self.options = validate(AnchorOptions, values, "Anchor").resolved(prior.kind)
         self.reference = reference
         self.learning_rate: float | None = None  # the largest seen, for the summary
+        self._rate: float | None = None  # what λ or Λ is multiplied by, at its largest
+        self._handle: Handle | None = None
+
+    @cached_property
+    def spectrum(self) -> Spectrum:
+        """The prior, scaled to mean 1."""
+        return Spectrum.of(self.prior.mean_normalised())
+
+    @property
+    def _scale(self) -> float:
+        options = self.options
+        return cast(float, options.strength if options.pull is None else options.pull)
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> Handle:
         """Pull after every step of this optimizer until the handle is removed.
@@ -73,48 +151,107 @@ class Anchor:
         PriorMismatchError
             The prior or the reference doesn't fit the model, or the optimizer holds none of the weights.
         """
-        inner, chunks = bind(self.prior, model, optimizer)
-        importance = self.prior.mean_normalised().tensors
-        strengths = [
-            [
-                place(importance[name] * self.options.strength, parameter)
-                for name, parameter in zip(chunk.names, chunk.parameters, strict=True)
-            ]
-            for chunk in chunks
-        ]
+        inner, chunks = self.spectrum.bind(model, optimizer)
+        scaled = {name: values * self._scale for name, values in self.spectrum.values.items()}
+        operators = [self.spectrum.operator(chunk, model, scaled) for chunk in chunks]
         references = [reference_weights(chunk, self.reference, "anchor") for chunk in chunks]
         for group in inner.param_groups:  # a scheduler with warm-up has set lr to 0 by now
-            self._saw(group.get("initial_lr", group["lr"]))
+            self._saw(group, group.get("initial_lr", group["lr"]))
+        if self.options.coordinates == "inputs" and self.prior.kind == "inputs":
+            handle = self._in_coordinates(inner, chunks, operators, references)
+        else:
 
-        def pull() -> None:
-            for chunk, strength, reference in zip(chunks, strengths, references, strict=True):
-                rate = inner.param_groups[chunk.group]["lr"]
-                self._saw(rate)
-                weight = torch._foreach_mul(strength, rate)
-                torch._foreach_clamp_max_(weight, 1.0)
-                blend_(chunk.parameters, reference, weight)
+            def pull() -> None:
+                rates = self._rates(inner)
+                for chunk, operator, reference in zip(chunks, operators, references, strict=True):
+                    rate = rates[chunk.group]
+                    if rate is not None:
+                        operator.blend_(chunk.parameters, reference, rate)
 
-        return hook(inner, after=pull)
+            handle = hook(inner, after=pull)
+        self._handle = observed(handle, self.prior, model, chunks, references)
+        return self._handle
 
-    def _saw(self, rate: float | Tensor) -> None:
-        if not isinstance(rate, Tensor):  # a tensor lr may live on a GPU: reading it would stall each step
-            self.learning_rate = max(self.learning_rate or 0.0, rate)
-        elif self.learning_rate is None:
-            self.learning_rate = float(rate)
+    def _in_coordinates(
+        self, inner: Optimizer, chunks: list[Chunk], operators: list[Any], references: list[list[Tensor]]
+    ) -> Handle:
+        rows = zip(chunks, references, operators, strict=True)
+        rotated = [
+            Coordinates(chunk.parameters, ref, cast(Inputs, operator)) for chunk, ref, operator in rows
+        ]
+
+        inside = False  # torch runs the hooks twice where an optimizer's step calls its parent's
+
+        def enter() -> None:
+            nonlocal inside
+            if not inside:
+                for coordinates in rotated:
+                    coordinates.enter()
+            inside = True
+
+        def leave() -> None:
+            nonlocal inside
+            if inside:
+                rates = self._rates(inner)
+                for chunk, coordinates in zip(chunks, rotated, strict=True):
+                    coordinates.leave(rates[chunk.group])
+            inside = False
+
+        return hook(inner, enter, leave, needs_gradients="anchor with coordinates 'inputs'")
+
+    def _rates(self, inner: Optimizer) -> list[Rate | None]:
+        """What H, scaled, is multiplied by in this step, for each parameter group; None: no pull."""
+        found: list[Rate | None] = []
+        for group in inner.param_groups:
+            rate = group["lr"]
+            self._saw(group, rate)
+            if self.options.pull is not None:
+                if TOTAL not in group:
+                    raise ConfigError(
+                        f"anchor: pull={self.options.pull:g} is the whole pull over a task, but the sum of "
+                        "its learning rates is not known. Call holdfast.hold.tell_total_rate(optimizer, "
+                        "scheduler, steps) before the first step, or give `strength` (the pull of a step at "
+                        "rate 1)."
+                    )
+                rate = rate / group[TOTAL] if group[TOTAL] else 0.0
+            if self.options.every > 1:
+                steps, waited = group.get(_WAITED, (0, 0.0))
+                steps, rate = steps + 1, waited + float(rate)
+                due = steps == self.options.every
+                group[_WAITED] = (0, 0.0) if due else (steps, rate)
+                rate = rate if due else None
+            found.append(rate)
+        return found
+
+    def _saw(self, group: Mapping[str, Any], rate: float | Tensor) -> None:
+        if isinstance(rate, Tensor):  # a tensor lr may live on a GPU: reading it would stall each step
+            if self.learning_rate is not None:
+                return
+            rate = float(rate)
+        self.learning_rate = max(self.learning_rate or 0.0, rate)
+        if self.options.pull is None:
+            self._rate = self.learning_rate
+        elif group.get(TOTAL):
+            self._rate = max(self._rate or 0.0, rate / group[TOTAL])
 
     def summary(self) -> dict[str, Any]:
-        """Distribution of the pull min(1, η·λ·I) at the largest learning rate so far.
+        """Distribution of the pull min(1, η·λ·H) at the largest learning rate so far.
 
-        Before `attach` η is unknown: then of λ·I, the pull for each unit of learning rate.
+        Before `attach` η is unknown: then of λ·H, the pull for each unit of learning rate (with `pull`, of
+        Λ·H, that of the whole task). Of the kind ``inputs`` the distribution is over directions, and what is
+        trained but has no directions is listed as ``not_held``.
         """
-        strength, tensors = self.options.strength, self.prior.mean_normalised().tensors
-        if self.learning_rate is None:
-            result = logarithmic_summary(
-                lambda: (tensor * strength for tensor in tensors.values()), "pull per step / learning rate"
-            )
-            return {**result, "held": None}
-        factor = strength * self.learning_rate
+        tensors = self.spectrum.values
+        extra = {}
+        if self.prior.kind == "inputs" and self._handle is not None:
+            extra["not_held"] = self._handle.not_held
+        if self._rate is None:
+            scale = self._scale
+            whole = "pull over the task" if self.options.pull is not None else "pull per step / learning rate"
+            result = logarithmic_summary(lambda: (tensor * scale for tensor in tensors.values()), whole)
+            return {**result, "held": None, **extra}
+        factor = self._scale * self._rate
         result = held_summary(
             lambda: ((tensor * factor).clamp_(max=1.0) for tensor in tensors.values()), "pull per step"
         )
-        return {**result, "learning_rate": self.learning_rate}
+        return {**result, "learning_rate": self.learning_rate, **extra}

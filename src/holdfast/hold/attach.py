@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from holdfast.errors import ConfigError, PriorMismatchError
+from holdfast.hold.drift import Drift, drift
 from holdfast.importance.prior import ImportancePrior, parameters_by_name
 
 _CHUNK = 2**26  # elements handled by one fused call: bounds the temporary memory of a step
@@ -20,7 +21,7 @@ class Protection(Protocol):
     """A mechanism that holds important weights while an optimizer moves the others."""
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> Handle:
-        """Protect the model's weights at every step of this optimizer, until the handle is removed."""
+        """Hold the model's weights at every step of this optimizer, until the handle is removed."""
         ...
 
     def summary(self) -> dict[str, Any]:
@@ -30,14 +31,37 @@ class Protection(Protocol):
 
 @dataclass
 class Handle:
-    """Undoes an attachment; the weights stay as they are."""
+    """Undoes an attachment; the weights stay as they are.
+
+    Attributes
+    ----------
+    not_held : list of str
+        Canonical names of what the optimizer trains and the prior says nothing of.
+    """
 
     removers: list[Callable[[], None]] = field(default_factory=list)
+    meter: Callable[[], Drift] | None = None
+    not_held: list[str] = field(default_factory=list)
 
     def remove(self) -> None:
         """Take the hooks off the optimizer and free their tensors. A second call does nothing."""
         while self.removers:
             self.removers.pop()()
+
+    def drift(self) -> Drift:
+        """How far old outputs have moved since the weights that are returned to, see `holdfast.hold.drift`.
+
+        Raises
+        ------
+        ConfigError
+            What is attached has no such weights, or its prior is not of the kind ``inputs``.
+        """
+        if self.meter is None:
+            raise ConfigError(
+                "drift: what is attached doesn't know it. An anchor, a penalty or a projection of a prior of "
+                "the kind 'inputs' does; for others call holdfast.hold.drift.drift(prior, model, reference)."
+            )
+        return self.meter()
 
 
 @dataclass(frozen=True)
@@ -115,12 +139,20 @@ def place(value: Tensor, parameter: Tensor) -> Tensor:
     return value.to(device=parameter.device, dtype=parameter.dtype, copy=True)
 
 
-def blend_(values: list[Tensor], towards: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
-    """In place: values + weights · (towards − values), exact at both ends.
-
-    Weight 1 gives `towards` bit for bit, weight 0 leaves the value as it is.
-    """
-    torch._foreach_lerp_(values, list(towards), list(weights))
+def observed(
+    handle: Handle, prior: ImportancePrior, model: nn.Module, chunks: Sequence[Chunk], references: Any = None
+) -> Handle:
+    """Let a handle tell what is not held, and measure drift from the reference weights, one list a chunk."""
+    held = {id(p) for chunk in chunks for p in chunk.parameters}
+    handle.not_held = [
+        n for n, p in parameters_by_name(model).items() if p.requires_grad and id(p) not in held
+    ]
+    if references is not None and prior.kind == "inputs":
+        pairs = zip(chunks, references, strict=True)
+        before = {n: r for chunk, refs in pairs for n, r in zip(chunk.names, refs, strict=True)}
+        bound = ImportancePrior({n: prior.tensors[n] for n in before}, prior.meta)
+        handle.meter = lambda: drift(bound, model, before)
+    return handle
 
 
 def reference_weights(chunk: Chunk, reference: Mapping[str, Tensor] | None, whose: str) -> list[Tensor]:

@@ -26,6 +26,9 @@ def apply_control(prior: ImportancePrior, control: Control = "none", seed: int =
         then only how protection is spread over tensors mattered, not which weight. ``tensor-mean`` and
         ``layer-mean``: each weight gets the mean of its tensor, or of its transformer block (tensors
         outside a block: their own mean); negative values count as 0 in the mean, as they protect nothing.
+        Of the kind ``inputs``: ``permuted`` is the same spectrum on random directions (a random rotation of
+        each map's inputs), the means are those of eigenvalues, the same in all directions. The control
+        ``shuffled-relevance``, other tokens' inputs, is an option of the importance.
     seed : int
         Of the permutation. It depends on the tensor's name too, not on which other tensors there are.
 
@@ -43,7 +46,9 @@ def apply_control(prior: ImportancePrior, control: Control = "none", seed: int =
         raise ConfigError(f"control: got {control!r}. Allowed: {', '.join(get_args(Control))}.")
     if control == "none":
         return prior
-    if control == "permuted":
+    if prior.kind == "inputs":
+        tensors = _of_matrices(prior.mean_normalised().tensors, control, seed)
+    elif control == "permuted":
         tensors = {name: _shuffled(tensor, name, seed) for name, tensor in prior.tensors.items()}
     else:
         groups: dict[str, list[str]] = defaultdict(list)
@@ -56,6 +61,23 @@ def apply_control(prior: ImportancePrior, control: Control = "none", seed: int =
             tensors.update({n: torch.full_like(prior.tensors[n], mean) for n in names})
         tensors = {name: tensors[name] for name in prior.tensors}  # the model's order
     return ImportancePrior(tensors, {**prior.meta, "control": control, "control_seed": seed})
+
+
+def _of_matrices(moments: dict[str, Tensor], control: Control, seed: int) -> dict[str, Tensor]:
+    """Controls of matrices that have mean eigenvalue 1 each, so that the mean of any of them is 1."""
+    if control == "permuted":
+        return {name: _rotated(c_II, name, seed) for name, c_II in moments.items()}
+    return {name: torch.eye(len(c_II)) * float(c_II.any()) for name, c_II in moments.items()}
+
+
+def _rotated(c_II: Tensor, name: str, seed: int) -> Tensor:
+    """The same eigenvalues on the columns of a random rotation."""
+    generator = torch.Generator().manual_seed(seed_for(name, seed))
+    q_II, r_II = torch.linalg.qr(torch.randn(c_II.shape, generator=generator, dtype=torch.float64))
+    q_II *= r_II.diagonal().sign()  # else not uniform over rotations
+    c_I = torch.linalg.eigvalsh(c_II.double())
+    rotated_II = (q_II * c_I) @ q_II.t()
+    return ((rotated_II + rotated_II.t()) / 2).float()
 
 
 def _shuffled(tensor: Tensor, name: str, seed: int) -> Tensor:

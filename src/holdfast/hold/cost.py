@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from holdfast.importance.registry import REGISTRY
-from holdfast.models import block_parameters
+from holdfast.models import block_parameters, input_dims
 
 
 class Cost(NamedTuple):
@@ -67,6 +67,8 @@ def prior_costs(model: nn.Module, options: Any, kept: int = 1) -> list[Cost]:
     kept : int
         How many priors act at the same time, each with a mechanism of its own.
     """
+    if REGISTRY[options.name].kind == "inputs":
+        return _inputs_costs(model, kept)
     weights = list(block_parameters(model).values())
     if not weights:
         return []
@@ -92,3 +94,19 @@ def prior_costs(model: nn.Module, options: Any, kept: int = 1) -> list[Cost]:
         maps = options.batch_size * largest + folded * elements
         costs.append(Cost("per-sample maps (one layer at a time) and fold", maps * 4))
     return costs
+
+
+def _inputs_costs(model: nn.Module, kept: int) -> list[Cost]:
+    dims, weights = input_dims(model), block_parameters(model)
+    maps = [(p.shape[dims[name]], p) for name, p in weights.items() if name in dims]
+    squares = sum(inputs * inputs for inputs, _ in maps)
+    elements = sum(p.numel() for _, p in maps)
+    free = trained_bytes(model, each=1) - elements
+    note = f"{free:,} trained parameters (biases, embeddings, norms, head) are not held by their inputs."
+    return [
+        Cost(
+            "prior (one matrix a linear map, float32, on the CPU)", kept * squares * 4, note if free else ""
+        ),
+        Cost("its eigenvectors (float64 on the CPU, float32 beside the weights)", kept * squares * 12),
+        Cost("hold (reference, and the change in rotated coordinates)", kept * 4 * 3 * elements),
+    ]

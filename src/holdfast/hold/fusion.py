@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from holdfast.config import Options, named
+from holdfast.hold.elementwise import Elementwise
 from holdfast.importance.skill_units import SkillUnit, important, normalised
 
 
@@ -89,8 +90,8 @@ def fuse(
         if averaged == "product" and len(now) == 2 and 0 < keep < 1:
             _fuse_product(now[0], now[1], before[0], before[1], keep)
             continue
-        for value, earlier in zip(now, before, strict=True):
-            value.lerp_(earlier.to(value), keep)
+        earlier = [part.to(value) for part, value in zip(before, now, strict=True)]
+        Elementwise(keep).blend_(now, earlier)
 
 
 def _fuse_product(a_I: Tensor, b_O: Tensor, old_a_I: Tensor, old_b_O: Tensor, keep: float) -> None:

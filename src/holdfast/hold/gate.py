@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from holdfast.config import Options, validate
-from holdfast.hold.attach import Chunk, Handle, bind, blend_, held_summary, hook, place
+from holdfast.hold.attach import Chunk, Handle, held_summary, hook, observed
+from holdfast.hold.operator import Operator
+from holdfast.hold.spectrum import Spectrum
 from holdfast.importance.prior import ImportancePrior
 
 _QUANTILE_ELEMENTS = 16_000_000  # torch.quantile takes no more
@@ -48,7 +51,8 @@ class Gate:
     Parameters
     ----------
     prior : ImportancePrior
-        R̄ after clipping to [0, 1] (`shape="paper"`), or what R̄ is made from.
+        R̄ after clipping to [0, 1] (`shape="paper"`), or what R̄ is made from. Of the kind ``inputs`` the
+        movement along each direction of a map's inputs is scaled, with R = c of mean 1.
     on : {"update", "gradient"}
         ``update``: θ ← θ_old + (1 − R̄) ⊙ (θ_new − θ_old) after each optimizer step. It works with every
         optimizer and holds against weight decay: where R̄ = 1 the weight stays the same, bit for bit, where
@@ -92,11 +96,12 @@ class Gate:
         PriorMismatchError
             The prior doesn't fit the model, or the optimizer holds none of its weights.
         """
-        inner, chunks = bind(self.prior, model, optimizer)
+        spectrum = self.spectrum
+        inner, chunks = spectrum.bind(model, optimizer)
         held = dict(self.held())
+        operators = [spectrum.operator(chunk, model, held, partial=True) for chunk in chunks]
         if self.options.on == "gradient":
-            return self._gate_gradients(inner, chunks, held)
-        gates = [_gates(chunk, held) for chunk in chunks]
+            return observed(_gate_gradients(inner, chunks, operators), self.prior, model, chunks)
         before = [[torch.empty_like(p) for p in chunk.parameters] for chunk in chunks]
 
         def snapshot() -> None:
@@ -104,29 +109,24 @@ class Gate:
                 torch._foreach_copy_(old, chunk.parameters)
 
         def hold() -> None:
-            for chunk, old, gate in zip(chunks, before, gates, strict=True):
-                blend_(chunk.parameters, old, gate)
+            for chunk, old, operator in zip(chunks, before, operators, strict=True):
+                operator.blend_(chunk.parameters, old)
 
-        return hook(inner, snapshot, hold)
+        return observed(hook(inner, snapshot, hold), self.prior, model, chunks)
 
-    def _gate_gradients(self, inner: Optimizer, chunks: list[Chunk], held: dict[str, Tensor]) -> Handle:
-        passed = [[1 - gate for gate in _gates(chunk, held)] for chunk in chunks]
-
-        def scale() -> None:
-            for chunk, factors in zip(chunks, passed, strict=True):
-                pairs = [
-                    (p.grad, f) for p, f in zip(chunk.parameters, factors, strict=True) if p.grad is not None
-                ]
-                if pairs:
-                    torch._foreach_mul_([g for g, _ in pairs], [f for _, f in pairs])
-
-        return hook(inner, scale, needs_gradients="gate with on='gradient'")
+    @cached_property
+    def spectrum(self) -> Spectrum:
+        """The prior, in the frame in which it is gated."""
+        return Spectrum.of(self.prior)
 
     def held(self) -> Iterator[tuple[str, Tensor]]:
-        """Canonical name and R̄, float32 in [0, 1], of one weight tensor after another."""
+        """Canonical name and R̄, float32 in [0, 1], of one weight tensor after another.
+
+        Of the kind ``inputs`` it is (I,): of the directions of each map's inputs, with R = c.
+        """
         shape = self.options.shape
         scale = self._scale() if shape == "soft" else 0.0
-        for name, tensor in self.prior.tensors.items():
+        for name, tensor in self.spectrum.values.items():
             if shape == "paper":
                 yield name, tensor.clamp(0, 1)
             elif shape == "soft":
@@ -142,10 +142,11 @@ class Gate:
     def _scale(self) -> float:
         """λ of ``soft``: the quantile of all importances."""
         quantile = 0.03 if self.options.quantile is None else self.options.quantile
-        share = min(1.0, _QUANTILE_ELEMENTS / max(self.prior.elements, 1))
+        every = self.spectrum.values.values()
+        share = min(1.0, _QUANTILE_ELEMENTS / max(sum(tensor.numel() for tensor in every), 1))
         generator = torch.Generator().manual_seed(0)
         values = []
-        for tensor in self.prior.tensors.values():
+        for tensor in every:
             flat = tensor.flatten()
             if share < 1:
                 flat = flat[torch.randint(len(flat), (int(len(flat) * share),), generator=generator)]
@@ -157,16 +158,9 @@ class Gate:
         return held_summary(lambda: (value for _, value in self.held()), "held fraction")
 
 
-def _gates(chunk: Chunk, held: dict[str, Tensor]) -> list[Tensor]:
-    return [
-        _round_down_from_one(held[name], place(held[name], parameter))
-        for name, parameter in zip(chunk.names, chunk.parameters, strict=True)
-    ]
+def _gate_gradients(inner: Optimizer, chunks: list[Chunk], operators: list[Operator]) -> Handle:
+    def scale() -> None:
+        for chunk, operator in zip(chunks, operators, strict=True):
+            operator.reduce_([p.grad for p in chunk.parameters])
 
-
-def _round_down_from_one(exact: Tensor, placed: Tensor) -> Tensor:
-    """Undo the rounding to 1 that a 16-bit dtype does above 0.998: it would freeze the weight."""
-    if placed.dtype in (torch.float32, torch.float64):
-        return placed
-    below_one = 1 - torch.finfo(placed.dtype).eps / 2
-    return torch.where((exact < 1).to(placed.device) & (placed == 1), below_one, placed)
+    return hook(inner, scale, needs_gradients="gate with on='gradient'")

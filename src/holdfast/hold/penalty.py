@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,17 @@ from torch.optim import Optimizer
 
 from holdfast.config import Options, validate
 from holdfast.errors import HoldfastError, PriorMismatchError
-from holdfast.hold.attach import Handle, bind, hook, logarithmic_summary, place, reference_weights
+from holdfast.hold.attach import (
+    Chunk,
+    Handle,
+    hook,
+    logarithmic_summary,
+    observed,
+    place,
+    reference_weights,
+)
+from holdfast.hold.operator import Operator
+from holdfast.hold.spectrum import Spectrum
 from holdfast.importance.prior import ImportancePrior, parameters_by_name
 
 
@@ -29,7 +40,8 @@ class Penalty:
     Parameters
     ----------
     prior : ImportancePrior
-        I, as it is; negative values count as 0. EWC takes Fisher's diagonal, summed over tasks.
+        I, as it is; negative values count as 0. EWC takes Fisher's diagonal, summed over tasks. Of the kind
+        ``inputs`` the term is λ/2 tr(Δ C Δᵀ), Δ = θ − θ*, C scaled to mean eigenvalue 1.
     strength : float
         λ.
     reference : mapping of str to Tensor, optional
@@ -54,9 +66,14 @@ class Penalty:
         self.options = validate(PenaltyOptions, {"strength": strength}, "Penalty")
         self.reference = reference
 
+    @cached_property
+    def spectrum(self) -> Spectrum:
+        """The prior, in the frame in which it is a number for each coordinate."""
+        return Spectrum.of(self.prior)
+
     def _scaled(self, name: str) -> Tensor:
         # λ·I before the cast: Fisher alone (1e-9) would underflow float16
-        return self.prior.tensors[name].clamp(min=0) * self.options.strength
+        return self.spectrum.values[name].clamp(min=0) * self.options.strength
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> Handle:
         """Add the penalty's gradient at every step of this optimizer until the handle is removed.
@@ -66,18 +83,15 @@ class Penalty:
         PriorMismatchError
             The prior or the reference doesn't fit the model, or the optimizer holds none of the weights.
         """
-        inner, chunks = bind(self.prior, model, optimizer)
-        weights = [
-            [place(self._scaled(n), p) for n, p in zip(chunk.names, chunk.parameters, strict=True)]
-            for chunk in chunks
-        ]
+        inner, chunks = self.spectrum.bind(model, optimizer)
+        operators = [self._operator(chunk, model) for chunk in chunks]
         references = [reference_weights(chunk, self.reference, "penalty") for chunk in chunks]
 
         def add() -> None:
             scale = getattr(inner, "grad_scale", None)  # fused optimizers unscale inside the step
-            for chunk, weight, reference in zip(chunks, weights, references, strict=True):
+            for chunk, operator, reference in zip(chunks, operators, references, strict=True):
                 away = torch._foreach_sub(chunk.parameters, reference)
-                torch._foreach_mul_(away, weight)
+                operator.times_(away)
                 if scale is not None:
                     torch._foreach_mul_(away, scale)
                 for parameter in chunk.parameters:
@@ -85,7 +99,11 @@ class Penalty:
                         parameter.grad = torch.zeros_like(parameter)
                 torch._foreach_add_([p.grad for p in chunk.parameters if p.grad is not None], away)
 
-        return hook(inner, add, needs_gradients="penalty")
+        handle = hook(inner, add, needs_gradients="penalty")
+        return observed(handle, self.prior, model, chunks, references)
+
+    def _operator(self, chunk: Chunk, model: nn.Module) -> Operator:
+        return self.spectrum.operator(chunk, model, {name: self._scaled(name) for name in chunk.names})
 
     def loss(self, model: nn.Module) -> Tensor:
         """λ/2 Σ I (θ − θ*)² as a differentiable scalar (), for a training loop that adds it to its loss.
@@ -108,8 +126,9 @@ class Penalty:
             parameter = parameters[name]
             if name not in self.reference:
                 raise PriorMismatchError(f"penalty.loss: the reference lacks '{name}'.")
-            weight, reference = place(self._scaled(name), parameter), place(self.reference[name], parameter)
-            total = total.to(parameter.device) + 0.5 * (weight * (parameter - reference) ** 2).sum()
+            away = parameter - place(self.reference[name], parameter)
+            operator = self._operator(Chunk(0, [name], [parameter]), model)
+            total = total.to(parameter.device) + 0.5 * operator.energy([away])
         return total
 
     def summary(self) -> dict[str, Any]:

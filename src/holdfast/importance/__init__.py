@@ -1,4 +1,7 @@
-"""Importance: one number for each weight, by attribution or by any of its rivals."""
+"""Importance: what matters for a task, by attribution or by any of its rivals.
+
+One number for each weight; of the kind ``inputs``, one matrix for each linear map's inputs.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,12 @@ from typing import Annotated, Any, Union
 from pydantic import BeforeValidator, Field
 from torch import nn
 
-from holdfast.attribution.partial import Partial
 from holdfast.config import Options, named, validate
 from holdfast.errors import ConfigError, DataError, ModelError
 from holdfast.importance.prior import ImportancePrior
 from holdfast.importance.registry import REGISTRY, Inputs, Progress
 from holdfast.models import block_parameters, digest
+from holdfast.resume import Partial
 from holdfast.tasks.encode import Encoded
 
 for _module in pkgutil.iter_modules(__path__):  # each file registers its own: there is no list to keep
@@ -75,8 +78,13 @@ def compute_prior(
         There are no rows, or the importance came out as NaN.
     ModelError
         The model has no trainable linear map in transformer blocks.
-    NoCorrectSampleError, ConservationError, UnruledOperationError
-        From the attribution (`lrp` only).
+    ConservationError, UnruledOperationError
+        From the attribution (`lrp` and `inputs` only).
+
+    Notes
+    -----
+    Where a model answers none of the samples right, `lrp` and `inputs` rate all of them, say so, and record
+    it (``none_right``).
     """
     chosen = _options(options)
     if parameters is None:
@@ -103,9 +111,11 @@ def compute_prior(
     computed = importance.compute(Inputs(model, rows, parameters, pad_id, seed, progress, partial), chosen)
     before = 0.0 if partial is None else partial.seconds
     return ImportancePrior(
-        {name: computed.tensors[name] for name in parameters},  # a backward pass gives them last to first
+        # in the model's order: a backward pass gives them last to first
+        {name: computed.tensors[name] for name in parameters if name in computed.tensors},
         {
             "importance": values.pop("name"),
+            "kind": importance.kind,
             "options": values,
             "tasks": [task] if task else [],
             **computed.record,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from holdfast.attribution.partial import State
+from holdfast.resume import State
 
 CHUNK = 2**16  # elements worked on at once: they fit the fastest caches
 # Of eq. 10; A does not state its value. It is above the rounding noise of a tensor without

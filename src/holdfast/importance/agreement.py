@@ -69,8 +69,13 @@ def agreement(
     Raises
     ------
     PriorMismatchError
-        The priors cover different weights.
+        The priors cover different weights, or one of them rates directions of inputs.
     """
+    if {first.kind, second.kind} != {"weights"}:
+        raise PriorMismatchError(
+            "agreement of two priors: it is about which weights are important, and a prior of the kind "
+            "'inputs' rates directions. Compare priors by weight."
+        )
     for name in sorted(first.tensors.keys() | second.tensors.keys()):
         shapes = [tuple(p.tensors[name].shape) if name in p.tensors else None for p in (first, second)]
         if shapes[0] != shapes[1]:

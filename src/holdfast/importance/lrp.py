@@ -6,23 +6,21 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from holdfast.attribution.engine import AttributionOptions, attribute_batches
+from holdfast.attribution.engine import AttributionOptions, AttributionReport, attribute_batches
 from holdfast.config import Options
 from holdfast.importance.aggregate import AbsoluteMean, SquareMean, TopKMean
 from holdfast.importance.registry import Computed, Inputs, register, sample_counts
+from holdfast.importance.right_rows import of_right_rows
 from holdfast.importance.seeding import sample
 
 
-class LrpOptions(Options):
+class _Lrp(Options):
+    name: Literal["lrp"] = "lrp"  # a base, so that it comes first where options are written
+
+
+class LrpOptions(AttributionOptions, _Lrp):
     """Relevance of each weight for right answers; the defaults are the form that worked best."""
 
-    name: Literal["lrp"] = "lrp"
-    rules: Literal["paper", "attnlrp"] = Field(
-        "attnlrp", description="softmax: A's Prop. 4.3, or its Jacobian"
-    )
-    halves: Literal["path", "weights", "none"] = Field("none", description="where Lemma 4.1's ½ is applied")
-    target: Literal["all", "first"] = Field("all", description="all tokens of the answer, or the first (A)")
-    of: Literal["logit", "log_probability"] = Field("logit", description="what is attributed; A: the logit")
     aggregate: Literal["topk", "absolute", "square"] = Field(
         "square", description="over samples: eqs. 10 and 11 | mean of |R| | mean of R²"
     )
@@ -30,7 +28,9 @@ class LrpOptions(Options):
     top_k: int | None = Field(None, ge=1, description="topk only: K of eq. 11 (default 8)")
     samples: int = Field(128, ge=1, description="examples looked at, drawn by the run's seed")
     batch_size: int = Field(8, ge=1, description="examples a pass; no effect on the result")
-    correct_only: bool = Field(True, description="only examples that the model answers right, as A does")
+    correct_only: bool = Field(
+        True, description="only examples that the model answers right, as A does; all if there are none"
+    )
 
     @model_validator(mode="after")
     def _only_what_applies(self) -> LrpOptions:
@@ -52,24 +52,27 @@ def lrp(inputs: Inputs, options: LrpOptions) -> Computed:
     """
     rows = sample(inputs.rows, options.samples, inputs.seed)
     fold = _fold(options)
-    report = attribute_batches(
-        inputs.model,
-        rows,
-        options=AttributionOptions(
-            rules=options.rules, halves=options.halves, target=options.target, of=options.of
-        ),
-        fold=fold,
-        parameters=inputs.parameters,
-        batch_size=options.batch_size,
-        pad_id=inputs.pad_id,
-        correct_only=options.correct_only,
-        progress=inputs.progress,
-        partial=inputs.partial,
-    )
+
+    def attribute(correct_only: bool) -> AttributionReport:
+        return attribute_batches(
+            inputs.model,
+            rows,
+            options=options,
+            fold=fold,
+            parameters=inputs.parameters,
+            batch_size=options.batch_size,
+            pad_id=inputs.pad_id,
+            correct_only=correct_only,
+            progress=inputs.progress,
+            partial=inputs.partial,
+        )
+
+    report, right = of_right_rows(inputs, attribute, options.correct_only)
     return Computed(
         fold.result(),
         {
             **sample_counts(report),
+            **right,
             "conservation_max_relative_error": report.conservation_max_relative_error,
             "absorbed": report.absorbed,
             "created": report.created,

@@ -1,8 +1,7 @@
-"""The importance prior: one number for each weight, with the record of where it came from."""
+"""The importance prior: what matters in each weight, with the record of where it came from."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.errors import DataError, PriorMismatchError
-from holdfast.models import block_parameters
+from holdfast.models import block_parameters, input_dims
 from holdfast.names import canonical_name
+from holdfast.records import PriorMeta
 from holdfast.storage import atomic_write, json_text, save_tensors, sha256
 
 TENSORS = "prior.safetensors"
 META = "prior.json"
+Kind = Literal["weights", "inputs"]
 _SHOWN = 5  # names listed in a message; a wrong model can differ in hundreds
 
 
@@ -39,12 +40,13 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @dataclass
 class ImportancePrior:
-    """How much each weight matters for what a model already knows.
+    """How much each weight, or each direction of a map's inputs, matters for what a model already knows.
 
     Attributes
     ----------
     tensors : dict of str to Tensor
-        Canonical parameter name to importance: float32, on the CPU, of the parameter's shape.
+        Canonical parameter name to importance: float32, on the CPU, of the parameter's shape; of the kind
+        ``inputs``, of a linear map's weight, the second moment C (I, I) of the map's inputs that matter.
     meta : dict
         JSON-able record: ``importance``, ``options``, ``tasks``, ``samples_seen``, ``samples_used``,
         ``seconds``, ``model_digest`` and, for `lrp`, ``conservation_max_relative_error``.
@@ -73,13 +75,24 @@ class ImportancePrior:
         """The number of weights the prior covers."""
         return sum(tensor.numel() for tensor in self.tensors.values())
 
+    @property
+    def kind(self) -> Kind:
+        """``weights``: a number for each weight. ``inputs``: a matrix (I, I) for each linear map."""
+        return "inputs" if self.meta.get("kind") == "inputs" else "weights"
+
     def mean_normalised(self) -> ImportancePrior:
         """The prior clipped at 0 (eq. 12's [x]+) and scaled so that its mean over all elements is 1.
+
+        Of the kind ``inputs`` each matrix is scaled so that its mean eigenvalue is 1, by itself and again
+        after each merge (a matrix of zeros stays).
 
         A prior without a positive value stays all zero. A prior that is in this unit already, or was merged
         of priors that are (``meta["unit"] == "mean"``), is returned as it is: each task keeps its own scale,
         however many others are merged with it.
         """
+        if self.kind == "inputs":
+            scaled = {name: _mean_eigenvalue_one(c_II) for name, c_II in self.tensors.items()}
+            return ImportancePrior(scaled, {**self.meta, "unit": "mean"})
         if self.meta.get("unit") == "mean":
             return self
         clipped = {name: tensor.clamp(min=0) for name, tensor in self.tensors.items()}
@@ -108,9 +121,20 @@ class ImportancePrior:
         Raises
         ------
         PriorMismatchError
-            The priors differ in names or shapes.
+            The priors differ in kind, names or shapes, or matrices of the kind ``inputs`` have no maximum.
         """
         everyone = [self, *([others] if isinstance(others, ImportancePrior) else others)]
+        kinds = [prior.kind for prior in everyone]
+        if len(set(kinds)) > 1:
+            raise PriorMismatchError(
+                f"merge: the priors are of different kinds ({', '.join(kinds)}). A number for each weight "
+                "and a matrix for each map's inputs can't be joined; compute both with the same importance."
+            )
+        if how == "max" and kinds[0] == "inputs":
+            raise PriorMismatchError(
+                "merge: how='max' is element by element, and the maximum of two second moments so taken is "
+                "none. Allowed for the kind 'inputs': sum, mean."
+            )
         shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
         for number, other in enumerate(everyone[1:], start=2):
             _compare(other.tensors, shapes, f"prior {number} of the merge", "the first prior")
@@ -134,7 +158,8 @@ class ImportancePrior:
         """Make sure that the prior belongs to this model.
 
         Every name must be a parameter of the model with the same shape, and every trainable linear map in
-        the model's blocks must have an importance.
+        the model's blocks must have an importance. Of the kind ``inputs``: every name must be the weight of
+        such a map, with as many inputs, and every trainable one must have a matrix.
 
         Raises
         ------
@@ -143,6 +168,10 @@ class ImportancePrior:
         """
         all_shapes = {name: p.shape for name, p in parameters_by_name(model).items()}
         needed = set(block_parameters(model))
+        if self.kind == "inputs":
+            dims = input_dims(model)
+            all_shapes = {n: torch.Size([all_shapes[n][d]] * 2) for n, d in dims.items()}
+            needed &= dims.keys()
         expected = {name: s for name, s in all_shapes.items() if name in needed or name in self.tensors}
         _compare(self.tensors, expected, "the prior", f"the model ({type(model).__name__})")
 
@@ -170,12 +199,9 @@ class ImportancePrior:
         with atomic_write(folder / TENSORS, folder / META) as (tensors, meta):
             save_tensors(tensors, {n: t.to(getattr(torch, dtype)) for n, t in self.tensors.items()})
             # the digest ties the two files together: a crash between the renames is noticed by load
-            meta.write_text(
-                json_text(
-                    {**self.meta, "dtype": dtype, "elements": self.elements, "sha256": sha256(tensors)}
-                ),
-                encoding="utf-8",
-            )
+            own = {"dtype": dtype, "elements": self.elements, "sha256": sha256(tensors)}
+            record = PriorMeta.of({**self.meta, **own}, "the prior's meta")
+            meta.write_text(json_text(record.model_dump(mode="json", exclude_unset=True)), encoding="utf-8")
         return folder
 
     @classmethod
@@ -187,6 +213,7 @@ class ImportancePrior:
         DataError
             There is no prior in the folder, or its files are torn, corrupt, or don't belong together.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         folder = Path(folder)
@@ -197,21 +224,23 @@ class ImportancePrior:
                     "`holdfast attribute` or `prior.save` wrote."
                 )
         again = "Compute it again with `holdfast attribute`."
+        record = PriorMeta.read(folder / META)
         try:
-            meta = json.loads((folder / META).read_text(encoding="utf-8"))
-            digest = meta.pop("sha256")
-            for key in ("dtype", "elements"):
-                del meta[key]
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise DataError(
-                f"{folder / META} is torn or not a prior's record ({error!r}). {again}"
-            ) from error
-        if sha256(folder / TENSORS) != digest:
+            whole = sha256(folder / TENSORS) == record.sha256
+            tensors = load_file(folder / TENSORS) if whole else {}
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"{folder / TENSORS} can't be read as tensors ({error}). {again}") from error
+        if not whole:
             raise DataError(
                 f"{folder / TENSORS} is torn or was written for another {META}: its SHA-256 is not the one "
                 f"recorded there. {again}"
             )
-        return cls(load_file(folder / TENSORS), meta)
+        return cls(tensors, record.meta)
+
+
+def _mean_eigenvalue_one(c_II: Tensor) -> Tensor:
+    trace = c_II.diagonal().sum(dtype=torch.float64).item()
+    return (c_II.double() * (len(c_II) / trace)).float() if trace > 0 else c_II
 
 
 def _compare(got: Mapping[str, Tensor], expected: Mapping[str, torch.Size], what: str, whom: str) -> None:
@@ -246,6 +275,7 @@ def _some(names: Sequence[str]) -> str:
 
 def _merged_meta(metas: Sequence[dict[str, Any]], how: str) -> dict[str, Any]:
     merged: dict[str, Any] = {
+        **({"kind": "inputs"} if metas[0].get("kind") == "inputs" else {}),
         "importance": "+".join(dict.fromkeys(str(m["importance"]) for m in metas if "importance" in m)),
         "merge": how,
         "tasks": [task for meta in metas for task in meta.get("tasks", [])],

@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from holdfast.attribution.engine import AttributionReport
-from holdfast.attribution.partial import Partial
 from holdfast.config import Options
+from holdfast.importance.prior import Kind
+from holdfast.resume import Partial
 from holdfast.tasks.encode import Encoded
 
 Progress = Callable[[int, int], None]
@@ -70,20 +71,21 @@ class Importance:
     options: type[Options]
     compute: Callable[[Inputs, Any], Computed]
     needs_data: bool
+    kind: Kind
 
 
 REGISTRY: dict[str, Importance] = {}
 
 
 def register(
-    options: type[OptionsT], *, needs_data: bool
+    options: type[OptionsT], *, needs_data: bool, kind: Kind = "weights"
 ) -> Callable[[Callable[[Inputs, OptionsT], Computed]], Callable[[Inputs, OptionsT], Computed]]:
     """Register a computation under the `name` of its options model."""
 
     def decorator(
         compute: Callable[[Inputs, OptionsT], Computed],
     ) -> Callable[[Inputs, OptionsT], Computed]:
-        REGISTRY[options.model_fields["name"].default] = Importance(options, compute, needs_data)
+        REGISTRY[options.model_fields["name"].default] = Importance(options, compute, needs_data, kind)
         return compute
 
     return decorator

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from holdfast.errors import ConfigError
-from holdfast.storage import write_json
+from holdfast.records import UnitScores
 
 _FACTOR_A = re.compile(r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?A(?P<leaf>\.weight)?$")
 
@@ -173,19 +173,25 @@ def masks(units: Sequence[SkillUnit], chosen: Tensor, parameters: Mapping[str, T
 
 
 def write_units(
-    path: Path, kind: str, units: Sequence[SkillUnit], scores: Tensor, accumulated: Tensor | None
+    path: Path,
+    kind: Literal["matrix", "lora"],
+    units: Sequence[SkillUnit],
+    scores: Tensor,
+    accumulated: Tensor | None,
 ) -> None:
     """Write ``units.json``, which the report draws: each unit's name and score.
 
     Parameters
     ----------
-    kind : str
-        ``matrix`` or ``lora``.
+    kind : {"matrix", "lora"}
     scores : Tensor, shape (units,)
         Of the task that was just learned.
     accumulated : Tensor, shape (units,), or None
         Of all tasks so far; None after the first.
     """
-    total = None if accumulated is None else accumulated.tolist()
-    names = [unit.name for unit in units]
-    write_json(path, {"kind": kind, "names": names, "scores": scores.tolist(), "accumulated": total})
+    UnitScores(
+        kind=kind,
+        names=[unit.name for unit in units],
+        scores=scores.tolist(),
+        accumulated=None if accumulated is None else accumulated.tolist(),
+    ).write(path)

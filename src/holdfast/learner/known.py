@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from holdfast.errors import DataError
 from holdfast.storage import write_json, write_text
 from holdfast.tasks.task import Example, Task
 
@@ -33,15 +34,23 @@ def read_task(folder: Path) -> Task | None:
     if not (folder / ABOUT).is_file():
         return None
     about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-    lines = (folder / TEST).read_text(encoding="utf-8").splitlines()
-    tests = [Example.of_record(json.loads(line)) for line in lines]
+    lines = (folder / TEST).read_text(encoding="utf-8").split("\n")  # other line ends may be in a text
+    tests = [Example.of_record(json.loads(line)) for line in lines if line]
     return Task(about["name"], (), tests, about["metric"], tuple(about["options"]))
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """All that `write_task` kept beside the rows; nothing where it kept none, or was killed."""
-    try:
-        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    """All that `write_task` kept beside the rows; nothing where it kept none.
+
+    Raises
+    ------
+    DataError
+        The file is torn.
+    """
+    file = folder / ABOUT
+    if not file.is_file():
         return {}
-    return about if isinstance(about, dict) else {}
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{file}: torn or changed ({error}). Bring it back from a backup.") from error

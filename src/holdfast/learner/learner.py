@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 
 from holdfast.config import validate
 from holdfast.environment import describe_environment
-from holdfast.errors import ConfigError, HoldfastError, ModelError, RunDirectoryError
-from holdfast.evaluation.evaluate import EncodedTask, encode_task, evaluate_encoded
+from holdfast.errors import ConfigError, DataError, HoldfastError, ModelError, RunDirectoryError
+from holdfast.evaluation.evaluate import EncodedTask, EvaluationOptions, encode_task, evaluate_encoded
 from holdfast.evaluation.predictions import file_safe, write_predictions
-from holdfast.folder import PARTIAL, Folder
+from holdfast.folder import LOCK, PARTIAL, Folder
 from holdfast.learner.config import CONFIG, STAGES, LearnerConfig, recorded_config
 from holdfast.learner.known import read_about, read_task, write_task
 from holdfast.learner.learning import Learning
@@ -30,6 +30,7 @@ from holdfast.learner.skills import Skills, read_skills
 from holdfast.models import is_encoder_decoder, load_model, load_saved, load_weights, save_model
 from holdfast.names import canonical_name
 from holdfast.progress import Progress
+from holdfast.records import StageMetrics
 from holdfast.storage import write_json, write_tensors, write_text
 from holdfast.strategies import Context, Stage, build_strategy
 from holdfast.tasks import Encoder, as_examples, toy_tokenizer
@@ -112,12 +113,22 @@ class Learner:
         self.tests: list[Task] = []  # the tasks learned by `task`, with the rows kept aside for testing them
         self.digests: dict[str, str] = {}  # of the rows that these were learned from
         self._encoded: dict[str, EncodedTask] = {}
+        self._longest: dict[str, int] = {}  # how long an answer to each may be, in tokens
         self._broken, self._past = "", False
         self._temporary: Any = None
+        self.strategy.check(model)  # before anything is written
+        self._owns = not isinstance(folder, Folder)
         self.folder = self._open(folder, model)
+        try:
+            self._begin(model, base_model, after)
+        except BaseException:
+            self.close()  # or the next attempt in this process finds the folder in use
+            raise
+
+    def _begin(self, model: Any, base_model: Callable[[], Any] | None, after: int | None) -> None:
         self.context = Context(
             model=model,
-            tokenizer=tokenizer,
+            tokenizer=self.tokenizer,
             encoder=self.encoder,
             seed=self.config.seed,
             progress=self.progress,
@@ -125,7 +136,6 @@ class Learner:
             base_model=base_model or self._base_model,
             fit=self._fit_aside,
         )
-        self.strategy.check(model)
         self.strategy.prepare(self.context)
         self.learned: list[str] = []
         self._restore(after)
@@ -177,30 +187,50 @@ class Learner:
         if folder is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="holdfast-")
         opened = Folder(Path(folder or self._temporary.name).expanduser())
-        opened.path.mkdir(parents=True, exist_ok=True)
-        opened.lock("learner")
-        if (opened.path / CONFIG).exists():
-            _check_same(recorded_config(opened.path, {}), self.config, opened.path)
-            return opened
-        strangers = [p.name for p in opened.path.iterdir() if p.name[0] != "." and p.name != "run.lock"]
+        try:
+            opened.path.mkdir(parents=True, exist_ok=True)
+            opened.lock("learner")
+        except OSError as error:
+            raise RunDirectoryError(
+                f"{opened.path}: can't be used as a learner's folder ({error.strerror})."
+            ) from error
+        try:
+            self._claim(opened, model)
+        except BaseException:
+            opened.release()
+            raise
+        return opened
+
+    def _claim(self, folder: Folder, model: Any) -> None:
+        """See that the folder belongs to this configuration; where nothing was begun it takes it over."""
+        path = folder.path
+        if begun(path):
+            _check_same(recorded_config(path, {}), self.config, path)
+            return
+        strangers = _strangers(path)
         if strangers:
             raise RunDirectoryError(
-                f"{opened.path}: not empty and not a learner's folder (found "
-                f"{', '.join(sorted(strangers)[:5])}). Choose a new or empty folder."
+                f"{path}: not empty and not a learner's folder (found {', '.join(strangers[:5])}). "
+                "Choose a new or empty folder."
             )
+        (path / TRAINED).unlink(missing_ok=True)
         if self.config.model is None:
             names = [canonical_name(n) for n, p in model.named_parameters() if p.requires_grad]
-            write_json(opened.path / TRAINED, {"trained": names})
-        write_json(opened.path / "environment.json", describe_environment(self.config.seed))
+            write_json(path / TRAINED, {"trained": names})
+        write_json(path / "environment.json", describe_environment(self.config.seed))
         values = self.config.model_dump(mode="json", include=set(LearnerConfig.model_fields))
-        write_text(opened.path / CONFIG, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-        return opened
+        write_text(path / CONFIG, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
     def _restore(self, after: int | None) -> None:
         parts = self.folder.parts(STAGES)
-        if after is not None and after < len(parts):
+        if after is not None:
+            if not 0 <= after <= len(parts):
+                raise ConfigError(
+                    f"Learner: after={after}, but in {self.folder.path} {len(parts)} tasks were learned; "
+                    f"allowed: 0 to {len(parts)}."
+                )
+            self._past = after < len(parts)
             parts = parts[:after]
-            self._past = True
         if not parts:
             return
         problem = self.folder.problem(parts[-1])
@@ -210,18 +240,34 @@ class Learner:
                 f"this task back (`holdfast skills {self.folder.path} --undo`) and learn it again."
             )
         last = self.folder.path / parts[-1]
-        load_weights(self.model, last / "model")
+        try:
+            load_weights(self.model, last / "model")
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise ModelError(
+                f"{last / 'model'}: these weights don't fit this model ({error!s:.300}). Give "
+                "the model that the learner began with, or leave it to holdfast.Learner.load."
+            ) from error
         file = last / "strategy.safetensors"
         tensors = load_file(file) if file.exists() else {}
         self.strategy.load_state_dict(tensors, json.loads((last / "strategy.json").read_text()))
         if self.replay is not None:
             self.replay.memory.load_state_dict(json.loads((last / "replay.json").read_text()))
         for part in parts:
-            path = self.folder.path / part
-            self.learned.append(json.loads((path / "metrics.json").read_text())["stage"])
-            if (kept := read_task(path)) is not None:
-                self.tests.append(kept)
-                self.digests[kept.name] = str(read_about(path).get("digest"))
+            self._recall(self.folder.path / part)
+
+    def _recall(self, part: Path) -> None:
+        try:
+            self.learned.append(StageMetrics.read(part / "metrics.json").stage)
+            kept = read_task(part)
+        except (OSError, ValueError, KeyError, TypeError, DataError) as error:
+            raise RunDirectoryError(
+                f"{part}: its files can't be read ({error}). Bring the folder back from a backup."
+            ) from error
+        if kept is not None:
+            about = read_about(part)
+            self.tests.append(kept)
+            self.digests[kept.name] = str(about.get("digest"))
+            self._longest[kept.name] = int(about.get("answer_tokens") or 0)
 
     @contextmanager
     def task(
@@ -267,8 +313,12 @@ class Learner:
         digest = self.digest(task)
         known = {"digest": digest, "training": self.config.training.model_dump(mode="json")}
         self._forget_another(stage, known)
+        if task.test:
+            self._encoded[name] = encode_task(task, self.encoder, self.config.evaluation)
+            self._longest[name] = self._encoded[name].max_new_tokens
+        answers = {"answer_tokens": self._longest.get(name, 0)}
         with self.stage(stage, asked) as learning:
-            write_task(learning.folder, task, {**(about or {}), **known})
+            write_task(learning.folder, task, {**(about or {}), **known, **answers})
             yield learning
         self.tests.append(Task(name, (), task.test, metric, task.options))
         self.digests[name] = digest
@@ -297,7 +347,7 @@ class Learner:
         """
         self._check_can_begin(stage)
         seconds: dict[str, float] = {}
-        with self.folder.part(self.part(stage)) as folder:
+        with self._given_up_if_broken(), self.folder.part(self.part(stage)) as folder:
             self._broken = stage.name
             self.context.folder = folder
             started = time.perf_counter()
@@ -328,10 +378,20 @@ class Learner:
             started = time.perf_counter()
             scores = self.evaluate(tested, folder, f"after {stage.name}")
             seconds["evaluate"] = time.perf_counter() - started
-            write_json(folder / "metrics.json", {"stage": stage.name, "scores": scores, "seconds": seconds})
+            StageMetrics(stage=stage.name, scores=scores, seconds=seconds).write(folder / "metrics.json")
             self._save_state(folder)
         self._broken = ""
         self.learned.append(stage.name)
+
+    @contextmanager
+    def _given_up_if_broken(self) -> Iterator[None]:
+        """After an error the folder is free for the learner that is made anew."""
+        try:
+            yield
+        except BaseException:
+            if self._owns:
+                self.folder.release()
+            raise
 
     @staticmethod
     def part(stage: Stage) -> str:
@@ -354,6 +414,8 @@ class Learner:
                 f"task '{stage.name}' is learned already (learner.learned: {', '.join(self.learned)}). To "
                 "learn it once more give it another name."
             )
+        if stage.name.endswith(PARTIAL):
+            raise ConfigError(f"task '{stage.name}': a name can't end with {PARTIAL}. Give it another name.")
         if stage.total is None and not self.strategy.open_ended:
             raise ConfigError(
                 f"strategy: '{self.config.strategy.name}' with these options must know how many tasks there "
@@ -395,7 +457,7 @@ class Learner:
             done = 0
             for task in tasks:
                 if task.name not in self._encoded:
-                    self._encoded[task.name] = encode_task(task, self.encoder, options)
+                    self._encoded[task.name] = encode_task(task, self.encoder, self._asking(task.name))
                 result = evaluate_encoded(
                     self.route(task.name),
                     self.tokenizer,
@@ -407,6 +469,13 @@ class Learner:
                 scores[task.name] = result.score
                 done += len(task.test)
         return scores
+
+    def _asking(self, task: str) -> EvaluationOptions:
+        """How a task is asked: its answers may be as long now as they might be when it was learned."""
+        options = self.config.evaluation
+        if options.max_new_tokens is None and self._longest.get(task):
+            return options.model_copy(update={"max_new_tokens": self._longest[task]})
+        return options
 
     def _save_state(self, folder: Path) -> None:
         shutil.rmtree(folder / "model", ignore_errors=True)  # a killed attempt may have left a part of it
@@ -434,7 +503,9 @@ class Learner:
                 )
             return self.folder.path
         target = Path(folder).expanduser()
-        if target.exists() and any(target.iterdir()):
+        if target.resolve() == self.folder.path.resolve():
+            return target
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise RunDirectoryError(f"{target}: not empty. Choose a new or empty folder.")
         shutil.copytree(
             self.folder.path, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("run.lock")
@@ -460,7 +531,8 @@ class Learner:
 
     def close(self) -> None:
         """Give the folder up, so that another process may go on with it."""
-        self.folder.release()
+        if self._owns:
+            self.folder.release()
         if self._temporary is not None:
             self._temporary.cleanup()
 
@@ -508,6 +580,19 @@ class Learner:
 def _ahead(bar: Callable[[int], None], before: int, done: int, total: int) -> None:
     """Rows asked of one task, on the bar of them all."""
     bar(before + done)
+
+
+def begun(path: Path) -> bool:
+    """Whether anything was begun in a learner's folder; before that another configuration may take it."""
+    folder = Folder(path)
+    stages = folder.parts(STAGES) or folder.partial(STAGES)
+    return (path / CONFIG).is_file() and bool(stages or _strangers(path))
+
+
+def _strangers(path: Path) -> list[str]:
+    """What lies in a folder beside that which a learner writes before its first task."""
+    ours = {LOCK, CONFIG, TRAINED, STAGES, "environment.json"}
+    return sorted(p.name for p in path.iterdir() if p.name[0] != "." and p.name not in ours)
 
 
 def _check_same(recorded: LearnerConfig, config: LearnerConfig, path: Path) -> None:

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from holdfast.errors import ConfigError
-from holdfast.hold import Handle
+from holdfast.hold import Handle, tell_total_rate
 from holdfast.hold.cost import trained_numbers
 from holdfast.models import is_encoder_decoder
 from holdfast.strategies import Stage
 from holdfast.tasks.encode import Encoded
 from holdfast.tasks.task import Example
-from holdfast.training.bridge import bridged
+from holdfast.training.bridge import bridged, is_trl
 from holdfast.training.loop import Collator, Rows, train
 from holdfast.training.steps import Steps, TrainingRecord
 from holdfast.training.verbs import Batch
@@ -71,17 +71,17 @@ class Learning:
 
     @cached_property
     def dataset(self) -> Any:
-        """`rows` as a `datasets.Dataset` that TRL takes as tokenised: ``input_ids``, ``completion_mask``."""
+        """`rows` as a `datasets.Dataset` that TRL takes as tokenised: ``input_ids``, ``labels``."""
         from datasets import Dataset
 
         if is_encoder_decoder(self.learner.model):
             raise ConfigError(
                 "dataset: TRL trains causal models only; use stage.trainer(Seq2SeqTrainer, ...)."
             )
-        columns = [
+        columns = [  # TRL would train on the prompts too where it is only given a completion_mask
             {
                 "input_ids": row.prompt_ids + row.completion_ids,
-                "completion_mask": [0] * len(row.prompt_ids) + [1] * len(row.completion_ids),
+                "labels": [-100] * len(row.prompt_ids) + row.completion_ids,
             }
             for row in self.rows
         ]
@@ -118,8 +118,8 @@ class Learning:
         Raises
         ------
         ConfigError
-            ``model`` or ``peft_config`` is given, or a ``train_dataset`` where the strategy replays rows of
-            earlier tasks, which that data set lacks.
+            ``model`` or ``peft_config`` is given, a ``data_collator`` without a ``train_dataset``, or a
+            ``train_dataset`` where the strategy replays rows of earlier tasks, which that data set lacks.
         """
         from transformers import Seq2SeqTrainer, Trainer
 
@@ -135,6 +135,10 @@ class Learning:
                 "holdfast.Learner(get_peft_model(model, peft_config), ...)."
             )
         if arguments.get("train_dataset") is None:
+            if arguments.get("data_collator") is not None:
+                raise ConfigError(
+                    "stage.trainer: a data_collator belongs to a train_dataset. Give both, or leave out both."
+                )
             arguments = {**arguments, **self._data(cls)}
         elif learner.config.rehearses and arguments["train_dataset"] is not self.__dict__.get("dataset"):
             raise ConfigError(
@@ -153,22 +157,26 @@ class Learning:
         self._steps.append(steps)
         return trainer
 
-    def _data(self, cls: type) -> dict[str, Any]:
+    def _data(self, cls: Any) -> dict[str, Any]:
         """What a trainer needs to train on `rows`."""
-        if any(base.__module__.startswith("trl.") for base in cls.__mro__):
+        if is_trl(cls):
             return {"train_dataset": self.dataset}
         return {"train_dataset": self.numbered, "data_collator": self.collate}
 
-    def attach(self, optimizer: Optimizer, total_rate: float | None = None) -> None:
+    def attach(self, optimizer: Optimizer, scheduler: Any = None, steps: int | None = None) -> None:
         """Put the strategy's holds on the optimizer of a loop of your own, once, before its first step.
 
         Parameters
         ----------
-        total_rate : float, optional
-            The sum of the learning rate over all steps that will be made, for holds that are given as a
-            whole pull (`holdfast.training.schedule.total_rate` takes it from a scheduler).
+        scheduler : LRScheduler, optional
+            Of its learning rate; none where that stays as it is.
+        steps : int, optional
+            How many the optimizer will make in this task: a hold that is given as its whole pull over a task
+            (the default of `attribution`) must know.
         """
-        self._handles += self.learner.strategy.attach(self.learner.model, optimizer, total_rate)
+        if steps is not None:
+            tell_total_rate(optimizer, scheduler, steps)
+        self._handles += self.learner.strategy.attach(self.learner.model, optimizer)
         self.trained = True
 
     def watch(self, batch: Batch) -> None:

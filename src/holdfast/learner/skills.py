@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from holdfast.errors import DataError, RunDirectoryError
+from holdfast.errors import RunDirectoryError
 from holdfast.evaluation.metrics import summarise
-from holdfast.evaluation.predictions import predictions_file
+from holdfast.evaluation.predictions import read_predictions
 from holdfast.folder import Folder
 from holdfast.learner.config import CONFIG, STAGES, recorded_config
-from holdfast.learner.known import ABOUT
+from holdfast.learner.known import ABOUT, read_about
+from holdfast.records import StageMetrics
 
 
 @dataclass(frozen=True)
@@ -101,13 +100,10 @@ def read_skills(path: str | Path) -> Skills:
         )
     folder = Folder(root)
     parts = [root / part for part in folder.parts(STAGES)]
-    metrics = [_json(part / "metrics.json") for part in parts]
-    about = [_json(part / ABOUT) if (part / ABOUT).is_file() else {} for part in parts]
-    try:
-        names = [str(record["stage"]) for record in metrics]
-        scores = [{str(k): float(v) for k, v in record["scores"].items()} for record in metrics]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{root}: a metrics.json of a task isn't one ({error!r}).") from error
+    metrics = [StageMetrics.read(part / "metrics.json") for part in parts]
+    about = [read_about(part) for part in parts]
+    names = [record.stage for record in metrics]
+    scores = [record.scores for record in metrics]
     skills = [
         Skill(
             name=name,
@@ -116,7 +112,7 @@ def read_skills(path: str | Path) -> Skills:
             drift=_drift(parts[i], parts[-1], name),
             learned=str(about[i].get("learned", "")),
             train_rows=about[i].get("train_rows"),
-            test_rows=sum(1 for _ in _answers(parts[i], name)),
+            test_rows=len(_answers(parts[i], name)),
             metric=str(about[i].get("metric", "")),
             disk=_size(parts[i]),
         )
@@ -132,7 +128,8 @@ def read_skills(path: str | Path) -> Skills:
 def undo(path: str | Path) -> str:
     """Take the last task back: one that was begun and not finished, or else the last one learned.
 
-    The folder is then as it was before that task, bit for bit.
+    The folder is then as it was before that task, bit for bit; without the first task there is only its
+    configuration in it, which another may take the place of.
 
     Returns
     -------
@@ -142,7 +139,8 @@ def undo(path: str | Path) -> str:
     Raises
     ------
     RunDirectoryError
-        There is no learner in the folder, another process works in it, or nothing was learned.
+        There is no learner in the folder, another process works in it, nothing was learned, or the last
+        task is one of a run, whose configuration says what is in it.
     """
     root = Path(path).expanduser()
     if not (root / CONFIG).is_file():
@@ -153,8 +151,13 @@ def undo(path: str | Path) -> str:
         begun = folder.partial(STAGES) or folder.parts(STAGES)[-1:]
         if not begun:
             raise RunDirectoryError(f"{root}: nothing was learned here, so there is nothing to take back.")
+        if (root / "metrics.json").exists() and not (root / begun[-1] / ABOUT).exists():
+            raise RunDirectoryError(
+                f"{root}: the last task is one of a run, which is what its configuration says. Take tasks "
+                "out of tasks.order and run that in a directory of its own."
+            )
         folder.remove(begun[-1])
-        if not folder.parts(STAGES) and not folder.partial(STAGES):
+        if not any((root / STAGES).iterdir()):
             (root / STAGES).rmdir()
         return begun[-1].rpartition("/")[2].partition("-")[2]
     finally:
@@ -166,24 +169,9 @@ def _drift(then: Path, now: Path, task: str) -> float | None:
     return 100.0 * sum(a != b for a, b in pairs) / len(pairs) if pairs else None
 
 
-def _answers(part: Path, task: str) -> Iterator[str]:
-    file = predictions_file(part, task)
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
-        yield json.loads(line)["generated"]
+def _answers(part: Path, task: str) -> list[str]:
+    return [prediction.generated for prediction in read_predictions(part, task)]
 
 
 def _size(folder: Path) -> int:
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{file}: not readable as JSON ({error}). Bring it back from a backup, or take the task back "
-            "(--undo)."
-        ) from error
-    if not isinstance(data, dict):
-        raise DataError(f"{file}: expected a JSON object, got {type(data).__name__}.")
-    return data

@@ -9,6 +9,7 @@ from typing import Literal
 
 from holdfast.importance.agreement import TOP
 from holdfast.names import Block
+from holdfast.quantities import number
 from holdfast.report.figures import COLOURS, DASHES, Json, finish, frame, style_of, text
 from holdfast.report.importance_map import block_labels
 from holdfast.report.task_agreement import KINDS, Pair, TaskAgreement
@@ -71,8 +72,12 @@ def agreement_figure(
                 mean = sum(values) / len(values)
                 x.append(place[block])
                 y.append(round(mean, 4))
-                spread = f", {min(values):.2f} to {max(values):.2f} by pair" if len(values) > 1 else ""
-                hover.append(f"{f'layer {label}' if label.isdigit() else label}: {mean:.2f}{spread}")
+                spread = (
+                    f", {number(min(values), 2)} to {number(max(values), 2)} by pair"
+                    if len(values) > 1
+                    else ""
+                )
+                hover.append(f"{f'layer {label}' if label.isdigit() else label}: {number(mean, 2)}{spread}")
         lowest = min([lowest, *y])
         figure.add_scatter(
             x=x, y=y, customdata=hover, name=text(look["name"], 40), mode="lines+markers",

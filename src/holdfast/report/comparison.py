@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from holdfast.quantities import interval, short, spread
+from holdfast.records import Comparison, ComparisonCurve, ComparisonRow, CurvePoint
 from holdfast.report.figures import Json, finish, frame, style_of, text
 from holdfast.report.panels import Panel
-from holdfast.report.schemas import Comparison, ComparisonCurve, ComparisonRow, Difference, Spread
-from holdfast.report.summary import Group, number
+from holdfast.report.summary import Group
 
 SHOWN = (("ap", "AP"), ("bwt", "BWT"), ("learning_accuracy", "Learning"))
 
@@ -81,7 +82,10 @@ def _looks(sweep: Comparison, groups: Sequence[Group]) -> dict[str, Json]:
 def _row(row: ComparisonRow, look: Json, reference: str | None) -> ComparedRow:
     done = sum(run.status == "finished" for run in row.runs)
     scores = [(row.scores[key], (row.differences or {}).get(key)) for key, _ in SHOWN]
-    cells = tuple(ComparedCell(s.mean, _spread(s), _difference(d)) for s, d in scores)
+    cells = tuple(
+        ComparedCell(s.mean, spread(s.mean, s.sd), "" if d is None else interval(d.mean, d.low, d.high))
+        for s, d in scores
+    )
     return ComparedRow(
         label=row.label,
         look=look,
@@ -91,23 +95,6 @@ def _row(row: ComparisonRow, look: Json, reference: str | None) -> ComparedRow:
         reference=row.label == reference,
         complete=done == len(row.runs),
     )
-
-
-def _spread(score: Spread) -> str:
-    return number(score.mean) + (f" ± {number(score.sd)}" if score.sd is not None else "")
-
-
-def _difference(difference: Difference | None) -> str:
-    """Such as "+3.2 (+1.0 to +5.1)"; nothing where there is no pair."""
-    if difference is None or difference.mean is None:
-        return ""
-    between = f" ({_signed(difference.low)} to {_signed(difference.high)})"
-    return _signed(difference.mean) + (between if difference.low is not None else "")
-
-
-def _signed(value: float | None) -> str:
-    shown = number(value)
-    return f"+{shown}" if value is not None and shown.strip("−0.") and value > 0 else shown
 
 
 def tradeoff(sweep: Comparison, split: str, looks: dict[str, Json]) -> Json | None:
@@ -124,7 +111,7 @@ def tradeoff(sweep: Comparison, split: str, looks: dict[str, Json]) -> Json | No
             figure,
             _name(curve),
             looks[f"row {curve.row}"],
-            [_point(p.model_dump()) for p in curve.points],
+            [_point(p) for p in curve.points],
             curve,
         )
     on_a_curve = {curve.row for curve in sweep.curves if curve.split == split}
@@ -162,8 +149,8 @@ def _add(
     )  # fmt: skip
 
 
-def _point(point: Json) -> tuple[float, float, str]:
-    return point["learning_accuracy"], point["ap"], f" at {point['value']:g}"
+def _point(point: CurvePoint) -> tuple[float, float, str]:
+    return point.learning_accuracy, point.ap, f" at {short(point.value)}"
 
 
 def _name(curve: ComparisonCurve) -> str:

@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from holdfast.quantities import count, duration, rough
 from holdfast.report.read import RunRecord
-from holdfast.report.summary import duration
 
 _PHASES = (("train", "training"), ("prior", "importance"), ("evaluate", "evaluation"))
 
@@ -19,18 +19,9 @@ def common(runs: Sequence[RunRecord]) -> dict[str, Any]:
     parameters, trainable = sizes.pop() if len(sizes) == 1 else (None, None)
     return {
         "tasks": list(streams.pop()) if len(streams) == 1 else [],
-        "parameters": _count(parameters),
-        "trainable": _count(trainable),
+        "parameters": rough(parameters),
+        "trainable": rough(trainable),
     }
-
-
-def _count(value: int | None) -> str:
-    if value is None:
-        return ""
-    for unit, name in ((1e9, "billion"), (1e6, "million"), (1e3, "thousand")):
-        if value >= unit:
-            return f"{value / unit:.3g} {name}"
-    return str(value)
 
 
 def costs(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
@@ -71,11 +62,16 @@ def details(index: int, run: RunRecord) -> dict[str, Any]:
         "trainable parameters": m.trainable,
     }
     shown = {
-        k: f"{v:,}" if isinstance(v, int) and k != "seed" else str(v)
+        k: count(v) if isinstance(v, int) and k != "seed" else str(v)
         for k, v in facts.items()
         if v is not None
     }
-    return {"run": index, "facts": shown, "config": run.config, "environment": flat(run.environment)}
+    return {
+        "run": index,
+        "facts": shown,
+        "config": run.config,
+        "environment": flat(run.environment.model_dump(exclude_unset=True)),
+    }
 
 
 def flat(data: dict[str, Any], prefix: str = "") -> dict[str, str]:

@@ -8,8 +8,9 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from holdfast.quantities import number
 from holdfast.report.read import RunRecord
-from holdfast.report.summary import Group, number
+from holdfast.report.summary import Group
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

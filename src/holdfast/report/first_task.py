@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from holdfast.quantities import number
 from holdfast.report.figures import Json, finish, frame, style_of, text
 from holdfast.report.panels import Panel
-from holdfast.report.summary import Group, number
+from holdfast.report.summary import Group
 
 _LONGEST = 16  # characters of a task's name
 _NOTED = 6  # methods whose numbers fit in a line

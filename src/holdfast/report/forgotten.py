@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from holdfast.report.read import Prediction, RunRecord, StageRecord
+from holdfast.records import Prediction
+from holdfast.report.read import RunRecord, StageRecord
 
 SHOWN = 5  # examples a task
 RIGHT = 50.0  # of 100: exact answers score 0 or 100, ROUGE-L in between
@@ -57,7 +58,7 @@ def _compare(stage: StageRecord, last: StageRecord) -> ForgottenTask:
     drops.sort(key=lambda drop: drop[:2])
     examples = tuple(
         Example(
-            _cut(before.prompt),
+            _cut(before.question),
             _cut(" / ".join(before.expected)),
             _cut(before.generated),
             _cut(after.generated),

@@ -5,9 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
+from holdfast.quantities import number, percent, short
+from holdfast.records import Faithfulness
 from holdfast.report.read import AttributionRecord
-from holdfast.report.schemas import Faithfulness
-from holdfast.report.summary import Group, number
+from holdfast.report.summary import Group
 
 
 def headline(groups: Sequence[Group], attributions: Sequence[AttributionRecord] = ()) -> str:
@@ -31,10 +32,6 @@ def headline(groups: Sequence[Group], attributions: Sequence[AttributionRecord] 
     return "Where the model keeps what it knows: " + ", ".join(a.name for a in attributions) + "."
 
 
-def _percent(value: float | None) -> str:
-    return f"{number(value, 0)}\u00a0%"
-
-
 def _ap(group: Group) -> float:
     ap = group.mean("ap")
     return -1.0 if ap is None else ap
@@ -53,7 +50,7 @@ def _compare(best: Group, plain: Group) -> str:
     elif ours >= 0:
         claim = f"{best.label} keeps all of what {plain.label} forgets"
     else:
-        claim = f"{best.label} keeps {_percent(100 * (1 - ours / theirs))} of what {plain.label} forgets"
+        claim = f"{best.label} keeps {percent(100 * (1 - ours / theirs))} of what {plain.label} forgets"
     numbers = f"(BWT\u00a0{number(ours, 0)} vs\u00a0{number(theirs, 0)})"
     learned = (best.mean("learning_accuracy"), plain.mean("learning_accuracy"))
     if None not in learned:
@@ -75,8 +72,8 @@ def _describe(group: Group, among: int) -> str:
         else f"Of {among} methods, {group.label} ends highest: it learns"
     )
     return (
-        f"{start} its tasks to {_percent(group.mean('learning_accuracy'))}, {lost}, and ends at "
-        f"{_percent(group.mean('ap'))} on average{_seeds(group)}."
+        f"{start} its tasks to {percent(group.mean('learning_accuracy'))}, {lost}, and ends at "
+        f"{percent(group.mean('ap'))} on average{_seeds(group)}."
     )
 
 
@@ -84,13 +81,13 @@ def _so_far(group: Group) -> str:
     run = group.runs[0]
     tasks = len(run.metrics.tasks)
     if group.joint and group.finished:
-        return f"{group.label} learns all {tasks} tasks at once and reaches {_percent(run.metrics.ap)}."
+        return f"{group.label} learns all {tasks} tasks at once and reaches {percent(run.metrics.ap)}."
     if run.metrics.finished:
-        return f"{group.label} ends at {_percent(run.metrics.ap)} on average over {tasks} tasks."
+        return f"{group.label} ends at {percent(run.metrics.ap)} on average over {tasks} tasks."
     if run.seen == 0:
         return f"{group.label} has not learned any of its {tasks} tasks yet."
     known = [a for a in run.metrics.matrix[run.seen][: run.seen] if a is not None]
-    mean = f", at {_percent(statistics.fmean(known))} on average on those" if known else ""
+    mean = f", at {percent(statistics.fmean(known))} on average on those" if known else ""
     return f"{group.label} has learned {run.seen} of {tasks} tasks so far{mean}."
 
 
@@ -105,8 +102,8 @@ def faithfulness_sentence(curves: Faithfulness) -> str:
     where = f" on {curves.task}" if curves.task else ""
     if not gaps:
         return f"Accuracy{where} after zeroing the weights called important."
-    _, percent, important, random = max(gaps)
+    _, zeroed, important, random = max(gaps)
     return (
-        f"Zeroing the {percent:g}\u00a0% of weights called most important leaves {_percent(important)} "
-        f"accuracy{where}; as many random weights leave {_percent(random)}."
+        f"Zeroing the {short(zeroed)}\u00a0% of weights called most important leaves {percent(important)} "
+        f"accuracy{where}; as many random weights leave {percent(random)}."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ class ImportanceMap:
     layers, modules : list of str
         Names of the rows and of the columns (in the model's order).
     means : list of list of float or None
-        Mean of |prior| over the weights of each module; None where a block has no such module.
+        Mean of |prior| over the weights of each module; None where a block has no such module. Of a prior by
+        inputs the mean eigenvalue of its matrix: the mean square of a relevant input.
     """
 
     blocks: list[Block]
@@ -43,6 +45,7 @@ def importance_map(path: Path) -> ImportanceMap:
         The file isn't readable as safetensors (torn, or of another format).
     """
     totals: dict[tuple[Block, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    by_weight = is_by_weight(path)
     with open_prior(path) as tensors:
         names = tensors.keys()  # the handle can't be iterated
         for name in names:
@@ -50,10 +53,19 @@ def importance_map(path: Path) -> ImportanceMap:
             if block is None:
                 continue
             tensor = tensors.get_tensor(name)
+            tensor = tensor if by_weight else tensor.diagonal()
             cell = totals[block, module_of(name)]
             cell[0] += tensor.abs().double().sum().item()
             cell[1] += tensor.numel()
     return _arrange({key: total / max(count, 1.0) for key, (total, count) in totals.items()})
+
+
+def is_by_weight(path: Path) -> bool:
+    """Whether a ``prior.safetensors`` has a number for each weight, by the record beside it."""
+    try:
+        return bool(json.loads(path.with_name("prior.json").read_text()).get("kind", "weights") == "weights")
+    except (OSError, ValueError, AttributeError):
+        return True  # no record: as all priors were before there was another kind
 
 
 def open_prior(path: Path) -> Any:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from holdfast.quantities import number, rounded
+from holdfast.records import Faithfulness
 from holdfast.report import figures as draw
 from holdfast.report import weight_figures as weights
 from holdfast.report.agreement_figures import agreement_block
@@ -19,8 +21,7 @@ from holdfast.report.forgotten import forgotten
 from holdfast.report.headline import faithfulness_sentence, headline
 from holdfast.report.importance_map import ImportanceMap, importance_map
 from holdfast.report.panels import Panel, column
-from holdfast.report.read import AttributionRecord, ComparisonRecord, Record, RunRecord, StageRecord
-from holdfast.report.schemas import Faithfulness
+from holdfast.report.read import AttributionRecord, ComparisonRecord, Folder, RunRecord, StageRecord
 from holdfast.report.summary import (
     COLUMNS,
     Group,
@@ -48,7 +49,7 @@ class WeightBlock:
     notes: dict[str, str] = field(default_factory=dict)
 
 
-def build(records: Sequence[Record], title: str | None) -> str:
+def build(records: Sequence[Folder], title: str | None) -> str:
     """The page's HTML for what was read."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from plotly.offline import get_plotlyjs
@@ -89,8 +90,9 @@ def build(records: Sequence[Record], title: str | None) -> str:
         "losses": _losses(figures, styled),
         "costs": costs(runs),
         "details": [details(i, run) for i, run in enumerate(runs)],
-        "attributions": [(a, flat(a.meta)) for a in attributions if a.meta],
+        "attributions": [(a, flat(a.meta.meta)) for a in attributions if a.meta],
         "column": column,
+        "number": number,
         "figures": figures,
         "plotly": get_plotlyjs(),
         "style": (_HERE / "style.css").read_text(encoding="utf-8"),
@@ -224,7 +226,7 @@ def _held(stage: StageRecord) -> str:
     options = ", ".join(f"{key} {value}" for key, value in gate.mechanism.items() if key != "name")
     name = str(gate.mechanism.get("name", "protection"))
     control = f"; control: {gate.control}" if gate.control != "none" else ""
-    held = f"; {100 * gate.held:.3g} % of the weights can’t move at all" if gate.held else ""
+    held = f"; {rounded(100 * gate.held)} % of the weights can’t move at all" if gate.held else ""
     return f"{name}{f' ({options})' if options else ''}{control}{held}"
 
 

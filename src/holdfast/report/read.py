@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
 
 from holdfast.errors import DataError
 from holdfast.evaluation.metrics import summarise
-from holdfast.evaluation.predictions import predictions_file
+from holdfast.evaluation.predictions import read_predictions
 from holdfast.learner.skills import read_skills
-from holdfast.report.schemas import Comparison, Faithfulness, GateSummary, Metrics, Training, Units
+from holdfast.records import (
+    Comparison,
+    Environment,
+    Faithfulness,
+    Prediction,
+    PriorMeta,
+    ProtectionSummary,
+    Record,
+    RunMetrics,
+    TrainingLog,
+    UnitScores,
+)
 
-REDO = "It may be torn or edited: run the same `holdfast run` command again to redo it."
-
-
-Schema = TypeVar("Schema", bound=BaseModel)
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One answer of the model: what it was asked, what was allowed, what it said, its score."""
-
-    prompt: str
-    expected: tuple[str, ...]
-    generated: str
-    score: float
+Kind = TypeVar("Kind", bound=Record)
 
 
 @dataclass(frozen=True)
@@ -39,11 +35,11 @@ class StageRecord:
 
     task: str
     path: Path
-    training: Training | None = None
-    gate: GateSummary | None = None
+    training: TrainingLog | None = None
+    gate: ProtectionSummary | None = None
     prior: Path | None = None
     faithfulness: Faithfulness | None = None
-    units: Units | None = None
+    units: UnitScores | None = None
 
     def predictions(self, task: str) -> Iterator[Prediction]:
         """The answers to `task`'s test questions after this stage; nothing when they weren't kept.
@@ -53,13 +49,7 @@ class StageRecord:
         DataError
             A row isn't a prediction; the message names the file and the line.
         """
-        path = predictions_file(self.path, task)
-        if not path.is_file():
-            return
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield _prediction(line, path, number)
+        return read_predictions(self.path, task)
 
 
 @dataclass(frozen=True)
@@ -70,16 +60,16 @@ class RunRecord:
     ----------
     name : str
         How the report calls it; the label, until several runs share one.
-    environment : dict
+    environment : Environment
         Versions and machine, as the run recorded them; empty when it didn't.
     """
 
     path: Path
     name: str
-    metrics: Metrics
+    metrics: RunMetrics
     stages: tuple[StageRecord, ...] = ()
     config: str = ""
-    environment: dict[str, Any] = field(default_factory=dict)
+    environment: Environment = field(default_factory=Environment)
 
     @property
     def joint(self) -> bool:
@@ -92,7 +82,9 @@ class RunRecord:
         try:
             strategy = (yaml.safe_load(self.config) or {}).get("strategy")
         except (yaml.YAMLError, AttributeError) as error:
-            raise DataError(f"{self.path / 'config.yaml'}: not readable as YAML ({error}). {REDO}") from error
+            raise DataError(
+                f"{self.path / 'config.yaml'}: not readable as YAML ({error}). {RunMetrics.again()}"
+            ) from error
         return str(strategy.get("prior_from", "sequential")) if isinstance(strategy, dict) else ""
 
     @property
@@ -109,7 +101,7 @@ class AttributionRecord:
     path: Path
     name: str
     prior: Path | None
-    meta: dict[str, Any]
+    meta: PriorMeta | None
     faithfulness: Faithfulness | None
 
 
@@ -122,10 +114,10 @@ class ComparisonRecord:
     runs: tuple[RunRecord, ...]
 
 
-Record = RunRecord | AttributionRecord | ComparisonRecord
+Folder = RunRecord | AttributionRecord | ComparisonRecord
 
 
-def read(path: Path) -> Record:
+def read(path: Path) -> Folder:
     """Read one directory, whichever of the kinds it is.
 
     Raises
@@ -159,10 +151,10 @@ def read(path: Path) -> Record:
     )
 
 
-def _metrics_of_skills(path: Path) -> Metrics:
+def _metrics_of_skills(path: Path) -> RunMetrics:
     """A learner's folder has no ``metrics.json``: its tasks' parts say it all."""
     known = read_skills(path)
-    return Metrics(
+    return RunMetrics(
         label=path.resolve().name,
         strategy=known.strategy,
         tasks=[skill.name for skill in known.skills],
@@ -171,17 +163,8 @@ def _metrics_of_skills(path: Path) -> Metrics:
     )
 
 
-def _read_run(path: Path, metrics: Metrics | None = None) -> RunRecord:
-    source = path / "metrics.json"
-    metrics = metrics or _parse(Metrics, source)
-    count = len(metrics.tasks)
-    rows, columns = len(metrics.matrix), sorted({len(row) for row in metrics.matrix})
-    if rows != count + 1 or columns not in ([count], []):
-        got = f"{rows} rows of {' or '.join(map(str, columns)) or 'no'} values"
-        raise DataError(
-            f"{source}: the matrix of {count} tasks needs {count + 1} rows (zero-shot first) of {count} "
-            f"values, got {got}. {REDO}"
-        )
+def _read_run(path: Path, metrics: RunMetrics | None = None) -> RunRecord:
+    metrics = metrics or RunMetrics.read(path / "metrics.json")
     folders = sorted(p for p in (path / "tasks").glob("[0-9]*-*") if p.is_dir() and p.suffix != ".partial")
     named = [] if metrics.strategy == "multitask" else metrics.tasks  # a folder's name may be a cleaned one
     config = path / "config.yaml"
@@ -190,13 +173,13 @@ def _read_run(path: Path, metrics: Metrics | None = None) -> RunRecord:
         name=metrics.label,
         metrics=metrics,
         stages=tuple(_read_stage(folder, named) for folder in folders),
-        config=config.read_text(encoding="utf-8").strip() if config.is_file() else "",
-        environment=_json(path / "environment.json") if (path / "environment.json").is_file() else {},
+        config=_text(config) if config.is_file() else "",
+        environment=_read_if(Environment, path / "environment.json") or Environment(),
     )
 
 
 def _read_comparison(path: Path) -> ComparisonRecord:
-    sweep = _parse(Comparison, path / "compare.json")
+    sweep = Comparison.read(path / "compare.json")
     folders = [path / run.path for row in sweep.rows for run in row.runs]
     return ComparisonRecord(
         path, sweep, tuple(_read_run(f) for f in folders if (f / "metrics.json").is_file())
@@ -209,11 +192,11 @@ def _read_stage(path: Path, tasks: list[str]) -> StageRecord:
     return StageRecord(
         task=dict(enumerate(tasks, 1)).get(int(index), name) if index.isdigit() else name,
         path=path,
-        training=_parse_if(Training, path / "training.json"),
-        gate=_parse_if(GateSummary, path / "protection.json"),
+        training=_read_if(TrainingLog, path / "training.json"),
+        gate=_read_if(ProtectionSummary, path / "protection.json"),
         prior=prior if prior.is_file() else None,
-        faithfulness=_read_faithfulness(path),
-        units=_parse_if(Units, path / "units.json"),
+        faithfulness=_read_if(Faithfulness, path / "faithfulness.json"),
+        units=_read_if(UnitScores, path / "units.json"),
     )
 
 
@@ -224,58 +207,21 @@ def _read_attribution(path: Path, meta: Path | None) -> AttributionRecord:
             f"{prior}: missing, though {prior.with_suffix('.json').name} is there. "
             "Run the same `holdfast attribute` command again."
         )
-    return AttributionRecord(path, path.name, prior, _json(meta) if meta else {}, _read_faithfulness(path))
+    return AttributionRecord(
+        path=path,
+        name=path.name,
+        prior=prior,
+        meta=PriorMeta.read(meta) if meta else None,
+        faithfulness=_read_if(Faithfulness, path / "faithfulness.json"),
+    )
 
 
-def _read_faithfulness(folder: Path) -> Faithfulness | None:
-    source = folder / "faithfulness.json"
-    curves = _parse_if(Faithfulness, source)
-    for who, values in curves.curves.items() if curves else ():
-        if curves and len(values) != len(curves.percent):
-            raise DataError(
-                f"{source}: curve '{who}' has {len(values)} values for "
-                f"{len(curves.percent)} percentages. {REDO}"
-            )
-    return curves
+def _read_if(record: type[Kind], path: Path) -> Kind | None:
+    return record.read(path) if path.is_file() else None
 
 
-def _parse_if(schema: type[Schema], path: Path) -> Schema | None:
-    return _parse(schema, path) if path.is_file() else None
-
-
-def _parse(schema: type[Schema], path: Path) -> Schema:
+def _text(path: Path) -> str:
     try:
-        return schema.model_validate(_json(path))
-    except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, e['loc'])) or 'top level'}: {e['msg']}" for e in error.errors()[:5]
-        )
-        raise DataError(f"{path}: {problems}. {REDO}") from error
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable as JSON ({error}). {REDO}") from error
-    if not isinstance(data, dict):
-        raise DataError(f"{path}: expected a JSON object, got {type(data).__name__}. {REDO}")
-    return data
-
-
-def _prediction(line: str, path: Path, number: int) -> Prediction:
-    try:
-        row = json.loads(line)
-        asked = row["prompt"]
-        return Prediction(
-            prompt=asked
-            if isinstance(asked, str)
-            else "\n".join(f"{m['role']}: {m['content']}" for m in asked),
-            expected=tuple(str(answer) for answer in row["expected"]),
-            generated=str(row["generated"]),
-            score=float(row["score"]),
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path}:{number}: not a prediction (needs prompt, expected, generated, score): {error}. {REDO}"
-        ) from error
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: can't be read ({error}). {RunMetrics.again()}") from error

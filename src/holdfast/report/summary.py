@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from holdfast.quantities import duration, number
 from holdfast.report.read import RunRecord
 
 
@@ -160,28 +161,6 @@ def grouped(runs: Sequence[RunRecord]) -> list[Group]:
     """Runs by label, in the order in which the labels first appear."""
     labels = dict.fromkeys(run.metrics.label for run in runs)
     return [Group(label, tuple(r for r in runs if r.metrics.label == label)) for label in labels]
-
-
-def number(value: float | None, digits: int = 1) -> str:
-    """A number with a real minus sign, never "−0"; a dash when it was not measured."""
-    if value is None:
-        return "–"
-    text = f"{value:.{digits}f}"
-    if float(text) == 0:
-        text = text.removeprefix("-")
-    return text.replace("-", "−")
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds as people say them: "4.2 s", "3 min 20 s", "2 h 05 min"."""
-    if seconds is None:
-        return "–"
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def table(groups: Sequence[Group]) -> list[Row]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from holdfast.importance.agreement import pairwise_by_block
 from holdfast.names import Block
-from holdfast.report.importance_map import open_prior
+from holdfast.report.importance_map import is_by_weight, open_prior
 from holdfast.report.read import AttributionRecord
 from holdfast.report.summary import Group
 
@@ -67,9 +67,9 @@ def task_agreements(
                 found.append(TaskAgreement(group.label, g, kind, tables))
     models: dict[tuple[str, str], dict[str, Path]] = {}
     for record in attributions:
-        if record.prior and "model_digest" in record.meta:
-            source = str(record.meta["model_digest"]), str(record.meta.get("importance", ""))
-            name = ", ".join(map(str, record.meta.get("tasks", []))) or record.name
+        if record.prior and record.meta and record.meta.model_digest:
+            source = record.meta.model_digest, record.meta.importance
+            name = ", ".join(record.meta.tasks) or record.name
             models.setdefault(source, {})[name] = record.prior
     for (_, importance), priors_of in models.items():
         if len(priors_of) > 1:
@@ -79,7 +79,12 @@ def task_agreements(
 
 
 def _compared(priors: Sequence[tuple[str, Path]]) -> dict[Pair, dict[Block, tuple[float, float]]]:
-    """All pairs of tasks, over the weights that all the priors cover; one tensor a prior is in memory."""
+    """All pairs of tasks, over the weights that all the priors cover; one tensor a prior is in memory.
+
+    Of priors by inputs there is none: entries of a matrix have no order of importance.
+    """
+    if not all(is_by_weight(path) for _, path in priors):
+        return {}
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(open_prior(path)) for _, path in priors]
         tables = pairwise_by_block(_shared(opened), sample=SAMPLE)

@@ -6,9 +6,10 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 
+from holdfast.quantities import count, rounded, short
+from holdfast.records import Faithfulness, ProtectionSummary
 from holdfast.report.figures import HEAT, Json, finish, frame, text
 from holdfast.report.importance_map import ImportanceMap
-from holdfast.report.schemas import Faithfulness, GateSummary
 
 
 def importance(heat: ImportanceMap, bounds: tuple[float, float]) -> Json:
@@ -30,7 +31,7 @@ def importance(heat: ImportanceMap, bounds: tuple[float, float]) -> Json:
             colorbar={
                 "orientation": "h", "y": 0, "yref": "paper", "yanchor": "top", "ypad": 8, "len": 1.0,
                 "thickness": 8,
-                "tickvals": ticks, "ticktext": [f"{10**t:.2g}" for t in ticks], "outlinewidth": 0,
+                "tickvals": ticks, "ticktext": [rounded(10**t, 2) for t in ticks], "outlinewidth": 0,
                 "tickfont": {"size": 11},
             },
             hovertemplate="layer %{customdata[0]}, %{customdata[1]}: %{customdata[2]}<extra></extra>",
@@ -59,7 +60,7 @@ def importance(heat: ImportanceMap, bounds: tuple[float, float]) -> Json:
 def _hover(heat: ImportanceMap) -> list[list[list[str]]]:
     return [
         [
-            [text(layer), text(module), f"{mean or 0:.3g}"]
+            [text(layer), text(module), rounded(mean or 0)]
             for module, mean in zip(heat.modules, row, strict=True)
         ]
         for layer, row in zip(heat.layers, heat.means, strict=True)
@@ -72,7 +73,7 @@ def short_modules(modules: Sequence[str]) -> list[str]:
     return short if len(set(short)) == len(short) else list(modules)
 
 
-def gate_histogram(gate: GateSummary, colour: str) -> Json | None:
+def gate_histogram(gate: ProtectionSummary, colour: str) -> Json | None:
     """The share of weights by how firmly they are held, on a log scale; None when nothing was counted."""
     import plotly.graph_objects as go
 
@@ -80,7 +81,7 @@ def gate_histogram(gate: GateSummary, colour: str) -> Json | None:
         return None
     edges, counts = gate.histogram.edges, gate.histogram.counts
     bins = list(zip(edges, edges[1:], counts, strict=False))
-    share = [100 * count / sum(counts) for count in counts]
+    share = [100 * n / sum(counts) for n in counts]
     logarithmic = edges[0] > 0 and edges[-1] / edges[0] > 1000  # a penalty's weights span decades
     place = [math.log10(edge) if logarithmic else edge for edge in edges]
     figure = go.Figure(
@@ -88,7 +89,7 @@ def gate_histogram(gate: GateSummary, colour: str) -> Json | None:
             x=[(a + b) / 2 for a, b in itertools.pairwise(place)], y=[s or None for s in share],
             width=[b - a for a, b in itertools.pairwise(place)],
             marker={"color": colour, "line": {"color": "var(--card)", "width": 1.5}},
-            customdata=[[f"{low:.3g} to {high:.3g}", f"{int(count):,}"] for low, high, count in bins],
+            customdata=[[f"{rounded(low)} to {rounded(high)}", count(int(n))] for low, high, n in bins],
             hovertemplate="%{customdata[0]}: %{y:.3g} %, %{customdata[1]} weights<extra></extra>",
         )
     )  # fmt: skip
@@ -98,12 +99,12 @@ def gate_histogram(gate: GateSummary, colour: str) -> Json | None:
         decades = range(math.ceil(place[0]), math.floor(place[-1]) + 1)
         stride = math.ceil(len(decades) / 5)
         figure.update_xaxes(
-            tickvals=list(decades)[::stride], ticktext=[f"{10.0**d:g}" for d in decades][::stride]
+            tickvals=list(decades)[::stride], ticktext=[short(10.0**d) for d in decades][::stride]
         )
     figure.update_xaxes(title={"text": text(gate.quantity), "font": {"size": 12}}, showline=True, ticklen=3)
     figure.update_yaxes(
         type="log", range=[lowest - 0.1, 2.1], tickvals=[10.0**d for d in range(lowest, 3)],
-        ticktext=[f"{10.0**d:g} %" for d in range(lowest, 3)], showgrid=True, automargin=True,
+        ticktext=[f"{short(10.0**d)} %" for d in range(lowest, 3)], showgrid=True, automargin=True,
     )  # fmt: skip
     return finish(figure)
 
@@ -130,7 +131,7 @@ def faithfulness(curves: Faithfulness) -> Json:
         showlegend=True, legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}, margin_t=34
     )
     figure.update_xaxes(
-        tickvals=steps, ticktext=[f"{p:g}" for p in curves.percent],
+        tickvals=steps, ticktext=[short(p) for p in curves.percent],
         title={"text": "% of weights set to zero in each tensor", "font": {"size": 12}},
     )  # fmt: skip
     figure.update_yaxes(range=[-6, 104], tickvals=[0, 25, 50, 75, 100], showgrid=True)

@@ -8,13 +8,15 @@ from typing import Any
 
 from pydantic import Field
 
-from holdfast.attribution.partial import Partial
 from holdfast.config import Options, override, validate
 from holdfast.errors import ConfigError, DataError
 from holdfast.evaluation.evaluate import EvaluationOptions
 from holdfast.importance import ImportanceOptions, ImportancePrior, compute_prior
+from holdfast.importance.registry import REGISTRY
 from holdfast.models import ModelOptions, is_encoder_decoder, load_model
 from holdfast.progress import Progress
+from holdfast.quantities import count, number, short
+from holdfast.resume import Partial
 from holdfast.runner.config import load_config
 from holdfast.runner.faithfulness import faithfulness_in_folder
 from holdfast.tasks import Encoder, Template, load_task, toy_tokenizer
@@ -66,6 +68,11 @@ def attribute_to_folder(
         "model": {"path": model, "dtype": dtype, "trainable": "all"},
     }
     config = validate(AttributeConfig, override(values, qualified), source="holdfast attribute")
+    if faithfulness and REGISTRY[config.importance.name].kind != "weights":
+        raise ConfigError(
+            f"--test-faithfulness zeroes the weights that a prior calls important, and '{importance}' rates "
+            "directions of inputs. Leave it out, or choose an importance by weight such as lrp."
+        )
     task = load_task(data)
     if faithfulness and not task.test:
         raise DataError(f"{data}: --test-faithfulness needs test rows: put a test.jsonl beside train.jsonl.")
@@ -85,7 +92,10 @@ def attribute_to_folder(
             partial=partial,
         )
     prior.save(out)
-    progress.say(f"Prior: {out} ({len(prior)} tensors, {prior.elements:,} weights)")
+    what = (
+        f"{count(prior.elements)} weights" if prior.kind == "weights" else "one matrix a linear map's inputs"
+    )
+    progress.say(f"Prior: {out} ({len(prior)} tensors, {what})")
     if faithfulness:
         with progress.bar("faithfulness", total=1) as bar:
             result = faithfulness_in_folder(
@@ -97,13 +107,13 @@ def attribute_to_folder(
                 options=config.evaluation,
                 seed=seed,
                 out=out,
+                partial=Partial(out / "partial", progress.say, "faithfulness"),
                 progress=bar,
-                say=progress.say,
             )
-        for choice, curve in result["curves"].items():
+        for choice, curve in result.curves.items():
             progress.say(
                 f"  {choice:>10}: "
-                + "  ".join(f"{p:g} %: {a:.1f}" for p, a in zip(result["percent"], curve, strict=True))
+                + "  ".join(f"{short(p)} %: {number(a)}" for p, a in zip(result.percent, curve, strict=True))
             )
     partial.clear()
     return prior

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,9 @@ from holdfast.evaluation.evaluate import EvaluationOptions
 from holdfast.evaluation.faithfulness import Curves, measure_faithfulness
 from holdfast.importance import ImportancePrior
 from holdfast.models import block_parameters
-from holdfast.storage import sha256, write_json
+from holdfast.records import Faithfulness
+from holdfast.resume import Partial
+from holdfast.storage import sha256
 from holdfast.tasks import Encoder
 from holdfast.tasks.task import Task
 
@@ -27,22 +28,15 @@ def faithfulness_in_folder(
     options: EvaluationOptions,
     seed: int,
     out: Path,
+    partial: Partial,
     progress: Callable[[int, int], None],
-    say: Callable[[str], None],
-) -> dict[str, Any]:
+) -> Faithfulness:
     """Measure the faithfulness of the prior saved in `out`, and write ``faithfulness.json`` there.
 
-    Each point is kept in ``partial/faithfulness.json`` once it is measured, for a later call to go on from;
-    the caller removes that folder. Points of another prior, model, template or test are not used, and `say`
-    is told so.
-
-    Returns
-    -------
-    dict
-        As `measure_faithfulness`.
+    The points are kept in `partial` as they are measured, for a later call to go on from; the caller clears
+    it. Points of another prior, model, template or test are not used.
     """
-    file = out / "partial" / "faithfulness.json"
-    identity = {
+    partial.identity = {
         "prior": sha256(out / "prior.safetensors"),
         "model": prior.meta["model_digest"],
         "template": encoder.template.model_dump(mode="json"),
@@ -50,6 +44,16 @@ def faithfulness_in_folder(
         "seed": seed,
         "test": hashlib.sha256(repr((task.metric, task.options, task.test)).encode()).hexdigest(),
     }
+    partial.every = 0.0  # a point takes a pass over the test rows, and is a few bytes
+    state = partial.load()
+    known: Curves | None = None if state is None else state[1]["curves"]
+    if known is not None:
+        partial.say(f"{partial.file}: continuing after {sum(map(len, known.values()))} points.")
+
+    def keep(curves: Curves) -> None:
+        if partial.due:
+            partial.save({}, {"curves": curves})
+
     result = measure_faithfulness(
         model,
         tokenizer,
@@ -60,23 +64,8 @@ def faithfulness_in_folder(
         options=options,
         seed=seed,
         progress=progress,
-        known=_known(file, identity, say),
-        keep=lambda curves: write_json(file, {"identity": identity, "curves": curves}),
+        known=known,
+        keep=keep,
     )
-    write_json(out / "faithfulness.json", result)
+    result.write(out / "faithfulness.json")
     return result
-
-
-def _known(file: Path, identity: dict[str, Any], say: Callable[[str], None]) -> Curves | None:
-    if not file.is_file():
-        return None
-    try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        say(f"{file}: can't be read ({error}); starting over.")
-        return None
-    if changed := [key for key, value in identity.items() if kept["identity"].get(key) != value]:
-        say(f"{file}: begun with another {', '.join(changed)}; starting over.")
-        return None
-    say(f"{file}: continuing after {sum(map(len, kept['curves'].values()))} points.")
-    return kept["curves"]

@@ -15,6 +15,7 @@ from rich.table import Table
 from holdfast.errors import HoldfastError
 from holdfast.hold.cost import trained_numbers
 from holdfast.models import is_encoder_decoder, load_model
+from holdfast.quantities import count, mebibytes
 from holdfast.runner.config import RunConfig
 from holdfast.runner.directory import RunDirectory
 from holdfast.strategies import Strategy, build_strategy
@@ -54,8 +55,14 @@ class Findings:
             console.print("Ready to run.", style="green")
 
 
-def check(config: RunConfig) -> Findings:
-    """Look at data, model, template, output and prior of a valid configuration, without training."""
+def check(config: RunConfig, directory: bool = True) -> Findings:
+    """Look at data, model, template, output and prior of a valid configuration, without training.
+
+    Parameters
+    ----------
+    directory : bool
+        Look at the output directory too.
+    """
     findings = Findings()
     model = tokenizer = None
     stream: TaskStream | None
@@ -76,7 +83,8 @@ def check(config: RunConfig) -> Findings:
         model, tokenizer = load_model(config.model, config.seed, toy_tokenizer)
     except HoldfastError as error:
         findings.problems.append(str(error))
-    _check_output(config, findings)
+    if directory:
+        _check_output(config, findings)
     strategy, fits = build_strategy(config.strategy), model is not None
     if model is not None:
         try:
@@ -137,27 +145,29 @@ def _estimate(
     size = torch.finfo(model.dtype).bits // 8
     states = {"adamw": 2, "sgd": 0, "adafactor": 0}[config.training.optimizer]
     findings.estimate += [
-        ("parameters", f"{total:,} ({learned:,} trained)"),
-        ("weights", _mib(total * size)),
-        ("gradients", _mib(learned * size)),
-        ("optimizer state", _mib(learned * size * states)),
+        ("parameters", f"{count(total)} ({count(learned)} trained)"),
+        ("weights", mebibytes(total * size)),
+        ("gradients", mebibytes(learned * size)),
+        ("optimizer state", mebibytes(learned * size * states)),
     ]
     for cost in estimate.costs:
-        findings.estimate.append((cost.what, _mib(cost.size)))
+        findings.estimate.append((cost.what, mebibytes(cost.size)))
         findings.remarks += [cost.note] if cost.note else []
     if config.model.lora is None and not any(p.requires_grad for p in model.parameters()):
         findings.problems.append("model.trainable: this model has no linear maps inside transformer blocks.")
     rows = _rows(config, stream, strategy)
-    steps = [_steps(config.training, count) if strategy.trains else 0 for count in rows]
-    findings.estimate.append(("optimizer steps", f"{sum(steps):,} ({', '.join(map(str, steps))} by stage)"))
+    steps = [_steps(config.training, number) if strategy.trains else 0 for number in rows]
+    findings.estimate.append(
+        ("optimizer steps", f"{count(sum(steps))} ({', '.join(map(str, steps))} by stage)")
+    )
     further = [_steps(config.training, *training) for training in estimate.further]
     if further:
-        said = f"{sum(further):,} ({', '.join(map(str, further))})"
+        said = f"{count(sum(further))} ({', '.join(map(str, further))})"
         findings.estimate.append(("further optimizer steps", said))
     tests = sum(len(task.test) for task in stream)
     rounds = len(steps) + config.evaluation.zero_shot
     findings.estimate.append(
-        ("answers generated", f"up to {tests * rounds:,} ({tests:,} in each of {rounds} rounds)")
+        ("answers generated", f"up to {count(tests * rounds)} ({count(tests)} in each of {rounds} rounds)")
     )
 
 
@@ -178,7 +188,3 @@ def _rows(config: RunConfig, stream: TaskStream, strategy: Strategy) -> Iterator
             examples = rehearsal.mixed(examples, config.seed)
             rehearsal.learned(stage.tasks, config.seed)
         yield len(examples)
-
-
-def _mib(size: float) -> str:
-    return f"{size / 2**20:,.1f} MiB"

@@ -13,7 +13,8 @@ import torch
 from holdfast.config import override, validate
 from holdfast.errors import ConfigError, DataError
 from holdfast.learner import Learner, LearnerConfig
-from holdfast.learner.config import CONFIG, recorded_config
+from holdfast.learner.config import recorded_config
+from holdfast.learner.learner import begun
 from holdfast.learner.skills import Skills, read_skills
 from holdfast.models import load_model
 from holdfast.progress import Progress, stoppable
@@ -69,19 +70,19 @@ def learn_data(
     HoldfastError
         Anything is wrong, before training starts; or training fails.
     """
+    skills = skills.expanduser()
+    usual_rate = not begun(skills)
     config = _config(skills, model, strategy, lora, assignments)
-    rate_given = any(a.split("=")[0].strip() == "training.learning_rate" for a in assignments)
-    usual_rate = not (rate_given or (skills / CONFIG).is_file())
+    usual_rate &= "learning_rate" not in config.training.model_fields_set
     task = _task(data, name, test, metric, config.seed)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     with stoppable(), _learner(skills, config, progress, usual_rate) as learner:
         if task.name in learner.learned:
-            known = learner.digests[task.name]
-            if known != learner.digest(task):
+            if learner.digests.get(task.name) != learner.digest(task):
                 raise ConfigError(
-                    f"{skills}: a task '{task.name}' was learned from other rows. Give this one a name of "
-                    "its own with --name."
+                    f"{skills}: a task '{task.name}' was learned already, from other rows or with another "
+                    "metric. Give this one a name of its own with --name."
                 )
             progress.say(f"{skills}: '{task.name}' is learned already; nothing to do.")
             return read_skills(skills)
@@ -101,7 +102,8 @@ def learn_data(
 def _config(
     skills: Path, model: str | None, strategy: str | None, lora: bool, assignments: Sequence[str]
 ) -> LearnerConfig:
-    if not (skills / CONFIG).is_file():
+    model = None if model is None else _absolute(model)
+    if not begun(skills):
         values: dict[str, Any] = {"strategy": strategy or "attribution"}
         if model is not None:
             values["model"] = {"path": model}
@@ -127,15 +129,22 @@ def _config(
                 f"{skills}: what was learned here has {flag} {there[flag]}, not {value}. Leave {flag} out, "
                 "or begin another folder."
             )
-    sections = override({}, assignments)
-    fixed = sorted(set(sections) - set(CHANGEABLE))
+    values = override(recorded.model_dump(mode="json"), assignments)
+    config = validate(LearnerConfig, values, "holdfast learn")
+    parts = [part for part in LearnerConfig.model_fields if part not in CHANGEABLE]
+    fixed = [part for part in parts if getattr(config, part) != getattr(recorded, part)]
     if fixed:
         raise ConfigError(
-            f"{skills}: {', '.join(fixed)} can't be changed after the first task; what can: "
+            f"{skills}: {', '.join(fixed)} can't be changed once the first task has begun; what can: "
             f"{', '.join(CHANGEABLE)}. Leave it out, or begin another folder."
         )
-    values = recorded.model_dump(mode="json")
-    return validate(LearnerConfig, override(values, assignments), "holdfast learn")
+    return config
+
+
+def _absolute(model: str) -> str:
+    """A folder's own path, so that the next call may come from anywhere; a hub id as it is."""
+    folder = Path(model).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else model
 
 
 def _learner(skills: Path, config: LearnerConfig, progress: Progress, usual_rate: bool) -> Learner:

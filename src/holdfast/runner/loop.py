@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,12 +12,13 @@ import torch
 from holdfast.environment import describe_environment
 from holdfast.evaluation.metrics import summarise
 from holdfast.evaluation.predictions import file_safe
+from holdfast.folder import PARTIAL
 from holdfast.learner import Learner
 from holdfast.models import load_model
 from holdfast.progress import Progress, stoppable
+from holdfast.records import RunMetrics, StageMetrics, TrainingLog
 from holdfast.runner.config import RunConfig
 from holdfast.runner.directory import RunDirectory
-from holdfast.storage import write_json
 from holdfast.strategies import Stage, build_strategy
 from holdfast.tasks import build_stream, toy_tokenizer
 from holdfast.tasks.task import Task
@@ -89,8 +89,8 @@ class _Run:
         started = time.perf_counter()
         with learner.stage(stage, self._tested_after(stage.index), description) as learning:
             learning.train()
-        record = json.loads((self.directory.path / self.names[stage.index] / "metrics.json").read_text())
-        mean = sum(record["scores"][t.name] for t in stage.tasks) / len(stage.tasks)
+        scores = scores_of(self.directory.path, self.names[stage.index])
+        mean = sum(scores[t.name] or 0.0 for t in stage.tasks) / len(stage.tasks)
         self.progress.say(
             f"  {self.config.title}: learned {stage.name} ({stage.index + 1}/{len(self.stages)}), "
             f"score {mean:.1f}, {time.perf_counter() - started:.0f} s"
@@ -125,7 +125,7 @@ class _Run:
         started = time.perf_counter()
         scores = learner.evaluate(tasks, folder, description)
         seconds = {"evaluate": time.perf_counter() - started}
-        write_json(folder / "metrics.json", {"stage": stage, "scores": scores, "seconds": seconds})
+        StageMetrics(stage=stage, scores=scores, seconds=seconds).write(folder / "metrics.json")
 
     def _write_metrics(self, learner: Learner) -> dict[str, Any]:
         metrics = collect_metrics(
@@ -134,9 +134,9 @@ class _Run:
         metrics["parameters"] = sum(p.numel() for p in learner.model.parameters())
         metrics["knows_task"] = learner.strategy.needs_task_identity
         metrics["rehearses"] = self.config.rehearses
-        first = json.loads((self.directory.path / self.names[0] / "training.json").read_text())
-        metrics["trainable"] = first.get("trained")  # none in a run of an earlier version
-        write_json(self.directory.path / "metrics.json", metrics)
+        first = TrainingLog.read(self.directory.path / self.names[0] / "training.json")
+        metrics["trainable"] = first.trained  # none in a run of an earlier version
+        RunMetrics(**metrics).write(self.directory.path / "metrics.json")
         return metrics
 
 
@@ -150,18 +150,25 @@ def later(part: str, task: str) -> str:
     return f"{LATER}/{part.rpartition('/')[2]}/{file_safe(task)}"
 
 
-def scores_of(path: Path, part: str) -> dict[str, float]:
+def later_parts(path: Path) -> list[str]:
+    """All such parts that are committed."""
+    found = sorted((path / LATER).glob("*/*/metrics.json"))
+    return [str(f.parent.relative_to(path)) for f in found if not f.parent.name.endswith(PARTIAL)]
+
+
+def scores_of(path: Path, part: str) -> dict[str, float | None]:
     """The scores of a stage's model, those of later questions included; nothing where it isn't done."""
-    found: dict[str, float] = {}
+    found: dict[str, float | None] = {}
     for record in _records(path, part):
-        found.update(record["scores"])
+        found.update(record.scores)
     return found
 
 
-def _records(path: Path, part: str) -> list[dict[str, Any]]:
-    asked = sorted((path / LATER / part.rpartition("/")[2]).glob("*/metrics.json"))
-    files = [path / part / "metrics.json", *(f for f in asked if not f.parent.name.endswith(".partial"))]
-    return [json.loads(file.read_text()) for file in files if file.exists()]
+def _records(path: Path, part: str) -> list[StageMetrics]:
+    name = part.rpartition("/")[2]
+    parts = [part, *(p for p in later_parts(path) if p.split("/")[1] == name)]
+    files = [path / p / "metrics.json" for p in parts]
+    return [StageMetrics.read(file) for file in files if file.exists()]
 
 
 def collect_metrics(
@@ -186,7 +193,7 @@ def collect_metrics(
             scores = scores_of(path, part)
             matrix[row] = [scores.get(task) if task in asked else None for task in tasks]
             for record in _records(path, part):
-                for key, value in record["seconds"].items():
+                for key, value in record.seconds.items():
                     seconds[key] += value
     return {
         "label": config.title,

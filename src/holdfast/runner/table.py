@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
 from holdfast.learner.skills import Skills
+from holdfast.quantities import number
+from holdfast.records import RunMetrics
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f}"
-
-
-def metrics_table(runs: Sequence[dict[str, Any]]) -> Table:
+def metrics_table(runs: Sequence[RunMetrics]) -> Table:
     """AP, BWT, FWT, learning accuracy and seconds, a row a run."""
     table = Table(caption="AP and learning accuracy: higher is better; BWT: 0 is no forgetting (percent)")
     table.add_column("run")
     for head in ("AP", "BWT", "FWT", "learning accuracy", "seconds"):
         table.add_column(head, justify="right")
     for run in runs:
-        cells = [_number(run[key]) for key in ("ap", "bwt", "fwt", "learning_accuracy")]
-        table.add_row(run["label"], *cells, f"{run['seconds']['total']:.0f}")
+        cells = [number(value) for value in (run.ap, run.bwt, run.fwt, run.learning_accuracy)]
+        table.add_row(Text(run.label), *cells, number(run.seconds.get("total"), 0))
     return table
 
 
@@ -36,7 +33,7 @@ def skills_table(known: Skills) -> Table:
         table.add_column(head, justify="right")
     for skill in known.skills:
         rows = "–" if skill.train_rows is None else f"{skill.train_rows}"
-        cells = [_number(value) for value in (skill.then, skill.now, skill.drift)]
+        cells = [number(value) for value in (skill.then, skill.now, skill.drift)]
         table.add_row(Text(skill.name), skill.learned[:10] or "–", rows, *cells)
     for name in known.unfinished:
         table.add_row(Text(name), "unfinished", "", "", "", "")

@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from holdfast.config import Options, named_or
-from holdfast.errors import HoldfastError
+from holdfast.errors import ConfigError, HoldfastError, PriorMismatchError
 from holdfast.hold import AnchorOptions, Control, MechanismOptions, apply_control, build_mechanism
 from holdfast.hold.attach import Handle, Protection
 from holdfast.hold.cost import Estimate, prior_costs
+from holdfast.hold.drift import Drift
 from holdfast.hold.reference import weights_of
 from holdfast.importance import ImportanceOptions, ImportancePrior
 from holdfast.importance.lrp import LrpOptions
-from holdfast.storage import write_json
+from holdfast.importance.prior import Kind
+from holdfast.importance.registry import REGISTRY
+from holdfast.records import ProtectionSummary
 from holdfast.strategies.protocol import Context, Stage, Strategy, register
 from holdfast.tasks.task import TaskStream
 
@@ -38,7 +41,9 @@ class AttributionStrategyOptions(Options):
         description="sequential: the model right after it learned the task; single_task (A): a separate "
         "model fine-tuned from the base on that task alone",
     )
-    merge: Literal["max", "sum", "mean"] = Field("max", description="how priors are joined; max is eq. 12")
+    merge: Literal["max", "sum", "mean"] | None = Field(
+        None, description="how priors are joined (default: max, eq. 12; importance `inputs`: sum)"
+    )
     balance: bool = Field(
         True,
         description="scale each task's prior to mean 1 before joining, so that none outweighs the others",
@@ -46,6 +51,27 @@ class AttributionStrategyOptions(Options):
     initial_prior: str | None = Field(
         None, description="folder of a prior of `holdfast attribute`: protect what the base knows"
     )
+
+    @property
+    def kind(self) -> Kind:
+        """Of the priors."""
+        return REGISTRY[self.importance.name].kind
+
+    @model_validator(mode="after")
+    def _by_kind(self) -> AttributionStrategyOptions:
+        """Fill in what depends on the kind of prior, so that a recorded configuration is complete."""
+        if self.merge == "max" and self.kind == "inputs":
+            raise ValueError(
+                "`merge: max` is for priors by weight; with `importance: inputs` use sum or mean"
+            )
+        changed: dict[str, Any] = {"merge": self.merge or ("sum" if self.kind == "inputs" else "max")}
+        if isinstance(self.mechanism, AnchorOptions):
+            try:
+                changed["mechanism"] = self.mechanism.resolved(self.kind)
+            except ConfigError as error:
+                raise ValueError(str(error)) from error
+        self.__dict__.update(changed)  # the model is frozen, and not yet anybody's
+        return self
 
 
 @register
@@ -67,6 +93,7 @@ class Attribution(Strategy):
         super().__init__(options)
         self.prior: ImportancePrior | None = None
         self._protection: Protection | None = None
+        self._handle = Handle()
 
     def check(self, model: nn.Module) -> None:
         """Take the initial prior, if one is given, and see that it fits."""
@@ -75,6 +102,11 @@ class Attribution(Strategy):
         try:
             prior = ImportancePrior.load(self.options.initial_prior)
             prior.check_fits(model)
+            if prior.kind != self.options.kind:
+                raise PriorMismatchError(
+                    f"it is of the kind '{prior.kind}', and strategy.importance makes '{self.options.kind}'; "
+                    f"they can't be joined. Compute it with `--importance {self.options.importance.name}`."
+                )
         except HoldfastError as error:
             raise type(error)(f"strategy.initial_prior: {error}") from error
         self.prior = prior.mean_normalised() if self.options.balance else prior
@@ -92,18 +124,28 @@ class Attribution(Strategy):
             reference = weights_of(context.model, prior.tensors)
             self._protection = build_mechanism(self.options.mechanism, prior, reference)
 
-    def attach(
-        self, model: nn.Module, optimizer: Optimizer, total_rate: float | None = None
-    ) -> Sequence[Handle]:
+    def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
         """Hold the weights from the first step on."""
-        return () if self._protection is None else (self._protection.attach(model, optimizer),)
+        if self._protection is None:
+            return ()
+        self._handle = self._protection.attach(model, optimizer)
+        return (self._handle,)
+
+    def drift(self) -> Drift:
+        """How far the outputs of earlier tasks have moved since this one began; priors by input only."""
+        return self._handle.drift()
 
     def end(self, context: Context, stage: Stage) -> None:
         """Compute this task's prior and join it with the earlier ones (eq. 12)."""
         if self._protection is not None:
-            choice = {"mechanism": self.options.mechanism.model_dump(), "control": self.options.control}
-            write_json(context.folder / "protection.json", {**self._protection.summary(), **choice})
-        self._protection = None
+            moved = {} if self._handle.meter is None else {"drift": self.drift()._asdict()}
+            ProtectionSummary(
+                **self._protection.summary(),
+                **moved,
+                mechanism=self.options.mechanism.model_dump(),
+                control=self.options.control,
+            ).write(context.folder / "protection.json")
+        self._protection, self._handle = None, Handle()
         (task,), model = stage.tasks, context.model
         if self.options.prior_from == "single_task":
             model = context.base_model()

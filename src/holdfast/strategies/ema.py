@@ -50,9 +50,7 @@ class Ema(Strategy):
         # float32: a 16-bit average would not move by a hundredth of a small difference
         self.average = {n: p.detach().float().clone() for n, p in self.parameters.items()}
 
-    def attach(
-        self, model: nn.Module, optimizer: Optimizer, total_rate: float | None = None
-    ) -> Sequence[Handle]:
+    def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
         """Follow each step."""
 
         def follow() -> None:

@@ -15,7 +15,7 @@ from holdfast.hold.cost import Estimate, prior_costs
 from holdfast.hold.reference import weights_of
 from holdfast.importance import ImportancePrior
 from holdfast.importance.fisher import FisherOptions
-from holdfast.storage import write_json
+from holdfast.records import ProtectionSummary
 from holdfast.strategies.protocol import Context, Stage, Strategy, register
 from holdfast.tasks.task import TaskStream
 
@@ -74,9 +74,7 @@ class Ewc(Strategy):
         pairs = zip(self.fishers, anchors, strict=True)
         self._penalties = [Penalty(f, strength=self.options.strength, reference=a) for f, a in pairs]
 
-    def attach(
-        self, model: nn.Module, optimizer: Optimizer, total_rate: float | None = None
-    ) -> Sequence[Handle]:
+    def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
         """Add the penalties' gradients once per optimizer step."""
         return [penalty.attach(model, optimizer) for penalty in self._penalties]
 
@@ -84,9 +82,10 @@ class Ewc(Strategy):
         """Estimate this task's Fisher, and add it to the others or put it beside them."""
         if self._penalties:
             total = self.fishers[0].merge(self.fishers[1:], how="sum")  # the stiffness of all together
-            choice = {"mechanism": {"name": "penalty", "strength": self.options.strength}, "control": "none"}
-            summary = Penalty(total, strength=self.options.strength).summary()
-            write_json(context.folder / "protection.json", {**summary, **choice})
+            ProtectionSummary(
+                **Penalty(total, strength=self.options.strength).summary(),
+                mechanism={"name": "penalty", "strength": self.options.strength},
+            ).write(context.folder / "protection.json")
         self._penalties = []
         (task,) = stage.tasks
         fisher = context.importance(task, self.options.fisher)

@@ -13,7 +13,7 @@ from holdfast.errors import ConfigError
 from holdfast.hold.cost import Cost, Estimate, trained_bytes
 from holdfast.hold.reference import weights_of
 from holdfast.importance.prior import trained_parameters
-from holdfast.storage import write_json
+from holdfast.records import Pruning
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.masks.units import lowest
 from holdfast.strategies.protocol import Strategy, register
@@ -82,4 +82,4 @@ class Fapm(Strategy):
             parameter.copy_(torch.where(gone, before, parameter))
         self.before = {}
         left = kept / total if total else 1.0
-        write_json(context.folder / "pruning.json", {"pruned": self.options.pruned, "energy_left": left})
+        Pruning(pruned=self.options.pruned, energy_left=left).write(context.folder / "pruning.json")

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from holdfast.config import Options
-from holdfast.hold import Handle
+from holdfast.hold import Directions, Handle, Project
 from holdfast.hold.cost import Cost, Estimate, trained_bytes
-from holdfast.hold.subspace import Subspace
 from holdfast.importance.logit_gradient import logit_gradient
 from holdfast.importance.prior import trained_parameters
 from holdfast.importance.seeding import sample
@@ -61,7 +60,7 @@ class Ogd(Strategy):
 
     def __init__(self, options: OgdOptions) -> None:
         super().__init__(options)
-        self.subspace = Subspace()
+        self.directions = Directions()
         self.added: list[int] = []  # directions of each task
 
     def estimate(self, model: nn.Module, stream: TaskStream) -> Estimate:
@@ -72,14 +71,13 @@ class Ogd(Strategy):
     def begin(self, context: Context, stage: Stage) -> None:
         """Keep the weights that the stage starts from: the change from them is what stays orthogonal."""
         self._start = {}
-        if len(self.subspace) and self.options.on == "update":
+        if len(self.directions) and self.options.on == "update":
             self._start = {n: p.detach().clone() for n, p in trained_parameters(context.model).items()}
 
-    def attach(
-        self, model: nn.Module, optimizer: Optimizer, total_rate: float | None = None
-    ) -> Sequence[Handle]:
+    def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
         """Project every step."""
-        return [self.subspace.attach(model, optimizer, on=self.options.on, start=self._start)]
+        hold = Project(self.directions, on=self.options.on, reference=self._start)
+        return [hold.attach(model, optimizer)]
 
     def end(self, context: Context, stage: Stage) -> None:
         """Keep the directions of this task's true logits."""
@@ -95,14 +93,14 @@ class Ogd(Strategy):
                         context.model, row, context.tokenizer.pad_token_id, self.options.target
                     )
 
-        self.added.append(self.subspace.extend(gradients(), len(rows)))
+        self.added.append(self.directions.extend(gradients(), len(rows)))
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All directions, and how many are of each task."""
-        return dict(self.subspace.directions), {"directions": self.added}
+        return dict(self.directions.directions), {"directions": self.added}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Take them back."""
         # copies: a product's last bits depend on how memory is aligned, and a file's is aligned otherwise
-        self.subspace = Subspace({name: rows.clone() for name, rows in tensors.items()})
+        self.directions = Directions({name: rows.clone() for name, rows in tensors.items()})
         self.added = list(values["directions"])

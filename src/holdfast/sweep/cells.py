@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -11,19 +10,26 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from holdfast.errors import HoldfastError
+from holdfast.errors import DataError, HoldfastError
 from holdfast.evaluation.predictions import file_safe
+from holdfast.folder import MANIFEST
+from holdfast.learner import Learner
+from holdfast.manifest import problem_of
 from holdfast.progress import Interrupted, Progress, stop_requested, stoppable
+from holdfast.quantities import number
+from holdfast.records import RunMetrics, StageMetrics
 from holdfast.runner.directory import RunDirectory
-from holdfast.runner.loop import run
+from holdfast.runner.loop import ZERO_SHOT, collect_metrics, later_parts, run
 from holdfast.storage import write_json, write_text
+from holdfast.strategies import build_strategy
 from holdfast.sweep.grid import Cell
+from holdfast.tasks.task import Task, TaskStream
 
 POLL = 0.2  # seconds between looks at the processes
 _PROGRAM = (  # `python -m holdfast`, which stops when the sweep dies
@@ -34,22 +40,31 @@ _PROGRAM = (  # `python -m holdfast`, which stops when the sweep dies
 
 @dataclass(frozen=True)
 class Outcome:
-    """How far a cell is; `metrics` are those of ``metrics.json`` once it is finished."""
+    """How far a cell is; `metrics` are those of its run once it is finished."""
 
     status: Literal["waiting", "running", "finished", "failed"]
-    metrics: dict[str, Any] = field(default_factory=dict)
+    metrics: RunMetrics | None = None
     reason: str = ""
 
     @classmethod
     def of(cls, cell: Cell) -> Outcome:
-        """What its directory says: finished under this very configuration, or waiting."""
+        """What its directory says: finished under this very configuration, or waiting.
+
+        A ``metrics.json`` that isn't what the stages give (edited, or another run's) is not believed: the
+        cell is run, which makes the file again, and redoes a stage that was changed.
+        """
+        file = cell.folder / "metrics.json"
+        if not file.is_file() or RunDirectory.conflicts(cell.config):
+            return cls("waiting")
         try:
-            metrics = json.loads((cell.folder / "metrics.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return cls("waiting")
-        if not metrics.get("finished") or RunDirectory.conflicts(cell.config):
-            return cls("waiting")
-        return cls("finished", metrics)
+            metrics = RunMetrics.read(file)
+            if not metrics.finished:
+                return cls("waiting")
+            if _of_its_stages(metrics, cell):
+                return cls("finished", metrics)
+        except DataError as error:
+            return cls("waiting", reason=str(error))
+        return cls("waiting", reason=f"{file}: not what the run's stages give; it is made again")
 
     @property
     def ended(self) -> bool:
@@ -61,9 +76,28 @@ class Outcome:
         """One line for the terminal."""
         if self.status != "finished":
             return f"{self.status}: {self.reason}" if self.reason else self.status
-        parts = (("AP", "ap"), ("BWT", "bwt"), ("learning accuracy", "learning_accuracy"))
-        known = [f"{name} {self.metrics[key]:.1f}" for name, key in parts if self.metrics[key] is not None]
+        m = self.metrics
+        found = (
+            [] if m is None else [("AP", m.ap), ("BWT", m.bwt), ("learning accuracy", m.learning_accuracy)]
+        )
+        known = [f"{name} {number(value)}" for name, value in found if value is not None]
         return ", ".join(known) or "finished"
+
+
+def _of_its_stages(metrics: RunMetrics, cell: Cell) -> bool:
+    """Whether these are the metrics that the stages on disk give, as their manifests vouch for them."""
+    # the rows aren't read: they may be gone since. That these are the names is what the folders' names say
+    stream = TaskStream("", tuple(Task(name, (), ()) for name in metrics.tasks))
+    stages = build_strategy(cell.config.strategy).stages(stream)
+    names = [Learner.part(stage) for stage in stages]
+    before = [ZERO_SHOT] if cell.config.evaluation.zero_shot else []
+    for name in (*before, *names, *later_parts(cell.folder)):
+        if problem_of(cell.folder / name, MANIFEST, only=("metrics.json",)) is not None:
+            return False
+        StageMetrics.read(cell.folder / name / "metrics.json")
+    told = collect_metrics(cell.config, metrics.tasks, stages, names, cell.folder)
+    made = RunMetrics.model_validate(told)
+    return metrics.model_dump(include=made.model_fields_set) == made.model_dump(exclude_unset=True)
 
 
 Next = Callable[[], Cell | None]
@@ -99,7 +133,7 @@ def run_cells(take: Next, jobs: int, logs: Path, progress: Progress, tell: Tell)
 def _run_here(cell: Cell, logs: Path, progress: Progress) -> Outcome:
     threads = torch.get_num_threads()  # a cell may set its own
     try:
-        return Outcome("finished", run(cell.config, progress))
+        return Outcome("finished", RunMetrics.model_validate(run(cell.config, progress)))
     except Interrupted:
         raise
     except Exception as error:  # whatever it is, the other cells don't depend on it

@@ -39,7 +39,7 @@ def choose(plan: Plan, outcomes: Mapping[Path, Outcome]) -> dict[str, Choice]:
             continue
         values: list[tuple[Line, float | None]] = []
         for line in row.lines():
-            scores = [outcomes[c.folder].metrics.get(by) for c in candidates if c.line == line]
+            scores = [getattr(outcomes[c.folder].metrics, by, None) for c in candidates if c.line == line]
             known = [score for score in scores if score is not None]
             values.append((line, statistics.fmean(known) if len(known) == len(scores) else None))
         best = max((value for _, value in values if value is not None), default=None)

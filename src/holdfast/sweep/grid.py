@@ -17,6 +17,7 @@ from pydantic import Field, field_validator, model_validator
 from holdfast.config import Options, override, read_yaml, validate
 from holdfast.errors import ConfigError
 from holdfast.evaluation.predictions import file_safe
+from holdfast.quantities import short
 from holdfast.runner.config import RunConfig
 from holdfast.tasks.options import Name
 
@@ -302,5 +303,5 @@ def _short(key: str, point: Mapping[str, Any]) -> str:
 
 def _text(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+        return short(value)
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

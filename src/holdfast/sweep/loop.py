@@ -14,9 +14,10 @@ from holdfast.errors import HoldfastError
 from holdfast.folder import lock
 from holdfast.models import load_model
 from holdfast.progress import Progress
+from holdfast.records import Comparison
 from holdfast.runner.directory import RunDirectory
 from holdfast.runner.findings import check
-from holdfast.storage import write_json, write_text
+from holdfast.storage import write_text
 from holdfast.strategies import build_strategy
 from holdfast.sweep.cells import Outcome, run_cells
 from holdfast.sweep.choice import choose, count, in_order
@@ -26,8 +27,8 @@ from holdfast.sweep.table import live_table
 from holdfast.tasks import inspect_stream, toy_tokenizer
 
 
-def compare(plan: Plan, progress: Progress) -> dict[str, Any]:
-    """Run every cell of a grid and return the contents of ``compare.json``.
+def compare(plan: Plan, progress: Progress) -> Comparison:
+    """Run every cell of a grid and return what ``compare.json`` holds.
 
     Each cell is an ordinary run directory below ``<output>/runs`` (candidates of `choose`: ``validation``).
     Finished ones are not run again; a killed one continues. A cell that fails doesn't stop the rest: it
@@ -59,8 +60,11 @@ class _Sweep:
             cell.folder: Outcome.of(cell) for cell in (*plan.candidates, *plan.cells)
         }
 
-    def to_the_end(self) -> dict[str, Any]:
+    def to_the_end(self) -> Comparison:
         self._refuse_problems()
+        for outcome in self.outcomes.values():
+            if outcome.status == "waiting" and outcome.reason:
+                self.progress.say(escape(outcome.reason))
         write_text(self.output / "base.yaml", yaml.safe_dump(self.plan.grid.base, sort_keys=False))
         self._record()
         self.progress.show_above(lambda: live_table(self.results))
@@ -97,7 +101,7 @@ class _Sweep:
     def _record(self) -> None:
         self.choices = choose(self.plan, self.outcomes)
         self.results = collect(self.plan, self.outcomes, self.choices)
-        write_json(self.output / "compare.json", self.results)
+        self.results.write(self.output / "compare.json")
         write_text(self.output / "compare.md", markdown(self.results))
 
     def _refuse_problems(self) -> None:
@@ -138,7 +142,7 @@ def _check_new(cell: Cell, seen: set[str], note: Callable[[Cell, Sequence[str]],
     new_rows = is_new("rows", config.tasks, config.seed)
     new_strategy = is_new("strategy", config.model, config.strategy)
     if is_new("whole", config.model, config.tasks, config.template, config.training.trainer):
-        note(cell, check(config).problems)
+        note(cell, check(config, directory=False).problems)
         return
     if new_rows:
         note(cell, inspect_stream(config.tasks, config.seed)[1].found)

@@ -44,12 +44,16 @@ class Bridge:
     ----------
     own_loss : bool
         Whether the loss is ours (`completion_loss` of the last logits only) or the trainer's own.
+    without_logits : bool
+        Whether the trainer's loss makes no logits, or none with a gradient (TRL's): a method that looks at
+        them gets a forward pass of its own.
     bad_batch : Path
         Where the batch goes that made the loss infinite.
     """
 
     verbs: Verbs
     own_loss: bool = True
+    without_logits: bool = False
     bad_batch: Path
 
     def compute_loss(
@@ -60,12 +64,14 @@ class Bridge:
         if self.own_loss:
             loss, outputs = self._completion_loss(model, model_inputs(batch), num_items_in_batch)
         else:
-            # TRL makes the outputs in a second forward pass: only where somebody looks at them
-            wanted = return_outputs or own
+            wanted = return_outputs or (own and not self.without_logits)
             result = super().compute_loss(  # type: ignore[misc]
                 model, model_inputs(batch), return_outputs=wanted, num_items_in_batch=num_items_in_batch
             )
             loss, outputs = result if wanted else (result, None)
+            if own and self.without_logits:
+                inputs = {k: v for k, v in model_inputs(batch).items() if k != "labels"}
+                outputs = model(**inputs, use_cache=False)
         if own:
             # the trainer's loss may be this micro-batch's part of the step's; a method sees a whole one
             part = self.model_accepts_loss_kwargs and num_items_in_batch is not None  # type: ignore[attr-defined]
@@ -118,4 +124,10 @@ class Bridge:
 
 def bridged(trainer_class: type[Trainer], own_loss: bool = False) -> Any:
     """A Trainer class with the bridge in front of it."""
-    return type(f"Bridge{trainer_class.__name__}", (Bridge, trainer_class), {"own_loss": own_loss})
+    values = {"own_loss": own_loss, "without_logits": is_trl(trainer_class)}
+    return type(f"Bridge{trainer_class.__name__}", (Bridge, trainer_class), values)
+
+
+def is_trl(trainer_class: type[Trainer]) -> bool:
+    """Whether it is TRL's, or made from one of TRL's."""
+    return any(base.__module__.startswith("trl.") for base in trainer_class.__mro__)

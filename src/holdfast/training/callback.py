@@ -10,13 +10,25 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from holdfast.errors import ConfigError
-from holdfast.hold import Control, Handle, Protection, apply_control, build_mechanism, mechanism_options
+from holdfast.hold import (
+    Control,
+    Handle,
+    Protection,
+    apply_control,
+    build_mechanism,
+    mechanism_options,
+    tell_total_rate,
+)
+from holdfast.hold.drift import Drift
 from holdfast.hold.reference import weights_of
 from holdfast.importance.prior import ImportancePrior
 
 
 class ProtectCallback(TrainerCallback):
     """Hold what a prior calls important while a `Trainer` or TRL's `SFTTrainer` trains.
+
+    One line for one training, by a mechanism that holds weights. What needs more than that (replay, prompts,
+    growing adapters, rating the new task afterwards, one task after another) is `holdfast.Learner`.
 
     Pass it in the trainer's ``callbacks=[...]``. The weights to return to are those that the model has
     when the trainer is made, not those of a checkpoint that training resumes from.
@@ -26,7 +38,7 @@ class ProtectCallback(TrainerCallback):
     prior : ImportancePrior or path
         What must be kept; a folder is loaded.
     mechanism : str or options model
-        ``"anchor"`` (default), ``"gate"`` or ``"penalty"``.
+        ``"anchor"`` (default), ``"gate"``, ``"penalty"`` or ``"project"``.
     control : {"none", "permuted", "tensor-mean", "layer-mean"}
         See `holdfast.hold.apply_control`.
     seed : int
@@ -34,8 +46,9 @@ class ProtectCallback(TrainerCallback):
     reference : mapping of str to Tensor, optional
         The weights to return to, by canonical name, if not those at the start.
     **options
-        Of the mechanism: ``strength`` for anchor and penalty; ``on``, ``shape``, ``quantile`` and
-        ``fraction`` for the gate.
+        Of the mechanism: ``strength`` for anchor and penalty; ``pull``, ``every`` and ``coordinates`` for
+        the anchor; ``on``, ``shape``, ``quantile`` and ``fraction`` for the gate; ``share`` and ``on`` for
+        the projection.
 
     Attributes
     ----------
@@ -105,6 +118,7 @@ class ProtectCallback(TrainerCallback):
         self._handle.remove()  # a training that failed left without on_train_end
         reference = self.given if self.given is not None else self._captured
         self.protection = build_mechanism(self.mechanism, self.prior, reference)
+        tell_total_rate(kwargs["optimizer"], kwargs.get("lr_scheduler"), state.max_steps)
         self._handle = self.protection.attach(kwargs["model"], kwargs["optimizer"])
 
     def on_train_end(
@@ -112,6 +126,16 @@ class ProtectCallback(TrainerCallback):
     ) -> None:
         """Detach."""
         self._handle.remove()
+
+    def drift(self) -> Drift:
+        """How far old outputs have moved since training began, by map and in all; see `Handle.drift`.
+
+        Raises
+        ------
+        ConfigError
+            Nothing is attached, or the prior is not of the kind ``inputs``.
+        """
+        return self._handle.drift()
 
     @property
     def _needs_reference(self) -> bool:

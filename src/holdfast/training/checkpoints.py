@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from pathlib import Path
 
-from holdfast.storage import sha256, write_json
+from holdfast.manifest import problem_of, write_manifest
 
 SEAL = "seal.json"
 
 
 def seal_checkpoint(folder: Path) -> None:
     """Write the digests of a checkpoint's files, the last thing written into it."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != SEAL)
-    write_json(folder / SEAL, {str(p.relative_to(folder)): sha256(p) for p in files})
+    write_manifest(folder, SEAL)
 
 
 def is_sound(folder: Path) -> bool:
-    """Whether every file that the seal names is there and unchanged."""
-    try:
-        digests = json.loads((folder / SEAL).read_text())
-    except (OSError, ValueError):
-        return False
-    return all(
-        (folder / name).is_file() and sha256(folder / name) == digest for name, digest in digests.items()
-    )
+    """Whether every file that the seal names is there and unchanged; a seal of nothing is none."""
+    return problem_of(folder, SEAL) is None
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

@@ -16,7 +16,7 @@ from holdfast.errors import ConfigError
 from holdfast.hold.cost import trained_numbers
 from holdfast.models import accepts, is_encoder_decoder
 from holdfast.progress import Progress, no_library_bars
-from holdfast.storage import write_json
+from holdfast.records import TrainingLog
 from holdfast.tasks.encode import Encoded, collate
 from holdfast.training.bridge import bridged
 from holdfast.training.checkpoints import latest_checkpoint
@@ -166,7 +166,7 @@ def train(
 
 def save_record(record: TrainingRecord, path: Path) -> None:
     """Write ``training.json``."""
-    write_json(path, vars(record))
+    TrainingLog(**vars(record)).write(path)
 
 
 def _history(entries: list[dict[str, Any]]) -> tuple[list[list[float]], list[list[float]]]:

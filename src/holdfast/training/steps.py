@@ -8,11 +8,10 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from holdfast.hold import Handle
+from holdfast.hold import Handle, tell_total_rate
 from holdfast.progress import Interrupted, stop_requested
 from holdfast.storage import write_tensors
 from holdfast.training.checkpoints import seal_checkpoint
-from holdfast.training.schedule import total_rate
 from holdfast.training.verbs import Verbs, has
 
 OBSERVED = "strategy.safetensors"  # in a checkpoint: what the method has gathered up to this step
@@ -45,8 +44,8 @@ class Steps(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.release()  # of a training that failed
-        rate = total_rate(kwargs.get("lr_scheduler"), state.max_steps)
-        self.handles = list(self.verbs.attach(kwargs["model"], kwargs["optimizer"], rate))
+        tell_total_rate(kwargs["optimizer"], kwargs.get("lr_scheduler"), state.max_steps)
+        self.handles = list(self.verbs.attach(kwargs["model"], kwargs["optimizer"]))
         self.attached = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

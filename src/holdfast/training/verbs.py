@@ -29,16 +29,8 @@ class Verbs:
 
     trains: ClassVar[bool] = True
 
-    def attach(
-        self, model: nn.Module, optimizer: Optimizer, total_rate: float | None = None
-    ) -> Sequence[Handle]:
-        """Put holds on the optimizer; the handles are removed when the training ends.
-
-        Parameters
-        ----------
-        total_rate : float, optional
-            The sum of the learning rate over all steps of this training, where it is known beforehand.
-        """
+    def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
+        """Put holds on the optimizer; the handles are removed when the training ends."""
         return ()
 
     def watch(self, model: nn.Module, batch: Batch) -> None:
@@ -83,9 +75,7 @@ class Held(Verbs):
     def __init__(self, *protections: Any) -> None:
         self.protections = protections
 
-    def attach(
-        self, model: nn.Module, optimizer: Optimizer, total_rate: float | None = None
-    ) -> Sequence[Handle]:
+    def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
         """Attach them all."""
         return [protection.attach(model, optimizer) for protection in self.protections]
 

@@ -54,13 +54,12 @@ class Kif(Strategy):
         self.sensitivity = Sensitivity(context.model, self.parameters, self.options.sensitivity)
         self.before = weights_of(context.model, self.parameters)
 
-    def attach(
-        self, model: nn.Module, optimizer: Optimizer, total_rate: float | None = None
-    ) -> Sequence[Handle]:
+    def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
         """Keep units apart (eq. 5)."""
         handles = [Handle([self.sensitivity.remove])]
         if self.options.orthogonality > 0:
-            handles.append(Orthogonality(self.parameters, self.options.orthogonality).attach(optimizer))
+            apart = Orthogonality(self.parameters, self.options.orthogonality)
+            handles.append(apart.attach(model, optimizer))
         return handles
 
     def watch(self, model: nn.Module, batch: Mapping[str, Any]) -> None:

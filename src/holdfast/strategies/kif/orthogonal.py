@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from holdfast.hold.attach import Handle, hook, unwrap
@@ -54,7 +54,7 @@ class Orthogonality:
     def __init__(self, factors: Mapping[str, Tensor], strength: float) -> None:
         self.factors, self.strength = dict(factors), strength
 
-    def attach(self, optimizer: Optimizer) -> Handle:
+    def attach(self, model: nn.Module, optimizer: Optimizer) -> Handle:
         """Act on every step of this optimizer until the handle is removed."""
 
         def add() -> None:

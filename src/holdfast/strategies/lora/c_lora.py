@@ -9,11 +9,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from holdfast.adapters import check_plain_lora, lora_layers
+from holdfast.adapters import check_plain_lora, lora_layers, rank_of
 from holdfast.config import Options
 from holdfast.hold.cost import Cost, Estimate
 from holdfast.importance.seeding import seed_for
-from holdfast.storage import write_json
+from holdfast.records import AdapterRanks
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.protocol import Strategy, register
 from holdfast.tasks.task import TaskStream
@@ -88,4 +88,5 @@ class CLora(Strategy):
             total = torch.stack([factor.square().sum() for factor, _, _ in self._bound]).sum()
             left = float(self.inside() / total)
         self._bound = []
-        write_json(context.folder / "adapters.json", {"inside": left})
+        record = AdapterRanks(rank=rank_of(context.model), frozen=0, inside=left)
+        record.write(context.folder / "adapters.json")

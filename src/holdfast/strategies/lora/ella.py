@@ -14,7 +14,6 @@ from holdfast.adapters import check_growable, lora_layers, scale_of
 from holdfast.config import Options
 from holdfast.hold import Handle
 from holdfast.hold.cost import Cost, Estimate
-from holdfast.storage import write_json
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.lora.grown import Grown, grown_cost
 from holdfast.strategies.protocol import Strategy, register
@@ -68,11 +67,9 @@ class Ella(Strategy):
             parts = zip(scales, grown.old_b(), grown.old_a(), strict=True)
             self._past = [(s * b @ a).square() for s, b, a in parts]
 
-    def attach(
-        self, model: nn.Module, optimizer: Optimizer, total_rate: float | None = None
-    ) -> Sequence[Handle]:
+    def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
         """Freeze the earlier ones."""
-        return [self.grown.attach(optimizer)]
+        return [self.grown.attach(model, optimizer)]
 
     def overlap(self) -> Tensor:
         """The sum over layers and entries of the squared new update times the squared past one; a scalar."""
@@ -88,4 +85,4 @@ class Ella(Strategy):
         with torch.no_grad():
             left = float(self.overlap()) if self._past else 0.0
         self._past = []
-        write_json(context.folder / "adapters.json", {**self.grown.summary(), "overlap": left})
+        self.grown.summary(left).write(context.folder / "adapters.json")

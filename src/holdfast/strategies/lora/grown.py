@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,8 @@ from torch.optim import Optimizer
 from holdfast.adapters import grow, lora_factors, rank_of
 from holdfast.hold.attach import Handle, hook, unwrap
 from holdfast.hold.cost import Cost, trained_bytes
+from holdfast.hold.mask import Mask
+from holdfast.records import AdapterRanks
 
 
 class Grown:
@@ -24,7 +25,8 @@ class Grown:
     optimizers that treat each entry by itself (SGD, AdamW); Adafactor's clipping of its update averages over
     the frozen ranks too, so it clips less.
 
-    Memory: a copy of the frozen ranks. Their gradients are computed, and the optimizer keeps states for them.
+    Memory: a copy of the factors. The frozen ranks' gradients are computed, and the optimizer keeps
+    states for them.
 
     Parameters
     ----------
@@ -66,30 +68,33 @@ class Grown:
         """Each layer's new columns of B, (output, new); differentiable."""
         return [b[:, self.frozen :] for _, b in self.factors]
 
-    def attach(self, optimizer: Optimizer) -> Handle:
+    def attach(self, model: nn.Module, optimizer: Optimizer) -> Handle:
         """Hold the frozen ranks until the handle is removed; with none it does nothing."""
         if not self.frozen:
             return Handle()
-        kept = [part.clone() for part in (*self.old_a(), *self.old_b())]
+        factors = [factor for pair in self.factors for factor in pair]
+        frozen = torch.arange(self.rank) < self.frozen
+        held = [
+            ranks.to(factor.device)
+            for pair in self.factors
+            for factor, ranks in zip(pair, (frozen[:, None], frozen[None, :]), strict=True)
+        ]
+        mask, kept = Mask(held), [factor.detach().clone() for factor in factors]
 
-        def restore() -> None:
-            torch._foreach_copy_([*self.old_a(), *self.old_b()], kept)
-
-        def mask(gradient: Tensor, dim: int) -> Tensor:
+        def reduced(gradient: Tensor, held: Tensor) -> Tensor:
             gradient = gradient.clone()
-            gradient.narrow(dim, 0, self.frozen).zero_()
+            Mask([held]).reduce_([gradient])
             return gradient
 
-        handle = hook(unwrap(optimizer), after=restore)
-        for factors in self.factors:
-            for dim, factor in enumerate(factors):
-                if factor.requires_grad:  # a strategy may freeze one of the two as a whole
-                    handle.removers.append(factor.register_hook(partial(mask, dim=dim)).remove)
+        handle = hook(unwrap(optimizer), after=lambda: mask.blend_(factors, kept))
+        for factor, ranks in zip(factors, held, strict=True):
+            if factor.requires_grad:  # a strategy may freeze one of the two as a whole
+                handle.removers.append(factor.register_hook(partial(reduced, held=ranks)).remove)
         return handle
 
-    def summary(self) -> dict[str, Any]:
-        """The adapter's rank, and how many of its ranks are frozen; JSON-able."""
-        return {"rank": self.rank, "frozen": self.frozen}
+    def summary(self, overlap: float | None = None) -> AdapterRanks:
+        """The adapter's rank, how many of its ranks are frozen, and how far the others overlap with them."""
+        return AdapterRanks(rank=self.rank, frozen=self.frozen, overlap=overlap)
 
 
 def grown_cost(model: nn.Module, times: int) -> Cost:

@@ -12,7 +12,6 @@ from holdfast.adapters import check_growable
 from holdfast.config import Options
 from holdfast.hold import Handle
 from holdfast.hold.cost import Estimate
-from holdfast.storage import write_json
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.lora.grown import Grown, grown_cost
 from holdfast.strategies.protocol import Strategy, register
@@ -56,12 +55,10 @@ class IncLora(Strategy):
         """Append the task's LoRA."""
         self.grown = Grown.for_task(context.model, stage.index, context.seed)
 
-    def attach(
-        self, model: nn.Module, optimizer: Optimizer, total_rate: float | None = None
-    ) -> Sequence[Handle]:
+    def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
         """Freeze the earlier ones."""
-        return [self.grown.attach(optimizer)]
+        return [self.grown.attach(model, optimizer)]
 
     def end(self, context: Context, stage: Stage) -> None:
         """Record the rank."""
-        write_json(context.folder / "adapters.json", self.grown.summary())
+        self.grown.summary().write(context.folder / "adapters.json")

@@ -16,7 +16,6 @@ from holdfast.config import Options
 from holdfast.hold import Handle
 from holdfast.hold.cost import Estimate
 from holdfast.importance.seeding import sample
-from holdfast.storage import write_json
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.lora.grown import Grown, grown_cost
 from holdfast.strategies.lora.inputs import (
@@ -106,18 +105,16 @@ class InfLora(Strategy):
         for a, _ in self.grown.factors:
             a.requires_grad_(False)
 
-    def attach(
-        self, model: nn.Module, optimizer: Optimizer, total_rate: float | None = None
-    ) -> Sequence[Handle]:
+    def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
         """Freeze the earlier ones."""
-        return [self.grown.attach(optimizer)]
+        return [self.grown.attach(model, optimizer)]
 
     def end(self, context: Context, stage: Stage) -> None:
         """Hold the directions of this task's inputs too."""
         for name, moment in self._moments(context, stage).items():
             self.held[name] = extended(self.held.get(name), moment, self.options.energy)
-        summary = {**self.grown.summary(), "held": held_share(self.held)}
-        write_json(context.folder / "adapters.json", summary)
+        summary = self.grown.summary().model_copy(update={"held": held_share(self.held)})
+        summary.write(context.folder / "adapters.json")
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The projectors."""

@@ -147,9 +147,7 @@ class LoraMoe(Strategy):
         self._kind = stage.index % self.options.types
         context.model.add_module(SUBMODULE, routers.to(next(context.model.parameters()).device))
 
-    def attach(
-        self, model: nn.Module, optimizer: Optimizer, total_rate: float | None = None
-    ) -> Sequence[Handle]:
+    def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
         """Route while training."""
         return [self._attach(model, self._routers, gather=True)]
 

@@ -14,7 +14,6 @@ from holdfast.adapters import check_growable
 from holdfast.config import Options
 from holdfast.hold import Handle
 from holdfast.hold.cost import Estimate
-from holdfast.storage import write_json
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.lora.grown import Grown, grown_cost
 from holdfast.strategies.protocol import Strategy, register
@@ -76,11 +75,9 @@ class OLora(Strategy):
         """Append the task's LoRA."""
         self.grown = Grown.for_task(context.model, stage.index, context.seed)
 
-    def attach(
-        self, model: nn.Module, optimizer: Optimizer, total_rate: float | None = None
-    ) -> Sequence[Handle]:
+    def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
         """Freeze the earlier ones."""
-        return [self.grown.attach(optimizer)]
+        return [self.grown.attach(model, optimizer)]
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any], outputs: Any, loss: Tensor) -> Tensor:
         """Both terms; of the overlap there is nothing in the first task."""
@@ -97,4 +94,4 @@ class OLora(Strategy):
         grown = self.grown
         with torch.no_grad():
             left = float(overlap(grown.old_a(), grown.new_a(), self.options.overlap))
-        write_json(context.folder / "adapters.json", {**grown.summary(), "overlap": left})
+        grown.summary(left).write(context.folder / "adapters.json")

@@ -18,7 +18,6 @@ from holdfast.hold import Handle
 from holdfast.hold.cost import Estimate
 from holdfast.importance.seeding import sample
 from holdfast.models import is_encoder_decoder
-from holdfast.storage import write_json
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.lora.grown import Grown, grown_cost
 from holdfast.strategies.lora.ranks import Weighted, select
@@ -101,13 +100,11 @@ class LoraRouted(Strategy):
         """Append the task's LoRA."""
         self.grown = Grown.for_task(context.model, stage.index, context.seed)
 
-    def attach(
-        self, model: nn.Module, optimizer: Optimizer, total_rate: float | None = None
-    ) -> Sequence[Handle]:
+    def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
         """Freeze the earlier ones, and silence them."""
         own = torch.arange(self.grown.rank) >= self.grown.frozen
         device = next(model.parameters()).device
-        return [self.grown.attach(optimizer), select(model, own.float().to(device))]
+        return [self.grown.attach(model, optimizer), select(model, own.float().to(device))]
 
     def end(self, context: Context, stage: Stage) -> None:
         """Keep the task's mean, and measure the router."""
@@ -118,8 +115,8 @@ class LoraRouted(Strategy):
             kept = min(self.options.probes, len(found_BK) // 2)
             self.probes.append(found_BK[:kept])
             self.means.append(found_BK[kept:].mean(0))
-            said["router"] = self.accuracy()
-        write_json(context.folder / "adapters.json", said)
+            said = said.model_copy(update={"router": self.accuracy()})
+        said.write(context.folder / "adapters.json")
 
     def _features(self, context: Context, examples: Sequence[Example]) -> Tensor:
         """Of probes and samples, in an order without meaning."""

@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from holdfast.adapters import check_plain_lora, lora_layers
+from holdfast.adapters import check_plain_lora, lora_layers, rank_of
 from holdfast.config import Options
 from holdfast.hold.cost import Cost, Estimate
-from holdfast.storage import write_json
+from holdfast.records import AdapterRanks
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.protocol import Strategy, register
 from holdfast.tasks.task import TaskStream
@@ -84,7 +84,8 @@ class Slao(Strategy):
             if name in self._merged_b:
                 b.copy_(torch.lerp(self._merged_b[name], b, share))
         self._merged_b = {}
-        write_json(context.folder / "adapters.json", {"merged": share})
+        record = AdapterRanks(rank=rank_of(context.model), frozen=0, merged=share)
+        record.write(context.folder / "adapters.json")
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The last task's B."""

@@ -14,7 +14,7 @@ from holdfast.hold import Gate, Handle
 from holdfast.hold.cost import Estimate, prior_costs
 from holdfast.importance import ImportancePrior
 from holdfast.importance.fisher import FisherOptions
-from holdfast.storage import write_json
+from holdfast.records import ProtectionSummary
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.masks.units import linear_maps, lowest
 from holdfast.strategies.protocol import Strategy, register
@@ -78,13 +78,12 @@ class FisherMask(Strategy):
                 found[name] = linear.spread(held, value).expand_as(value).clone() if whole else held
         return found
 
-    def attach(
-        self, model: nn.Module, optimizer: Optimizer, total_rate: float | None = None
-    ) -> Sequence[Handle]:
+    def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
         """Hold from the first step on."""
         return [self._gate.attach(model, optimizer)]
 
     def end(self, context: Context, stage: Stage) -> None:
         """Record how much was held."""
-        choice = {"mechanism": {"name": "gate", "on": "update", "shape": "paper"}, "control": "none"}
-        write_json(context.folder / "protection.json", {**self._gate.summary(), **choice})
+        ProtectionSummary(
+            **self._gate.summary(), mechanism={"name": "gate", "on": "update", "shape": "paper"}
+        ).write(context.folder / "protection.json")

@@ -55,9 +55,7 @@ class Migu(Strategy):
         """Start without anything seen."""
         self.mask = OutputMask(self.options.masked)
 
-    def attach(
-        self, model: nn.Module, optimizer: Optimizer, total_rate: float | None = None
-    ) -> Sequence[Handle]:
+    def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
         """Watch the outputs and mask every step."""
         return [self.mask.attach(model, optimizer)]
 

@@ -51,9 +51,7 @@ class Mofo(Strategy):
         """The weights before each step."""
         return Estimate([Cost("the weights before each step", trained_bytes(model))])
 
-    def attach(
-        self, model: nn.Module, optimizer: Optimizer, total_rate: float | None = None
-    ) -> Sequence[Handle]:
+    def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
         """Filter every step.
 
         Raises

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from holdfast.errors import ConfigError
 from holdfast.hold.attach import Handle, hook, unwrap
+from holdfast.hold.mask import Mask
 from holdfast.models import linear_modules
 from holdfast.names import canonical_name, layer_of
 
@@ -129,8 +130,7 @@ class OutputMask:
 
         def mask() -> None:
             for linear, parameter, held in self._gradients(maps):
-                assert parameter.grad is not None
-                parameter.grad.masked_fill_(linear.spread(held, parameter), 0.0)
+                Mask([linear.spread(held, parameter)]).reduce_([parameter.grad])
             self._sizes.clear()
 
         handle = hook(unwrap(optimizer), mask, needs_gradients="migu")

@@ -99,7 +99,7 @@ class Decomposed:
             parameter.requires_grad_(id(parameter) not in decomposed)
         self.layers: dict[str, Any] = {name: model.get_submodule(name) for name in maps}
 
-    def attach(self, optimizer: Optimizer) -> Handle:
+    def attach(self, model: nn.Module, optimizer: Optimizer) -> Handle:
         """Project U_l and V_l themselves, too, after every step, until the handle is removed.
 
         Under Adam a step is not orthogonal though its gradient is.

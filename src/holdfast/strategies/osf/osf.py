@@ -84,13 +84,11 @@ class Osf(Strategy):
         share = self._share(stage.index, stage.total)
         self.decomposed = Decomposed(context.model, share) if share else None
 
-    def attach(
-        self, model: nn.Module, optimizer: Optimizer, total_rate: float | None = None
-    ) -> Sequence[Handle]:
+    def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
         """With `on: update`, project the factors after each step."""
         if self.decomposed is None or self.options.on == "gradient":
             return ()
-        return [self.decomposed.attach(optimizer)]
+        return [self.decomposed.attach(model, optimizer)]
 
     def stage_state_dict(self) -> Mapping[str, Tensor]:
         """What is fixed while the stage is trained."""

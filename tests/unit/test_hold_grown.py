@@ -10,6 +10,7 @@ from torch import Tensor
 
 from holdfast.adapters import grow, lora_factors, rank_of
 from holdfast.models import LoraOptions, add_lora, tiny_llama
+from holdfast.records import AdapterRanks
 from holdfast.strategies.lora.grown import Grown
 from holdfast.tasks import toy_tokenizer
 
@@ -64,7 +65,7 @@ def test_frozen_ranks_are_bit_identical_whatever_the_optimizer_and_its_weight_de
     grown = Grown.for_task(model, task=1, seed=0)
     old, new = copies([*grown.old_a(), *grown.old_b()]), copies([*grown.new_a(), *grown.new_b()])
     optimizer = OPTIMIZERS[name](trained(model))
-    grown.attach(optimizer)
+    grown.attach(model, optimizer)
     for step in range(5):
         backward(model, step)
         optimizer.step()
@@ -79,7 +80,7 @@ def test_without_the_mechanism_the_frozen_ranks_would_move() -> None:
     grown = Grown.for_task(model, task=1, seed=0)
     old = copies(grown.old_a())
     optimizer = OPTIMIZERS["adamw"](trained(model))
-    grown.attach(optimizer).remove()  # a removed handle holds nothing
+    grown.attach(model, optimizer).remove()  # a removed handle holds nothing
     backward(model)
     assert all(bool(a.grad[:2].any()) for a, _ in grown.factors)
     optimizer.step()
@@ -111,7 +112,7 @@ def test_new_ranks_take_the_steps_of_a_separate_adapter_clipping_included(name: 
     grown = Grown.for_task(model, task=1, seed=0)
     apart = separate_of(model)
     runs = [(m, OPTIMIZERS[name](trained(m))) for m in (model, apart)]
-    grown.attach(runs[0][1])
+    grown.attach(runs[0][0], runs[0][1])
     for step in range(3):
         norms = []
         for each, optimizer in runs:
@@ -131,7 +132,7 @@ def test_gradient_that_overflows_in_a_frozen_rank_does_not_reach_it() -> None:
     model = model_of()
     grown = Grown.for_task(model, task=1, seed=0)
     optimizer = OPTIMIZERS["sgd"](trained(model))
-    grown.attach(optimizer)
+    grown.attach(model, optimizer)
     a = grown.factors[0].a
     (a * torch.where(torch.arange(4)[:, None] < 2, torch.inf, 1.0)).sum().backward()
     assert a.grad is not None
@@ -143,10 +144,10 @@ def test_first_task_trains_the_ranks_that_are_there_and_touches_nothing() -> Non
     model = model_of()
     before = [id(p) for p in trained(model)]
     grown = Grown.for_task(model, task=0, seed=0)
-    assert grown.summary() == {"rank": 2, "frozen": 0}
+    assert grown.summary() == AdapterRanks(rank=2, frozen=0)
     assert [id(p) for p in trained(model)] == before
     optimizer = OPTIMIZERS["adamw"](trained(model))
-    assert not grown.attach(optimizer).removers
+    assert not grown.attach(model, optimizer).removers
     assert not optimizer._optimizer_step_post_hooks
 
 
@@ -155,7 +156,7 @@ def test_handle_undoes_the_attachment() -> None:
     grow(model, 2, seed=0)
     grown = Grown(model, frozen=2)
     optimizer = OPTIMIZERS["adamw"](trained(model))
-    handle = grown.attach(optimizer)
+    handle = grown.attach(model, optimizer)
     assert optimizer._optimizer_step_post_hooks
     handle.remove()
     handle.remove()

@@ -1,29 +1,30 @@
-"""Subspace: directions in the space of all weights, along which an optimizer may not move them (OGD)."""
+"""Directions: H = Σ_k q_k q_kᵀ over all weights together, directions along which they are held (OGD)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from holdfast.errors import PriorMismatchError
-from holdfast.hold.attach import Handle, hook, unwrap
+from holdfast.hold.attach import Chunk, unwrap
+from holdfast.hold.operator import Rate
 from holdfast.importance.prior import parameters_by_name
 
 _NEW = 1e-4  # the share of a vector that must be left beside the others; less is rounding error in float32
 
 
-class Subspace:
+class Directions:
     """An orthonormal basis over the concatenation of several weights, cut into one tensor a weight.
 
     Parameters
     ----------
     directions : mapping of str to Tensor, optional
-        Canonical name to (K, *shape of the weight), float32: another subspace's `directions`, used as they
-        are and not copied. Without them the subspace is empty.
+        Canonical name to (K, *shape of the weight), float32: another's `directions`, used as they
+        are and not copied. Without them there are none.
 
     Notes
     -----
@@ -69,8 +70,10 @@ class Subspace:
                 rows = self._with_room(rest, count)
                 self.directions = {name: matrix[:known] for name, matrix in rows.items()}
             length = _length(rest)
+            basis = list(self.directions.values())
+            part = [rest[name] for name in self.directions]
             for _ in range(2):  # after one round what is left of a short rest is not orthogonal yet
-                remove_(rest, self.directions, coefficients(rest, self.directions))
+                remove_(part, basis, coefficients(part, basis))
             left = _length(rest)
             if left > _NEW * length:
                 for name, matrix in rows.items():
@@ -89,75 +92,79 @@ class Subspace:
             rows[name] = torch.cat([old, value.new_zeros(count, *value.shape)])
         return rows
 
-    def attach(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        *,
-        on: Literal["update", "gradient"] = "update",
-        start: Mapping[str, Tensor] | None = None,
-    ) -> Handle:
-        """Project every step of this optimizer off the subspace, until the handle is removed.
-
-        Parameters
-        ----------
-        on : {"update", "gradient"}
-            ``update``: after each step θ ← θ − Σ_k q_k q_kᵀ(θ − θ_start), which is the same as projecting
-            each step's change, and corrects rounding errors as well. It holds with every optimizer, weight
-            decay included. ``gradient``: g ← g − Σ_k q_k q_kᵀ g before each step, after accumulation and
-            clipping; the step itself is orthogonal with plain SGD only.
-        start : mapping of str to Tensor, optional
-            For ``update``: θ_start by canonical name, not to be changed while attached; copies of the
-            present weights when omitted.
+    def bind(self, model: nn.Module, optimizer: Any) -> tuple[Optimizer, list[Chunk]]:
+        """Find the weights in the optimizer: one chunk of all, because a direction goes through all of them.
 
         Raises
         ------
         PriorMismatchError
-            A weight of the subspace is not in the model or the optimizer, or has another shape.
+            A weight of the directions is not in the model or the optimizer, or has another shape.
         """
-        if not len(self):
-            return Handle()
         inner = unwrap(optimizer)
+        if not len(self):
+            return inner, []
         held = {id(p) for group in inner.param_groups for p in group["params"]}
         trained = {n: p for n, p in parameters_by_name(model).items() if id(p) in held and p.requires_grad}
         weights = {name: trained[name] for name in self.directions if name in trained}
         _check_fits(self.directions, weights, "what the optimizer trains")
-        basis = {name: rows.to(weights[name].device) for name, rows in self.directions.items()}
-        if on == "gradient":
+        return inner, [Chunk(0, list(self.directions), [weights[name] for name in self.directions])]
 
-            def project() -> None:
-                for p in weights.values():
-                    if p.grad is None:  # unused in this batch; the projection gives it a gradient
-                        p.grad = torch.zeros_like(p)
-                gradients = {name: p.grad for name, p in weights.items() if p.grad is not None}
-                remove_(gradients, basis, coefficients(gradients, basis))
+    def operator(self, chunk: Chunk) -> Projector:
+        """H on the weights that `bind` found."""
+        rows = (self.directions[name] for name in chunk.names)
+        return Projector([r.to(p.device) for r, p in zip(rows, chunk.parameters, strict=True)])
 
-            return hook(inner, before=project, needs_gradients="a subspace with on='gradient'")
-        first = {n: p.detach().clone() if start is None else start[n].to(p) for n, p in weights.items()}
 
-        def take_back() -> None:
-            remove_(weights, basis, coefficients(weights, basis, first))
+class Projector:
+    """H = Σ_k q_k q_kᵀ over the weights of a list together, q_k orthonormal.
 
-        return hook(inner, after=take_back)
+    Parameters
+    ----------
+    rows : list of Tensor (K, *shape of the weight)
+        The directions, cut into one tensor a weight.
+    """
+
+    def __init__(self, rows: list[Tensor]) -> None:
+        self.rows = rows
+
+    def blend_(self, values: Sequence[Tensor], towards: Sequence[Tensor], rate: Rate | None = None) -> None:
+        """See `Operator.blend_`. θ ← θ − H (θ − θ*): a weight far from all directions stays bit for bit."""
+        if rate is not None:
+            raise ValueError("directions are held fully: they take no rate")
+        remove_(values, self.rows, coefficients(values, self.rows, towards))
+
+    def reduce_(self, changes: Sequence[Tensor | None]) -> None:
+        """See `Operator.reduce_`; all changes must be there, as a direction goes through all weights."""
+        every = [change for change in changes if change is not None]
+        remove_(every, self.rows, coefficients(every, self.rows))
+
+    def times_(self, changes: Sequence[Tensor]) -> None:
+        """See `Operator.times_`."""
+        inside_K = coefficients(changes, self.rows)
+        for change, rows in zip(changes, self.rows, strict=True):
+            change.copy_((inside_K @ rows.flatten(1)).view(change.shape).to(change.dtype))
+
+    def energy(self, changes: Sequence[Tensor]) -> Tensor:
+        """See `Operator.energy`."""
+        return coefficients(changes, self.rows).square().sum()
 
 
 def coefficients(
-    vector: Mapping[str, Tensor], basis: Mapping[str, Tensor], origin: Mapping[str, Tensor] | None = None
+    vector: Sequence[Tensor], basis: Sequence[Tensor], origin: Sequence[Tensor] | None = None
 ) -> Tensor:
     """Inner products (K,) of K directions with a vector, or with its distance from an origin; float32."""
     parts = []
-    for name, rows in basis.items():
-        value = vector[name].to(torch.promote_types(vector[name].dtype, rows.dtype))
+    for number, (value, rows) in enumerate(zip(vector, basis, strict=True)):
+        value = value.to(torch.promote_types(value.dtype, rows.dtype))
         if origin is not None:
-            value = value - origin[name]
+            value = value - origin[number]
         parts.append(rows.flatten(1) @ value.flatten().to(rows.dtype))
     return torch.stack(parts).sum(0)
 
 
-def remove_(vector: Mapping[str, Tensor], basis: Mapping[str, Tensor], coefficients_K: Tensor) -> None:
+def remove_(vector: Sequence[Tensor], basis: Sequence[Tensor], coefficients_K: Tensor) -> None:
     """In place: vector − Σ_k coefficient_k · direction_k."""
-    for name, rows in basis.items():
-        value = vector[name]
+    for value, rows in zip(vector, basis, strict=True):
         value.sub_((coefficients_K @ rows.flatten(1)).view(value.shape).to(value.dtype))
 
 
@@ -172,9 +179,9 @@ def _check_fits(directions: Mapping[str, Tensor], got: Mapping[str, Tensor], who
         for name, rows in directions.items()
         if shapes.get(name) != tuple(rows.shape[1:])
     ]
-    wrong += [f"{name} (unknown to the subspace)" for name in got if name not in directions]
+    wrong += [f"{name} (unknown to the directions)" for name in got if name not in directions]
     if wrong:
         raise PriorMismatchError(
-            f"subspace: its directions don't fit {whose}: {', '.join(wrong[:3])}. "
+            f"directions: they don't fit {whose}: {', '.join(wrong[:3])}. "
             "Train the same weights of the same model at every task."
         )

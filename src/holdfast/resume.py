@@ -1,4 +1,4 @@
-"""A half-done attribution on disk, so that a killed one goes on where it was."""
+"""Half-done work on disk, with what it was begun with: a killed one goes on where it was, or starts over."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch import Tensor
 from holdfast.errors import StorageError
 from holdfast.storage import write_tensors
 
-State = tuple[dict[str, Tensor], dict[str, Any]]  # what is folded so far, and JSON-able values
+State = tuple[dict[str, Tensor], dict[str, Any]]  # what there is so far: tensors, and JSON-able values
 
 
 class Partial:
-    """Keeps the state of one attribution in ``state.safetensors``, one file, written whole or not at all.
+    """Keeps the state of one piece of work in ``<name>.safetensors``, one file, written whole or not at all.
 
-    It is saved every `every` seconds, or less often where saving takes more than a tenth of the time.
+    It is due every `every` seconds, or less often where saving takes more than a tenth of the time.
 
     Parameters
     ----------
@@ -29,6 +29,8 @@ class Partial:
         Made at the first save; `clear` removes it with all that is in it.
     say : callable
         Told, in one line, what became of a state that was found, or that none can be saved.
+    name : str
+        Of the file: several pieces of work may share a folder.
 
     Attributes
     ----------
@@ -40,32 +42,32 @@ class Partial:
 
     every = 60.0
 
-    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
-        self.folder, self.file, self.say = folder, folder / "state.safetensors", say
+    def __init__(self, folder: Path, say: Callable[[str], None], name: str = "state") -> None:
+        self.folder, self.file, self.say = folder, folder / f"{name}.safetensors", say
         self.identity: dict[str, Any] = {}
         self.seconds = 0.0
         self._started = time.monotonic()
         self._next = self._started + self.every
 
     def load(self) -> State | None:
-        """The state of a killed attribution of the same identity; None if there is none to go on from."""
+        """The state of killed work of the same identity; None if there is none to go on from."""
         from safetensors import SafetensorError, safe_open
 
         if not self.file.is_file():
             return None
         try:
             with safe_open(self.file, "pt") as file:
-                values = json.loads(file.metadata()["values"])
+                values = dict(json.loads(file.metadata()["values"]))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+            theirs, seconds = dict(values.pop("identity")), float(values.pop("seconds"))
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             self.say(f"{self.file}: torn ({error}); starting over.")
             return None
-        theirs = values.pop("identity")
         changed = [key for key, value in self.identity.items() if theirs.get(key) != value]
         if changed:
             self.say(f"{self.file}: begun with another {', '.join(changed)}; starting over.")
             return None
-        self.seconds = values.pop("seconds")
+        self.seconds = seconds
         return tensors, values
 
     @property
@@ -74,18 +76,18 @@ class Partial:
         return time.monotonic() >= self._next
 
     def save(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Replace what is saved; a full disk is told, and stops no attribution."""
+        """Replace what is saved; a full disk is told, and stops no work."""
         now = time.monotonic()
         kept = {**values, "identity": self.identity, "seconds": self.seconds + now - self._started}
         try:
             write_tensors(self.file, tensors, {"values": json.dumps(kept)})
         except StorageError as error:
-            self.say(f"Going on without saving, so a killed attribution would start over: {error}")
+            self.say(f"Going on without saving, so this would start over after a kill: {error}")
             self._next = math.inf
             return
         took = time.monotonic() - now
         self._next = now + max(self.every, 10 * took)
 
     def clear(self) -> None:
-        """Remove the state: the attribution is done."""
+        """Remove the folder: all is done."""
         shutil.rmtree(self.folder, ignore_errors=True)

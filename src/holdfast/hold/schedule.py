@@ -1,0 +1,70 @@
+"""The sum of a task's learning rates, by which a whole pull becomes a pull a step."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+
+from holdfast.hold.attach import unwrap
+
+TOTAL = "holdfast_total_rate"  # in each parameter group: Σ_t η_t over the task's steps
+
+
+def tell_total_rate(optimizer: Any, scheduler: Any, steps: int) -> None:
+    """Write Σ_t η_t over a task's optimizer steps into each parameter group, for ``Anchor(pull=...)``.
+
+    It stands beside ``lr`` and ``initial_lr``, and goes into the optimizer's state like these. Call it before
+    the first step; `holdfast run` and `ProtectCallback` do.
+
+    Parameters
+    ----------
+    optimizer : Optimizer
+        Or a wrapper of one, such as accelerate's.
+    scheduler : LRScheduler or None
+        The optimizer's; None where the rates stay as they are. A `LambdaLR` (all of transformers' schedules)
+        is read from its start whatever its state; of others what lies before them is known only at the
+        start, so on a scheduler that has moved already, a sum that is there (from a checkpoint) stays. Of
+        `ReduceLROnPlateau` it can't be told.
+    steps : int
+        Of the optimizer, in the whole task.
+    """
+    inner = unwrap(optimizer)
+    scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate's wrapper
+    if isinstance(scheduler, ReduceLROnPlateau):
+        return  # nobody knows what it will do
+    if scheduler is None:
+        totals = [float(group["lr"]) * steps for group in inner.param_groups]
+    elif isinstance(scheduler, LambdaLR):
+        totals = [
+            float(base) * sum(float(factor(step)) for step in range(steps))
+            for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        ]
+    elif scheduler.last_epoch > 0 and all(TOTAL in group for group in inner.param_groups):
+        return
+    else:
+        totals = _simulated(inner, scheduler, steps)
+    for group, total in zip(inner.param_groups, totals, strict=True):
+        group[TOTAL] = total
+
+
+def _simulated(optimizer: Optimizer, scheduler: Any, steps: int) -> list[float]:
+    """Run a copy of the scheduler on an optimizer without weights."""
+    groups = [
+        {"params": [torch.zeros(1)], **{k: copy.deepcopy(v) for k, v in group.items() if k != "params"}}
+        for group in optimizer.param_groups
+    ]
+    dummy = torch.optim.SGD(groups, lr=0.0)
+    moving: Any = copy.deepcopy(scheduler, {id(optimizer): dummy})
+    totals = [0.0] * len(groups)
+    for _ in range(steps):
+        totals = [t + float(g["lr"]) for t, g in zip(totals, dummy.param_groups, strict=True)]
+        dummy.step()
+        with warnings.catch_warnings():  # it misses the mark that schedulers leave on their optimizer's step
+            warnings.simplefilter("ignore")
+            moving.step()
+    return totals

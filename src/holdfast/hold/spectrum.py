@@ -1,0 +1,85 @@
+"""Spectrum: a prior as H = F diag(values) Fᵀ, which a mechanism scales, clips and hands to an operator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from holdfast.hold.attach import Chunk, bind, place
+from holdfast.hold.elementwise import Elementwise
+from holdfast.hold.inputs import Inputs
+from holdfast.hold.operator import Operator
+from holdfast.importance.prior import ImportancePrior
+from holdfast.models import input_dims
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """What a prior says of each weight, in the frame in which it is a number for each coordinate.
+
+    Attributes
+    ----------
+    prior : ImportancePrior
+    values : dict of str to Tensor
+        By canonical name. Of a prior by weight its tensors. Of the kind ``inputs`` the eigenvalues (I,) of C,
+        ascending, scaled to mean 1.
+    bases : dict of str to Tensor
+        Of the kind ``inputs``: U (I, I), float64, eigenvectors in columns. Otherwise empty.
+    """
+
+    prior: ImportancePrior
+    values: dict[str, Tensor]
+    bases: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, prior: ImportancePrior) -> Spectrum:
+        """The prior as it is; matrices are scaled to mean eigenvalue 1 and decomposed, in float64."""
+        if prior.kind == "weights":
+            return cls(prior, prior.tensors, {})
+        values, bases = {}, {}
+        for name, c_II in prior.mean_normalised().tensors.items():
+            # a copy: the last bits of a decomposition may depend on how a file's memory is aligned
+            c_I, bases[name] = torch.linalg.eigh(c_II.double())
+            values[name] = c_I.clamp(min=0).float()
+        return cls(prior, values, bases)
+
+    def bind(self, model: nn.Module, optimizer: Optimizer) -> tuple[Optimizer, list[Chunk]]:
+        """Find the weights in the model and in the optimizer, see `holdfast.hold.attach.bind`."""
+        return bind(self.prior, model, optimizer)
+
+    def operator(
+        self, chunk: Chunk, model: nn.Module, values: Mapping[str, Tensor], *, partial: bool = False
+    ) -> Operator:
+        """H = F diag(values) Fᵀ for the weights of a chunk.
+
+        Parameters
+        ----------
+        values : mapping of str to Tensor
+            Made of this spectrum's `values`, with the same shapes.
+        partial : bool
+            Keep a share below 1 below 1, where a 16-bit dtype would round it up and freeze the weight.
+        """
+        pairs = list(zip(chunk.names, chunk.parameters, strict=True))
+        if not self.bases:
+            shares = [place(values[name], parameter) for name, parameter in pairs]
+            if partial:
+                shares = [_below_one(values[n], s) for (n, _), s in zip(pairs, shares, strict=True)]
+            return Elementwise(shares)
+        dims = input_dims(model)
+        kinds = [(p.device, torch.promote_types(p.dtype, torch.float32)) for _, p in pairs]
+        return Inputs(
+            [values[n].to(*kind, copy=True) for (n, _), kind in zip(pairs, kinds, strict=True)],
+            [self.bases[n].to(*kind, copy=True) for (n, _), kind in zip(pairs, kinds, strict=True)],
+            [dims[name] for name, _ in pairs],
+        )
+
+
+def _below_one(exact: Tensor, placed: Tensor) -> Tensor:
+    if placed.dtype in (torch.float32, torch.float64):
+        return placed
+    below_one = 1 - torch.finfo(placed.dtype).eps / 2
+    return torch.where((exact < 1).to(placed.device) & (placed == 1), below_one, placed)

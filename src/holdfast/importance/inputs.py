@@ -1,0 +1,266 @@
+"""Inputs: the second moment of each linear map's inputs, tokens weighted by the relevance they carried."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from holdfast.attribution.engine import (
+    AttributionOptions,
+    AttributionReport,
+    attribute_batches,
+    per_sample_gradients,
+)
+from holdfast.attribution.targets import Batch, make_batch
+from holdfast.config import Options
+from holdfast.importance.registry import Computed, Inputs, register, sample_counts
+from holdfast.importance.right_rows import of_right_rows
+from holdfast.importance.seeding import sample, seed_for
+from holdfast.models import evaluating, input_dims, linear_modules
+from holdfast.names import canonical_name
+from holdfast.resume import State
+from holdfast.tasks.encode import IGNORED
+
+Weighting = Literal["relevance", "uniform", "answer", "gradient", "loss_gradient"]
+_FORWARD_ONLY = ("uniform", "answer")
+# Added to the sum that r is scaled by: where nothing passes through a map (the keys' and queries' where there
+# is one key), rounding noise would be scaled up to weights like any other's. Relevance is in units of logits.
+EPSILON = 1e-8
+
+
+class InputsOptions(Options):
+    """Which inputs of a linear map matter, for `hold` to keep what the map does with them."""
+
+    name: Literal["inputs"] = "inputs"
+    weighting: Weighting = Field(
+        "relevance",
+        description="of tokens. relevance: |λ·Wx| by LRP; gradient: the same with the plain gradient; "
+        "loss_gradient: its square, of the loss; answer: the answer's positions alike; uniform: all alike",
+    )
+    control: Literal["none", "shuffled-relevance"] = Field(
+        "none", description="shuffled-relevance: each sample's token weights given to other tokens of it"
+    )
+    samples: int = Field(128, ge=1, description="examples looked at, drawn by the run's seed")
+    batch_size: int = Field(8, ge=1, description="examples a pass; no effect on the result but rounding")
+    correct_only: bool | None = Field(
+        None,
+        description="relevance and gradient only: examples that the model answers right (default; all if "
+        "there are none), or all",
+    )
+
+    @model_validator(mode="after")
+    def _only_what_applies(self) -> InputsOptions:
+        if self.correct_only is not None and self.weighting not in ("relevance", "gradient"):
+            raise ValueError(
+                "`correct_only` applies to `weighting: relevance` and `gradient` only, "
+                f"not to `{self.weighting}`"
+            )
+        if self.control != "none" and self.weighting == "uniform":
+            raise ValueError("`control: shuffled-relevance` changes nothing with `weighting: uniform`")
+        return self
+
+
+class InputMoments:
+    """C = 1/S Σ_s Σ_t r_st x_st x_stᵀ of each linear map, streamed over batches (a `TokenFold`).
+
+    Parameters
+    ----------
+    weighting : str
+        What r is made of, before it is scaled to sum 1 over the tokens of a sample: |λ_st · W x_st|
+        (``relevance``, ``gradient``) or |λ_st|² (``loss_gradient``). Where all of it is rounding noise (below
+        1e-8; 1e-16 of squares), the sample adds nothing to this map.
+    shuffled : int or None
+        Seed by which each sample's r is given to other tokens of it (padding excluded).
+
+    Notes
+    -----
+    Memory: I² values a map, float32 (float64 for a float64 model). r and the sum are computed in that type.
+    """
+
+    def __init__(self, weighting: Weighting, shuffled: int | None = None) -> None:
+        self.weighting, self.shuffled = weighting, shuffled
+        self._sums: dict[str, Tensor] = {}
+        self._counts: Counter[str] = Counter()
+
+    def update(self, name: str, weight: Tensor, grad_S: Tensor) -> None:
+        """Of a map that no sample reached: nothing to add."""
+
+    def take_tokens(
+        self, name: str, weight_OI: Tensor, x_STI: Tensor, lam_STO: Tensor, real_ST: Tensor
+    ) -> None:
+        """Take a map's inputs and Lambda of some samples, see `holdfast.attribution.TokenFold`."""
+        wide = torch.promote_types(x_STI.dtype, torch.float32)
+        x_STI, lam_STO = x_STI.to(wide), lam_STO.to(wide)
+        if self.weighting == "loss_gradient":
+            weight_ST = lam_STO.square().sum(-1)
+        else:
+            weight_ST = (lam_STO * (x_STI @ weight_OI.to(wide).t())).sum(-1).abs()
+        self.add(name, x_STI, weight_ST, real_ST)
+
+    def add(self, name: str, x_STI: Tensor, weight_ST: Tensor, real_ST: Tensor) -> None:
+        """Add Σ_s Σ_t r_st x_st x_stᵀ, r being `weight_ST` scaled to sum 1 over a sample's real tokens."""
+        weight_ST = weight_ST * real_ST
+        if self.shuffled is not None:
+            weight_ST = self._shuffle(name, weight_ST, real_ST)
+        total_S1 = weight_ST.sum(-1, keepdim=True)
+        share_ST = weight_ST / (total_S1 + (EPSILON**2 if self.weighting == "loss_gradient" else EPSILON))
+        y_NI = (x_STI * share_ST.sqrt()[..., None]).reshape(-1, x_STI.shape[-1])
+        if name not in self._sums:
+            self._sums[name] = y_NI.new_zeros(y_NI.shape[1], y_NI.shape[1])
+        self._sums[name].addmm_(y_NI.t(), y_NI)
+        self._counts[name] += len(x_STI)
+
+    def _shuffle(self, name: str, weight_ST: Tensor, real_ST: Tensor) -> Tensor:
+        shuffled_ST, first = weight_ST.clone(), self._counts[name]
+        for row, real_T in enumerate(real_ST):
+            at = real_T.nonzero().flatten()
+            seed = seed_for(f"{name}:{first + row}", self.shuffled or 0)
+            order = torch.randperm(len(at), generator=torch.Generator().manual_seed(seed))
+            shuffled_ST[row, at] = weight_ST[row, at[order.to(at.device)]]
+        return shuffled_ST
+
+    def state(self) -> State:
+        """What is folded so far; the tensors are the fold's own memory."""
+        return dict(self._sums), dict(self._counts)
+
+    def load_state(
+        self, tensors: Mapping[str, Tensor], values: Mapping[str, Any], weights: Mapping[str, Tensor]
+    ) -> None:
+        """Take back what `state` gave; `weights` are the current ones by name."""
+        self._sums = {name: tensors[name].to(weights[name].device, copy=True) for name in values}
+        self._counts = Counter(values)
+
+    def result(self, sizes: Mapping[str, int], samples: int) -> dict[str, Tensor]:
+        """Canonical name to C, (I, I), symmetric; zeros for a map that nothing reached.
+
+        Parameters
+        ----------
+        sizes : mapping of str to int
+            I of each map that is asked for.
+        samples : int
+            S.
+        """
+        found = {}
+        for name, size in sizes.items():
+            total_II = self._sums.get(name)
+            if total_II is None:
+                found[name] = torch.zeros(size, size)
+            else:
+                found[name] = ((total_II + total_II.t()) / (2 * max(samples, 1))).float()
+        return found
+
+
+@register(InputsOptions, needs_data=True, kind="inputs")
+def moments_of_inputs(inputs: Inputs, options: InputsOptions) -> Computed:
+    """The second moment of each linear map's inputs, tokens weighted by `weighting`.
+
+    E Σ_t r_t |ΔW x_t|² = tr(ΔW C ΔWᵀ): what a change ΔW of the map does to the outputs that mattered.
+    With ``relevance`` one forward and one backward pass of the attribution engine give both x and λ (rules
+    ``attnlrp``, no halves, target: the answer's logits). ``uniform`` and ``answer`` need the forward pass
+    alone, and ``uniform`` no right answer. ``answer``: of an encoder, which predicts nothing, all tokens.
+
+    Biases get no matrix. Maps that share their inputs (q, k, v; gate, up) keep one each: by relevance the
+    matrices differ.
+    """
+    dims = input_dims(inputs.model)
+    parameters = {name: p for name, p in inputs.parameters.items() if name in dims}
+    sizes = {name: p.shape[dims[name]] for name, p in parameters.items()}
+    rows = sample(inputs.rows, options.samples, inputs.seed)
+    fold = InputMoments(options.weighting, inputs.seed if options.control != "none" else None)
+    if options.weighting in _FORWARD_ONLY:
+        _forward_only(inputs, parameters, rows, fold, options)
+        seen = {"samples_seen": len(rows), "samples_used": len(rows)}
+        return Computed(fold.result(sizes, len(rows)), seen)
+    common: dict[str, Any] = {
+        "fold": fold,
+        "parameters": parameters,
+        "batch_size": options.batch_size,
+        "pad_id": inputs.pad_id,
+        "progress": inputs.progress,
+        "partial": inputs.partial,
+    }
+
+    def attribute(correct_only: bool) -> AttributionReport:
+        if options.weighting == "relevance":
+            rules = AttributionOptions(rules="attnlrp", halves="none", target="all", of="logit")
+            return attribute_batches(inputs.model, rows, options=rules, correct_only=correct_only, **common)
+        of: Literal["logit", "log_probability"] = (
+            "logit" if options.weighting == "gradient" else "log_probability"
+        )
+        return per_sample_gradients(inputs.model, rows, of=of, correct_only=correct_only, **common)
+
+    only = options.correct_only is not False and options.weighting != "loss_gradient"
+    report, right = of_right_rows(inputs, attribute, only)
+    record: dict[str, Any] = {**sample_counts(report), **right}
+    if options.weighting == "relevance":
+        record["conservation_max_relative_error"] = report.conservation_max_relative_error
+    return Computed(fold.result(sizes, report.samples_used), record)
+
+
+@torch.no_grad()
+def _forward_only(
+    inputs: Inputs,
+    parameters: Mapping[str, nn.Parameter],
+    rows: list[Any],
+    fold: InputMoments,
+    options: InputsOptions,
+) -> None:
+    device = next(inputs.model.parameters()).device
+    model: Any = inputs.model
+    with evaluating(model), _watched(model, parameters) as (watch, seen):
+        for start in range(0, len(rows), options.batch_size):
+            part = rows[start : start + options.batch_size]
+            watch.clear()
+            batch = make_batch(model, part, inputs.pad_id, device, "left", apart=True)
+            watch += [(real_ST, _counted(batch, real_ST, options.weighting)) for real_ST in batch.real]
+            model(**batch.inputs)
+            for name, uses in seen.items():
+                x_STI, weight_ST, real_ST = (torch.cat(values, dim=1) for values in zip(*uses, strict=True))
+                fold.add(name, x_STI, weight_ST, real_ST)
+            seen.clear()
+            if inputs.progress is not None:
+                inputs.progress(start + len(part), len(rows))
+
+
+def _counted(batch: Batch, real_ST: Tensor, weighting: Weighting) -> Tensor:
+    """1 at the tokens that count."""
+    answer_ST = batch.answer_ST != IGNORED
+    if weighting == "uniform" or (len(batch.real) == 2 and real_ST is batch.real[0]):
+        return real_ST
+    missing = real_ST.shape[1] - answer_ST.shape[1]  # logits are of the last positions alone
+    return nn.functional.pad(answer_ST, (missing, 0))
+
+
+@contextmanager
+def _watched(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter]
+) -> Iterator[tuple[list[Any], dict[str, Any]]]:
+    """While open, what each map is given: (x, token weights, mask) of its uses, by name."""
+    masks: list[tuple[Tensor, Tensor]] = []
+    seen: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+
+    def watcher(name: str) -> Any:
+        def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            samples = len(masks[0][0])
+            x_STI = args[0].detach().reshape(samples, -1, args[0].shape[-1])
+            x_STI = x_STI.to(torch.promote_types(x_STI.dtype, torch.float32))
+            length = x_STI.shape[1]
+            fitting = ((w, real) for real, w in masks if real.shape[1] == length)
+            every = torch.ones(samples, length, dtype=torch.bool, device=x_STI.device)
+            weight_ST, real_ST = next(fitting, (every, every))
+            seen.setdefault(name, []).append((x_STI, weight_ST.to(x_STI.dtype), real_ST))
+
+        return before
+
+    with ExitStack() as stack:
+        for path, module in linear_modules(model):
+            name = canonical_name(f"{path}.weight")
+            if name in parameters and getattr(module, "weight", None) is parameters[name]:
+                stack.callback(module.register_forward_pre_hook(watcher(name)).remove)
+        yield masks, seen

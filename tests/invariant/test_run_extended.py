@@ -1,0 +1,165 @@
+"""A run that gets more tasks behind those of its order ends as one that had them from the start."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from holdfast.config import validate
+from holdfast.errors import DataError, RunDirectoryError
+from holdfast.runner import RunConfig, run
+from kills import Killed, kill_when
+from learning_data import bytes_in, same, weights_in
+from strategy_runs import options_of
+from tiny_runs import tiny_run
+
+LONG = ["copy", "flip", "head"]
+Make = Callable[..., RunConfig]
+
+
+def config_of(output: Path, order: list[str], strategy: Any = "sequential", **evaluation: Any) -> RunConfig:
+    values = tiny_run(output, strategy=strategy, evaluation=evaluation)
+    values["model"]["layers"] = 1
+    values["training"] = {"max_steps": 4, "batch_size": 8, "learning_rate": 3e-3}
+    values["tasks"] = {"source": "toy", "order": order, "train_rows": 24, "test_rows": 4}
+    return validate(RunConfig, values, source="test")
+
+
+def metrics_in(folder: Path) -> dict[str, Any]:
+    metrics = json.loads((folder / "metrics.json").read_text())
+    del metrics["seconds"]
+    return metrics
+
+
+def values_in(part: Path) -> dict[str, Any]:
+    values = json.loads((part / "strategy.json").read_text())
+    values.pop("seconds", None)
+    return values
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Weights, what the strategy keeps, the matrix and the metrics; each asked answer, wherever it stands."""
+    assert metrics_in(a) == metrics_in(b)
+    parts = sorted(p.name for p in (a / "tasks").iterdir())
+    assert parts == sorted(p.name for p in (b / "tasks").iterdir())
+    for name in parts:
+        ours, whole = a / "tasks" / name, b / "tasks" / name
+        assert same(weights_in(ours), weights_in(whole)), name
+        assert values_in(ours) == values_in(whole)
+        states = [f / "strategy.safetensors" for f in (ours, whole)]
+        assert states[0].exists() == states[1].exists()
+        assert not states[0].exists() or states[0].read_bytes() == states[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "scope"),
+    [
+        ("ewc", "needed"),
+        ("l2p", "all"),
+        *(
+            pytest.param(*pair, marks=pytest.mark.slow)
+            for pair in (
+                ("ewc", "all"),
+                ("l2p", "needed"),
+                ("kif-m", "all"),
+                ("kif-m", "needed"),
+                ("sequential", "all"),
+                ("sequential", "needed"),
+            )
+        ),
+    ],
+)
+def test_run_extended_task_by_task_equals_one_that_had_them_from_the_start(
+    strategy: str, scope: str, tmp_path: Path
+) -> None:
+    options = options_of(strategy)
+    whole = run(config_of(tmp_path / "whole", LONG, options, scope=scope))
+    for tasks in (1, 2, 3):
+        last = run(config_of(tmp_path / "grown", LONG[:tasks], options, scope=scope))
+        assert last["finished"]
+        assert last["tasks"] == LONG[:tasks]
+    assert last["matrix"] == whole["matrix"]
+    assert_same_run(tmp_path / "grown", tmp_path / "whole")
+
+
+def test_run_that_never_asked_before_training_is_extended_too(tmp_path: Path) -> None:
+    for name, steps in (("whole", [LONG]), ("grown", [LONG[:1], LONG])):
+        for order in steps:
+            run(config_of(tmp_path / name, order, zero_shot=False))
+    assert metrics_in(tmp_path / "grown")["matrix"][0] == [None] * 3
+    assert_same_run(tmp_path / "grown", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("where", "call"),
+    [
+        ("holdfast.learner.learner.evaluate_encoded", 2),  # asking earlier models about the new task
+        pytest.param("holdfast.training.bridge.completion_loss", 3, marks=pytest.mark.slow),  # learning it
+        pytest.param("os.rename", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_extension_that_is_killed_ends_the_same(
+    where: str, call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(config_of(tmp_path / "whole", LONG, options_of("ewc")))
+    run(config_of(tmp_path / "grown", LONG[:2], options_of("ewc")))
+    longer = config_of(tmp_path / "grown", LONG, options_of("ewc"))
+    with monkeypatch.context() as patch:
+        kill_when(patch, where, call)
+        with pytest.raises(Killed):
+            run(longer)
+    run(longer)
+    assert_same_run(tmp_path / "grown", tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two tasks. To be copied."""
+    folder = tmp_path_factory.mktemp("begun") / "run"
+    run(config_of(folder, LONG[:2]))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "order", [["flip", "copy", "head"], ["copy", "head", "flip"], ["head", "copy", "flip"], ["copy"]]
+)
+def test_order_that_does_not_begin_with_the_one_there_is_refused_and_nothing_written(
+    order: list[str], begun: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(begun, tmp_path / "run")
+    before = bytes_in(folder)
+    with pytest.raises(RunDirectoryError, match=r"tasks\.order.*A longer tasks\.order that begins with"):
+        run(config_of(folder, order))
+    assert bytes_in(folder) == before
+
+
+def test_longer_order_with_another_difference_is_refused_for_that(begun: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(begun, tmp_path / "run")
+    with pytest.raises(RunDirectoryError, match=r"different: strategy\."):
+        run(config_of(folder, LONG, "freeze"))
+
+
+@pytest.mark.parametrize("strategy", ["multitask", {"name": "osf", "schedule": "growing"}], ids=str)
+def test_strategy_that_must_know_the_number_of_tasks_is_not_extended(strategy: Any, tmp_path: Path) -> None:
+    run(config_of(tmp_path / "run", LONG[:2], strategy))
+    before = bytes_in(tmp_path / "run")
+    with pytest.raises(RunDirectoryError, match=r"different: tasks\.order"):
+        run(config_of(tmp_path / "run", LONG, strategy))
+    assert bytes_in(tmp_path / "run") == before
+
+
+def test_task_that_comes_twice_is_learned_again(tmp_path: Path) -> None:
+    order = ["copy", "flip", "copy"]
+    try:
+        whole = run(config_of(tmp_path / "whole", order, options_of("ewc")))
+    except DataError:
+        pytest.skip("an order may not have a task twice yet: tasks/sources.py refuses it")
+    run(config_of(tmp_path / "grown", order[:2], options_of("ewc")))
+    run(config_of(tmp_path / "grown", order, options_of("ewc")))
+    assert len(whole["tasks"]) == 3
+    assert_same_run(tmp_path / "grown", tmp_path / "whole")

@@ -1,0 +1,568 @@
+"""The `Inputs` hold against literal float64 transcriptions of its formulas."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from holdfast.errors import ConfigError, PriorMismatchError
+from holdfast.hold import Anchor, Gate, Penalty, Project, apply_control, tell_total_rate
+from holdfast.hold.drift import drift
+from holdfast.hold.inputs import Inputs
+from holdfast.importance.prior import ImportancePrior
+
+ETA, LAMBDA = 0.05, 8.0
+
+
+class Net(nn.Module):
+    """Two linear maps in "blocks", one of them transposed, and a head that no prior covers."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.h = nn.ModuleList([nn.ModuleDict({"a": nn.Linear(6, 5), "b": Conv1D(4, 5)})])
+        self.head = nn.Linear(4, 2)
+        self.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        block: Any = self.h[0]
+        return self.head(block["b"](torch.tanh(block["a"](x))))
+
+
+NAMES = {"h.0.a.weight": 1, "h.0.b.weight": 0}
+
+
+def moments(seed: int = 1) -> ImportancePrior:
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, size in (("h.0.a.weight", 6), ("h.0.b.weight", 5)):
+        x = torch.randn(size, 2 * size, generator=generator, dtype=torch.float64)
+        x *= torch.logspace(0, -2, size, dtype=torch.float64)[:, None]
+        tensors[name] = x @ x.T
+    return ImportancePrior(tensors, {"kind": "inputs", "importance": "inputs"})
+
+
+def frames(prior: ImportancePrior) -> dict[str, tuple[Tensor, Tensor]]:
+    """c of mean 1 and U, of each map."""
+    found = {}
+    for name, c_II in prior.tensors.items():
+        scaled = c_II.double() * len(c_II) / c_II.double().trace()
+        found[name] = torch.linalg.eigh(scaled.float().double())
+    return found
+
+
+def gradient(model: nn.Module, seed: int = 2, scale: float = 1.0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(7, 6, generator=generator, dtype=torch.float64).to(next(model.parameters()).dtype)
+    (scale * model(x).square().mean()).backward()
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def grad(p: Tensor) -> Tensor:
+    assert p.grad is not None
+    return p.grad
+
+
+def oriented(tensor: Tensor, name: str) -> Tensor:
+    return tensor if NAMES[name] == 1 else tensor.T
+
+
+def stepped(optimizer: torch.optim.Optimizer, model: nn.Module, steps: int = 4) -> None:
+    for step in range(steps):
+        optimizer.zero_grad()
+        gradient(model, seed=step)
+        optimizer.step()
+
+
+def test_anchor_in_weights_is_d_u_diag_of_one_minus_the_pull_u_transposed() -> None:
+    model, plain = Net(), Net()
+    start, prior = weights(model), moments()
+    optimizer = torch.optim.SGD(model.parameters(), lr=ETA)
+    Anchor(prior, strength=LAMBDA, coordinates="weights").attach(model, optimizer)
+    expected = weights(plain)
+    for step in range(3):
+        optimizer.zero_grad()
+        gradient(model, seed=step)
+        optimizer.step()
+        plain.load_state_dict(expected)
+        plain.zero_grad()
+        gradient(plain, seed=step)
+        for name, p in plain.named_parameters():
+            new = expected[name] - ETA * grad(p)
+            if name in NAMES:
+                c, u = frames(prior)[name]
+                d = oriented(new - start[name], name)
+                held = d @ u @ torch.diag(1 - torch.clamp(ETA * LAMBDA * c, max=1)) @ u.T
+                new = start[name] + oriented(held, name)
+            expected[name] = new
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), expected[name], rtol=1e-6, atol=1e-8)
+
+
+def adam(z: Tensor, g: Tensor, m: Tensor, v: Tensor, t: int) -> Tensor:
+    m.mul_(0.9).add_(0.1 * g)
+    v.mul_(0.999).add_(0.001 * g * g)
+    return z - ETA * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+
+
+def test_anchor_in_inputs_is_adam_on_z_with_each_column_pulled() -> None:
+    model, plain = Net(), Net()
+    start, prior = weights(model), moments()
+    optimizer = torch.optim.Adam(model.parameters(), lr=ETA)
+    Anchor(prior, strength=LAMBDA).attach(model, optimizer)
+    stepped(optimizer, model)
+    current = weights(plain)
+    z = {n: torch.zeros_like(oriented(start[n], n)) if n in NAMES else start[n].clone() for n in start}
+    m = {n: torch.zeros_like(t) for n, t in z.items()}
+    v = {n: torch.zeros_like(t) for n, t in z.items()}
+    for t in range(1, 5):
+        plain.load_state_dict(current)
+        plain.zero_grad()
+        gradient(plain, seed=t - 1)
+        for name, p in plain.named_parameters():
+            if name in NAMES:
+                c, u = frames(prior)[name]
+                moved = adam(z[name], oriented(grad(p), name) @ u, m[name], v[name], t)
+                z[name] = moved * (1 - torch.clamp(ETA * LAMBDA * c, max=1))
+                current[name] = start[name] + oriented(z[name] @ u.T, name)
+            else:
+                current[name] = z[name] = adam(z[name], grad(p), m[name], v[name], t)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), current[name], rtol=1e-6, atol=1e-8)
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
+    "adamw-fused": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, fused=True),
+    "sgd": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, weight_decay=0.1),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-2),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("coordinates", ["inputs", "weights"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_fully_held_map_is_bit_identical_and_the_rest_moves(
+    optimizer: str, coordinates: Any, dtype: torch.dtype
+) -> None:
+    model = Net(dtype)
+    before = weights(model)
+    eye = ImportancePrior({"h.0.a.weight": torch.eye(6), "h.0.b.weight": torch.eye(5)}, {"kind": "inputs"})
+    prior = apply_control(eye, "permuted", seed=3)  # all directions alike, in no special basis
+    optim = OPTIMIZERS[optimizer](model.parameters())
+    Anchor(prior, strength=101.0, coordinates=coordinates).attach(model, optim)
+    stepped(optim, model)
+    after = weights(model)
+    assert all(torch.equal(before[n], after[n]) for n in NAMES)
+    assert not torch.equal(before["head.weight"], after["head.weight"])
+
+
+@pytest.mark.parametrize("coordinates", ["inputs", "weights"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_fully_held_axis_keeps_its_column_bit_identical(optimizer: str, coordinates: Any) -> None:
+    model = Net(torch.float32)
+    before = weights(model)
+    c = {"h.0.a.weight": torch.diag(torch.tensor([3.0, 0, 0, 3, 0, 0])), "h.0.b.weight": torch.zeros(5, 5)}
+    optim = OPTIMIZERS[optimizer](model.parameters())
+    prior = ImportancePrior(c, {"kind": "inputs"})
+    Anchor(prior, strength=101.0, coordinates=coordinates).attach(model, optim)
+    stepped(optim, model)
+    after = weights(model)
+    same = (before["h.0.a.weight"] == after["h.0.a.weight"]).all(0)
+    assert same.tolist() == [True, False, False, True, False, False]
+    assert not torch.equal(before["h.0.b.weight"], after["h.0.b.weight"])
+
+
+@pytest.mark.parametrize("coordinates", ["inputs", "weights"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_output_along_a_fully_held_direction_moves_by_rounding_only(
+    dtype: torch.dtype, coordinates: Any
+) -> None:
+    model = Net(dtype)
+    before = weights(model)["h.0.a.weight"].double()
+    u = nn.functional.normalize(torch.randn(6, generator=torch.Generator().manual_seed(5)), dim=0)
+    c = {"h.0.a.weight": torch.outer(u, u), "h.0.b.weight": torch.zeros(5, 5)}
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    Anchor(ImportancePrior(c, {"kind": "inputs"}), strength=1e3, coordinates=coordinates).attach(model, optim)
+    stepped(optim, model, steps=20)
+    change = model.h[0]["a"].weight.detach().double() - before  # type: ignore[index]
+    assert change.norm() > 0.1
+    rounding = torch.finfo(dtype).eps * before.norm() + 1e-6 * change.norm()
+    assert (change @ u.double()).norm() <= rounding
+
+
+def test_nothing_held_in_the_weights_coordinates_is_the_plain_run_up_to_rounding() -> None:
+    model, plain = Net(), Net()
+    optims = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (model, plain)]
+    Anchor(moments(), strength=0.0, coordinates="weights").attach(model, optims[0])
+    stepped(optims[0], model)
+    stepped(optims[1], plain)
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_sgd_does_not_care_about_the_coordinates() -> None:
+    runs = []
+    for coordinates in ("inputs", "weights"):
+        model = Net()
+        optim = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9, weight_decay=0.1)
+        Anchor(moments(), strength=0.0, coordinates=coordinates).attach(model, optim)
+        stepped(optim, model)
+        runs.append(weights(model))
+    for name, value in runs[0].items():
+        torch.testing.assert_close(value, runs[1][name], rtol=1e-10, atol=1e-12)
+
+
+def test_clipping_before_the_step_meets_the_norm_that_the_optimizer_gets() -> None:
+    model, seen = Net(), []
+    start = weights(model)
+    torch.optim.SGD(model.parameters(), lr=1.0)  # from now on torch runs the hooks of a subclass twice a step
+
+    class Looks(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            seen.append(torch.cat([grad(p).flatten() for g in self.param_groups for p in g["params"]]).norm())
+            super().step(closure)
+
+    optim = Looks(model.parameters(), lr=1e-2)
+    Anchor(moments(), strength=1.0).attach(model, optim)
+    gradient(model, scale=100.0)
+    nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+    optim.step()
+    torch.testing.assert_close(seen[0], torch.tensor(0.5, dtype=torch.float64), rtol=1e-5, atol=0)
+    moved = torch.cat([(p - start[n]).flatten() for n, p in model.named_parameters()]).norm()
+    assert 0.9 * 0.5e-2 < moved <= 0.5e-2 * (1 + 1e-6)  # one step, pulled by 1 % in the mean
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("coordinates", ["inputs", "weights"])
+def test_killed_training_goes_on_bit_for_bit(coordinates: Any, dtype: torch.dtype, every: int) -> None:
+    def begin(model: nn.Module, reference: dict[str, Tensor]) -> torch.optim.Optimizer:
+        optim = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        tell_total_rate(optim, None, 10)
+        hold = Anchor(moments(), pull=2.0, every=every, coordinates=coordinates, reference=reference)
+        hold.attach(model, optim)
+        return optim
+
+    model = Net(dtype)
+    start = weights(model)
+    optim = begin(model, start)
+    stepped(optim, model, steps=5)
+    saved = copy.deepcopy((model.state_dict(), optim.state_dict()))
+    for step in (5, 6, 7):
+        optim.zero_grad()
+        gradient(model, seed=step)
+        optim.step()
+    again = Net(dtype)
+    optim = begin(again, start)
+    again.load_state_dict(saved[0])
+    optim.load_state_dict(saved[1])
+    for step in (5, 6, 7):
+        optim.zero_grad()
+        gradient(again, seed=step)
+        optim.step()
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_every_third_step_pulls_by_the_three_rates_together() -> None:
+    model = Net()
+    prior, start = moments(), weights(model)
+    groups = [{"params": list(model.parameters())}]
+    optim = torch.optim.SGD(groups, lr=0.01)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optim, lambda step: 1 / (1 + step))
+    Anchor(prior, strength=9.0, every=3, coordinates="weights").attach(model, optim)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1)
+    moved = weights(model)
+    for _ in range(3):
+        optim.zero_grad()
+        optim.step()  # no gradients: only the pull moves
+        scheduler.step()
+    rate = 0.01 * (1 + 1 / 2 + 1 / 3)
+    for name in NAMES:
+        c, u = frames(prior)[name]
+        d = oriented(moved[name] - start[name], name) @ u @ torch.diag(1 - (rate * 9 * c).clamp(max=1)) @ u.T
+        expected = start[name] + oriented(d, name)
+        got = dict(model.named_parameters())[name].detach()
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_gate_scales_the_step_along_each_direction() -> None:
+    model, plain = Net(), Net()
+    prior, before = moments(), weights(Net())
+    optims = [torch.optim.AdamW(m.parameters(), lr=1e-2, weight_decay=0.5) for m in (model, plain)]
+    Gate(prior).attach(model, optims[0])
+    for m, o in zip((model, plain), optims, strict=True):
+        stepped(o, m, steps=1)
+    free = weights(plain)
+    for name, p in model.named_parameters():
+        expected = free[name]
+        if name in NAMES:
+            c, u = frames(prior)[name]
+            d = oriented(free[name] - before[name], name) @ u @ torch.diag(1 - c.clamp(max=1)) @ u.T
+            expected = before[name] + oriented(d, name)
+        torch.testing.assert_close(p.detach(), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_penalty_adds_lambda_d_c_and_equals_autograd_of_its_loss() -> None:
+    model, prior = Net(), moments()
+    reference = {n: t - 0.3 for n, t in weights(model).items()}
+    penalty = Penalty(prior, strength=7.0, reference=reference)
+    loss = penalty.loss(model)
+    loss.backward()
+    by_hand, gradients = torch.zeros(()), {}
+    for name in NAMES:
+        c, u = frames(prior)[name]
+        d = oriented(weights(model)[name] - reference[name], name)
+        by_hand += 3.5 * torch.trace(d @ u @ torch.diag(c) @ u.T @ d.T)
+        gradients[name] = oriented(7.0 * d @ u @ torch.diag(c) @ u.T, name)
+    torch.testing.assert_close(loss.detach(), by_hand, rtol=1e-6, atol=0, check_dtype=False)
+    for name, p in model.named_parameters():
+        if name in NAMES:
+            torch.testing.assert_close(grad(p), gradients[name], rtol=1e-5, atol=1e-7)
+    model.zero_grad()
+    before = weights(model)
+    optim = torch.optim.SGD(model.parameters(), lr=0.5)
+    penalty.attach(model, optim)
+    gradient(model)
+    plain = {n: grad(p).clone() for n, p in model.named_parameters()}
+    optim.step()
+    for name in NAMES:
+        expected = before[name] - 0.5 * (plain[name] + gradients[name])
+        got = dict(model.named_parameters())[name].detach()
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("on", ["update", "gradient"])
+def test_projection_leaves_no_movement_along_the_leading_directions(on: Any) -> None:
+    model, prior = Net(), moments()
+    before = weights(model)
+    optim = torch.optim.SGD(model.parameters(), lr=0.1)
+    Project(prior, share=0.9, on=on).attach(model, optim)
+    stepped(optim, model)
+    for name in NAMES:
+        c, u = frames(prior)[name]
+        order = c.argsort(descending=True)
+        count = int((c[order].cumsum(0) < 0.9 * c.sum() * (1 - 1e-12)).sum()) + 1
+        assert 0 < count < len(c)
+        d = oriented(weights(model)[name] - before[name], name) @ u
+        assert d[:, order[:count]].abs().max() < 1e-12
+        assert (d[:, order[count:]].abs().amax(0) > 1e-5).all()
+
+
+def test_permuted_control_is_the_same_spectrum_on_other_directions() -> None:
+    prior = moments().mean_normalised()
+    control = apply_control(prior, "permuted", seed=1)
+    assert control.kind == "inputs"
+    for name, c_II in prior.tensors.items():
+        a, b = (torch.linalg.eigh(t.double()) for t in (c_II, control.tensors[name]))
+        torch.testing.assert_close(a.eigenvalues, b.eigenvalues, rtol=1e-4, atol=1e-6)
+        assert (a.eigenvectors[:, -1] @ b.eigenvectors[:, -1]).abs() < 0.99
+    again = apply_control(prior, "permuted", seed=1)
+    other = apply_control(prior, "permuted", seed=2)
+    assert all(torch.equal(again.tensors[n], t) for n, t in control.tensors.items())
+    assert not any(torch.equal(other.tensors[n], t) for n, t in control.tensors.items())
+    mean = apply_control(prior, "tensor-mean")
+    assert all(torch.equal(t, torch.eye(len(t))) for t in mean.tensors.values())
+
+
+def test_tasks_add_up_each_with_the_same_weight() -> None:
+    tasks = [moments(seed) for seed in (1, 2, 3)]
+    scaled = [
+        ImportancePrior({n: t * 10.0**k for n, t in p.tensors.items()}, p.meta) for k, p in enumerate(tasks)
+    ]
+    total = scaled[0].mean_normalised()
+    for other in scaled[1:]:
+        total = total.merge(other.mean_normalised(), how="sum")
+    total = total.mean_normalised()
+    assert total.kind == "inputs"
+    for name, c_II in total.tensors.items():
+        parts = [p.tensors[name].double() / p.tensors[name].double().trace() for p in tasks]
+        torch.testing.assert_close(c_II.double(), sum(parts) * len(c_II) / 3, rtol=1e-5, atol=1e-7)
+
+
+def test_priors_of_different_kinds_are_not_joined_and_a_maximum_is_refused() -> None:
+    by_weight = ImportancePrior({"h.0.a.weight": torch.ones(5, 6), "h.0.b.weight": torch.ones(5, 4)})
+    with pytest.raises(PriorMismatchError, match=r"different kinds \(inputs, weights\).*same importance"):
+        moments().merge(by_weight, how="sum")
+    with pytest.raises(PriorMismatchError, match=r"Allowed for the kind 'inputs': sum, mean"):
+        moments().merge(moments(2), how="max")
+    with pytest.raises(ConfigError, match=r"coordinates 'inputs' need a prior of the kind 'inputs'"):
+        Anchor(by_weight, coordinates="inputs")
+
+
+def test_prior_of_inputs_must_fit_the_inputs_and_survives_the_disk(tmp_path: Any) -> None:
+    prior = moments()
+    prior.check_fits(Net())
+    loaded = ImportancePrior.load(prior.save(tmp_path))
+    assert loaded.kind == "inputs"
+    assert all(torch.equal(loaded.tensors[n], t) for n, t in prior.tensors.items())
+    wrong = ImportancePrior({**prior.tensors, "h.0.b.weight": torch.eye(4)}, prior.meta)
+    with pytest.raises(PriorMismatchError, match=r"h.0.b.weight \(4, 4\) instead of \(5, 5\)"):
+        wrong.check_fits(Net())
+    short = ImportancePrior({"h.0.a.weight": torch.eye(6)}, prior.meta)
+    with pytest.raises(PriorMismatchError, match=r"missing \(1\): h.0.b.weight"):
+        short.check_fits(Net())
+
+
+def test_summary_is_of_directions_and_names_what_is_not_held() -> None:
+    model = Net()
+    anchor = Anchor(moments(), strength=20.0)
+    assert anchor.summary()["elements"] == 11
+    anchor.attach(model, torch.optim.SGD(model.parameters(), lr=ETA))
+    summary = anchor.summary()
+    assert summary["not_held"] == ["h.0.a.bias", "h.0.b.bias", "head.weight", "head.bias"]
+    c = torch.cat([frames(moments())[n][0] for n in NAMES])
+    assert summary["mean"] == pytest.approx(float((ETA * 20 * c).clamp(max=1).mean()), rel=1e-5)
+
+
+# the whole pull
+
+
+@pytest.mark.parametrize(
+    "name", ["linear", "cosine", "constant", "constant_with_warmup", "one-cycle", "none"]
+)
+def test_pull_is_the_strength_times_the_sum_of_the_rates(name: str) -> None:
+    steps = 6
+
+    def optimizer_of(model: nn.Module) -> tuple[torch.optim.Optimizer, Any]:
+        optim = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        if name == "none":
+            return optim, None
+        if name == "one-cycle":
+            return optim, torch.optim.lr_scheduler.OneCycleLR(optim, 1e-2, total_steps=steps + 1)
+        from transformers import get_scheduler
+
+        return optim, get_scheduler(name, optim, num_warmup_steps=2, num_training_steps=steps)
+
+    def train(model: nn.Module, optim: Any, scheduler: Any) -> float:
+        total = 0.0
+        for step in range(steps):
+            optim.zero_grad()
+            gradient(model, seed=step)
+            total += optim.param_groups[0]["lr"]
+            optim.step()
+            if scheduler is not None:
+                scheduler.step()
+        return total
+
+    by_pull, by_strength = Net(), Net()
+    optim, scheduler = optimizer_of(by_pull)
+    tell_total_rate(optim, scheduler, steps)
+    Anchor(moments(), pull=3.0).attach(by_pull, optim)
+    total = train(by_pull, optim, scheduler)
+    assert optim.param_groups[0]["holdfast_total_rate"] == pytest.approx(total, rel=1e-9)
+    optim, scheduler = optimizer_of(by_strength)
+    Anchor(moments(), strength=3.0 / total).attach(by_strength, optim)
+    train(by_strength, optim, scheduler)
+    for a, b in zip(by_pull.parameters(), by_strength.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+def test_sum_of_rates_is_the_whole_tasks_when_it_is_told_in_the_middle() -> None:
+    optim = torch.optim.SGD(Net().parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optim, lambda step: 1 - step / 10)
+    for _ in range(4):
+        optim.step()
+        scheduler.step()
+    tell_total_rate(optim, scheduler, 10)
+    assert optim.param_groups[0]["holdfast_total_rate"] == pytest.approx(0.55)
+
+
+def test_pull_without_the_sum_of_rates_says_what_to_call() -> None:
+    model = Net()
+    optim = torch.optim.SGD(model.parameters(), lr=0.1)
+    Anchor(moments()).attach(model, optim)
+    gradient(model)
+    with pytest.raises(ConfigError, match=r"pull=5 is the whole pull.*tell_total_rate\(optimizer, scheduler"):
+        optim.step()
+    with pytest.raises(ConfigError, match=r"give `strength`.*or `pull`.*not both"):
+        Anchor(moments(), strength=1.0, pull=1.0)
+
+
+# drift
+
+
+def test_drift_is_the_trace_formula_by_map_and_in_all() -> None:
+    model, prior = Net(), moments()
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    start = weights(model)
+    handle = Anchor(prior, strength=1.0).attach(model, optim)
+    assert handle.drift().total == 0.0
+    stepped(optim, model)
+    top, bottom, maps = 0.0, 0.0, {}
+    for name in NAMES:
+        c = prior.tensors[name].double()
+        c = c * len(c) / c.trace()
+        d, w = (oriented(t, name) for t in (weights(model)[name] - start[name], start[name]))
+        moved, whole = (float(torch.trace(t @ c @ t.T)) for t in (d, w))
+        maps[name] = moved / whole
+        top, bottom = top + moved, bottom + whole
+    got = handle.drift()
+    assert got.maps == pytest.approx(maps, rel=1e-6)
+    assert got.total == pytest.approx(top / bottom, rel=1e-6)
+    assert drift(prior, model, start) == got
+
+
+def test_drift_is_the_mean_squared_change_of_old_outputs() -> None:
+    x = torch.randn(40, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    c = {"h.0.a.weight": x.T @ x / 40, "h.0.b.weight": torch.eye(5)}
+    model = Net()
+    start = weights(model)
+    with torch.no_grad():
+        model.h[0]["a"].weight.mul_(1.1)  # type: ignore[index]
+    got = drift(ImportancePrior(c, {"kind": "inputs"}), model, start)
+    old, new = (x @ w.T for w in (start["h.0.a.weight"], weights(model)["h.0.a.weight"]))
+    expected = float((new - old).square().sum() / old.square().sum())
+    assert got.maps == pytest.approx({"h.0.a.weight": expected, "h.0.b.weight": 0.0})
+
+
+def test_drift_of_a_prior_by_weight_says_what_to_compute() -> None:
+    model = Net()
+    prior = ImportancePrior({n: torch.ones(p.shape) for n, p in model.named_parameters()})
+    handle = Anchor(prior).attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(ConfigError, match="of the kind 'inputs'"):
+        handle.drift()
+    with pytest.raises(ConfigError, match="importance 'inputs'"):
+        drift(prior, model, weights(model))
+
+
+# properties of the operator
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), size=st.integers(1, 7), outputs=st.integers(1, 5), rate=st.floats(0, 3))
+def test_blend_is_between_its_ends_and_reduce_is_blend_towards_zero(
+    seed: int, size: int, outputs: int, rate: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    u, _ = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+    share = torch.rand(size, generator=generator, dtype=torch.float64)
+    operator = Inputs([share], [u], [1])
+    value = torch.randn(outputs, size, generator=generator, dtype=torch.float64)
+    zero, blended, reduced, times = torch.zeros_like(value), value.clone(), value.clone(), value.clone()
+    operator.blend_([blended], [zero])
+    operator.reduce_([reduced])
+    operator.times_([times])
+    assert torch.equal(blended, reduced)
+    torch.testing.assert_close(reduced + times, value)
+    torch.testing.assert_close(operator.energy([value]), (value * times).sum())
+    assert reduced.norm() <= value.norm() * (1 + 1e-12)
+    at_rate = value.clone()
+    operator.blend_([at_rate], [zero], rate)
+    torch.testing.assert_close(at_rate, value @ u @ torch.diag(1 - (rate * share).clamp(max=1)) @ u.T)
