@@ -16,16 +16,15 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from holdfast.config import Options, validate
-from holdfast.errors import ConfigError
 from holdfast.importance import ImportancePrior
 from holdfast.models import ModelOptions, is_encoder_decoder, load_model
 from holdfast.runner import RunConfig, run
 from holdfast.strategies import STRATEGIES, build_strategy
-from holdfast.tasks import toy_suite, toy_tokenizer
+from holdfast.tasks import toy_suite
 from holdfast.tasks.task import Example, TaskStream
 from holdfast.training.bridge import Bridge
 from kills import Killed, dying
-from strategy_runs import options_of
+from strategy_runs import needs_lora, options_of
 from tiny_runs import tiny_run
 from tiny_t5 import write_tiny_t5
 
@@ -67,16 +66,6 @@ def config_of(t5: Path) -> Callable[[str, str, Path], RunConfig]:
         return validate(RunConfig, values, source="test")
 
     return make
-
-
-def needs_lora(name: str) -> bool:
-    """Whether the method refuses full fine-tuning."""
-    model, _ = load_model(ModelOptions(toy=True, hidden=32, layers=2), 0, toy_tokenizer)
-    try:
-        build_strategy(validate(STRATEGIES[name].Options, options_of(name), source="test")).check(model)
-    except ConfigError as error:
-        return "model.lora" in str(error)
-    return False
 
 
 @pytest.fixture(scope="module")
