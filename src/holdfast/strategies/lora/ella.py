@@ -24,7 +24,7 @@ class EllaOptions(Options):
     """How strongly a task is kept off what earlier ones changed."""
 
     name: Literal["ella"] = "ella"
-    strength: float = Field(1e5, ge=0, description="lambda of the penalty")
+    strength: float = Field(1e4, ge=0, description="lambda of the penalty")
 
 
 @register
