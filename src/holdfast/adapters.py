@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from holdfast.errors import ConfigError
+from holdfast.names import canonical_name
 
 ADAPTER = "adapter_config.json"
 NAME = "default"  # the one adapter; PEFT saves it into the folder itself, others into folders of theirs
@@ -39,14 +40,25 @@ class Factors(NamedTuple):
     b: nn.Parameter
 
 
-def lora_factors(model: nn.Module, name: str = NAME) -> list[Factors]:
-    """The factors of an adapter in all adapted linear layers, in the model's order."""
-    found = []
-    for module in model.modules():
+def lora_layers(model: nn.Module, name: str = NAME) -> dict[str, Any]:
+    """Canonical name of the weight to PEFT's layer, of all linear layers that an adapter adapts, in order."""
+    found = {}
+    for path, module in model.named_modules():
         a, b = getattr(module, "lora_A", None), getattr(module, "lora_B", None)
         if isinstance(a, nn.ModuleDict) and isinstance(b, nn.ModuleDict) and name in a:
-            found.append(Factors(a[name].weight, b[name].weight))  # type: ignore[arg-type]
+            found[canonical_name(f"{path}.weight")] = module
     return found
+
+
+def lora_factors(model: nn.Module, name: str = NAME) -> list[Factors]:
+    """The factors of an adapter in all adapted linear layers, in the model's order."""
+    layers = lora_layers(model, name).values()
+    return [Factors(layer.lora_A[name].weight, layer.lora_B[name].weight) for layer in layers]
+
+
+def scale_of(layer: Any) -> float:
+    """alpha / r, of a layer of `lora_layers`."""
+    return float(layer.scaling[NAME])
 
 
 def rank_of(model: Any) -> int:
@@ -55,7 +67,25 @@ def rank_of(model: Any) -> int:
 
 
 def check_growable(model: Any, strategy: str) -> None:
+    """See that the model has one plain LoRA adapter, for a strategy that stacks those of all tasks in it.
+
+    Raises
+    ------
+    ConfigError
+        As `check_plain_lora`.
+    """
+    stacks = "stacks the LoRAs of all tasks in one adapter"
+    check_plain_lora(model, strategy, "trains a new LoRA for each task", stacks)
+
+
+def check_plain_lora(model: Any, strategy: str, does: str, needs: str) -> None:
     """See that the model has one plain LoRA adapter: one whose output is the sum of its ranks' outputs.
+
+    Parameters
+    ----------
+    strategy : str
+    does, needs : str
+        What it does with LoRA, and what it does that only plain LoRA allows; for the messages.
 
     Raises
     ------
@@ -66,7 +96,7 @@ def check_growable(model: Any, strategy: str) -> None:
     kind = getattr(getattr(configs.get(NAME), "peft_type", None), "value", None)
     if kind != "LORA" or len(configs) != 1:
         raise ConfigError(
-            f"strategy.name: '{strategy}' trains a new LoRA for each task, and this model has "
+            f"strategy.name: '{strategy}' {does}, and this model has "
             f"{f'adapters {sorted(configs)}' if configs else 'no LoRA'}. Set model.lora, such as "
             "`lora: {r: 8}`, or give the folder of one LoRA adapter as model.path."
         )
@@ -88,9 +118,8 @@ def check_growable(model: Any, strategy: str) -> None:
     if odd:
         said = ", ".join(f"{key} = {value}" for key, value in odd.items())
         raise ConfigError(
-            f"strategy.name: '{strategy}' stacks the LoRAs of all tasks in one adapter. That is their sum "
-            f"for plain LoRA on linear layers alone, and this adapter has {said}. Give a plain one "
-            "(model.lora), or take another strategy."
+            f"strategy.name: '{strategy}' {needs}. That is defined for plain LoRA on linear layers alone, "
+            f"and this adapter has {said}. Give a plain one (model.lora), or take another strategy."
         )
 
 

@@ -256,7 +256,7 @@ class UnitScores(Record):
 
 
 class AdapterRanks(Record):
-    """``adapters.json`` of one stage: how far a LoRA that grows with each task has grown.
+    """``adapters.json`` of one stage: how far a LoRA has grown, and what its method measured of it.
 
     Attributes
     ----------
@@ -265,12 +265,40 @@ class AdapterRanks(Record):
     frozen : int
         How many of its ranks were frozen during the stage.
     overlap : float or None
-        How far the new ranks are from orthogonal to the frozen ones (`o-lora` only).
+        How far the new ranks are from orthogonal to the frozen ones (`o-lora`), or how much they change what
+        those changed (`ella`).
+    held : float or None
+        Share of all input directions that later tasks may not read (`inf-lora`).
+    router : dict or None
+        Task to the share of its probes that find its own ranks (`lora-routed`).
+    merged : float or None
+        Share of the task's B in the merged one (`slao`).
+    inside : float or None
+        Share of the factors' energy in the subspaces that they are kept out of (`c-lora`).
     """
 
     rank: int
     frozen: int
     overlap: float | None = None
+    held: float | None = None
+    router: dict[str, float] | None = None
+    merged: float | None = None
+    inside: float | None = None
+
+
+class Pruning(Record):
+    """``pruning.json`` of one stage: what `fapm` took back of its update.
+
+    Attributes
+    ----------
+    pruned : float
+        Share of each tensor's entries.
+    energy_left : float
+        Share of the update's squared size that stayed.
+    """
+
+    pruned: float
+    energy_left: float
 
 
 class Faithfulness(Record):

@@ -24,7 +24,7 @@ from holdfast.tasks import build_stream, toy_tokenizer
 from holdfast.tasks.task import Example
 from holdfast.training.verbs import model_inputs
 from learning_data import mostly_slow, near, rows_of, same, weights_in
-from strategy_runs import options_of
+from strategy_runs import needs_lora, options_of
 from tiny_models import tiny_model
 from tiny_runs import tiny_run
 
@@ -191,7 +191,7 @@ def run_config(name: str, output: Path) -> RunConfig:
     values = tiny_run(output, strategy=options_of(name), training=training)
     values |= {"model": {"toy": True, "hidden": 32, "layers": 2}, "evaluation": {"zero_shot": False}}
     values["tasks"] = {"source": "toy", "order": ["copy", "flip"], "train_rows": 24, "test_rows": 4}
-    if "lora" in name:
+    if needs_lora(name):
         values["model"]["lora"] = {"r": 4}
     return validate(RunConfig, values, source="test")
 

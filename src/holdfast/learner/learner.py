@@ -365,7 +365,7 @@ class Learner:
                 yield learning
             finally:
                 learning.release()
-            if not learning.trained:
+            if self.strategy.trains and not learning.trained:
                 raise ConfigError(
                     f"task '{stage.name}': nothing was trained in its block. Call stage.train(), or the "
                     "train() of stage.trainer(...), or in a loop of your own stage.attach(optimizer) first."

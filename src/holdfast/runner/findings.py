@@ -157,7 +157,8 @@ def _estimate(
         findings.remarks += [cost.note] if cost.note else []
     if config.model.lora is None and not any(p.requires_grad for p in model.parameters()):
         findings.problems.append("model.trainable: this model has no linear maps inside transformer blocks.")
-    steps = [_steps(config.training, rows) for rows in _rows(config, stream, strategy)]
+    rows = _rows(config, stream, strategy)
+    steps = [_steps(config.training, number) if strategy.trains else 0 for number in rows]
     findings.estimate.append(
         ("optimizer steps", f"{count(sum(steps))} ({', '.join(map(str, steps))} by stage)")
     )

@@ -106,6 +106,8 @@ def train(
     set_seed(seed)
     progress = progress or Progress(quiet=True)
     record = TrainingRecord(trained=trained_numbers(model), lm_weight=options.lm_weight or 0.0)
+    if verbs is not None and not verbs.trains:
+        return record
     started = time.perf_counter()
     arguments = _arguments(options, folder, seed, encoder_decoder)
     sft = options.trainer == "sft"

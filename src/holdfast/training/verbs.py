@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -20,7 +20,14 @@ class Verbs:
     They are called in this order: `attach` once, when the optimizer exists; for each micro-batch `watch`,
     the forward pass, `loss`, the backward pass; once per optimizer step `observe`, then the step.
     `stage_state_dict` goes into every checkpoint.
+
+    Attributes
+    ----------
+    trains : bool
+        Whether there is anything to train; where not, a training makes no step, and none of these is called.
     """
+
+    trains: ClassVar[bool] = True
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
         """Put holds on the optimizer; the handles are removed when the training ends."""

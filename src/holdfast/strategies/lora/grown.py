@@ -88,7 +88,8 @@ class Grown:
 
         handle = hook(unwrap(optimizer), after=lambda: mask.blend_(factors, kept))
         for factor, ranks in zip(factors, held, strict=True):
-            handle.removers.append(factor.register_hook(partial(reduced, held=ranks)).remove)
+            if factor.requires_grad:  # a strategy may freeze one of the two as a whole
+                handle.removers.append(factor.register_hook(partial(reduced, held=ranks)).remove)
         return handle
 
     def summary(self, overlap: float | None = None) -> AdapterRanks:

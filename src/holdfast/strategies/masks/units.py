@@ -73,7 +73,8 @@ def lowest(score: Tensor, share: float) -> Tensor:
     count = round(share * score.numel())
     if count == 0:
         return torch.zeros_like(score, dtype=torch.bool)
-    return score <= score.flatten().float().kthvalue(count).values.to(score)
+    exact = score.flatten().to(torch.promote_types(score.dtype, torch.float32))  # 16 bits can't be sorted
+    return score <= exact.kthvalue(count).values.to(score)
 
 
 class OutputMask:
