@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from holdfast.runner.environment import describe_environment, revision_of
+
+from holdfast.environment import describe_environment, revision_of
 
 
 def git(folder: Path, *arguments: str) -> str:

@@ -16,7 +16,7 @@ from holdfast.config import validate
 from holdfast.errors import ConfigError
 from holdfast.runner import RunConfig, run
 from holdfast.strategies import STRATEGIES, Stage, build_strategy
-from holdfast.tasks.task import Example, Task, TaskStream
+from holdfast.tasks.task import Example, Task
 from tiny_runs import tiny_run
 
 LORA = {"toy": True, "hidden": 32, "layers": 2, "lora": {"r": 4}}
@@ -29,14 +29,14 @@ class FakeContext:
     model: nn.Module
     folder: Path
     seed: int = 0
-    stream: TaskStream = field(default_factory=lambda: TaskStream("s", ()))
+    write: Any = None
     fits: list[Any] = field(default_factory=list)
 
-    def fit(self, model: Any, examples: Any, name: str, interventions: Any, epochs: Any) -> None:
+    def fit(self, model: Any, examples: Any, name: str, verbs: Any, epochs: Any) -> None:
         """A replay of one step of SGD that moves every weight by -1."""
         self.fits.append((list(examples), name, epochs))
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        handles = interventions.attach(model, optimizer)
+        handles = verbs.attach(model, optimizer)
         for p in model.parameters():
             p.grad = torch.ones_like(p)
         optimizer.step()
@@ -162,7 +162,7 @@ def test_online_fusion_blends_during_training_and_not_at_the_end(tmp_path: Path)
         ({"name": "kif", "unit_score": "mean"}, "`units: lora` only"),
         ({"name": "kif", "replay_epochs": 3}, "with a `memory` only"),
         ({"name": "kif-lora", "important": 0.1}, "`fusion: static` or with a `memory` only"),
-        ({"name": "kif", "important": "some"}, "strategy.kif.important"),
+        ({"name": "kif", "important": "some"}, "strategy.important"),
         ({"name": "kif", "fusion": "sometimes"}, "Allowed: 'static', 'adaptive', 'online'"),
         ({"name": "kif", "sensitivity": "third"}, "'first', 'second', 'second-batch' or 'gradient'"),
     ],
