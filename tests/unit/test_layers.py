@@ -28,7 +28,7 @@ LAYERS = [  # from the top down; those in one line may import each other
     {"importance"},
     {"attribution"},
     {"tasks"},
-    {"models", "adapters"},
+    {"models", "adapters", "base"},
     {"names", "config"},
     {"progress", "folder", "environment"},
     {"storage"},

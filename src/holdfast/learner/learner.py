@@ -17,6 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from holdfast.base import Base, adapter_is_new
 from holdfast.config import validate
 from holdfast.environment import describe_environment
 from holdfast.errors import ConfigError, HoldfastError, ModelError, RunDirectoryError
@@ -114,7 +115,8 @@ class Learner:
         self._encoded: dict[str, EncodedTask] = {}
         self._broken, self._past = "", False
         self._temporary: Any = None
-        self.folder = self._open(folder, model)
+        new = adapter_is_new(model)
+        self.folder = self._open(folder, model, new)
         self.context = Context(
             model=model,
             tokenizer=tokenizer,
@@ -125,6 +127,7 @@ class Learner:
             base_model=base_model or self._base_model,
             fit=self._fit_aside,
         )
+        self.base = Base(self.context.base_model, new or self._began_new())
         self.strategy.check(model)
         self.strategy.prepare(self.context)
         self.learned: list[str] = []
@@ -171,7 +174,7 @@ class Learner:
             model, tokenizer = _rebuilt(path, config)
         return cls(model, tokenizer, config, folder=path, progress=progress)
 
-    def _open(self, folder: str | Path | Folder | None, model: Any) -> Folder:
+    def _open(self, folder: str | Path | Folder | None, model: Any, new_adapter: bool) -> Folder:
         if isinstance(folder, Folder):
             return folder  # its owner has locked it and wrote the configuration
         if folder is None:
@@ -190,11 +193,18 @@ class Learner:
             )
         if self.config.model is None:
             names = [canonical_name(n) for n, p in model.named_parameters() if p.requires_grad]
-            write_json(opened.path / TRAINED, {"trained": names})
+            write_json(opened.path / TRAINED, {"trained": names, "new_adapter": new_adapter})
         write_json(opened.path / "environment.json", describe_environment(self.config.seed))
         values = self.config.model_dump(mode="json", include=set(LearnerConfig.model_fields))
         write_text(opened.path / CONFIG, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
         return opened
+
+    def _began_new(self) -> bool:
+        """Whether the folder was begun with a new adapter; what is rebuilt from it has been trained since."""
+        try:
+            return bool(json.loads((self.folder.path / TRAINED).read_text()).get("new_adapter"))
+        except (OSError, ValueError, AttributeError):
+            return False
 
     def _restore(self, after: int | None) -> None:
         parts = self.folder.parts(STAGES)
@@ -310,6 +320,7 @@ class Learner:
                 yield learning
             finally:
                 learning.release()
+                self.base.free()
             if not learning.trained:
                 raise ConfigError(
                     f"task '{stage.name}': nothing was trained in its block. Call stage.train(), or the "
@@ -473,8 +484,8 @@ class Learner:
     def _base_model(self) -> Any:
         if self.config.model is None:
             raise ConfigError(
-                "Learner: the strategy trains another model from the same start; give base_model=, a "
-                "function that makes a fresh copy of it."
+                "Learner: the model as it was before the first task is needed (by the strategy, or by "
+                "training.loss: kl_to_base); give base_model=, a function that makes a fresh copy of it."
             )
         return load_model(self.config.model, self.config.seed, toy_tokenizer)[0].to(self.model.device)
 
@@ -499,6 +510,7 @@ class Learner:
             folder=folder / "checkpoints",
             seed=self.config.seed,
             verbs=verbs,
+            base=self.base,
             progress=self.progress,
             description=description,
         )

@@ -19,6 +19,7 @@ from holdfast.tasks.encode import Encoded
 from holdfast.tasks.task import Example
 from holdfast.training.bridge import bridged
 from holdfast.training.loop import Collator, Rows, train
+from holdfast.training.losses import TokenLoss
 from holdfast.training.steps import Steps, TrainingRecord
 from holdfast.training.verbs import Batch
 
@@ -98,6 +99,7 @@ class Learning:
             folder=self.folder / "checkpoints",
             seed=self.seed,
             verbs=learner.strategy,
+            base=learner.base,
             progress=learner.progress,
             description=self._description,
         )
@@ -118,8 +120,8 @@ class Learning:
         Raises
         ------
         ConfigError
-            ``model`` or ``peft_config`` is given, or a ``train_dataset`` where the strategy replays rows of
-            earlier tasks, which that data set lacks.
+            ``model`` or ``peft_config`` is given, a ``train_dataset`` where the strategy replays rows of
+            earlier tasks, which that data set lacks, or `training.loss` is set and the trainer has its own.
         """
         from transformers import Seq2SeqTrainer, Trainer
 
@@ -142,11 +144,19 @@ class Learning:
                 "which this train_dataset lacks. Leave train_dataset out, or give stage.dataset."
             )
         ours = cls.compute_loss is Trainer.compute_loss and isinstance(arguments["train_dataset"], Rows)
+        loss = learner.config.training.loss
+        if not ours and loss.name != "cross_entropy":
+            raise ConfigError(
+                f"stage.trainer: training.loss is '{loss.name}', and {cls.__name__} computes a loss of its "
+                "own (so does any Trainer on a train_dataset of yours). Use stage.train() or a plain Trainer "
+                "on the stage's rows, or leave training.loss out."
+            )
         steps = Steps(learner.strategy, self.record)
         arguments.setdefault("processing_class", learner.tokenizer)
         callbacks = [*(arguments.pop("callbacks", None) or ()), steps]
         trainer = bridged(cls, own_loss=ours)(model=learner.model, callbacks=callbacks, **arguments)
         trainer.verbs = learner.strategy
+        trainer.token_loss = TokenLoss.of(loss, learner.base)
         trainer.bad_batch = Path(trainer.args.output_dir) / "bad_batch.safetensors"
         if ours:
             trainer.model_accepts_loss_kwargs = True
@@ -167,7 +177,18 @@ class Learning:
         total_rate : float, optional
             The sum of the learning rate over all steps that will be made, for holds that are given as a
             whole pull (`holdfast.training.schedule.total_rate` takes it from a scheduler).
+
+        Raises
+        ------
+        ConfigError
+            `training.loss` is set: a loop of your own has a loss of its own.
         """
+        loss = self.learner.config.training.loss.name
+        if loss != "cross_entropy":
+            raise ConfigError(
+                f"stage.attach: training.loss is '{loss}', and a loop of your own computes its own loss. Use "
+                "stage.train(), or leave training.loss out."
+            )
         self._handles += self.learner.strategy.attach(self.learner.model, optimizer, total_rate)
         self.trained = True
 

@@ -142,6 +142,8 @@ def _estimate(
         ("gradients", _mib(learned * size)),
         ("optimizer state", _mib(learned * size * states)),
     ]
+    if config.training.loss.name == "kl_to_base" and config.model.lora is None:
+        findings.estimate.append(("copy of the base (training.loss: kl_to_base)", _mib(total * size)))
     for cost in estimate.costs:
         findings.estimate.append((cost.what, _mib(cost.size)))
         findings.remarks += [cost.note] if cost.note else []

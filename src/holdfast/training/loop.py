@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
+from holdfast.base import Base
 from holdfast.errors import ConfigError
 from holdfast.hold.cost import trained_numbers
 from holdfast.models import accepts, is_encoder_decoder
@@ -20,6 +21,7 @@ from holdfast.storage import write_json
 from holdfast.tasks.encode import Encoded, collate
 from holdfast.training.bridge import bridged
 from holdfast.training.checkpoints import latest_checkpoint
+from holdfast.training.losses import TokenLoss
 from holdfast.training.options import TrainingOptions
 from holdfast.training.steps import Steps, TrainingRecord
 from holdfast.training.verbs import ROWS, Verbs
@@ -70,6 +72,7 @@ def train(
     folder: Path,
     seed: int,
     verbs: Verbs | None = None,
+    base: Base | None = None,
     progress: Progress | None = None,
     description: str = "train",
 ) -> TrainingRecord:
@@ -84,6 +87,8 @@ def train(
     folder : Path
         Where checkpoints go. A killed training that is started again with the same arguments ends with
         the same weights, bit for bit, on the same machine.
+    base : Base, optional
+        What ``loss: kl_to_base`` stays close to.
 
     Raises
     ------
@@ -92,7 +97,7 @@ def train(
     Interrupted
         Ctrl-C inside `holdfast.progress.stoppable`; a checkpoint was written first.
     ConfigError
-        ``trainer: sft`` for an encoder-decoder model.
+        ``trainer: sft`` for an encoder-decoder model; ``loss: kl_to_base`` where the base can't be had.
     """
     from transformers import set_seed
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -125,6 +130,7 @@ def train(
             callbacks=[steps],
         )
         trainer.verbs = steps.verbs
+        trainer.token_loss = TokenLoss.of(options.loss, base)
         trainer.bad_batch = folder.parent / "bad_batch.safetensors"
         if trainer.own_loss:
             trainer.model_accepts_loss_kwargs = True  # our loss divides by the step's token count itself
