@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from holdfast.config import Options
 from holdfast.evaluation.answers import generate, rank_options
+from holdfast.evaluation.harness import HarnessOptions, named_tasks
 from holdfast.evaluation.scores import SCORES
 from holdfast.tasks.encode import Encoded, Encoder
 from holdfast.tasks.task import Example, Task
@@ -28,6 +29,15 @@ class EvaluationOptions(Options):
         "need (half the time on four tasks; gaps in the matrix)",
     )
     zero_shot: bool = Field(True, description="score every task before any training (row 0 of the matrix)")
+    general: bool = Field(
+        False,
+        description="measure KL(base || now) after each task, on rows that the base writes itself at the "
+        "start and on the new task's rows",
+    )
+    harness: Annotated[HarnessOptions | None, BeforeValidator(named_tasks)] = Field(
+        None, description="tasks of EleutherAI's lm-eval, asked before the first task and after each"
+    )
+    general_rows: int = Field(64, ge=1, description="how many rows of each kind that is measured on")
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,12 @@ from holdfast.config import validate
 from holdfast.environment import describe_environment
 from holdfast.errors import ConfigError, HoldfastError, ModelError, RunDirectoryError
 from holdfast.evaluation.evaluate import EncodedTask, encode_task, evaluate_encoded
+from holdfast.evaluation.general import Divergence
 from holdfast.evaluation.predictions import file_safe, write_predictions
 from holdfast.folder import PARTIAL, Folder
 from holdfast.learner.config import CONFIG, STAGES, LearnerConfig, recorded_config
+from holdfast.learner.general import General
+from holdfast.learner.harness import Harness, check_askable
 from holdfast.learner.known import read_about, read_task, write_task
 from holdfast.learner.learning import Learning
 from holdfast.learner.skills import Skills, read_skills
@@ -101,6 +104,7 @@ class Learner:
         self.config: LearnerConfig = (
             strategy if whole else validate(LearnerConfig, {"strategy": strategy, **sections}, "Learner")
         )
+        check_askable(self.config)
         if tokenizer.pad_token_id is None:
             raise ModelError(
                 "Learner: the tokenizer has no padding token. Give it one first, such as "
@@ -130,6 +134,7 @@ class Learner:
         self.base = Base(self.context.base_model, new or self._began_new())
         self.strategy.check(model)
         self.strategy.prepare(self.context)
+        self.general = General(self)
         self.learned: list[str] = []
         self._restore(after)
 
@@ -311,6 +316,13 @@ class Learner:
             self._broken = stage.name
             self.context.folder = folder
             started = time.perf_counter()
+            measured = self.config.evaluation.general
+            if measured:
+                self.general.begin(stage, folder)
+                seconds["general"] = time.perf_counter() - started
+            harness = Harness(self, folder)
+            seconds |= harness.begin()
+            started = time.perf_counter()
             self.strategy.begin(self.context, stage)
             examples = self.strategy.examples(self.context, stage)
             if self.replay is not None:
@@ -339,7 +351,13 @@ class Learner:
             started = time.perf_counter()
             scores = self.evaluate(tested, folder, f"after {stage.name}")
             seconds["evaluate"] = time.perf_counter() - started
-            write_json(folder / "metrics.json", {"stage": stage.name, "scores": scores, "seconds": seconds})
+            metrics: dict[str, Any] = {"stage": stage.name, "scores": scores, "seconds": seconds}
+            if measured:
+                started = time.perf_counter()
+                metrics |= self.general.measured(stage.tasks[-1].name)
+                seconds["general"] += time.perf_counter() - started
+            metrics |= harness.measured(seconds)
+            write_json(folder / "metrics.json", metrics)
             self._save_state(folder)
         self._broken = ""
         self.learned.append(stage.name)
@@ -387,6 +405,22 @@ class Learner:
             Which task an input is of; only strategies that must be told (`needs_task_identity`) look at it.
         """
         return self.strategy.route(self.model, task if self.strategy.needs_task_identity else None)
+
+    def kl_to_base(self, rows: Iterable[Example | Mapping[str, Any]] | None = None) -> Divergence:
+        """How far the model has moved from what it was before the first task: KL(base || now) per token.
+
+        Parameters
+        ----------
+        rows : iterable, optional
+            Of the same form as a task's; by default those that the base wrote itself
+            (``evaluation.general: true``).
+
+        Raises
+        ------
+        ConfigError
+            No rows of the base were kept; or rows are given and the base can't be had (see `base_model`).
+        """
+        return self.general.of(None if rows is None else as_examples(rows))
 
     def skills(self) -> Skills:
         """Each task then and now, and what it costs on disk: what ``holdfast skills`` shows."""
@@ -484,8 +518,9 @@ class Learner:
     def _base_model(self) -> Any:
         if self.config.model is None:
             raise ConfigError(
-                "Learner: the model as it was before the first task is needed (by the strategy, or by "
-                "training.loss: kl_to_base); give base_model=, a function that makes a fresh copy of it."
+                "Learner: the model as it was before the first task is needed (by the strategy, by "
+                "training.loss: kl_to_base, or for KL to it); give base_model=, a function that makes a "
+                "fresh copy of it."
             )
         return load_model(self.config.model, self.config.seed, toy_tokenizer)[0].to(self.model.device)
 

@@ -9,7 +9,12 @@ from typing import Any
 from holdfast.report.read import RunRecord
 from holdfast.report.summary import duration
 
-_PHASES = (("train", "training"), ("prior", "importance"), ("evaluate", "evaluation"))
+_PHASES = (
+    ("train", "training"),
+    ("prior", "importance"),
+    ("evaluate", "evaluation"),
+    ("general", "general ability"),
+)
 
 
 def common(runs: Sequence[RunRecord]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from holdfast.errors import DataError
+from holdfast.evaluation.harness import courses
 from holdfast.evaluation.metrics import summarise
 from holdfast.evaluation.predictions import predictions_file
 from holdfast.learner.skills import read_skills
@@ -167,6 +168,9 @@ def _metrics_of_skills(path: Path) -> Metrics:
         strategy=known.strategy,
         tasks=[skill.name for skill in known.skills],
         matrix=known.matrix,
+        kl_base=[skill.kl_base for skill in known.skills],
+        kl_new=[skill.kl_new for skill in known.skills],
+        harness=known.harness,
         **summarise(known.matrix),
     )
 
@@ -174,6 +178,10 @@ def _metrics_of_skills(path: Path) -> Metrics:
 def _read_run(path: Path, metrics: Metrics | None = None) -> RunRecord:
     source = path / "metrics.json"
     metrics = metrics or _parse(Metrics, source)
+    asked = path / "harness.json"  # of `holdfast harness`
+    if not metrics.harness and asked.is_file():
+        found = _json(asked)
+        metrics = metrics.model_copy(update={"harness": courses([found.get("base"), found.get("now")])})
     count = len(metrics.tasks)
     rows, columns = len(metrics.matrix), sorted({len(row) for row in metrics.matrix})
     if rows != count + 1 or columns not in ([count], []):

@@ -32,6 +32,9 @@ class Metrics(BaseModel):
     parameters: int | None = None
     trainable: int | None = None
     seed: int | None = None
+    kl_base: list[Score] = []  # KL(base || now), nats a token, after each stage
+    kl_new: list[Score] = []
+    harness: dict[str, list[Score]] = {}  # lm-eval's scores before the first stage and after each
     knows_task: bool = False
     rehearses: bool = False
     finished: bool = True

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from holdfast.errors import HoldfastError
 from holdfast.hold.cost import trained_numbers
+from holdfast.learner.harness import check_askable
 from holdfast.models import is_encoder_decoder, load_model
 from holdfast.runner.config import RunConfig
 from holdfast.runner.directory import RunDirectory
@@ -77,6 +78,10 @@ def check(config: RunConfig) -> Findings:
     except HoldfastError as error:
         findings.problems.append(str(error))
     _check_output(config, findings)
+    try:
+        check_askable(config)
+    except HoldfastError as error:
+        findings.problems.append(str(error))
     strategy, fits = build_strategy(config.strategy), model is not None
     if model is not None:
         try:

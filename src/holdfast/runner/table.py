@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -15,31 +15,53 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.1f}"
 
 
+def _nats(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
 def metrics_table(runs: Sequence[dict[str, Any]]) -> Table:
-    """AP, BWT, FWT, learning accuracy and seconds, a row a run."""
+    """AP, BWT, FWT, learning accuracy and seconds, a row a run; KL to the base where it was measured."""
     table = Table(caption="AP and learning accuracy: higher is better; BWT: 0 is no forgetting (percent)")
     table.add_column("run")
-    for head in ("AP", "BWT", "FWT", "learning accuracy", "seconds"):
+    measured = any(run.get("kl_base") for run in runs)  # only where somebody asked for it
+    for head in ("AP", "BWT", "FWT", "learning accuracy", *(("KL to base",) if measured else ()), "seconds"):
         table.add_column(head, justify="right")
     for run in runs:
         cells = [_number(run[key]) for key in ("ap", "bwt", "fwt", "learning_accuracy")]
+        if measured:
+            cells.append(_nats((run.get("kl_base") or [None])[-1]))
         table.add_row(run["label"], *cells, f"{run['seconds']['total']:.0f}")
     return table
 
 
 def skills_table(known: Skills) -> Table:
     """What a learner's folder holds, a row a skill."""
+    away = any(skill.kl_base is not None for skill in known.skills)
     about = f"percent, on rows kept aside; moved: answered otherwise now than then. {known.method}, "
+    if away:
+        about = f"KL to base: nats a token on rows of the base's own, after the skill was learned. {about}"
     table = Table(caption=Text(f"{about}{known.disk / 2**20:.1f} MiB on disk"))
     table.add_column("skill", overflow="fold")
-    for head in ("learned", "rows", "then", "now", "moved"):
+    for head in ("learned", "rows", "then", "now", "moved", *(("KL to base",) if away else ())):
         table.add_column(head, justify="right")
     for skill in known.skills:
         rows = "–" if skill.train_rows is None else f"{skill.train_rows}"
         cells = [_number(value) for value in (skill.then, skill.now, skill.drift)]
+        cells += [_nats(skill.kl_base)] if away else []
         table.add_row(Text(skill.name), skill.learned[:10] or "–", rows, *cells)
     for name in known.unfinished:
-        table.add_row(Text(name), "unfinished", "", "", "", "")
+        table.add_row(Text(name), "unfinished")
+    return table
+
+
+def harness_table(scores: Mapping[str, Sequence[float | None]]) -> Table:
+    """lm-eval's scores before anything was learned and now, as it gives them."""
+    table = Table(caption="scores of lm-eval, as it gives them")
+    table.add_column("task and metric", overflow="fold")
+    for head in ("base", "now"):
+        table.add_column(head, justify="right")
+    for name, values in scores.items():
+        table.add_row(Text(name), _nats(values[0]), _nats(values[-1]))
     return table
 
 
