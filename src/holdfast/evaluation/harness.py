@@ -52,7 +52,7 @@ def check_harness(options: HarnessOptions) -> None:
 
 
 def _tasks(options: HarnessOptions) -> Any:
-    """lm-eval's index of tasks: of the user's own folder alone where all are in it, which is quick to read."""
+    """lm-eval's index of tasks: of the user's own folder alone where all are in it, which is quick."""
     own = options.include_path
     if own is not None and not Path(own).is_dir():
         raise ConfigError(f"evaluation.harness.include_path: {own} is no folder.")

@@ -72,10 +72,12 @@ def learn_data(
     config = _config(skills, model, strategy, lora, assignments)
     rate_given = any(a.split("=")[0].strip() == "training.learning_rate" for a in assignments)
     usual_rate = not (rate_given or (skills / CONFIG).is_file())
+    frame_given = any(a.split("=")[0].strip().startswith("template.") for a in assignments)
+    usual_frame = not (frame_given or (skills / CONFIG).is_file())
     task = _task(data, name, test, metric, config.seed)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    with stoppable(), _learner(skills, config, progress, usual_rate) as learner:
+    with stoppable(), _learner(skills, config, progress, usual_rate, usual_frame) as learner:
         if task.name in learner.learned:
             known = learner.digests[task.name]
             if known != learner.digest(task):
@@ -138,12 +140,18 @@ def _config(
     return validate(LearnerConfig, override(values, assignments), "holdfast learn")
 
 
-def _learner(skills: Path, config: LearnerConfig, progress: Progress, usual_rate: bool) -> Learner:
+def _learner(
+    skills: Path, config: LearnerConfig, progress: Progress, usual_rate: bool, usual_frame: bool
+) -> Learner:
     if config.model is None:  # begun in a script
         return Learner.load(skills, progress=progress, **config.model_dump(include=set(CHANGEABLE)))
     model, tokenizer = load_model(config.model, config.seed, toy_tokenizer)
     if torch.cuda.is_available():
         model.cuda()
+    if usual_frame and getattr(tokenizer, "chat_template", None):  # as an instruct model is asked
+        template = config.template.model_copy(update={"chat": True})
+        config = config.model_copy(update={"template": template})
+        progress.say("prompts go into a user turn of the tokenizer's chat template (template.chat)")
     if usual_rate:
         training = config.training.model_copy(update={"learning_rate": _usual_rate(config, model)})
         config = config.model_copy(update={"training": training})

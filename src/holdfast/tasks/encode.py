@@ -24,6 +24,7 @@ IGNORED = -100  # the label that transformers' losses leave out
 class Template(Options):
     """The frame around every prompt and completion, and how much of each is kept.
 
+    With `chat`, a prompt that is text becomes one user turn of the tokenizer's chat template.
     ``{bos}`` and ``{eos}`` stand for the tokenizer's tokens (nothing where it has none). Chat prompts are
     framed by the tokenizer's own chat template, so `prompt` and `strip` do not apply to them. T5 expects its
     input to end in ``{eos}``: use ``prompt: "{prompt}{eos}"`` for it.
@@ -34,6 +35,10 @@ class Template(Options):
     )
     completion: str = Field(
         default="{completion}{eos}", description="frame of an answer, with {completion} once"
+    )
+    chat: bool = Field(
+        default=False,
+        description="put each text prompt into a user turn of the tokenizer's chat template",
     )
     strip: str = Field(
         default="", description="removed from the end of the prompt text, with the space around it"
@@ -99,6 +104,11 @@ class Encoder:
         self.tokenizer = tokenizer
         self.template = template
         self.encoder_decoder = encoder_decoder
+        if template.chat and not getattr(tokenizer, "chat_template", None):
+            raise DataError(
+                "template.chat: the tokenizer has no chat template. Leave `chat` out and frame prompts with "
+                "template.prompt, or use a model whose tokenizer has one."
+            )
         self._prompt_frame = self._frame(template.prompt, "{prompt}")
         self._completion_frame = self._frame(template.completion, "{completion}")
 
@@ -118,7 +128,10 @@ class Encoder:
                 f"empty completion (prompt {_start_of(example.prompt)}): there is nothing to learn from it. "
                 "Give the row an answer or leave it out."
             )
-        if isinstance(example.prompt, str):
+        if isinstance(example.prompt, str) and self.template.chat:
+            turn = {"role": "user", "content": self._stripped(example.prompt)}
+            prompt_ids, cut = self._chat((turn,))
+        elif isinstance(example.prompt, str):
             prompt_ids, cut = self._text(example.prompt)
         else:
             prompt_ids, cut = self._chat(example.prompt)
@@ -154,10 +167,13 @@ class Encoder:
         before, after = frame.split(placeholder)
         return self._ids(before), self._ids(after)
 
-    def _text(self, text: str) -> tuple[list[int], int]:
+    def _stripped(self, text: str) -> str:
         if self.template.strip:
             text = text.rstrip().removesuffix(self.template.strip).rstrip()
-        ids, limit = self._ids(text), self.template.max_prompt_tokens
+        return text
+
+    def _text(self, text: str) -> tuple[list[int], int]:
+        ids, limit = self._ids(self._stripped(text)), self.template.max_prompt_tokens
         kept = ids[:limit] if self.template.keep == "first" else ids[-limit:]
         before, after = self._prompt_frame
         return [*before, *kept, *after], len(ids) - len(kept)
