@@ -11,8 +11,12 @@ import yaml
 from typer.testing import CliRunner
 
 from holdfast.cli import app
-from holdfast.errors import DataError
+from holdfast.config import validate
+from holdfast.errors import ConfigError, DataError
+from holdfast.evaluation.evaluate import EvaluationOptions, encode_task
 from holdfast.tasks import Encoder, Example, Template, toy_tokenizer
+from holdfast.tasks.opening import opening_of
+from holdfast.tasks.task import Task
 from tiny_models import tiny_model
 
 CHAT = (
@@ -41,6 +45,32 @@ def test_a_long_one_is_cut_inside_the_turn() -> None:
     row = encoder(Example("abcde", "d"))
     assert row.cut == 2
     assert row.prompt_ids == encoder(Example("abc", "d")).prompt_ids
+
+
+def test_its_answer_ends_as_a_turn_ends_and_so_is_asked() -> None:
+    tokenizer = chatting()
+    end = tokenizer.convert_ids_to_tokens(5)
+    tokenizer.add_special_tokens({"additional_special_tokens": [end]})
+    tokenizer.chat_template = CHAT.replace(";", end)
+    encoder = Encoder(tokenizer, Template(chat=True), encoder_decoder=False)
+    assert encoder(Example("ab", "d")).completion_ids[-1:] == [5]
+    asked = encode_task(Task("t", [], [Example("ab", "d")]), encoder, EvaluationOptions())
+    assert asked.stop_ids == [5, tokenizer.eos_token_id]
+
+
+def test_a_generated_memory_is_opened_inside_the_turn() -> None:
+    encoder = Encoder(chatting(), Template(chat=True), encoder_decoder=False)
+    rows = [Example(f"copy {word}", word) for word in ("ab", "cd", "ef")]
+    opening = opening_of(rows, encoder, "t")
+    whole = [*opening.given, *encoder.text.ids("ab"), *opening.closing]
+    assert encoder(rows[0]).prompt_ids[: len(whole)] == whole
+    assert opening.prompt("copy gh") == "copy gh"
+    assert "user" in encoder.text_of(opening.before)
+
+
+def test_a_frame_of_text_beside_it_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"`prompt` doesn't combine with `chat: true`"):
+        validate(Template, {"chat": True, "prompt": "Q: {prompt}"}, "test")
 
 
 def test_without_a_chat_template_it_is_refused() -> None:

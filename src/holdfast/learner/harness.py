@@ -32,8 +32,9 @@ def check_askable(config: LearnerConfig) -> None:
         return
     if STRATEGIES[config.strategy.name].strategy.route is not Strategy.route:
         raise ConfigError(
-            f"evaluation.harness: under strategy '{config.strategy.name}' answers come from prompts in front "
-            "of the model, which lm-eval doesn't know of. Leave evaluation.harness out, or take another one."
+            f"evaluation.harness: under strategy '{config.strategy.name}' answers come from more than a "
+            "plain model (prompts, routers), which lm-eval can't ask. Leave evaluation.harness out, or take "
+            "another strategy."
         )
     check_harness(config.evaluation.harness)
 
