@@ -257,6 +257,32 @@ def test_every_strategy_learns_under_it(name: str, tmp_path: Path, monkeypatch: 
     assert len(seen) >= (2 if name == "multitask" else 4)
 
 
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+@pytest.mark.parametrize("loss", ["eaft", "kl_to_base"])
+def test_the_loss_on_prompts_is_added_to_either_unchanged(kind: str, loss: str, tmp_path: Path) -> None:
+    start = tiny_model(kind)
+    elsewhere = moved(start)
+
+    def first_loss(loss: str, weight: float) -> float:
+        values = {"loss": loss, "lm_weight": weight, "max_steps": 1, "learning_rate": 1e-9, "log_steps": 1}
+        record = train(
+            copy.deepcopy(start),
+            rows_of(kind),
+            validate(TrainingOptions, values, "test"),
+            tokenizer=TOKENIZER,
+            folder=tmp_path / f"{loss}{weight}",
+            seed=0,
+            base=Base(lambda: copy.deepcopy(elsewhere), False),
+        )
+        return record.loss[0][1]
+
+    plain, other = first_loss("cross_entropy", 0.0), first_loss(loss, 0.0)
+    added = first_loss("cross_entropy", 0.5) - plain
+    assert added > 0.1
+    assert abs(other - plain) > 1e-3
+    assert first_loss(loss, 0.5) - other == pytest.approx(added, rel=1e-3)
+
+
 # where they don't apply
 
 

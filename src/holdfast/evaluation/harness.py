@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -82,7 +83,8 @@ def run_harness(model: Any, tokenizer: Any, options: HarnessOptions) -> Results:
     Returns
     -------
     dict
-        Task to metric to value; metrics under lm-eval's names, such as ``acc,none`` and ``acc_stderr,none``.
+        Task to metric to value, as far as it is a finite number; metrics under lm-eval's names,
+        such as ``acc,none`` and ``acc_stderr,none``.
 
     Raises
     ------
@@ -112,9 +114,14 @@ def run_harness(model: Any, tokenizer: Any, options: HarnessOptions) -> Results:
     model.train(training)
     assert found is not None
     return {
-        task: {k: float(v) for k, v in scores.items() if isinstance(v, int | float) and "," in k}
+        task: {metric: float(v) for metric, v in scores.items() if "," in metric and _is_score(v)}
         for task, scores in found["results"].items()
     }
+
+
+def _is_score(value: Any) -> bool:
+    """JSON knows no other numbers than finite ones; a standard error may be text."""
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ _PHASES = (
     ("prior", "importance"),
     ("evaluate", "evaluation"),
     ("general", "general ability"),
+    ("harness", "lm-eval"),
 )
 
 
