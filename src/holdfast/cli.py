@@ -1,4 +1,4 @@
-"""The command line: demo | learn | skills | run | compare | attribute | report | check | list."""
+"""The command line: demo | learn | skills | harness | run | compare | attribute | report | check | list."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def skills_command(
         from holdfast.learner import Learner
         from holdfast.learner.skills import read_skills
         from holdfast.learner.skills import undo as take_back
-        from holdfast.runner.table import skills_table
+        from holdfast.runner.table import harness_table, skills_table
 
         if undo:
             console.print(f"Taken back: {take_back(folder)}", highlight=False, markup=False)
@@ -216,6 +216,51 @@ def skills_command(
             print(json.dumps(known.record(), ensure_ascii=False, indent=2))
         else:
             Console().print(skills_table(known))
+            if known.harness:
+                Console().print(harness_table(known.harness))
+
+
+@app.command("harness")
+def harness_command(
+    folder: Annotated[Path, typer.Argument(metavar="RUN|SKILLS", help="folder of a run, or of skills")],
+    tasks: Annotated[str, typer.Option(help="names of lm-eval's tasks, with commas between them")],
+    include_path: Annotated[
+        str | None, typer.Option(help="folder with task files (YAML) of your own; works offline")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="at most that many questions a task")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    chat: Annotated[bool, typer.Option("--chat", help="ask through the tokenizer's chat template")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON for a program")] = False,
+) -> None:
+    """General ability by EleutherAI's lm-eval: before anything was learned, and now.
+
+    Needs lm-eval (pip install 'holdfast[harness]'). The results are kept in harness.json of the folder, where
+    `holdfast report` finds them. With evaluation.harness=[arc_easy] a run asks after each task by itself.
+
+    Examples:
+
+      holdfast harness skills --tasks arc_easy,hellaswag --limit 200
+
+      holdfast harness runs/toy --tasks my_task --include-path my-tasks
+    """
+    with _told("The same command again starts over."), Progress() as progress:
+        import json
+
+        from holdfast.config import validate
+        from holdfast.evaluation.harness import HarnessOptions, courses
+        from holdfast.runner.harness import harness_folder
+        from holdfast.runner.table import harness_table
+
+        values: dict[str, Any] = {
+            "tasks": [name.strip() for name in tasks.split(",") if name.strip()],
+            "limit": limit,
+        }
+        values |= {"include_path": include_path, "batch_size": batch_size, "chat": chat}
+        found = harness_folder(folder, validate(HarnessOptions, values, "holdfast harness"), progress)
+        if as_json:
+            print(json.dumps(found.model_dump(mode="json"), ensure_ascii=False, indent=2))
+        else:
+            Console().print(harness_table(courses([found.base, found.now])))
 
 
 @app.command("run")
@@ -238,11 +283,13 @@ def run_command(
         from holdfast.records import RunMetrics
         from holdfast.runner.config import load_config
         from holdfast.runner.loop import run
-        from holdfast.runner.table import metrics_table
+        from holdfast.runner.table import harness_table, metrics_table
 
         loaded = load_config(config, overrides or [])
         metrics = RunMetrics.model_validate(run(loaded, progress))
         Console().print(metrics_table([metrics]))
+        if metrics.harness:
+            Console().print(harness_table(metrics.harness))
         progress.say(f"Run directory: {loaded.output}   Report: holdfast report {loaded.output}")
 
 

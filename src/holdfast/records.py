@@ -24,6 +24,7 @@ def _finite(value: Any) -> Any:
 
 
 Score = Annotated[float | None, BeforeValidator(_finite)]
+HarnessScores = Mapping[str, Mapping[str, Score]]  # lm-eval's tasks to its metrics to their values
 
 
 class Record(BaseModel):
@@ -92,10 +93,16 @@ class RunMetrics(Record):
     ap, fwt, bwt, forgetting, learning_accuracy : float or None
         What `holdfast.evaluation.metrics` makes of the matrix; None where an entry is missing.
     seconds : dict
-        Of ``train``, ``prior`` and ``evaluate``, and their sum ``total``.
+        Of ``train``, ``prior`` and ``evaluate``, of ``general`` and ``harness`` where they were asked for,
+        and their sum ``total``.
     parameters, trainable : int or None
         Numbers in the model at the end, and those that the first stage trained.
     seed : int or None
+    kl_base, kl_new : list of float or None
+        KL(base || now) after each stage, in nats a token, on rows that the base wrote itself and on those
+        of the stage's last task; empty where it was not measured.
+    harness : dict
+        lm-eval's scores (``arc_easy acc``) before the first stage and after each.
     knows_task : bool
         Whether the method is told with each test which task it is.
     rehearses : bool
@@ -119,6 +126,9 @@ class RunMetrics(Record):
     parameters: int | None = None
     trainable: int | None = None
     seed: int | None = None
+    kl_base: list[Score] = []
+    kl_new: list[Score] = []
+    harness: dict[str, list[Score]] = {}
     knows_task: bool = False
     rehearses: bool = False
     memory: Literal["none", "kept", "generated"] = "none"
@@ -147,12 +157,45 @@ class StageMetrics(Record):
     scores : dict
         Task to score in percent, of the tasks that were tested after it.
     seconds : dict
-        Of ``train``, ``prior`` and ``evaluate``, as far as the stage had them.
+        Of ``train``, ``prior``, ``evaluate``, ``general`` and ``harness``, as far as the stage had them.
+    kl_base, kl_new : float or None
+        KL(base || now) after it, in nats a token, on rows of the base's own and on those of its last task.
+    kl_base_error, kl_new_error : float or None
+        Two standard errors of these.
+    harness, harness_before : dict or None
+        What lm-eval said after it, and before it where no earlier stage was asked: task to metric to value.
     """
 
     stage: str
     scores: dict[str, Score]
     seconds: dict[str, float] = {}
+    kl_base: Score = None
+    kl_base_error: Score = None
+    kl_new: Score = None
+    kl_new_error: Score = None
+    harness: HarnessScores | None = None
+    harness_before: HarnessScores | None = None
+
+
+class HarnessAnswers(Record):
+    """``harness.json`` of ``holdfast harness``: what lm-eval said.
+
+    Attributes
+    ----------
+    base, now : dict or None
+        Before anything was learned, None where the base can't be had, and as the model stands.
+    learned : list of str
+        The tasks learned so far.
+    options : dict
+        What was asked.
+    """
+
+    written_by: ClassVar[str] = "holdfast harness"
+
+    base: HarnessScores | None = None
+    now: HarnessScores
+    learned: list[str] = []
+    options: dict[str, Any] = {}
 
 
 class TrainingLog(Record):

@@ -26,7 +26,9 @@ GUIDES = [p for p in PAGES if p.parent.name == "how-to" or p.name == "tour.md"]
 INDEX = ROOT / "docs" / "paper-index.md"
 TOP = "src|configs|examples|docs|tests|benchmarks"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-COMMAND = re.compile(r"\bholdfast (?:demo|learn|skills|run|compare|attribute|report|check|list)\b[^\n;|&]*")
+COMMAND = re.compile(
+    r"\bholdfast (?:demo|learn|skills|harness|run|compare|attribute|report|check|list)\b[^\n;|&]*"
+)
 COMPLETE = {"model", "tasks", "strategy"}  # the sections a whole config must have
 
 

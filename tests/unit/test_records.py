@@ -15,6 +15,7 @@ from holdfast.records import (
     Comparison,
     Environment,
     Faithfulness,
+    HarnessAnswers,
     Prediction,
     PriorMeta,
     ProtectionSummary,
@@ -30,6 +31,7 @@ from holdfast.records import (
 LEAST: dict[type[Record], dict[str, Any]] = {
     RunMetrics: {"label": "x", "strategy": "ewc", "tasks": ["a"], "matrix": [[None], [90.0]]},
     StageMetrics: {"stage": "a", "scores": {"a": 90.0}},
+    HarnessAnswers: {"now": {"arc_easy": {"acc,none": 0.5}}},
     TrainingLog: {"loss": [[10, 0.5]]},
     ProtectionSummary: {"histogram": {"edges": [0.0, 1.0], "counts": [3]}, "held": 0.0},
     UnitScores: {"kind": "matrix", "names": ["w"], "scores": [1.0]},

@@ -16,7 +16,7 @@ from holdfast.evaluation.evaluate import (
     EvaluationOptions,
     answers_of,
     encode_task,
-    is_chat,
+    in_turns,
 )
 from holdfast.evaluation.scores import normalise
 from holdfast.models import context_length, is_encoder_decoder
@@ -118,7 +118,7 @@ def _options(encoded: EncodedTask, found: Audit) -> None:
 
 def _answers(encoded: EncodedTask, encoder: Encoder, found: Audit) -> None:
     """Test answers that can't be scored right whatever is learned."""
-    task, chat = encoded.task, is_chat(encoded.task)
+    task, chat = encoded.task, in_turns(encoded.task, encoder)
     gone = [e for e in task.test if not any(map(_comes_back(encoder), e.answers))]
     if gone:
         found.remarks.append(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from holdfast.config import Options
 from holdfast.evaluation.answers import generate, rank_options
+from holdfast.evaluation.harness import HarnessOptions, named_tasks
 from holdfast.evaluation.scores import SCORES
 from holdfast.records import Prediction
 from holdfast.tasks.encode import Encoded, Encoder
@@ -29,6 +30,15 @@ class EvaluationOptions(Options):
         "need (half the time on four tasks; gaps in the matrix)",
     )
     zero_shot: bool = Field(True, description="score every task before any training (row 0 of the matrix)")
+    general: bool = Field(
+        False,
+        description="measure KL(base || now) after each task, on rows that the base writes itself at the "
+        "start and on the new task's rows",
+    )
+    harness: Annotated[HarnessOptions | None, BeforeValidator(named_tasks)] = Field(
+        None, description="tasks of EleutherAI's lm-eval, asked before the first task and after each"
+    )
+    general_rows: int = Field(64, ge=1, description="how many rows of each kind that is measured on")
 
 
 @dataclass(frozen=True)
@@ -68,7 +78,7 @@ class EncodedTask:
 
 def encode_task(task: Task, encoder: Encoder, options: EvaluationOptions) -> EncodedTask:
     """Encode a task's test rows and what bounds its answers."""
-    ranked, chat = task.metric == "options", is_chat(task)
+    ranked, chat = task.metric == "options", in_turns(task, encoder)
     answers = {} if ranked else {text: encoder.answer_ids(text, chat=chat) for text in answers_of(task)}
     own = encoder.text.own_ids
     return EncodedTask(
@@ -81,9 +91,9 @@ def encode_task(task: Task, encoder: Encoder, options: EvaluationOptions) -> Enc
     )
 
 
-def is_chat(task: Task) -> bool:
-    """Whether the prompts are chat messages."""
-    return any(not isinstance(example.prompt, str) for example in task.test)
+def in_turns(task: Task, encoder: Encoder) -> bool:
+    """Whether the tokenizer's chat template frames the prompts."""
+    return any(encoder.asks_in_turns(example.prompt) for example in task.test)
 
 
 def answers_of(task: Task) -> set[str]:

@@ -17,14 +17,18 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from holdfast.base import Base, adapter_is_new
 from holdfast.config import validate
 from holdfast.environment import describe_environment
 from holdfast.errors import ConfigError, DataError, HoldfastError, ModelError, RunDirectoryError
 from holdfast.evaluation.evaluate import EncodedTask, EvaluationOptions, encode_task, evaluate_encoded
+from holdfast.evaluation.general import Divergence
 from holdfast.evaluation.predictions import file_safe, write_predictions
 from holdfast.evaluation.writing import write_rows
 from holdfast.folder import LOCK, PARTIAL, Folder
 from holdfast.learner.config import CONFIG, STAGES, LearnerConfig, recorded_config
+from holdfast.learner.general import General
+from holdfast.learner.harness import Harness, check_askable
 from holdfast.learner.known import read_about, read_task, write_task
 from holdfast.learner.learning import Learning
 from holdfast.learner.skills import Skills, read_skills
@@ -103,6 +107,7 @@ class Learner:
         self.config: LearnerConfig = (
             strategy if whole else validate(LearnerConfig, {"strategy": strategy, **sections}, "Learner")
         )
+        check_askable(self.config)
         if tokenizer.pad_token_id is None:
             raise ModelError(
                 "Learner: the tokenizer has no padding token. Give it one first, such as "
@@ -120,14 +125,17 @@ class Learner:
         self._temporary: Any = None
         self.strategy.check(model)  # before anything is written
         self._owns = not isinstance(folder, Folder)
-        self.folder = self._open(folder, model)
+        new = adapter_is_new(model)
+        self.folder = self._open(folder, model, new)
         try:
-            self._begin(model, base_model, after)
+            self._begin(model, base_model, after, new)
         except BaseException:
             self.close()  # or the next attempt in this process finds the folder in use
             raise
 
-    def _begin(self, model: Any, base_model: Callable[[], Any] | None, after: int | None) -> None:
+    def _begin(
+        self, model: Any, base_model: Callable[[], Any] | None, after: int | None, new_adapter: bool
+    ) -> None:
         self.context = Context(
             model=model,
             tokenizer=self.tokenizer,
@@ -139,7 +147,9 @@ class Learner:
             fit=self._fit_aside,
             write=self._write,
         )
+        self.base = Base(self.context.base_model, new_adapter or self._began_new())
         self.strategy.prepare(self.context)
+        self.general = General(self)
         self.learned: list[str] = []
         self._restore(after)
 
@@ -184,7 +194,7 @@ class Learner:
             model, tokenizer = _rebuilt(path, config)
         return cls(model, tokenizer, config, folder=path, progress=progress)
 
-    def _open(self, folder: str | Path | Folder | None, model: Any) -> Folder:
+    def _open(self, folder: str | Path | Folder | None, model: Any, new_adapter: bool) -> Folder:
         if isinstance(folder, Folder):
             return folder  # its owner has locked it and wrote the configuration
         if folder is None:
@@ -198,13 +208,13 @@ class Learner:
                 f"{opened.path}: can't be used as a learner's folder ({error.strerror})."
             ) from error
         try:
-            self._claim(opened, model)
+            self._claim(opened, model, new_adapter)
         except BaseException:
             opened.release()
             raise
         return opened
 
-    def _claim(self, folder: Folder, model: Any) -> None:
+    def _claim(self, folder: Folder, model: Any, new_adapter: bool) -> None:
         """See that the folder belongs to this configuration; where nothing was begun it takes it over."""
         path = folder.path
         if begun(path):
@@ -219,10 +229,17 @@ class Learner:
         (path / TRAINED).unlink(missing_ok=True)
         if self.config.model is None:
             names = [canonical_name(n) for n, p in model.named_parameters() if p.requires_grad]
-            write_json(path / TRAINED, {"trained": names})
+            write_json(path / TRAINED, {"trained": names, "new_adapter": new_adapter})
         write_json(path / "environment.json", describe_environment(self.config.seed))
         values = self.config.model_dump(mode="json", include=set(LearnerConfig.model_fields))
         write_text(path / CONFIG, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+    def _began_new(self) -> bool:
+        """Whether the folder was begun with a new adapter; what is rebuilt from it has been trained since."""
+        try:
+            return bool(json.loads((self.folder.path / TRAINED).read_text()).get("new_adapter"))
+        except (OSError, ValueError, AttributeError):
+            return False
 
     def _restore(self, after: int | None) -> None:
         parts = self.folder.parts(STAGES)
@@ -354,6 +371,13 @@ class Learner:
             self._broken = stage.name
             self.context.folder = folder
             started = time.perf_counter()
+            measured = self.config.evaluation.general
+            if measured:
+                self.general.begin(stage, folder)
+                seconds["general"] = time.perf_counter() - started
+            harness = Harness(self, folder)
+            seconds |= harness.begin()
+            started = time.perf_counter()
             self.strategy.begin(self.context, stage)
             for task in stage.tasks if self.config.memory == "generated" else ():
                 opening_of(task.train, self.encoder, task.name)  # what can't be written isn't trained
@@ -365,6 +389,7 @@ class Learner:
                 yield learning
             finally:
                 learning.release()
+                self.base.free()
             if self.strategy.trains and not learning.trained:
                 raise ConfigError(
                     f"task '{stage.name}': nothing was trained in its block. Call stage.train(), or the "
@@ -383,7 +408,14 @@ class Learner:
             started = time.perf_counter()
             scores = self.evaluate(tested, folder, f"after {stage.name}")
             seconds["evaluate"] = time.perf_counter() - started
-            StageMetrics(stage=stage.name, scores=scores, seconds=seconds).write(folder / "metrics.json")
+            general: dict[str, Any] = {}
+            if measured:
+                started = time.perf_counter()
+                general = self.general.measured(stage.tasks[-1].name)
+                seconds["general"] += time.perf_counter() - started
+            general |= harness.measured(seconds)
+            metrics = StageMetrics(stage=stage.name, scores=scores, seconds=seconds, **general)
+            metrics.write(folder / "metrics.json")
             self._save_state(folder)
         self._broken = ""
         self.learned.append(stage.name)
@@ -443,6 +475,22 @@ class Learner:
             Which task an input is of; only strategies that must be told (`needs_task_identity`) look at it.
         """
         return self.strategy.route(self.model, task if self.strategy.needs_task_identity else None)
+
+    def kl_to_base(self, rows: Iterable[Example | Mapping[str, Any]] | None = None) -> Divergence:
+        """How far the model has moved from what it was before the first task: KL(base || now) per token.
+
+        Parameters
+        ----------
+        rows : iterable, optional
+            Of the same form as a task's; by default those that the base wrote itself
+            (``evaluation.general: true``).
+
+        Raises
+        ------
+        ConfigError
+            No rows of the base were kept; or rows are given and the base can't be had (see `base_model`).
+        """
+        return self.general.of(None if rows is None else as_examples(rows))
 
     def skills(self) -> Skills:
         """Each task then and now, and what it costs on disk: what ``holdfast skills`` shows."""
@@ -550,8 +598,9 @@ class Learner:
     def _base_model(self) -> Any:
         if self.config.model is None:
             raise ConfigError(
-                "Learner: the strategy trains another model from the same start; give base_model=, a "
-                "function that makes a fresh copy of it."
+                "Learner: the model as it was before the first task is needed (by the strategy, by "
+                "training.loss: kl_to_base, or for KL to it); give base_model=, a function that makes a "
+                "fresh copy of it."
             )
         return load_model(self.config.model, self.config.seed, toy_tokenizer)[0].to(self.model.device)
 
@@ -594,6 +643,7 @@ class Learner:
             folder=folder / "checkpoints",
             seed=self.config.seed,
             verbs=verbs,
+            base=self.base,
             progress=self.progress,
             description=description,
         )

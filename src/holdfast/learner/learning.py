@@ -19,6 +19,7 @@ from holdfast.tasks.encode import Encoded
 from holdfast.tasks.task import Example
 from holdfast.training.bridge import bridged, is_trl
 from holdfast.training.loop import Collator, Rows, train
+from holdfast.training.losses import TokenLoss
 from holdfast.training.options import TrainingOptions
 from holdfast.training.prompt_loss import PromptLoss
 from holdfast.training.steps import Steps, TrainingRecord
@@ -105,6 +106,7 @@ class Learning:
             folder=self.folder / "checkpoints",
             seed=self.seed,
             verbs=learner.strategy,
+            base=learner.base,
             progress=learner.progress,
             description=self._description,
         )
@@ -125,8 +127,9 @@ class Learning:
         Raises
         ------
         ConfigError
-            ``model`` or ``peft_config`` is given, a ``data_collator`` without a ``train_dataset``, or a
-            ``train_dataset`` where the strategy replays rows of earlier tasks, which that data set lacks.
+            ``model`` or ``peft_config`` is given, a ``data_collator`` without a ``train_dataset``, a
+            ``train_dataset`` where the strategy replays rows of earlier tasks, which that data set lacks, or
+            `training.loss` is set and the trainer has its own.
         """
         from transformers import Seq2SeqTrainer, Trainer
 
@@ -155,12 +158,20 @@ class Learning:
                 "which this train_dataset lacks. Leave train_dataset out, or give stage.dataset."
             )
         ours = cls.compute_loss is Trainer.compute_loss and isinstance(arguments["train_dataset"], Rows)
+        loss = learner.config.training.loss
+        if not ours and loss.name != "cross_entropy":
+            raise ConfigError(
+                f"stage.trainer: training.loss is '{loss.name}', and {cls.__name__} computes a loss of its "
+                "own (so does any Trainer on a train_dataset of yours). Use stage.train() or a plain Trainer "
+                "on the stage's rows, or leave training.loss out."
+            )
         steps = Steps(learner.strategy, self.record)
         arguments.setdefault("processing_class", learner.tokenizer)
         callbacks = [*(arguments.pop("callbacks", None) or ()), steps]
         trainer = bridged(cls, own_loss=ours)(model=learner.model, callbacks=callbacks, **arguments)
         trainer.verbs = learner.strategy
         trainer.prompt_loss = self.prompt_loss
+        trainer.token_loss = TokenLoss.of(loss, learner.base)
         trainer.bad_batch = Path(trainer.args.output_dir) / "bad_batch.safetensors"
         if ours:
             trainer.model_accepts_loss_kwargs = True
@@ -183,7 +194,18 @@ class Learning:
         steps : int, optional
             How many the optimizer will make in this task: a hold that is given as its whole pull over a task
             (the default of `attribution`) must know.
+
+        Raises
+        ------
+        ConfigError
+            `training.loss` is set: a loop of your own has a loss of its own.
         """
+        loss = self.learner.config.training.loss.name
+        if loss != "cross_entropy":
+            raise ConfigError(
+                f"stage.attach: training.loss is '{loss}', and a loop of your own computes its own loss. Use "
+                "stage.train(), or leave training.loss out."
+            )
         if steps is not None:
             tell_total_rate(optimizer, scheduler, steps)
         self._handles += self.learner.strategy.attach(self.learner.model, optimizer)
@@ -227,6 +249,6 @@ def _with_lm_weight(learner: Learner, stage: Stage) -> TrainingOptions:
     options = learner.config.training
     if options.lm_weight is not None:
         return options
-    text = any(isinstance(row.prompt, str) for task in stage.tasks for row in task.train)
+    text = any(not learner.encoder.asks_in_turns(row.prompt) for task in stage.tasks for row in task.train)
     weight = 0.25 if text and learner.config.memory == "generated" else 0.0
     return options.model_copy(update={"lm_weight": weight})

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import RunDirectoryError
+from holdfast.evaluation.harness import courses
 from holdfast.evaluation.metrics import summarise
 from holdfast.evaluation.predictions import read_predictions
 from holdfast.folder import Folder
@@ -30,6 +31,9 @@ class Skill:
         When, ISO 8601; empty where it is unknown.
     disk : int
         Bytes of its part of the folder.
+    kl_base, kl_new : float or None
+        KL(base || now) right after it was learned, in nats a token, on rows of the base's own and on its own
+        training rows; None where it was not measured (``evaluation.general``).
     """
 
     name: str
@@ -41,6 +45,8 @@ class Skill:
     test_rows: int
     metric: str
     disk: int
+    kl_base: float | None = None
+    kl_new: float | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,8 @@ class Skills:
         Its name.
     matrix : list of list of float or None
         ``matrix[j][i]``: score of skill i after j tasks; row 0, before any, is empty.
+    harness : dict
+        lm-eval's scores (``arc_easy acc``) before the first task and after each; empty where it wasn't asked.
     unfinished : list of str
         Tasks that were begun and not finished.
     disk : int
@@ -68,6 +76,7 @@ class Skills:
     matrix: list[list[float | None]]
     unfinished: list[str]
     disk: int
+    harness: dict[str, list[float | None]]
 
     def record(self) -> dict[str, Any]:
         """JSON-able."""
@@ -77,6 +86,7 @@ class Skills:
             "skills": [asdict(skill) for skill in self.skills],
             "matrix": self.matrix,
             **summarise(self.matrix),
+            "harness": self.harness,
             "unfinished": self.unfinished,
             "disk": self.disk,
         }
@@ -115,6 +125,8 @@ def read_skills(path: str | Path) -> Skills:
             test_rows=len(_answers(parts[i], name)),
             metric=str(about[i].get("metric", "")),
             disk=_size(parts[i]),
+            kl_base=metrics[i].kl_base,
+            kl_new=metrics[i].kl_new,
         )
         for i, name in enumerate(names)
     ]
@@ -122,7 +134,9 @@ def read_skills(path: str | Path) -> Skills:
     matrix += [[row.get(name) for name in names] for row in scores]
     unfinished = [part.rpartition("/")[2].partition("-")[2] for part in folder.partial(STAGES)]
     config = recorded_config(root, {})
-    return Skills(root, config.method, config.strategy.name, skills, matrix, unfinished, _size(root))
+    asked = [record.harness for record in metrics]
+    harness = courses([metrics[0].harness_before, *asked]) if any(asked) else {}
+    return Skills(root, config.method, config.strategy.name, skills, matrix, unfinished, _size(root), harness)
 
 
 def undo(path: str | Path) -> str:

@@ -9,7 +9,13 @@ from typing import Any
 from holdfast.quantities import count, duration, rough
 from holdfast.report.read import RunRecord
 
-_PHASES = (("train", "training"), ("prior", "importance"), ("evaluate", "evaluation"))
+_PHASES = (
+    ("train", "training"),
+    ("prior", "importance"),
+    ("evaluate", "evaluation"),
+    ("general", "general ability"),
+    ("harness", "lm-eval"),
+)
 
 
 def common(runs: Sequence[RunRecord]) -> dict[str, Any]:

@@ -205,6 +205,41 @@ def loss_curve(name: str, runs: Sequence[tuple[RunRecord, Json]]) -> Json | None
     return finish(figure)
 
 
+def kl_curve(key: str, runs: Sequence[tuple[RunRecord, Json]]) -> Json | None:
+    """KL to the base after each stage, all runs overlaid; None when no run measured it.
+
+    Parameters
+    ----------
+    key : {"kl_base", "kl_new"}
+        Measured on the base's own rows, or on those of the task that was just learned.
+    """
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    for run, style in runs:
+        values: list[float | None] = getattr(run.metrics, key)
+        if all(value is None for value in values):
+            continue
+        tasks = ["all tasks at once"] if run.joint else run.metrics.tasks
+        start = [0.0] if key == "kl_base" else []  # the base is where it is
+        moments = [*["before training"][: len(start)], *(f"after {name}" for name in tasks)]
+        names = [text(moment) for moment in moments]
+        y = [*start, *values]
+        figure.add_scatter(
+            x=list(range(1 - len(start), len(values) + 1)), y=y, customdata=names[: len(y)],
+            name=text(run.name, 28), mode="lines+markers", connectgaps=True,
+            line={"color": style["colour"], "dash": style["dash"], "width": 2.2},
+            marker={"symbol": style["symbol"], "size": 7},
+            hovertemplate="<b>%{fullData.name}</b><br>%{customdata}: %{y:.3g} nats<extra></extra>",
+        )  # fmt: skip
+    if not figure.data:
+        return None
+    frame(figure, height=210, left=44, top=8, bottom=26)
+    figure.update_xaxes(dtick=1, ticklabelstandoff=2)
+    figure.update_yaxes(rangemode="tozero", showgrid=True, nticks=5)
+    return finish(figure)
+
+
 def frame(figure: go.Figure, *, height: int, left: int, top: int, bottom: int, right: int = 14) -> None:
     """What all figures share: no plotly template, transparent ground, no zoom (a phone must scroll)."""
     import plotly.graph_objects as go

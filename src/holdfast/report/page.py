@@ -88,6 +88,8 @@ def build(records: Sequence[Folder], title: str | None) -> str:
         "faithfulness": _faithfulness(figures, runs, attributions),
         "forgotten": [(i, tasks) for i, run in enumerate(runs) if (tasks := forgotten(run))],
         "losses": _losses(figures, styled),
+        "general": _general(figures, styled),
+        "harness": [(i, _before_and_after(run)) for i, run in enumerate(runs) if run.metrics.harness],
         "costs": costs(runs),
         "details": [details(i, run) for i, run in enumerate(runs)],
         "attributions": [(a, flat(a.meta.meta)) for a in attributions if a.meta],
@@ -145,6 +147,22 @@ def _curves(figures: dict[str, draw.Json], styled: Styled) -> list[Panel]:
                 note = f"order {s + 1}, task {i + 1}" if len(streams) > 1 else ""
                 panels.append(Panel(key, task, note=note))
     return panels
+
+
+def _general(figures: dict[str, draw.Json], styled: Styled) -> list[Panel]:
+    """KL to the base, on its own rows and on the new tasks'."""
+    named = {
+        "kl_base": "On rows that the base wrote itself",
+        "kl_new": "On the task just learned",
+    }
+    keys = [(_add(figures, key, draw.kl_curve(key, styled)), name) for key, name in named.items()]
+    return [Panel(key, name) for key, name in keys if key]
+
+
+def _before_and_after(run: RunRecord) -> list[tuple[str, str, str]]:
+    """lm-eval's scores, as printed: task and metric, of the base, and at the end."""
+    scores = run.metrics.harness.items()
+    return [(name, number(values[0], 3), number(values[-1], 3)) for name, values in scores]
 
 
 def _losses(figures: dict[str, draw.Json], styled: Styled) -> list[Panel]:

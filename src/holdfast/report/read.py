@@ -10,6 +10,7 @@ from typing import TypeVar
 import yaml
 
 from holdfast.errors import DataError
+from holdfast.evaluation.harness import courses
 from holdfast.evaluation.metrics import summarise
 from holdfast.evaluation.predictions import read_predictions
 from holdfast.learner.skills import read_skills
@@ -17,6 +18,7 @@ from holdfast.records import (
     Comparison,
     Environment,
     Faithfulness,
+    HarnessAnswers,
     Prediction,
     PriorMeta,
     ProtectionSummary,
@@ -159,12 +161,18 @@ def _metrics_of_skills(path: Path) -> RunMetrics:
         strategy=known.strategy,
         tasks=[skill.name for skill in known.skills],
         matrix=known.matrix,
+        kl_base=[skill.kl_base for skill in known.skills],
+        kl_new=[skill.kl_new for skill in known.skills],
+        harness=known.harness,
         **summarise(known.matrix),
     )
 
 
 def _read_run(path: Path, metrics: RunMetrics | None = None) -> RunRecord:
     metrics = metrics or RunMetrics.read(path / "metrics.json")
+    asked = _read_if(HarnessAnswers, path / "harness.json")
+    if not metrics.harness and asked is not None:
+        metrics = metrics.model_copy(update={"harness": courses([asked.base, asked.now])})
     folders = sorted(p for p in (path / "tasks").glob("[0-9]*-*") if p.is_dir() and p.suffix != ".partial")
     named = [] if metrics.strategy == "multitask" else metrics.tasks  # a folder's name may be a cleaned one
     config = path / "config.yaml"

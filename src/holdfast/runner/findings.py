@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.console import Console
 from holdfast.errors import HoldfastError
 from holdfast.evaluation.audit import audit
 from holdfast.hold.cost import trained_numbers
+from holdfast.learner.harness import check_askable
 from holdfast.models import is_encoder_decoder, load_model
 from holdfast.progress import tell
 from holdfast.quantities import count, mebibytes
@@ -82,10 +84,11 @@ def check(config: RunConfig, directory: bool = True) -> Findings:
         model, tokenizer = load_model(config.model, config.seed, toy_tokenizer)
     except HoldfastError as error:
         findings.problems.append(str(error))
-    try:
-        config.training.check_installed()
-    except HoldfastError as error:
-        findings.problems.append(str(error))
+    for found_out in (config.training.check_installed, partial(check_askable, config)):
+        try:
+            found_out()
+        except HoldfastError as error:
+            findings.problems.append(str(error))
     if directory:
         _check_output(config, findings)
     strategy, fits = build_strategy(config.strategy), model is not None
@@ -152,6 +155,8 @@ def _estimate(
         ("gradients", mebibytes(learned * size)),
         ("optimizer state", mebibytes(learned * size * states)),
     ]
+    if config.training.loss.name == "kl_to_base" and config.model.lora is None:
+        findings.estimate.append(("copy of the base (training.loss: kl_to_base)", mebibytes(total * size)))
     for cost in estimate.costs:
         findings.estimate.append((cost.what, mebibytes(cost.size)))
         findings.remarks += [cost.note] if cost.note else []

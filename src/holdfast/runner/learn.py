@@ -73,13 +73,14 @@ def learn_data(
         Anything is wrong, before training starts; or training fails.
     """
     skills = skills.expanduser()
-    usual_rate = not begun(skills)
+    usual_rate = usual_frame = not begun(skills)
     config = _config(skills, model, strategy, lora, assignments)
     usual_rate &= "learning_rate" not in config.training.model_fields_set
+    usual_frame &= not {"chat", "prompt"} & config.template.model_fields_set
     task = _task(data, name, test, metric, config.seed, progress)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    with stoppable(), _learner(skills, config, progress, usual_rate) as learner:
+    with stoppable(), _learner(skills, config, progress, usual_rate, usual_frame) as learner:
         if task.name in learner.learned:
             if learner.digests.get(task.name) != learner.digest(task):
                 raise ConfigError(
@@ -149,12 +150,18 @@ def _absolute(model: str) -> str:
     return str(folder.resolve()) if folder.is_dir() else model
 
 
-def _learner(skills: Path, config: LearnerConfig, progress: Progress, usual_rate: bool) -> Learner:
+def _learner(
+    skills: Path, config: LearnerConfig, progress: Progress, usual_rate: bool, usual_frame: bool
+) -> Learner:
     if config.model is None:  # begun in a script
         return Learner.load(skills, progress=progress, **config.model_dump(include=set(CHANGEABLE)))
     model, tokenizer = load_model(config.model, config.seed, toy_tokenizer)
     if torch.cuda.is_available():
         model.cuda()
+    if usual_frame and getattr(tokenizer, "chat_template", None):  # as an instruct model is asked
+        template = config.template.model_copy(update={"chat": True})
+        config = config.model_copy(update={"template": template})
+        progress.say("prompts go into a user turn of the tokenizer's chat template (template.chat)")
     if usual_rate:
         training = config.training.model_copy(update={"learning_rate": _usual_rate(config, model)})
         config = config.model_copy(update={"training": training})

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from holdfast.environment import describe_environment
+from holdfast.evaluation.harness import courses
 from holdfast.evaluation.metrics import summarise
 from holdfast.evaluation.predictions import file_safe
 from holdfast.folder import PARTIAL
@@ -183,6 +184,7 @@ def collect_metrics(
     empty: list[float | None] = [None] * len(tasks)
     matrix: list[list[float | None]] = [list(empty) for _ in range(len(tasks) + 1)]
     seconds = {"train": 0.0, "prior": 0.0, "evaluate": 0.0}
+    general: dict[str, list[float | None]] = {"kl_base": [], "kl_new": []}
     rows = {0: (ZERO_SHOT, set(tasks))}
     for index, (stage, name) in enumerate(zip(stages, names, strict=True)):
         every = config.evaluation.scope == "all" or index == len(stages) - 1
@@ -195,14 +197,26 @@ def collect_metrics(
             matrix[row] = [scores.get(task) if task in asked else None for task in tasks]
             for record in _records(path, part):
                 for key, value in record.seconds.items():
-                    seconds[key] += value
+                    seconds[key] = seconds.get(key, 0.0) + value
+    for record in [record for name in names for record in _records(path, name)[:1]]:
+        for key in general:
+            general[key].append(getattr(record, key))
     return {
         "label": config.title,
         "strategy": config.strategy.name,
         "tasks": list(tasks),
         "matrix": matrix,
         **summarise(matrix),
+        **(general if config.evaluation.general else {}),
+        **({"harness": _harness(path, names)} if config.evaluation.harness else {}),
         "seconds": {**seconds, "total": sum(seconds.values())},
         "seed": config.seed,
         "finished": matrix[-1] != empty,
     }
+
+
+def _harness(path: Path, names: Sequence[str]) -> dict[str, list[float | None]]:
+    """lm-eval's scores before the first stage and after each."""
+    records = [record for name in names for record in _records(path, name)[:1]]
+    before = [records[0].harness_before] if records else []
+    return courses([*before, *(record.harness for record in records)])

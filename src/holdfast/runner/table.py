@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -71,39 +71,56 @@ def _text(cell: str | Text) -> Text:
 
 
 def metrics_table(runs: Sequence[RunMetrics]) -> Rows:
-    """AP, BWT, FWT, learning accuracy and seconds, a row a run."""
+    """AP, BWT, FWT, learning accuracy and seconds, a row a run; KL to the base where it was measured."""
+    away = any(run.kl_base for run in runs)  # only where somebody asked for it
+    rows = []
+    for run in runs:
+        cells = [number(value) for value in (run.ap, run.bwt, run.fwt, run.learning_accuracy)]
+        if away:
+            cells.append(number(run.kl_base[-1] if run.kl_base else None, 3))
+        rows.append((run.label, *cells, number(run.seconds.get("total"), 0)))
     return Rows(
-        ("run", "AP", "BWT", "FWT", "learning accuracy", "seconds"),
-        [
-            (
-                run.label,
-                *(number(value) for value in (run.ap, run.bwt, run.fwt, run.learning_accuracy)),
-                number(run.seconds.get("total"), 0),
-            )
-            for run in runs
-        ],
-        caption="AP and learning accuracy: higher is better; BWT: 0 is no forgetting (percent)",
+        ("run", "AP", "BWT", "FWT", "learning accuracy", *(("KL to base",) if away else ()), "seconds"),
+        rows,
+        caption="AP and learning accuracy: higher is better; BWT: 0 is no forgetting (percent)"
+        + ("; KL to base: nats a token" if away else ""),
         numbers=True,
     )
 
 
 def skills_table(known: Skills) -> Rows:
     """What a learner's folder holds, a row a skill."""
+    away = any(skill.kl_base is not None for skill in known.skills)
     rows = [
         (
             skill.name,
             skill.learned[:10] or "–",
             "–" if skill.train_rows is None else f"{skill.train_rows}",
             *(number(value) for value in (skill.then, skill.now, skill.drift)),
+            *((number(skill.kl_base, 3),) if away else ()),
         )
         for skill in known.skills
     ]
-    rows += [(name, "unfinished", "", "", "", "") for name in known.unfinished]
+    head = ("skill", "learned", "rows", "then", "now", "moved", *(("KL to base",) if away else ()))
+    rows += [(name, "unfinished", *[""] * (len(head) - 2)) for name in known.unfinished]
+    about = (
+        "KL to base: nats a token on rows of the base's own, after the skill was learned. " if away else ""
+    )
     return Rows(
-        ("skill", "learned", "rows", "then", "now", "moved"),
+        head,
         rows,
-        caption="percent, on rows kept aside; moved: answered otherwise now than then. "
+        caption=f"{about}percent, on rows kept aside; moved: answered otherwise now than then. "
         f"{known.method}, {mebibytes(known.disk)} on disk",
+        numbers=True,
+    )
+
+
+def harness_table(scores: Mapping[str, Sequence[float | None]]) -> Rows:
+    """lm-eval's scores before anything was learned and now, as it gives them."""
+    return Rows(
+        ("task and metric", "base", "now"),
+        [(name, number(values[0], 3), number(values[-1], 3)) for name, values in scores.items()],
+        caption="scores of lm-eval, as it gives them",
         numbers=True,
     )
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from holdfast.config import Options
@@ -28,7 +28,8 @@ class Template(Options):
 
     ``{bos}`` and ``{eos}`` stand for the tokenizer's tokens (nothing where it has none). Chat prompts are
     framed by the tokenizer's own chat template, so `prompt` and `strip` do not apply to them, and their
-    answers end as the template ends a turn, unless `completion` is set. T5 expects its input to end in
+    answers end as the template ends a turn, unless `completion` is set. With `chat`, a prompt that is text is
+    one of these: `strip` applies to it, then it becomes one user turn. T5 expects its input to end in
     ``{eos}``: use ``prompt: "{prompt}{eos}"`` for it.
     """
 
@@ -37,6 +38,10 @@ class Template(Options):
     )
     completion: str = Field(
         default="{completion}{eos}", description="frame of an answer, with {completion} once"
+    )
+    chat: bool = Field(
+        default=False,
+        description="put each text prompt into a user turn of the tokenizer's chat template",
     )
     strip: str = Field(
         default="", description="removed from the end of the prompt text, with the space around it"
@@ -59,6 +64,15 @@ class Template(Options):
             names = ", ".join(f"{{{name}}}" for name in unknown)
             raise ValueError(f"unknown placeholder {names}; allowed here: {{{own}}}, {{bos}}, {{eos}}")
         return value
+
+    @model_validator(mode="after")
+    def _one_frame(self) -> Template:
+        if self.chat and self.prompt != Template.model_fields["prompt"].default:
+            raise ValueError(
+                "`prompt` doesn't combine with `chat: true`, where the chat template is the frame of every "
+                "prompt; leave out one of the two"
+            )
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +118,11 @@ class Encoder:
         self.encoder_decoder = encoder_decoder
         self.text = UserText(tokenizer)
         self._chats = ChatFrame(tokenizer, self.text)
+        if template.chat and not getattr(tokenizer, "chat_template", None):
+            raise DataError(
+                "template.chat: the tokenizer has no chat template. Leave `chat` out and frame prompts with "
+                "template.prompt, or use a model whose tokenizer has one."
+            )
         self._prompt_frame = self._frame(template.prompt, "{prompt}")
         self._completion_frame = self._frame(template.completion, "{completion}")
 
@@ -116,14 +135,16 @@ class Encoder:
             The answer or (for a causal model) the prompt has no tokens, or the tokenizer's chat template
             can't frame a chat prompt.
         """
-        chat = not isinstance(example.prompt, str)
+        chat = self.asks_in_turns(example.prompt)
         completion_ids, completion_cut = self._answer(example.completion, chat=chat)
         if not completion_ids:
             raise DataError(
                 f"empty completion (prompt {_start_of(example.prompt)}): there is nothing to learn from it. "
                 "Give the row an answer or leave it out."
             )
-        if isinstance(example.prompt, str):
+        if isinstance(example.prompt, str) and self.template.chat:
+            prompt_ids, cut = self._chat(_user_turn(self._stripped(example.prompt)), example.tools)
+        elif isinstance(example.prompt, str):
             prompt_ids, cut = self._text(example.prompt)
         else:
             prompt_ids, cut = self._chat(example.prompt, example.tools)
@@ -133,6 +154,10 @@ class Encoder:
                 "answer from. Put {bos} or some text into template.prompt."
             )
         return Encoded(prompt_ids, completion_ids, cut, completion_cut)
+
+    def asks_in_turns(self, prompt: str | Sequence[Message]) -> bool:
+        """Whether the tokenizer's chat template frames a prompt."""
+        return self.template.chat or not isinstance(prompt, str)
 
     def answer_ids(self, text: str, *, chat: bool = False) -> list[int]:
         """Tokens of an answer in its frame, behind a chat or behind a text; none of an empty one."""
@@ -173,11 +198,11 @@ class Encoder:
 
         Of chat messages: around the text of their first user turn, where no other turn follows it.
         """
-        if isinstance(prompt, str):
+        if not self.asks_in_turns(prompt):
             return self._prompt_frame
-        before = before_user(prompt)
+        before = [] if isinstance(prompt, str) else before_user(prompt)
         mark = "\N{SYMBOL FOR SUBSTITUTE FORM TWO}"
-        ends = self._chats.text([*before, {"role": "user", "content": mark}]).split(mark)
+        ends = self._chats.text([*before, *_user_turn(mark)]).split(mark)
         return self.text.framed_ids(ends[0]), self.text.framed_ids(ends[-1])
 
     def text_ids(self, prompt: str | Sequence[Message]) -> list[int]:
@@ -209,10 +234,13 @@ class Encoder:
         before, after = frame.split(placeholder)
         return self.text.framed_ids(before), self.text.framed_ids(after)
 
-    def _kept(self, text: str) -> tuple[list[int], int]:
+    def _stripped(self, text: str) -> str:
         if self.template.strip:
             text = text.rstrip().removesuffix(self.template.strip).rstrip()
-        ids, limit = self.text.ids(text), self.template.max_prompt_tokens
+        return text
+
+    def _kept(self, text: str) -> tuple[list[int], int]:
+        ids, limit = self.text.ids(self._stripped(text)), self.template.max_prompt_tokens
         kept = ids[:limit] if self.template.keep == "first" else ids[-limit:]
         return kept, len(ids) - len(kept)
 
@@ -238,6 +266,10 @@ class Encoder:
         ids = self.text.ids(text)
         kept = ids[:tokens] if self.template.keep == "first" else ids[len(ids) - tokens :]
         return str(self.tokenizer.decode(kept, skip_special_tokens=False))
+
+
+def _user_turn(text: str) -> tuple[Message]:
+    return ({"role": "user", "content": text},)
 
 
 def before_user(messages: Sequence[Message]) -> list[Message]:

@@ -14,6 +14,7 @@ from transformers import Trainer
 from holdfast.errors import TrainingDivergedError
 from holdfast.models import accepts, is_encoder_decoder
 from holdfast.storage import write_tensors
+from holdfast.training.losses import TokenLoss
 from holdfast.training.prompt_loss import PromptLoss
 from holdfast.training.steps import OBSERVED
 from holdfast.training.verbs import Verbs, has, model_inputs
@@ -48,6 +49,8 @@ class Bridge:
     without_logits : bool
         Whether the trainer's loss makes no logits, or none with a gradient (TRL's): a method that looks at
         them gets a forward pass of its own.
+    token_loss : TokenLoss, optional
+        What takes the place of each token's cross-entropy where the loss is ours.
     prompt_loss : PromptLoss, optional
         Added to either.
     bad_batch : Path
@@ -57,6 +60,7 @@ class Bridge:
     verbs: Verbs
     own_loss: bool = True
     without_logits: bool = False
+    token_loss: TokenLoss | None = None
     prompt_loss: PromptLoss | None = None
     bad_batch: Path
 
@@ -108,6 +112,8 @@ class Bridge:
         if is_encoder_decoder(model):
             outputs = model(**batch)
             logits = outputs.logits
+            if self.token_loss is not None:
+                return self._weighed(model, batch, logits, labels, count), outputs
             total = F.cross_entropy(
                 logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1), reduction="sum"
             )
@@ -117,8 +123,22 @@ class Bridge:
             # rows are padded on the left, so completions end the row: logits before them are never needed
             keep -= max(int((labels != -100).any(0).float().argmax()) - 1, 0)
         extra = {"logits_to_keep": keep} if accepts(model, "logits_to_keep") else {}
-        outputs = model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False, **extra)
+        inputs = {**{k: v for k, v in batch.items() if k != "labels"}, "use_cache": False, **extra}
+        outputs = model(**inputs)
+        if self.token_loss is not None:  # position i predicts token i + 1; the last one predicts nothing here
+            following = F.pad(labels[:, 1:], (0, 1), value=-100)[:, -keep:]
+            return self._weighed(model, inputs, outputs.logits[:, -keep:], following, count), outputs
         return completion_loss(outputs.logits[:, -keep:], labels[:, -keep:], count), outputs
+
+    def _weighed(
+        self, model: nn.Module, inputs: dict[str, Any], logits_SLV: Tensor, targets_SL: Tensor, count: Any
+    ) -> Tensor:
+        """As `completion_loss`, with the loss of each token that the options ask for."""
+        assert self.token_loss is not None
+        place_SL = targets_SL != -100
+        losses_N = self.token_loss(model, inputs, logits_SLV[place_SL], targets_SL[place_SL], place_SL)
+        total: Tensor = losses_N.sum()
+        return total / (count if count is not None else place_SL.sum().clamp(min=1))
 
     def _stop_diverged(self, loss: float, batch: dict[str, Any]) -> None:
         step = self.state.global_step + 1  # type: ignore[attr-defined]

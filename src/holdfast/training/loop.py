@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
+from holdfast.base import Base
 from holdfast.errors import ConfigError
 from holdfast.hold.cost import trained_numbers
 from holdfast.models import accepts, is_encoder_decoder
@@ -20,6 +21,7 @@ from holdfast.records import TrainingLog
 from holdfast.tasks.encode import Encoded, collate
 from holdfast.training.bridge import bridged
 from holdfast.training.checkpoints import latest_checkpoint
+from holdfast.training.losses import TokenLoss
 from holdfast.training.options import TrainingOptions
 from holdfast.training.prompt_loss import PromptLoss
 from holdfast.training.steps import Steps, TrainingRecord
@@ -71,6 +73,7 @@ def train(
     folder: Path,
     seed: int,
     verbs: Verbs | None = None,
+    base: Base | None = None,
     progress: Progress | None = None,
     description: str = "train",
 ) -> TrainingRecord:
@@ -85,6 +88,8 @@ def train(
     folder : Path
         Where checkpoints go. A killed training that is started again with the same arguments ends with
         the same weights, bit for bit, on the same machine.
+    base : Base, optional
+        What ``loss: kl_to_base`` stays close to.
 
     Raises
     ------
@@ -93,7 +98,7 @@ def train(
     Interrupted
         Ctrl-C inside `holdfast.progress.stoppable`; a checkpoint was written first.
     ConfigError
-        ``trainer: sft`` for an encoder-decoder model.
+        ``trainer: sft`` for an encoder-decoder model; ``loss: kl_to_base`` where the base can't be had.
     """
     from transformers import set_seed
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -129,6 +134,7 @@ def train(
         )
         trainer.verbs = steps.verbs
         trainer.prompt_loss = PromptLoss.of(options, tokenizer)
+        trainer.token_loss = TokenLoss.of(options.loss, base)
         trainer.bad_batch = folder.parent / "bad_batch.safetensors"
         if trainer.own_loss:
             trainer.model_accepts_loss_kwargs = True  # our loss divides by the step's token count itself

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from holdfast.config import Options
 from holdfast.errors import ConfigError
+from holdfast.training.losses import CrossEntropyOptions, LossOptions
 
 
 class TrainingOptions(Options):
@@ -19,6 +20,10 @@ class TrainingOptions(Options):
     )
     batch_size: int = Field(16, ge=1)
     gradient_accumulation: int = Field(1, ge=1)
+    loss: LossOptions = Field(
+        default_factory=CrossEntropyOptions,
+        description="of each answer token; eaft and kl_to_base take less away from what the base can do",
+    )
     lm_weight: float | None = Field(
         None,
         ge=0,
@@ -57,6 +62,15 @@ class TrainingOptions(Options):
                 allowed = sorted(INTEGRATION_TO_CALLBACK)
                 raise ValueError(f"no logging integration '{unknown[0]}'; allowed: {', '.join(allowed)}")
         return value
+
+    @model_validator(mode="after")
+    def _own_loss(self) -> TrainingOptions:
+        if self.trainer == "sft" and self.loss.name != "cross_entropy":
+            raise ValueError(
+                f"`loss: {self.loss.name}` doesn't combine with `trainer: sft`, which has a loss of its own; "
+                "use `trainer: auto`"
+            )
+        return self
 
     def check_installed(self) -> None:
         """See that every logging integration can be imported.

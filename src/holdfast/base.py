@@ -1,0 +1,72 @@
+"""The base: the model as it was before anything was learned, asked while the model goes on learning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from holdfast.adapters import lora_factors
+from holdfast.models import evaluating
+
+_OFF = ("lora_", "modules_to_save")  # in the names of what PEFT switches off together with the adapter
+
+
+def adapter_is_new(model: Any) -> bool:
+    """Whether a model with its adapter off is the model as it is now, and stays so while it is trained.
+
+    So it is with LoRA whose B is 0, no biases, and nothing trained outside the adapter.
+    """
+    configs = getattr(model, "peft_config", {})
+    if not configs or any(getattr(c, "bias", None) != "none" for c in configs.values()):
+        return False
+    factors = [f for name in configs for f in lora_factors(model, name)]
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    inside = all(any(part in name for part in _OFF) for name in trained)
+    return bool(factors) and inside and not any(f.b.detach().any() for f in factors)
+
+
+class Base:
+    """Answers as the model did before the first task.
+
+    With a LoRA that started from zero this is the model itself with the adapter off, and takes no memory.
+    Otherwise it is a frozen copy, made when it is first asked, and kept until `free`.
+
+    Parameters
+    ----------
+    make : callable
+        ``() -> model``: a fresh copy, on the model's device; whatever it raises comes from `answering`.
+    by_adapter : bool
+        Whether switching the adapter off gives the base (`adapter_is_new`, asked before any training).
+    """
+
+    def __init__(self, make: Callable[[], Any], by_adapter: bool) -> None:
+        self.by_adapter, self._make, self._copy = by_adapter, make, None
+
+    @contextmanager
+    def answering(self, model: Any) -> Iterator[Any]:
+        """The base inside the block, in evaluation mode; `model` is the one that learns."""
+        if not self.by_adapter:
+            if self._copy is None:
+                self._copy = self._make().eval().requires_grad_(False)
+            yield self._copy
+            return
+        with evaluating(model), _flags_kept(model), model.disable_adapter():
+            yield model
+
+    def free(self) -> None:
+        """Give the copy's memory back; it is made again when asked for."""
+        self._copy = None
+
+
+@contextmanager
+def _flags_kept(model: nn.Module) -> Iterator[None]:
+    """PEFT turns ``requires_grad`` of the whole adapter off and on again, of what a strategy froze too."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
