@@ -119,8 +119,10 @@ class Trace:
     def product(self, output: Tensor) -> Tensor:
         """Lemma 4.1 for a product of two activations: each side gets `path` of the relevance."""
         if self.path == 1.0:
-            # of the first batch alone, and what follows may change the output in place
-            value = output.detach().clone() if self.ledger is not None else output
+            if self.ledger is None:
+                return output
+            # what follows may change it in place, which would take the hook off a view
+            value, output = output.detach().clone(), output.clone()
             self.book(output, lambda ledger, lam: ledger.create(relevance(value, lam)))
             return output
         return scaled(output, self.path)
