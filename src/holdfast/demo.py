@@ -48,12 +48,8 @@ STREAM: dict[str, Any] = {
 }
 WAYS: dict[str, Any] = {
     "sequential": {"name": "sequential"},
-    "attribution": {
-        "name": "attribution",
-        # on the toy suite |R| holds more than the squared LRP gradient, the default (docs/log.md)
-        "importance": {"name": "lrp", "aggregate": "absolute", "per_weight": False, "halves": "path"},
-        "mechanism": {"name": "anchor", "strength": 600.0},
-    },
+    # the pull and the coordinates are the defaults of this importance
+    "attribution": {"name": "attribution", "importance": {"name": "inputs"}},
     "multitask": {"name": "multitask"},
 }
 
