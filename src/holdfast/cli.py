@@ -207,6 +207,8 @@ def skills_command(
             with Learner.load(folder) as learner:
                 learner.export(export)
             console.print(f"Exported: {export}", highlight=False, markup=False, soft_wrap=True)
+        if report is not None and not known.skills:
+            raise HoldfastError(f"{folder}: nothing was learned here yet, so there is nothing to report.")
         if report is not None:
             from holdfast.report import write_report
 

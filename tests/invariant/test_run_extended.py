@@ -12,7 +12,9 @@ import pytest
 
 from holdfast.config import validate
 from holdfast.errors import DataError, RunDirectoryError
+from holdfast.learner import Learner
 from holdfast.runner import RunConfig, run
+from holdfast.tasks import Example
 from kills import Killed, kill_when
 from learning_data import bytes_in, same, weights_in
 from strategy_runs import options_of
@@ -163,3 +165,14 @@ def test_task_that_comes_twice_is_learned_again(tmp_path: Path) -> None:
     run(config_of(tmp_path / "grown", order, options_of("ewc")))
     assert len(whole["tasks"]) == 3
     assert_same_run(tmp_path / "grown", tmp_path / "whole")
+
+
+def test_run_where_learn_added_a_task_says_so(tiny: Any, tmp_path: Path) -> None:
+    config = validate(RunConfig, tiny(tmp_path / "r", strategy="sequential"), "test")
+    run(config)
+    with Learner.load(tmp_path / "r") as learner, learner.task("more", train=[Example("a", "b")]) as task:
+        task.train()
+    with pytest.raises(
+        RunDirectoryError, match=r"more was learned here than this configuration has \(more\)"
+    ):
+        run(config)

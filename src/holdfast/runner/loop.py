@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from holdfast.environment import describe_environment
+from holdfast.errors import RunDirectoryError
 from holdfast.evaluation.harness import courses
 from holdfast.evaluation.metrics import summarise
 from holdfast.evaluation.predictions import file_safe
@@ -68,6 +69,13 @@ class _Run:
                 f"{directory.path}: continuing after {done} of {len(before + self.names)} stages."
             )
         learner = self._learner()
+        if len(learner.learned) > len(self.stages):
+            further = ", ".join(learner.learned[len(self.stages) :])
+            raise RunDirectoryError(
+                f"{directory.path}: more was learned here than this configuration has ({further}). Take it "
+                f"back with `holdfast skills {directory.path} --undo`, or give this run a directory with "
+                "output=DIR."
+            )
         if before and done == 0:
             with directory.part(ZERO_SHOT) as folder:
                 self._ask(learner, self.stream.tasks, folder, ZERO_SHOT, "zero-shot")

@@ -114,7 +114,7 @@ class ProgPrompt(Strategy):
         return Prompted(model, lambda ids_BT, _: joined.to(ids_BT.device).expand(len(ids_BT), -1, -1))
 
     def export(self, context: Context, folder: Path) -> None:
-        """Write all prompts as one PEFT adapter, with the tokenizer."""
+        """Write all prompts as one PEFT adapter: earlier tasks answer otherwise than with their own alone."""
         save_adapter(context.model, self._joined(self.prompts), folder)
         context.tokenizer.save_pretrained(folder)
 
