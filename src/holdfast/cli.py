@@ -113,7 +113,9 @@ class Metric(StrEnum):
 
 @app.command("learn")
 def learn_command(
-    data: Annotated[Path, typer.Argument(metavar="DATA", help="a .jsonl file, or a folder with train.jsonl")],
+    data: Annotated[
+        Path, typer.Argument(metavar="DATA", help="rows: .jsonl, .json, .csv, .tsv, .parquet, or a folder")
+    ],
     skills: Annotated[Path, typer.Option(help="the folder of what is learned; the first task makes it")],
     options: Overrides = None,
     model: Annotated[
@@ -129,7 +131,9 @@ def learn_command(
     ] = None,
     strategy: Annotated[
         str | None,
-        typer.Option(help="how old skills are kept (holdfast list strategies); default: attribution"),
+        typer.Option(
+            help="how old skills are kept (holdfast list strategies); default: attribution by inputs"
+        ),
     ] = None,
     lora: Annotated[bool, typer.Option("--lora", help="train low-rank adapters, not the weights")] = False,
 ) -> None:

@@ -172,7 +172,5 @@ def test_run_where_learn_added_a_task_says_so(tiny: Any, tmp_path: Path) -> None
     run(config)
     with Learner.load(tmp_path / "r") as learner, learner.task("more", train=[Example("a", "b")]) as task:
         task.train()
-    with pytest.raises(
-        RunDirectoryError, match=r"more was learned here than this configuration has \(more\)"
-    ):
+    with pytest.raises(RunDirectoryError, match=r"more was learned here than .* has \(more\)"):
         run(config)
