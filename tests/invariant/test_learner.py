@@ -109,7 +109,7 @@ def bare(orders: Sequence[list[int]]) -> Loop:
     def loop(stage: Any, folder: Path) -> None:
         batches = orders[stage.stage.index * 6 : stage.stage.index * 6 + 6]
         assert len(batches) == 6
-        model = stage.learner.model
+        model = stage.context.model
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
         scheduler = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=len(batches))
         stage.attach(optimizer, scheduler, len(batches))

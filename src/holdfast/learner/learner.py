@@ -14,29 +14,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from holdfast.base import Base, adapter_is_new
 from holdfast.config import validate
-from holdfast.environment import describe_environment
-from holdfast.errors import ConfigError, DataError, HoldfastError, ModelError, RunDirectoryError
+from holdfast.errors import ConfigError, DataError, ModelError, RunDirectoryError
 from holdfast.evaluation.evaluate import EncodedTask, EvaluationOptions, encode_task, evaluate_encoded
 from holdfast.evaluation.general import Divergence
 from holdfast.evaluation.predictions import file_safe, write_predictions
 from holdfast.evaluation.writing import write_rows
-from holdfast.folder import LOCK, PARTIAL, Folder
+from holdfast.folder import PARTIAL, Folder
 from holdfast.learner.config import CONFIG, STAGES, LearnerConfig, recorded_config
 from holdfast.learner.general import General
 from holdfast.learner.harness import Harness, check_askable
 from holdfast.learner.known import read_about, read_task, write_task
 from holdfast.learner.learning import Learning
+from holdfast.learner.ownership import began_new, claim, rebuilt
 from holdfast.learner.skills import Skills, read_skills
-from holdfast.models import is_encoder_decoder, load_model, load_saved, load_weights, save_model
-from holdfast.names import canonical_name
+from holdfast.models import is_encoder_decoder, load_model, load_weights, save_model
 from holdfast.progress import Progress
 from holdfast.records import StageMetrics
-from holdfast.storage import write_json, write_tensors, write_text
+from holdfast.storage import write_json, write_tensors
 from holdfast.strategies import Context, Stage, build_strategy
 from holdfast.tasks import Encoder, as_examples, toy_tokenizer
 from holdfast.tasks.memory import MemoryOptions, Rehearsal, WritingOptions
@@ -44,8 +42,6 @@ from holdfast.tasks.opening import opening_of
 from holdfast.tasks.task import Example, MetricName, Task
 from holdfast.training.loop import save_record, train
 from holdfast.training.verbs import Verbs
-
-TRAINED = "trained.json"
 
 
 class Learner:
@@ -147,7 +143,7 @@ class Learner:
             fit=self._fit_aside,
             write=self._write,
         )
-        self.base = Base(self.context.base_model, new_adapter or self._began_new())
+        self.base = Base(self.context.base_model, new_adapter or began_new(self.folder.path))
         self.strategy.prepare(self.context)
         self.general = General(self)
         self.learned: list[str] = []
@@ -191,7 +187,7 @@ class Learner:
             )
         config = recorded_config(path, sections)
         if model is None:
-            model, tokenizer = _rebuilt(path, config)
+            model, tokenizer = rebuilt(path, config)
         return cls(model, tokenizer, config, folder=path, progress=progress)
 
     def _open(self, folder: str | Path | Folder | None, model: Any, new_adapter: bool) -> Folder:
@@ -208,38 +204,11 @@ class Learner:
                 f"{opened.path}: can't be used as a learner's folder ({error.strerror})."
             ) from error
         try:
-            self._claim(opened, model, new_adapter)
+            claim(opened, self.config, model, new_adapter)
         except BaseException:
             opened.release()
             raise
         return opened
-
-    def _claim(self, folder: Folder, model: Any, new_adapter: bool) -> None:
-        """See that the folder belongs to this configuration; where nothing was begun it takes it over."""
-        path = folder.path
-        if begun(path):
-            _check_same(recorded_config(path, {}), self.config, path)
-            return
-        strangers = _strangers(path)
-        if strangers:
-            raise RunDirectoryError(
-                f"{path}: not empty and not a learner's folder (found {', '.join(strangers[:5])}). "
-                "Choose a new or empty folder."
-            )
-        (path / TRAINED).unlink(missing_ok=True)
-        if self.config.model is None:
-            names = [canonical_name(n) for n, p in model.named_parameters() if p.requires_grad]
-            write_json(path / TRAINED, {"trained": names, "new_adapter": new_adapter})
-        write_json(path / "environment.json", describe_environment(self.config.seed))
-        values = self.config.model_dump(mode="json", include=set(LearnerConfig.model_fields))
-        write_text(path / CONFIG, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-
-    def _began_new(self) -> bool:
-        """Whether the folder was begun with a new adapter; what is rebuilt from it has been trained since."""
-        try:
-            return bool(json.loads((self.folder.path / TRAINED).read_text()).get("new_adapter"))
-        except (OSError, ValueError, AttributeError):
-            return False
 
     def _restore(self, after: int | None) -> None:
         parts = self.folder.parts(STAGES)
@@ -384,7 +353,8 @@ class Learner:
             examples = self.strategy.examples(self.context, stage)
             if self.replay is not None:
                 examples = self.replay.mixed(examples, self.config.seed)
-            learning = Learning(self, stage, examples, folder, description or f"learn {stage.name}")
+            said = description or f"learn {stage.name}"
+            learning = Learning(self.context, self.strategy, self.config, self.base, stage, examples, said)
             try:
                 yield learning
             finally:
@@ -653,48 +623,3 @@ class Learner:
 def _ahead(bar: Callable[[int], None], before: int, done: int, total: int) -> None:
     """Rows asked of one task, on the bar of them all."""
     bar(before + done)
-
-
-def begun(path: Path) -> bool:
-    """Whether anything was begun in a learner's folder; before that another configuration may take it."""
-    folder = Folder(path)
-    stages = folder.parts(STAGES) or folder.partial(STAGES)
-    return (path / CONFIG).is_file() and bool(stages or _strangers(path))
-
-
-def _strangers(path: Path) -> list[str]:
-    """What lies in a folder beside that which a learner writes before its first task."""
-    ours = {LOCK, CONFIG, TRAINED, STAGES, "environment.json"}
-    return sorted(p.name for p in path.iterdir() if p.name[0] != "." and p.name not in ours)
-
-
-def _check_same(recorded: LearnerConfig, config: LearnerConfig, path: Path) -> None:
-    """What was begun under one strategy can't go on under another."""
-    for part in ("strategy", "replay", "template", "seed"):
-        before, now = getattr(recorded, part), getattr(config, part)
-        if before != now:
-            raise RunDirectoryError(
-                f"{path}: what was learned here has another {part} ({before!r} there, {now!r} here). Go on "
-                "with the one there (holdfast.Learner.load does), or choose another folder."
-            )
-
-
-def _rebuilt(path: Path, config: LearnerConfig) -> tuple[Any, Any]:
-    """Model and tokenizer as the learner began with them; the weights are put in later."""
-    if config.model is not None:
-        return load_model(config.model, config.seed, toy_tokenizer)
-    parts = Folder(path).parts(STAGES)
-    if not parts:
-        raise ModelError(
-            f"{path}: nothing was learned here yet, and the model was made in a script: give "
-            "Learner.load(folder, model, tokenizer)."
-        )
-    try:
-        trained = set(json.loads((path / TRAINED).read_text())["trained"])
-        return load_saved(path / parts[-1] / "model", trained)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunDirectoryError(f"{path / TRAINED}: can't be read ({error}).") from error
-    except HoldfastError as error:
-        raise type(error)(
-            f"{error}\nGive Learner.load(folder, model, tokenizer) the model that the learner began with."
-        ) from error

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from holdfast.base import Base
 from holdfast.errors import ConfigError
 from holdfast.hold import Handle, tell_total_rate
 from holdfast.hold.cost import trained_numbers
+from holdfast.learner.config import LearnerConfig
 from holdfast.models import is_encoder_decoder
-from holdfast.strategies import Stage
+from holdfast.strategies import Context, Stage, Strategy
 from holdfast.tasks.encode import Encoded
 from holdfast.tasks.task import Example
 from holdfast.training.bridge import bridged, is_trl
@@ -24,9 +26,6 @@ from holdfast.training.options import TrainingOptions
 from holdfast.training.prompt_loss import PromptLoss
 from holdfast.training.steps import Steps, TrainingRecord
 from holdfast.training.verbs import Batch
-
-if TYPE_CHECKING:
-    from holdfast.learner.learner import Learner
 
 
 class Learning:
@@ -49,15 +48,23 @@ class Learning:
     """
 
     def __init__(
-        self, learner: Learner, stage: Stage, examples: Sequence[Example], folder: Path, description: str
+        self,
+        context: Context,
+        strategy: Strategy,
+        config: LearnerConfig,
+        base: Base,
+        stage: Stage,
+        examples: Sequence[Example],
+        description: str,
     ) -> None:
-        self.learner, self.stage, self.examples, self.folder = learner, stage, list(examples), folder
-        self.record = TrainingRecord(trained=trained_numbers(learner.model))
-        self.seed = learner.config.seed * 1000 + stage.index + 1  # its own, so a resumed one draws the same
+        self.context, self.strategy, self.config, self.base = context, strategy, config, base
+        self.stage, self.examples, self.folder = stage, list(examples), context.folder
+        self.record = TrainingRecord(trained=trained_numbers(context.model))
+        self.seed = config.seed * 1000 + stage.index + 1  # its own, so a resumed one draws the same
         self.trained = False
-        self.options = _with_lm_weight(learner, stage)
+        self.options = _with_lm_weight(context, config, stage)
         self.record.lm_weight = self.options.lm_weight or 0.0
-        self.prompt_loss = PromptLoss.of(self.options, learner.tokenizer)
+        self.prompt_loss = PromptLoss.of(self.options, context.tokenizer)
         self._description = description
         self._handles: list[Handle] = []
         self._steps: list[Steps] = []
@@ -65,7 +72,7 @@ class Learning:
     @cached_property
     def rows(self) -> list[Encoded]:
         """`examples` as token ids."""
-        return self.learner.encoder.many(self.examples)
+        return self.context.encoder.many(self.examples)
 
     @property
     def numbered(self) -> Rows:
@@ -75,14 +82,14 @@ class Learning:
     @cached_property
     def collate(self) -> Collator:
         """Makes a batch of items of `numbered`; the loss sees completions only."""
-        return Collator(self.learner.model, self.learner.tokenizer)
+        return Collator(self.context.model, self.context.tokenizer)
 
     @cached_property
     def dataset(self) -> Any:
         """`rows` as a `datasets.Dataset` that TRL takes as tokenised: ``input_ids``, ``labels``."""
         from datasets import Dataset
 
-        if is_encoder_decoder(self.learner.model):
+        if is_encoder_decoder(self.context.model):
             raise ConfigError(
                 "dataset: TRL trains causal models only; use stage.trainer(Seq2SeqTrainer, ...)."
             )
@@ -97,17 +104,17 @@ class Learning:
 
     def train(self) -> TrainingRecord:
         """Train with the learner's own loop and options; continues where a killed one was."""
-        learner = self.learner
+        context = self.context
         self.record = train(
-            learner.model,
+            context.model,
             self.rows,
             self.options,
-            tokenizer=learner.tokenizer,
+            tokenizer=context.tokenizer,
             folder=self.folder / "checkpoints",
             seed=self.seed,
-            verbs=learner.strategy,
-            base=learner.base,
-            progress=learner.progress,
+            verbs=self.strategy,
+            base=self.base,
+            progress=context.progress,
             description=self._description,
         )
         self.trained = True
@@ -133,9 +140,9 @@ class Learning:
         """
         from transformers import Seq2SeqTrainer, Trainer
 
-        learner = self.learner
-        cls = trainer_class or (Seq2SeqTrainer if is_encoder_decoder(learner.model) else Trainer)
-        if arguments.pop("model", learner.model) is not learner.model:
+        context = self.context
+        cls = trainer_class or (Seq2SeqTrainer if is_encoder_decoder(context.model) else Trainer)
+        if arguments.pop("model", context.model) is not context.model:
             raise ConfigError(
                 "stage.trainer: leave out `model`: what is trained is the learner's (learner.model)."
             )
@@ -150,28 +157,26 @@ class Learning:
                     "stage.trainer: a data_collator belongs to a train_dataset. Give both, or leave out both."
                 )
             arguments = {**arguments, **self._data(cls)}
-        elif learner.config.memory != "none" and arguments["train_dataset"] is not self.__dict__.get(
-            "dataset"
-        ):
+        elif self.config.memory != "none" and arguments["train_dataset"] is not self.__dict__.get("dataset"):
             raise ConfigError(
-                f"stage.trainer: strategy '{learner.config.strategy.name}' replays rows of earlier tasks, "
+                f"stage.trainer: strategy '{self.config.strategy.name}' replays rows of earlier tasks, "
                 "which this train_dataset lacks. Leave train_dataset out, or give stage.dataset."
             )
         ours = cls.compute_loss is Trainer.compute_loss and isinstance(arguments["train_dataset"], Rows)
-        loss = learner.config.training.loss
+        loss = self.config.training.loss
         if not ours and loss.name != "cross_entropy":
             raise ConfigError(
                 f"stage.trainer: training.loss is '{loss.name}', and {cls.__name__} computes a loss of its "
                 "own (so does any Trainer on a train_dataset of yours). Use stage.train() or a plain Trainer "
                 "on the stage's rows, or leave training.loss out."
             )
-        steps = Steps(learner.strategy, self.record)
-        arguments.setdefault("processing_class", learner.tokenizer)
+        steps = Steps(self.strategy, self.record)
+        arguments.setdefault("processing_class", context.tokenizer)
         callbacks = [*(arguments.pop("callbacks", None) or ()), steps]
-        trainer = bridged(cls, own_loss=ours)(model=learner.model, callbacks=callbacks, **arguments)
-        trainer.verbs = learner.strategy
+        trainer = bridged(cls, own_loss=ours)(model=context.model, callbacks=callbacks, **arguments)
+        trainer.verbs = self.strategy
         trainer.prompt_loss = self.prompt_loss
-        trainer.token_loss = TokenLoss.of(loss, learner.base)
+        trainer.token_loss = TokenLoss.of(loss, self.base)
         trainer.bad_batch = Path(trainer.args.output_dir) / "bad_batch.safetensors"
         if ours:
             trainer.model_accepts_loss_kwargs = True
@@ -200,7 +205,7 @@ class Learning:
         ConfigError
             `training.loss` is set: a loop of your own has a loss of its own.
         """
-        loss = self.learner.config.training.loss.name
+        loss = self.config.training.loss.name
         if loss != "cross_entropy":
             raise ConfigError(
                 f"stage.attach: training.loss is '{loss}', and a loop of your own computes its own loss. Use "
@@ -208,12 +213,12 @@ class Learning:
             )
         if steps is not None:
             tell_total_rate(optimizer, scheduler, steps)
-        self._handles += self.learner.strategy.attach(self.learner.model, optimizer)
+        self._handles += self.strategy.attach(self.context.model, optimizer)
         self.trained = True
 
     def watch(self, batch: Batch) -> None:
         """Show the strategy a micro-batch before its forward pass."""
-        self.learner.strategy.watch(self.learner.model, batch)
+        self.strategy.watch(self.context.model, batch)
 
     def loss(self, batch: Batch, outputs: Any, loss: Tensor) -> Tensor:
         """The loss to go backward from: the one given, or what the strategy makes of it.
@@ -221,8 +226,8 @@ class Learning:
         Where prompts are learned too (``training.lm_weight``), their loss is added.
         """
         if self.prompt_loss is not None:
-            loss = loss + self.prompt_loss(self.learner.model, batch, outputs)
-        return self.learner.strategy.loss(self.learner.model, batch, outputs, loss)
+            loss = loss + self.prompt_loss(self.context.model, batch, outputs)
+        return self.strategy.loss(self.context.model, batch, outputs, loss)
 
     def before_step(self, scale: float = 1.0) -> None:
         """Show the strategy the gradient of a step, complete and not yet clipped.
@@ -233,7 +238,7 @@ class Learning:
             ``scale`` times ``.grad`` is the gradient of the loss: with a GradScaler 1 / its scale.
         """
         self.record.steps += 1
-        self.learner.strategy.observe(self.learner.model, self.record.steps, scale)
+        self.strategy.observe(self.context.model, self.record.steps, scale)
 
     def release(self) -> None:
         """Take all holds off."""
@@ -244,11 +249,11 @@ class Learning:
             self.trained |= steps.attached
 
 
-def _with_lm_weight(learner: Learner, stage: Stage) -> TrainingOptions:
+def _with_lm_weight(context: Context, config: LearnerConfig, stage: Stage) -> TrainingOptions:
     """LAMOL's weight for text that the model is to write later; a chat model writes user turns unlearned."""
-    options = learner.config.training
+    options = config.training
     if options.lm_weight is not None:
         return options
-    text = any(not learner.encoder.asks_in_turns(row.prompt) for task in stage.tasks for row in task.train)
-    weight = 0.25 if text and learner.config.memory == "generated" else 0.0
+    text = any(not context.encoder.asks_in_turns(row.prompt) for task in stage.tasks for row in task.train)
+    weight = 0.25 if text and config.memory == "generated" else 0.0
     return options.model_copy(update={"lm_weight": weight})

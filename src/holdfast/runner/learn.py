@@ -15,7 +15,7 @@ from holdfast.errors import ConfigError, DataError
 from holdfast.evaluation.audit import audit
 from holdfast.learner import Learner, LearnerConfig
 from holdfast.learner.config import recorded_config
-from holdfast.learner.learner import begun
+from holdfast.learner.ownership import begun
 from holdfast.learner.skills import Skills, read_skills
 from holdfast.models import load_model
 from holdfast.progress import Progress, stoppable

@@ -1,0 +1,100 @@
+"""A learner's folder, claimed: whose it is, and how its model is made again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from holdfast.environment import describe_environment
+from holdfast.errors import HoldfastError, ModelError, RunDirectoryError
+from holdfast.folder import LOCK, Folder
+from holdfast.learner.config import CONFIG, STAGES, LearnerConfig, recorded_config
+from holdfast.models import load_model, load_saved
+from holdfast.names import canonical_name
+from holdfast.storage import write_json, write_text
+from holdfast.tasks import toy_tokenizer
+
+TRAINED = "trained.json"  # of a model that was made in a script: which weights are trained
+
+
+def claim(folder: Folder, config: LearnerConfig, model: Any, new_adapter: bool) -> None:
+    """See that a folder belongs to this configuration; where nothing was begun it takes it over.
+
+    Raises
+    ------
+    RunDirectoryError
+        Something else stands in the folder, or what was learned there has another strategy.
+    """
+    path = folder.path
+    if begun(path):
+        _check_same(recorded_config(path, {}), config, path)
+        return
+    others = _strangers(path)
+    if others:
+        raise RunDirectoryError(
+            f"{path}: not empty and not a learner's folder (found {', '.join(others[:5])}). "
+            "Choose a new or empty folder."
+        )
+    (path / TRAINED).unlink(missing_ok=True)
+    if config.model is None:
+        names = [canonical_name(n) for n, p in model.named_parameters() if p.requires_grad]
+        write_json(path / TRAINED, {"trained": names, "new_adapter": new_adapter})
+    write_json(path / "environment.json", describe_environment(config.seed))
+    values = config.model_dump(mode="json", include=set(LearnerConfig.model_fields))
+    write_text(path / CONFIG, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def began_new(path: Path) -> bool:
+    """Whether a folder was begun with a new adapter; what is rebuilt from it has been trained since."""
+    try:
+        return bool(json.loads((path / TRAINED).read_text()).get("new_adapter"))
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def begun(path: Path) -> bool:
+    """Whether anything was begun in a learner's folder; before that another configuration may take it."""
+    folder = Folder(path)
+    stages = folder.parts(STAGES) or folder.partial(STAGES)
+    return (path / CONFIG).is_file() and bool(stages or _strangers(path))
+
+
+def _strangers(path: Path) -> list[str]:
+    """What lies in a folder beside that which a learner writes before its first task."""
+    ours = {LOCK, CONFIG, TRAINED, STAGES, "environment.json"}
+    return sorted(p.name for p in path.iterdir() if p.name[0] != "." and p.name not in ours)
+
+
+def _check_same(recorded: LearnerConfig, config: LearnerConfig, path: Path) -> None:
+    """What was begun under one strategy can't go on under another."""
+    for part in ("strategy", "replay", "template", "seed"):
+        before, now = getattr(recorded, part), getattr(config, part)
+        if before != now:
+            raise RunDirectoryError(
+                f"{path}: what was learned here has another {part} ({before!r} there, {now!r} here). Go on "
+                "with the one there (holdfast.Learner.load does), or choose another folder."
+            )
+
+
+def rebuilt(path: Path, config: LearnerConfig) -> tuple[Any, Any]:
+    """Model and tokenizer as the learner began with them; the weights are put in later."""
+    if config.model is not None:
+        return load_model(config.model, config.seed, toy_tokenizer)
+    parts = Folder(path).parts(STAGES)
+    if not parts:
+        raise ModelError(
+            f"{path}: nothing was learned here yet, and the model was made in a script: give "
+            "Learner.load(folder, model, tokenizer)."
+        )
+    try:
+        trained = set(json.loads((path / TRAINED).read_text())["trained"])
+        return load_saved(path / parts[-1] / "model", trained)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunDirectoryError(f"{path / TRAINED}: can't be read ({error}).") from error
+    except HoldfastError as error:
+        raise type(error)(
+            f"{error}\nGive Learner.load(folder, model, tokenizer) the model that the learner began with."
+        ) from error
