@@ -23,7 +23,7 @@ model = tiny_llama(tokenizer, hidden=64, layers=2)  # yours: AutoModelForCausalL
 old, new = holdfast.toy_suite(["head", "copy"], test_rows=50)
 encoder = Encoder(tokenizer, Template(), encoder_decoder=False)
 
-# Only the linear maps in the blocks have a relevance, so only they are trained (LoRA factors count too).
+# Only the linear maps in the blocks are rated, so only they are trained (LoRA factors count too).
 weights = list(block_parameters(model).values())
 model.requires_grad_(False)
 for weight in weights:
@@ -53,8 +53,8 @@ def score(task):
 
 train(old)
 before = score(old)
-prior = holdfast.attribute(model, tokenizer, old.train)  # 1: which weights carry what the model knows
+prior = holdfast.attribute(model, tokenizer, old.train)  # 1: which inputs carried what the model knows
 prior.save(f"{FOLDER}/prior")  # 2: keep it beside the model
-train(new, [holdfast.ProtectCallback(f"{FOLDER}/prior")])  # 3: hold them (strength=600 is the default)
+train(new, [holdfast.ProtectCallback(f"{FOLDER}/prior")])  # 3: hold them (pull=5 is the default)
 after = f"{score(old):.0f} after {new.name} was learned ({score(new):.0f})"
 print(f"{old.name}: {before:.0f} when learned, {after}")

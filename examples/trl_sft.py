@@ -54,7 +54,7 @@ train(old)
 before = score(old)
 prior = holdfast.attribute(model, tokenizer, old.train, template=template)
 prior.save(f"{FOLDER}/prior")
-protect = holdfast.ProtectCallback(f"{FOLDER}/prior", strength=300)  # larger keeps more and learns less
+protect = holdfast.ProtectCallback(f"{FOLDER}/prior", pull=5)  # larger keeps more and learns less
 train(new, [protect])
 after = f"{score(old):.0f} after {new.name} was learned ({score(new):.0f})"
 print(f"{old.name}: {before:.0f} when learned, {after}")

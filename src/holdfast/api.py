@@ -20,13 +20,13 @@ def attribute(
     tokenizer: Any,
     dataset: Iterable[Example | Mapping[str, Any]],
     *,
-    importance: Any = "lrp",
+    importance: Any = "inputs",
     template: Template | Mapping[str, Any] | None = None,
     seed: int = 0,
     task: str = "",
     progress: bool = True,
 ) -> ImportancePrior:
-    """How much each weight of a model matters for its answers on a data set.
+    """What of a model matters for its answers on a data set, for a hold to keep.
 
     Parameters
     ----------
@@ -37,7 +37,9 @@ def attribute(
         Rows with ``prompt`` and ``completion``, or chat ``messages`` (a `datasets.Dataset`, a list of
         dicts, or `Example` objects).
     importance : str, mapping or options
-        ``"lrp"`` (default), ``"fisher"``, ... or with options: ``{"name": "lrp", "rules": "paper"}``.
+        ``"inputs"`` (default): of each linear map the directions of its inputs where relevance went, which is
+        what kept most. ``"lrp"``, ``"fisher"``, ...: a number for each weight. Or with options:
+        ``{"name": "lrp", "rules": "paper"}``.
     template : Template or mapping, optional
         The frame around prompts and completions; it must be the one that the model is trained with.
 

@@ -375,8 +375,11 @@ def attribute(
     ],
     out: Annotated[Path, typer.Option(help="folder for prior.safetensors and prior.json")],
     importance: Annotated[
-        str, typer.Option(help="lrp, fisher, taylor, magnitude, ... (holdfast list importances)")
-    ] = "lrp",
+        str,
+        typer.Option(
+            help="inputs: what the default hold keeps; lrp, fisher, ...: every weight (see: list importances)"
+        ),
+    ] = "inputs",
     like: Annotated[
         Path | None,
         typer.Option(
@@ -394,13 +397,13 @@ def attribute(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
-    """Importance of every weight of a model for a data set: one modified backward pass a batch.
+    """What of a model matters for a data set, for a hold to keep: one modified backward pass a batch.
 
     Examples:
 
       holdfast attribute --model runs/toy/tasks/01-reverse/model --config runs/toy --data my-task --out prior
 
-      holdfast attribute --model m --data d --out p --set rules=paper --set aggregate=topk
+      holdfast attribute --model m --data d --out p --importance lrp --set rules=paper --set aggregate=topk
 
       holdfast attribute --model m --data d --out p --importance fisher --test-faithfulness
 

@@ -49,7 +49,7 @@ STREAM: dict[str, Any] = {
 WAYS: dict[str, Any] = {
     "sequential": {"name": "sequential"},
     # the pull and the coordinates are the defaults of this importance
-    "attribution": {"name": "attribution", "importance": {"name": "inputs"}},
+    "attribution": {"name": "attribution"},
     "multitask": {"name": "multitask"},
 }
 

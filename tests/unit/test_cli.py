@@ -269,7 +269,8 @@ def test_attribute_writes_a_prior_and_says_how_it_was_made(
     out = tmp_path / "prior"
     model = trained / "tasks" / "01-head" / "model"
     result = holdfast_cli(
-        "attribute", "--model", model, "--data", head_data, "--out", out, "--set", "rules=paper"
+        *("attribute", "--model", model, "--data", head_data, "--out", out),
+        *("--importance", "lrp", "--set", "rules=paper"),
     )
     assert result.exit_code == 0, result.output
     assert f"Prior: {out} (14 tensors," in result.output
@@ -352,8 +353,8 @@ def test_attribute_tests_answers_as_the_run_does(
     ("arguments", "message"),
     [
         (["--importance", "fischer"], "no such choice: 'fischer'. Did you mean 'fisher'?"),
-        (["--set", "aggregat=topk"], "aggregat: unknown key. Did you mean 'aggregate'?"),
-        (["--set", "top_k=3"], "`top_k` applies to `aggregate: topk` only"),
+        (["--set", "weightin=uniform"], "weightin: unknown key. Did you mean 'weighting'?"),
+        (["--set", "weighting=uniform", "--set", "correct_only=true"], "`correct_only` applies to"),
         (["--dtype", "int8"], "model.dtype: Input should be 'float32'"),
         (["--data", "nowhere"], "no file or folder 'nowhere' (looked in /"),
         (["--model", "./nowhere"], "no Hugging Face model at './nowhere'"),
@@ -386,7 +387,7 @@ def test_faithfulness_without_test_rows_is_refused_before_any_work(
 ) -> None:
     result = holdfast_cli(
         *("attribute", "--model", trained / "tasks/01-head/model", "--data", head_data / "train.jsonl"),
-        *("--out", tmp_path / "p", "--test-faithfulness"),
+        *("--out", tmp_path / "p", "--importance", "fisher", "--test-faithfulness"),
     )
     assert result.exit_code == 2
     assert "--test-faithfulness needs test rows: put a test file beside the training file" in result.output

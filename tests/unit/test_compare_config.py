@@ -30,6 +30,20 @@ def plan_of(folder: Path, *overrides: str, **sections: Any) -> Plan:
     return load_grid(file, overrides)
 
 
+GRIDS = sorted(
+    grid
+    for folder in ("configs/compare", "benchmarks/evidence")
+    for grid in (Path(__file__).parents[2] / folder).glob("*.yaml")
+)
+
+
+@pytest.mark.parametrize("file", GRIDS, ids=lambda file: file.stem)
+def test_each_committed_grid_is_right_and_says_its_command(file: Path, tmp_path: Path) -> None:
+    plan = load_grid(file, [f"output={tmp_path}"])
+    assert plan.cells
+    assert f"holdfast compare {file.parent.parent.name}/{file.parent.name}/{file.name}" in file.read_text()
+
+
 def test_cells_are_rows_by_points_by_orders_by_seeds(tmp_path):
     plan = plan_of(tmp_path, seeds=[3, 4], orders=[["copy", "head"], ["head", "copy"]])
     assert [line.label for line in plan.grid.lines] == [

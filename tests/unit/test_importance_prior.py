@@ -151,6 +151,15 @@ def test_max_merge_is_equation_12() -> None:
     assert merged.meta["conservation_max_relative_error"] == 1e-6
 
 
+def test_priors_by_input_add_up_unless_another_way_is_named() -> None:
+    moments = [torch.diag(torch.tensor([1.0, 0.0, 2.0])), torch.diag(torch.tensor([0.0, 3.0, 1.0]))]
+    first, second = (ImportancePrior({"w": c_II}, {**META, "kind": "inputs"}) for c_II in moments)
+    assert torch.equal(first.merge(second).tensors["w"], moments[0] + moments[1])
+    assert torch.equal(first.merge(second, how="mean").tensors["w"], (moments[0] + moments[1]) / 2)
+    with pytest.raises(PriorMismatchError, match="Allowed for the kind 'inputs': sum, mean"):
+        first.merge(second, how="max")
+
+
 def test_sum_and_mean_merge_do_not_clip() -> None:
     a, b = prior(0), prior(1)
     for name in a.tensors:

@@ -37,7 +37,7 @@ ImportanceOptions: Any = Annotated[
 def compute_prior(
     model: nn.Module,
     rows: Sequence[Encoded],
-    options: Options | Mapping[str, Any] | str = "lrp",
+    options: Options | Mapping[str, Any] | str = "inputs",
     *,
     pad_id: int,
     seed: int = 0,
@@ -46,7 +46,7 @@ def compute_prior(
     progress: Progress | None = None,
     partial: Partial | None = None,
 ) -> ImportancePrior:
-    """Rate every weight of a model by how much it matters for a task.
+    """Rate what of a model matters for a task: every weight, or every direction of inputs.
 
     Parameters
     ----------

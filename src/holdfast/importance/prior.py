@@ -103,7 +103,7 @@ class ImportancePrior:
     def merge(
         self,
         others: ImportancePrior | Sequence[ImportancePrior],
-        how: Literal["max", "sum", "mean"] = "max",
+        how: Literal["max", "sum", "mean"] | None = None,
     ) -> ImportancePrior:
         """Summarise the priors of several tasks in one.
 
@@ -111,9 +111,9 @@ class ImportancePrior:
         ----------
         others : prior or sequence of priors
             Merged with this one; they must cover the same weights.
-        how : {"max", "sum", "mean"}
-            ``max``: the element-wise maximum clipped at 0 (A, eq. 12). ``sum`` is what EWC does with its
-            Fisher matrices. Neither ``sum`` nor ``mean`` clips.
+        how : {"max", "sum", "mean"}, optional
+            Default: see `default_merge`. ``max``: the element-wise maximum clipped at 0 (A, eq. 12). ``sum``
+            is what EWC does with its Fisher matrices. Neither ``sum`` nor ``mean`` clips.
 
         Raises
         ------
@@ -127,6 +127,7 @@ class ImportancePrior:
                 f"merge: the priors are of different kinds ({', '.join(kinds)}). A number for each weight "
                 "and a matrix for each map's inputs can't be joined; compute both with the same importance."
             )
+        how = how or default_merge(self.kind)
         if how == "max" and kinds[0] == "inputs":
             raise PriorMismatchError(
                 "merge: how='max' is element by element, and the maximum of two second moments so taken is "
@@ -257,6 +258,11 @@ class ImportancePrior:
                 f"recorded there. {again}"
             )
         return cls(tensors, record.meta)
+
+
+def default_merge(kind: Kind) -> Literal["max", "sum"]:
+    """How priors of several tasks are joined if nobody says: second moments add up, and have no maximum."""
+    return "sum" if kind == "inputs" else "max"
 
 
 def _mean_eigenvalue_one(c_II: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from holdfast.tasks.options import left_out, subsample
 from holdfast.tasks.task import Example, MetricName, Task
 
 # what kept most without an old row (docs/results.md)
-DEFAULT = {"name": "attribution", "importance": {"name": "inputs"}}
+DEFAULT = {"name": "attribution"}
 KEPT_SHARE, KEPT_MOST = 0.1, 200  # of each data set, for testing what becomes of it
 LONG_ANSWER = 6  # words; from here on answers are compared by ROUGE-L
 SMALL = 30_000_000  # parameters; larger models are fine-tuned at a lower rate

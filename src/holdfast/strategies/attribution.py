@@ -17,8 +17,8 @@ from holdfast.hold.cost import Estimate, prior_costs
 from holdfast.hold.drift import Drift
 from holdfast.hold.reference import weights_of
 from holdfast.importance import ImportanceOptions, ImportancePrior
-from holdfast.importance.lrp import LrpOptions
-from holdfast.importance.prior import Kind
+from holdfast.importance.inputs import InputsOptions
+from holdfast.importance.prior import Kind, default_merge
 from holdfast.importance.registry import REGISTRY
 from holdfast.records import ProtectionSummary
 from holdfast.strategies.protocol import Context, Stage, Strategy, register
@@ -29,8 +29,8 @@ class AttributionStrategyOptions(Options):
     """Importance × mechanism × control, and where the prior comes from."""
 
     name: Literal["attribution"] = "attribution"
-    importance: Annotated[ImportanceOptions, BeforeValidator(named_or("lrp"))] = Field(
-        default_factory=LrpOptions
+    importance: Annotated[ImportanceOptions, BeforeValidator(named_or("inputs"))] = Field(
+        default_factory=InputsOptions
     )
     mechanism: Annotated[MechanismOptions, BeforeValidator(named_or("anchor"))] = Field(
         default_factory=AnchorOptions
@@ -64,7 +64,7 @@ class AttributionStrategyOptions(Options):
             raise ValueError(
                 "`merge: max` is for priors by weight; with `importance: inputs` use sum or mean"
             )
-        changed: dict[str, Any] = {"merge": self.merge or ("sum" if self.kind == "inputs" else "max")}
+        changed: dict[str, Any] = {"merge": self.merge or default_merge(self.kind)}
         if isinstance(self.mechanism, AnchorOptions):
             try:
                 changed["mechanism"] = self.mechanism.resolved(self.kind)
@@ -80,12 +80,13 @@ class Attribution(Strategy):
 
     Each task's prior (of the model that learned it, or of one of its own) is joined with the earlier ones
     (eq. 12), put under the control, and handed to the mechanism for the next task. A's own choices are in
-    ``configs/attribution_paper.yaml``; eq. 13's factor on a gradient cancels under Adam, hence the defaults.
+    ``configs/attribution_paper.yaml``; eq. 13's factor on a gradient cancels under Adam. What a
+    user who says nothing gets is what kept most (docs/results.md): the inputs where relevance went, anchored.
     """
 
     name = "attribution"
     paper = "Liu et al. 2026, arXiv 2605.05285"
-    summary = "holds the weights that earlier tasks need; any importance, mechanism and control"
+    summary = "holds the inputs where relevance went; any other importance, mechanism and control"
     Options = AttributionStrategyOptions
     state = "constant"
 
