@@ -103,7 +103,7 @@ def test_every_figure_renders_and_the_page_never_scrolls_sideways(opened, report
     if name == "sweep":  # its runs kept neither losses nor units
         expected = expected - {"loss", "units"} | {"tradeoff"}
     elif name == "full":
-        expected |= {"importance", "gate", "overlap", "spearman", "faithfulness"}
+        expected |= {"importance", "gate", "overlap", "correlation", "faithfulness"}
     else:
         expected -= {"overview"}  # a single finished method has nothing to be compared with
     assert set(state["kinds"]) == expected
@@ -153,7 +153,7 @@ def test_pairs_of_tasks_are_chosen_for_both_measures_at_once(opened, reports):
     assert "single, single-task" in block.locator(".legend").inner_text()
     block.locator("select").select_option(label="copy and count")
     shown = [block.locator(".plot").nth(i).get_attribute("data-figure") or "" for i in range(2)]
-    assert [name.split("-")[0] for name in shown] == ["overlap", "spearman"]
+    assert [name.split("-")[0] for name in shown] == ["overlap", "correlation"]
     assert shown[0].split("-")[1] == shown[1].split("-")[1] != "all"
     assert block.locator(".plot svg.main-svg").last.is_visible()
 

@@ -143,7 +143,7 @@ def test_priors_are_compared_tensor_by_tensor_and_averaged_by_size():
     found = agreement(first, second)
     # q: -1 and nothing in common, up: the same order; the tensors' levels don't matter
     assert list(found) == [("", 0)]
-    assert found["", 0].spearman == pytest.approx((10 * -1 + 30 * 1) / 40)
+    assert found["", 0].correlation == pytest.approx((10 * -1 + 30 * 1) / 40)
     assert found["", 0].overlap == pytest.approx(30 / 40)
 
 
@@ -154,7 +154,7 @@ def test_a_constant_tensor_has_no_say():
         ImportancePrior({Q: values, UP: torch.zeros(9, 9)}),
         ImportancePrior({Q: values, UP: torch.rand(9, 9, generator=generator)}),
     )
-    assert found["", 0].spearman == pytest.approx(1)
+    assert found["", 0].correlation == pytest.approx(1)
     assert found["", 0].overlap == pytest.approx(1)
 
 
@@ -170,7 +170,7 @@ def test_unrelated_priors_agree_as_much_as_chance():
     first, second = (ImportancePrior({Q: torch.rand(200, 200, generator=generator)}) for _ in range(2))
     found = agreement(first, second)["", 0]
     assert found.overlap == pytest.approx(0.1, abs=0.01)
-    assert found.spearman == pytest.approx(0, abs=0.02)
+    assert found.correlation == pytest.approx(0, abs=0.02)
 
 
 def test_a_sample_of_a_tensor_tells_nearly_the_same():
@@ -180,7 +180,58 @@ def test_a_sample_of_a_tensor_tells_nearly_the_same():
     priors = ImportancePrior({Q: first}), ImportancePrior({Q: second})
     exact, close = agreement(*priors)["", 0], agreement(*priors, sample=20_000)["", 0]
     assert close.overlap == pytest.approx(exact.overlap, abs=0.02)
-    assert close.spearman == pytest.approx(exact.spearman, abs=0.01)
+    assert close.correlation == pytest.approx(exact.correlation, abs=0.01)
+
+
+def moments(*spectrum: float, turned: int | None = None) -> torch.Tensor:
+    c_II = torch.diag(torch.tensor(spectrum))
+    if turned is None:
+        return c_II
+    generator = torch.Generator().manual_seed(turned)
+    q_II, _ = torch.linalg.qr(torch.randn(len(spectrum), len(spectrum), generator=generator))
+    return q_II @ c_II @ q_II.t()
+
+
+def of_inputs(tensor: torch.Tensor, name: str = Q) -> ImportancePrior:
+    return ImportancePrior({name: tensor}, {"kind": "inputs"})
+
+
+def test_leading_directions_on_axes_overlap_as_sets_do():
+    first, second = moments(9, 8, 1, 2, 0.5, 0.1), moments(9, 1, 8, 2, 0.5, 0.1)
+    found = agreement(of_inputs(first), of_inputs(second), top=1 / 3)["", 0]
+    assert found.overlap == pytest.approx(1 / 2)
+    c, d = first.diagonal().double(), second.diagonal().double()
+    assert found.correlation == pytest.approx(torch.corrcoef(torch.stack([c, d]))[0, 1].item())
+
+
+def test_agreement_by_inputs_does_not_depend_on_the_basis_they_are_written_in():
+    first, second = moments(9, 8, 1, 2, 0.5, turned=0), moments(7, 6, 3, 1, 0.5, turned=1)
+    turn_II = torch.linalg.qr(torch.randn(5, 5, generator=torch.Generator().manual_seed(2)))[0]
+    expected = agreement(of_inputs(first), of_inputs(second), top=0.4)["", 0]
+    rotated = [of_inputs(turn_II @ c_II @ turn_II.t()) for c_II in (first, second)]
+    found = agreement(rotated[0], rotated[1], top=0.4)["", 0]
+    both_of = pytest.approx((expected.overlap, expected.correlation), rel=1e-5)  # float32 matrices
+    assert (found.overlap, found.correlation) == both_of
+    assert 0 < found.overlap < 1
+
+
+def test_unrelated_inputs_agree_as_much_as_chance():
+    spectrum = [1 / (i + 1) for i in range(200)]
+    first, second = (of_inputs(moments(*spectrum, turned=seed)) for seed in (0, 1))
+    found = agreement(first, second)["", 0]
+    assert found.overlap == pytest.approx(0.1, abs=0.03)
+    assert found.correlation == pytest.approx(0, abs=0.03)
+
+
+def test_inputs_that_are_alike_in_all_directions_have_no_say():
+    eye, other = of_inputs(torch.eye(4)), of_inputs(moments(4, 3, 2, 1))
+    assert math.isnan(agreement(eye, other)["", 0].overlap)
+    assert agreement(other, other)["", 0].overlap == pytest.approx(1)
+
+
+def test_priors_of_two_kinds_are_not_compared():
+    with pytest.raises(PriorMismatchError, match="one is of the kind 'weights', the other of 'inputs'"):
+        agreement(ImportancePrior({Q: torch.eye(2)}), of_inputs(torch.eye(2)))
 
 
 def test_priors_of_different_weights_are_refused_by_name():

@@ -37,7 +37,7 @@ def test_a_run_s_tasks_are_compared_pair_by_pair_as_the_priors_themselves_are(tm
     assert list(table) == list(expected)
     for block, (overlap, spearman) in table.items():
         assert overlap == pytest.approx(expected[block].overlap)
-        assert spearman == pytest.approx(expected[block].spearman)
+        assert spearman == pytest.approx(expected[block].correlation)
 
 
 def test_single_task_and_sequential_priors_are_drawn_together_and_told_apart(tmp_path):
@@ -53,7 +53,7 @@ def test_single_task_and_sequential_priors_are_drawn_together_and_told_apart(tmp
     ]  # fmt: skip
     assert len({look["dash"] for look in block.curves}) == 2
     assert [meaning.split(":")[0] for meaning in block.meanings] == ["single-task", "sequential"]
-    single, sequential = (trace["y"] for trace in figures["spearman-all"]["data"])
+    single, sequential = (trace["y"] for trace in figures["correlation-all"]["data"])
     assert len(single) == 4
     assert max(single) < min(sequential)
 
@@ -68,7 +68,7 @@ def test_the_selector_offers_the_mean_and_each_pair(tmp_path):
         "copy and reverse",
         "copy and count",
     ]
-    assert set(figures) == {f"{m}-{key}" for m in ("overlap", "spearman") for key, _ in block.choices}
+    assert set(figures) == {f"{m}-{key}" for m in ("overlap", "correlation") for key, _ in block.choices}
     mean = figures["overlap-all"]["data"][0]
     pairs = [figures[f"overlap-{key}"]["data"][0]["y"][0] for key, _ in block.choices[1:]]
     assert mean["y"][0] == pytest.approx(sum(pairs) / 6, abs=1e-3)

@@ -1,4 +1,4 @@
-"""Do two tasks need the same weights? Top-K overlap and rank correlation of their priors (A, figure 1)."""
+"""Do two tasks need the same weights, or inputs? Overlap and correlation of their priors (A, figure 1)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from holdfast.errors import PriorMismatchError
-from holdfast.importance.prior import ImportancePrior
+from holdfast.importance.prior import ImportancePrior, Kind
 from holdfast.names import Block, block_of, order_of
 
 TOP = 0.1  # A speaks of the "top-K" elements of each tensor without giving K: here a tenth of them
+WIDTH = 1024  # of wider maps as many inputs are compared where `sample` is given: an eigenbasis costs O(I³)
 
 
 @dataclass(frozen=True)
@@ -24,17 +25,20 @@ class Agreement:
     Attributes
     ----------
     overlap : float
-        |P ∩ Q| / K for the sets P, Q of the K most important elements of a tensor, in [0, 1]. Priors that
-        have nothing to do with each other get K / N, the share of the elements that is looked at.
-    spearman : float
-        Correlation of the ranks of all elements, in [-1, 1]; 0 by chance.
+        By weight |P ∩ Q| / K for the sets P, Q of the K most important elements of a tensor, in [0, 1]. By
+        inputs ‖PᵀQ‖² / K for bases P, Q of the K leading directions of a map's inputs, the same where
+        both are coordinate axes. Priors that have nothing to do with each other get K / N, the share that is
+        looked at.
+    correlation : float
+        In [-1, 1]; 0 by chance. By weight Spearman's, of the ranks of all elements. By inputs that of the two
+        second moments: the cosine of C − mean(c) · 1.
 
     Both are computed tensor by tensor, as A does, and averaged over the block's tensors by their number of
-    elements. NaN: a constant prior ranks nothing.
+    elements. NaN: a prior that is the same everywhere ranks nothing.
     """
 
     overlap: float
-    spearman: float
+    correlation: float
 
 
 def agreement(
@@ -57,7 +61,8 @@ def agreement(
     top : float
         Share of each tensor's elements that count as important, 0 < top < 1.
     sample : int, optional
-        Of larger tensors only this many elements are compared; all by default.
+        Of larger tensors only this many elements are compared, and of wider maps `WIDTH` inputs; all by
+        default.
     seed : int
         Chooses them: the same ones in both priors.
 
@@ -69,12 +74,12 @@ def agreement(
     Raises
     ------
     PriorMismatchError
-        The priors cover different weights, or one of them rates directions of inputs.
+        The priors cover different weights, or are of different kinds.
     """
-    if {first.kind, second.kind} != {"weights"}:
+    if first.kind != second.kind:
         raise PriorMismatchError(
-            "agreement of two priors: it is about which weights are important, and a prior of the kind "
-            "'inputs' rates directions. Compare priors by weight."
+            f"agreement of two priors: one is of the kind '{first.kind}', the other of '{second.kind}'. "
+            "Compare priors of one kind."
         )
     for name in sorted(first.tensors.keys() | second.tensors.keys()):
         shapes = [tuple(p.tensors[name].shape) if name in p.tensors else None for p in (first, second)]
@@ -85,18 +90,19 @@ def agreement(
                 "on the same architecture with the same trainable weights."
             )
     pairs = ((name, (tensor, second.tensors[name])) for name, tensor in first.tensors.items())
-    found = pairwise_by_block(pairs, top=top, sample=sample, seed=seed)
+    found = pairwise_by_block(pairs, first.kind, top=top, sample=sample, seed=seed)
     return {block: Agreement(o_TT[0, 1].item(), r_TT[0, 1].item()) for block, (o_TT, r_TT) in found.items()}
 
 
 def pairwise_by_block(
     tensors: Iterable[tuple[str, Sequence[Tensor]]],
+    kind: Kind = "weights",
     *,
     top: float = TOP,
     sample: int | None = None,
     seed: int = 0,
 ) -> dict[Block, tuple[Tensor, Tensor]]:
-    """Compare T priors with one another, given tensor by tensor; each tensor is sorted once a prior.
+    """Compare T priors of one kind with one another, given tensor by tensor.
 
     Parameters
     ----------
@@ -108,7 +114,7 @@ def pairwise_by_block(
     Returns
     -------
     dict of Block to (Tensor, Tensor)
-        The overlap and Spearman's correlation, (T, T) and symmetric, float64; blocks in order.
+        The overlap and the correlation, (T, T) and symmetric, float64; blocks in order.
     """
     sums: dict[Block, list[Tensor]] = {}
     counts: dict[Block, list[Tensor]] = defaultdict(list)
@@ -116,10 +122,15 @@ def pairwise_by_block(
         block = block_of(name)
         if block is None or not values[0].numel():
             continue
-        chosen = sampled(values[0].numel(), sample, seed)
-        flat = [value.detach().reshape(-1) for value in values]
-        found = compare([value if chosen is None else value[chosen] for value in flat], top)
-        size = flat[0].numel()
+        size = values[0].numel()
+        if kind == "inputs":
+            chosen = sampled(len(values[0]), None if sample is None else WIDTH, seed)
+            moments = [value.detach() for value in values]
+            found = compare_moments([c if chosen is None else c[chosen][:, chosen] for c in moments], top)
+        else:
+            chosen = sampled(size, sample, seed)
+            flat = [value.detach().reshape(-1) for value in values]
+            found = compare([value if chosen is None else value[chosen] for value in flat], top)
         for i, table_TT in enumerate(found):
             if block not in sums or len(counts[block]) <= i:
                 sums.setdefault(block, []).append(torch.zeros_like(table_TT))
@@ -144,7 +155,7 @@ def compare(values: Sequence[Tensor], top: float = TOP) -> tuple[Tensor, Tensor]
 
     Returns
     -------
-    overlap_TT, spearman_TT : Tensor
+    overlap_TT, correlation_TT : Tensor
         float64. NaN in the rows and columns of a constant vector.
     """
     if not 0 < top < 1:
@@ -161,6 +172,40 @@ def compare(values: Sequence[Tensor], top: float = TOP) -> tuple[Tensor, Tensor]
         table_TT[:, constant_T] = math.nan
         tables.append(table_TT)
     return tables[0], tables[1]
+
+
+def compare_moments(values: Sequence[Tensor], top: float = TOP) -> tuple[Tensor, Tensor]:
+    """Overlap of the leading directions, and the correlation, of T second moments with one another.
+
+    Parameters
+    ----------
+    values : sequence of Tensor
+        T symmetric matrices (I, I).
+    top : float
+        K is this share of I, at least 1.
+
+    Returns
+    -------
+    overlap_TT, correlation_TT : Tensor
+        float64. NaN in the rows and columns of a multiple of the identity, which has no leading direction.
+    """
+    if not 0 < top < 1:
+        raise ValueError(f"top: a share of the directions between 0 and 1, got {top}")
+    c_TII = torch.stack([value.double() for value in values])
+    count, size = max(1, round(top * c_TII.shape[-1])), c_TII.shape[-1]
+    mean_T = c_TII.diagonal(dim1=-2, dim2=-1).mean(-1)
+    apart_TII = c_TII - mean_T[:, None, None] * torch.eye(size, dtype=torch.float64)
+    flat_T = (apart_TII.abs().amax((-2, -1)) <= 1e-12 * mean_T.abs()) | (c_TII == 0).all(-1).all(-1)
+    leading_TIK = torch.linalg.eigh(c_TII).eigenvectors[..., -count:]
+    between_TTKK = torch.einsum("aik,bil->abkl", leading_TIK, leading_TIK)
+    overlap_TT = (between_TTKK.square().sum((-2, -1)) / count).clamp(0.0, 1.0)
+    rows_TN = apart_TII.flatten(1)
+    rows_TN = rows_TN / torch.linalg.vector_norm(rows_TN, dim=1, keepdim=True)
+    tables = overlap_TT, (rows_TN @ rows_TN.T).clamp(-1.0, 1.0)
+    for table_TT in tables:
+        table_TT[flat_T] = math.nan
+        table_TT[:, flat_T] = math.nan
+    return tables
 
 
 def ranks(values_N: Tensor) -> Tensor:

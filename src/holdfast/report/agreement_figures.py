@@ -1,4 +1,4 @@
-"""How far tasks need the same weights: top-K overlap and rank correlation by layer (A, figure 1)."""
+"""How far tasks need the same weights or inputs: overlap and correlation by layer (A, figure 1)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from holdfast.report.task_agreement import KINDS, Pair, TaskAgreement
 _ALL = "all"
 _MOST_PAIRS = 15  # offered one by one; of more tasks each one with the task before it
 
-Measure = Literal["overlap", "spearman"]
+Measure = Literal["overlap", "correlation"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def agreement_block(figures: dict[str, Json], found: Sequence[TaskAgreement]) ->
     looks = [_look(agreement) for agreement in found]
     for key, _ in choices:
         chosen = pairs if key == _ALL else [pairs[int(key)]]
-        for measure in ("overlap", "spearman"):
+        for measure in ("overlap", "correlation"):
             figures[f"{measure}-{key}"] = agreement_figure(measure, found, looks, chosen, blocks)
     meanings = [f"{word}: {meaning}" for kind, (word, meaning) in KINDS.items() if kind in kinds and word]
     return AgreementBlock(looks, choices, meanings, 60 + 14 * len(blocks))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import DataError
+from holdfast.importance.prior import Kind
 from holdfast.names import Block, block_of, module_of, order_of
 
 
@@ -45,7 +46,7 @@ def importance_map(path: Path) -> ImportanceMap:
         The file isn't readable as safetensors (torn, or of another format).
     """
     totals: dict[tuple[Block, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
-    by_weight = is_by_weight(path)
+    by_weight = kind_of(path) == "weights"
     with open_prior(path) as tensors:
         names = tensors.keys()  # the handle can't be iterated
         for name in names:
@@ -60,12 +61,13 @@ def importance_map(path: Path) -> ImportanceMap:
     return _arrange({key: total / max(count, 1.0) for key, (total, count) in totals.items()})
 
 
-def is_by_weight(path: Path) -> bool:
-    """Whether a ``prior.safetensors`` has a number for each weight, by the record beside it."""
+def kind_of(path: Path) -> Kind:
+    """Whether a ``prior.safetensors`` is by weight or by inputs, by the record beside it."""
     try:
-        return bool(json.loads(path.with_name("prior.json").read_text()).get("kind", "weights") == "weights")
+        recorded = json.loads(path.with_name("prior.json").read_text()).get("kind")
     except (OSError, ValueError, AttributeError):
-        return True  # no record: as all priors were before there was another kind
+        recorded = None  # no record: as all priors were before there was another kind
+    return "inputs" if recorded == "inputs" else "weights"
 
 
 def open_prior(path: Path) -> Any:

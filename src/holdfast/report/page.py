@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from holdfast.importance.agreement import WIDTH
 from holdfast.quantities import number, rounded
 from holdfast.records import Faithfulness
 from holdfast.report import figures as draw
@@ -85,6 +86,7 @@ def build(records: Sequence[Folder], title: str | None) -> str:
         "measured": measured,
         "agreement": agreement_block(figures, task_agreements(groups, attributions)),
         "sample": SAMPLE,
+        "width": WIDTH,
         "faithfulness": _faithfulness(figures, runs, attributions),
         "forgotten": [(i, tasks) for i, run in enumerate(runs) if (tasks := forgotten(run))],
         "losses": _losses(figures, styled),

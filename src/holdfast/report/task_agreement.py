@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from holdfast.importance.agreement import pairwise_by_block
+from holdfast.importance.prior import Kind
 from holdfast.names import Block
-from holdfast.report.importance_map import is_by_weight, open_prior
+from holdfast.report.importance_map import kind_of, open_prior
 from holdfast.report.read import AttributionRecord
 from holdfast.report.summary import Group
 
@@ -41,7 +42,7 @@ class TaskAgreement:
     kind : str
         A key of `KINDS`: on which models the priors were computed.
     tables : dict of Pair to dict of Block to (float, float)
-        Overlap and Spearman's correlation of two tasks by block, averaged over seeds.
+        Overlap and correlation of two tasks by block, averaged over seeds.
     """
 
     label: str
@@ -79,19 +80,17 @@ def task_agreements(
 
 
 def _compared(priors: Sequence[tuple[str, Path]]) -> dict[Pair, dict[Block, tuple[float, float]]]:
-    """All pairs of tasks, over the weights that all the priors cover; one tensor a prior is in memory.
-
-    Of priors by inputs there is none: entries of a matrix have no order of importance.
-    """
-    if not all(is_by_weight(path) for _, path in priors):
+    """All pairs of tasks, over the weights that all the priors cover; one tensor a prior is in memory."""
+    kinds: set[Kind] = {kind_of(path) for _, path in priors}
+    if len(kinds) > 1:
         return {}
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(open_prior(path)) for _, path in priors]
-        tables = pairwise_by_block(_shared(opened), sample=SAMPLE)
+        tables = pairwise_by_block(_shared(opened), kinds.pop(), sample=SAMPLE)
     return {
         (priors[i][0], priors[j][0]): {
-            block: (overlap_TT[i, j].item(), spearman_TT[i, j].item())
-            for block, (overlap_TT, spearman_TT) in tables.items()
+            block: (overlap_TT[i, j].item(), correlation_TT[i, j].item())
+            for block, (overlap_TT, correlation_TT) in tables.items()
         }
         for i, j in itertools.combinations(range(len(priors)), 2)
     }
