@@ -213,6 +213,9 @@ class TrainingLog(Record):
         Of the loss on prompts, beside that on completions.
     loss, learning_rate : list of (step, value)
         As the Trainer logged them.
+    moved : list of (step, value)
+        By how many percent of their own size old outputs had moved since the stage began, in root mean
+        square: 100 √drift. Empty where nothing was held, or not by its inputs.
     """
 
     steps: int | None = None
@@ -221,6 +224,7 @@ class TrainingLog(Record):
     lm_weight: float = 0.0
     loss: list[tuple[float, Score]] = []
     learning_rate: list[tuple[float, Score]] = []
+    moved: list[tuple[float, Score]] = []
 
 
 class Histogram(Record):
