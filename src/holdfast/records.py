@@ -241,6 +241,23 @@ class Histogram(Record):
     counts: list[float]
 
 
+class MovedOutputs(BaseModel):
+    """How far old outputs moved in a stage: relative mean squares, see `holdfast.hold.drift.Drift`.
+
+    Attributes
+    ----------
+    maps : dict
+        Canonical name of a linear map's weight to its own.
+    total : float
+        Of all together.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    maps: dict[str, float] = {}
+    total: float
+
+
 class ProtectionSummary(Record):
     """``protection.json`` of one stage: how strongly its weights were held.
 
@@ -260,6 +277,8 @@ class ProtectionSummary(Record):
         Name and options of the mechanism.
     control : str
         Which control the prior went through; ``none`` for the prior itself.
+    drift : MovedOutputs or None
+        At the end of the stage; of a prior by inputs only.
 
     A mechanism's own figures, such as an anchor's ``learning_rate``, stand beside these.
     """
@@ -273,6 +292,7 @@ class ProtectionSummary(Record):
     elements: int | None = None
     mechanism: dict[str, Any] = {}
     control: str = "none"
+    drift: MovedOutputs | None = None
 
 
 class UnitScores(Record):
