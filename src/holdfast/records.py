@@ -213,6 +213,9 @@ class TrainingLog(Record):
         Of the loss on prompts, beside that on completions.
     loss, learning_rate : list of (step, value)
         As the Trainer logged them.
+    moved : list of (step, value)
+        By how many percent of their own size old outputs had moved since the stage began, in root mean
+        square: 100 √drift. Empty where nothing was held, or not by its inputs.
     """
 
     steps: int | None = None
@@ -221,6 +224,7 @@ class TrainingLog(Record):
     lm_weight: float = 0.0
     loss: list[tuple[float, Score]] = []
     learning_rate: list[tuple[float, Score]] = []
+    moved: list[tuple[float, Score]] = []
 
 
 class Histogram(Record):
@@ -235,6 +239,23 @@ class Histogram(Record):
 
     edges: list[float]
     counts: list[float]
+
+
+class MovedOutputs(BaseModel):
+    """How far old outputs moved in a stage: relative mean squares, see `holdfast.hold.drift.Drift`.
+
+    Attributes
+    ----------
+    maps : dict
+        Canonical name of a linear map's weight to its own.
+    total : float
+        Of all together.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    maps: dict[str, float] = {}
+    total: float
 
 
 class ProtectionSummary(Record):
@@ -256,6 +277,8 @@ class ProtectionSummary(Record):
         Name and options of the mechanism.
     control : str
         Which control the prior went through; ``none`` for the prior itself.
+    drift : MovedOutputs or None
+        At the end of the stage; of a prior by inputs only.
 
     A mechanism's own figures, such as an anchor's ``learning_rate``, stand beside these.
     """
@@ -269,6 +292,7 @@ class ProtectionSummary(Record):
     elements: int | None = None
     mechanism: dict[str, Any] = {}
     control: str = "none"
+    drift: MovedOutputs | None = None
 
 
 class UnitScores(Record):

@@ -27,6 +27,7 @@ def config_of(output: Path, **mechanism: Any) -> RunConfig:
         "learning_rate": 3e-3,
         "warmup_steps": 2,
         "checkpoint_steps": 3,
+        "log_steps": 2,
     }
     return validate(RunConfig, values, source="test")
 
@@ -37,6 +38,10 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
         for stage in sorted((folder / "tasks").iterdir())
         for name, tensor in load_file(stage / "model/model.safetensors").items()
     }
+
+
+def moved(folder: Path) -> list[list[tuple[int, float]]]:
+    return [json.loads(p.read_text())["moved"] for p in sorted(folder.glob("tasks/*/training.json"))]
 
 
 @pytest.mark.parametrize(
@@ -53,6 +58,7 @@ def test_run_killed_in_training_ends_bit_identical(
             run(config_of(tmp_path / "killed", **mechanism))
     run(config_of(tmp_path / "killed", **mechanism))
     whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert moved(tmp_path / "whole") == moved(tmp_path / "killed")
     assert whole.keys() == killed.keys()
     assert all(torch.equal(tensor, killed[name]) for name, tensor in whole.items())
 
@@ -65,7 +71,11 @@ def test_run_writes_its_defaults_how_much_it_held_and_how_far_old_outputs_moved(
     assert "merge: sum" in config
     found = [json.loads(p.read_text()) for p in sorted((tmp_path / "run").glob("tasks/*/protection.json"))]
     assert len(found) == 2
-    for held in found:
+    first, *curves = moved(tmp_path / "run")
+    assert first == []  # nothing is held in the first task
+    for curve, held in zip(curves, found, strict=True):
+        assert [step for step, _ in curve] == [2, 4, 6]
+        assert curve[-1][1] == pytest.approx(100 * held["drift"]["total"] ** 0.5)
         assert held["quantity"] == "pull per step"
         assert held["not_held"] == []
         assert 0 < held["drift"]["total"] < 1

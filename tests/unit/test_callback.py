@@ -256,12 +256,15 @@ def test_prior_by_inputs_is_held_by_its_whole_pull(tmp_path: Path) -> None:
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             moved.append(callback.drift().total)
 
-    trainer = Trainer(model, arguments(tmp_path), train_dataset=rows(), callbacks=[callback, Watch()])
+    options = arguments(tmp_path, logging_steps=1)
+    trainer = Trainer(model, options, train_dataset=rows(), callbacks=[callback, Watch()])
     trainer.train()
     # warm-up of 2 of 6 steps, then linear: rates 0, 1/2, 1, 3/4, 1/2, 1/4 of 1e-2
     assert trainer.optimizer is not None
     assert [g["holdfast_total_rate"] for g in trainer.optimizer.param_groups] == pytest.approx([3e-2, 3e-2])
     assert moved[0] == 0.0  # the first rate is 0
     assert all(value > 0 for value in moved[1:])
+    logged = [entry["old_outputs_moved"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == pytest.approx([100 * value**0.5 for value in moved])
     assert callback.protection is not None
     assert callback.protection.summary()["mean"] == pytest.approx(0.6 * 1e-2 / 3e-2)

@@ -169,7 +169,7 @@ class Anchor:
                         operator.blend_(chunk.parameters, reference, rate)
 
             handle = hook(inner, after=pull)
-        self._handle = observed(handle, self.prior, model, chunks, references)
+        self._handle = observed(handle, model, chunks, self.spectrum.meter(chunks, operators, references))
         return self._handle
 
     def _in_coordinates(

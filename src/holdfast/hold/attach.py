@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from holdfast.errors import ConfigError, PriorMismatchError
-from holdfast.hold.drift import Drift, drift
+from holdfast.hold.drift import Drift, Meter
 from holdfast.importance.prior import ImportancePrior, parameters_by_name
 
 _CHUNK = 2**26  # elements handled by one fused call: bounds the temporary memory of a step
@@ -139,19 +139,13 @@ def place(value: Tensor, parameter: Tensor) -> Tensor:
     return value.to(device=parameter.device, dtype=parameter.dtype, copy=True)
 
 
-def observed(
-    handle: Handle, prior: ImportancePrior, model: nn.Module, chunks: Sequence[Chunk], references: Any = None
-) -> Handle:
-    """Let a handle tell what is not held, and measure drift from the reference weights, one list a chunk."""
+def observed(handle: Handle, model: nn.Module, chunks: Sequence[Chunk], meter: Meter | None = None) -> Handle:
+    """Let a handle tell what is not held, and measure drift where there is a meter for it."""
     held = {id(p) for chunk in chunks for p in chunk.parameters}
     handle.not_held = [
         n for n, p in parameters_by_name(model).items() if p.requires_grad and id(p) not in held
     ]
-    if references is not None and prior.kind == "inputs":
-        pairs = zip(chunks, references, strict=True)
-        before = {n: r for chunk, refs in pairs for n, r in zip(chunk.names, refs, strict=True)}
-        bound = ImportancePrior({n: prior.tensors[n] for n in before}, prior.meta)
-        handle.meter = lambda: drift(bound, model, before)
+    handle.meter = meter
     return handle
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -12,6 +14,8 @@ from holdfast.errors import ConfigError, PriorMismatchError
 from holdfast.hold.inputs import outputs_first
 from holdfast.importance.prior import ImportancePrior, parameters_by_name
 from holdfast.models import input_dims
+
+MOVED = "old_outputs_moved"  # beside the loss in a Trainer's log: `Drift.percent`
 
 
 class Drift(NamedTuple):
@@ -27,6 +31,11 @@ class Drift(NamedTuple):
 
     maps: dict[str, float]
     total: float
+
+    @property
+    def percent(self) -> float:
+        """100 √total: by how much of their own size old outputs moved, in root mean square."""
+        return float(100 * self.total**0.5)
 
 
 @torch.no_grad()
@@ -72,8 +81,73 @@ def drift(prior: ImportancePrior, model: nn.Module, reference: Mapping[str, Tens
         c_II = c_II.double().to(change.device)
         moved[name] = _moment(outputs_first(change, dims[name]), c_II)
         whole[name] = _moment(outputs_first(before.to(change.device), dims[name]), c_II)
+    return relative(moved, whole)
+
+
+def relative(moved: Mapping[str, float], whole: Mapping[str, float]) -> Drift:
+    """Numerators and denominators by map."""
     maps = {name: moved[name] / whole[name] if whole[name] > 0 else 0.0 for name in moved}
     return Drift(maps, sum(moved.values()) / (sum(whole.values()) or 1.0))
+
+
+@dataclass(frozen=True)
+class Rotated:
+    """A map as a hold has it: W, W*, and C = U diag(c) Uᵀ, of mean 1, on the weight's device."""
+
+    name: str
+    weight: Tensor
+    reference: Tensor
+    basis_II: Tensor
+    values_I: Tensor
+    dim: int
+
+    def change(self) -> Tensor:
+        """tr(Δ C Δᵀ) = Σ_j c_j |(ΔU)_j|², a scalar on the device."""
+        wide = self.basis_II.dtype
+        change = outputs_first(self.weight, self.dim).to(wide) - outputs_first(self.reference, self.dim).to(
+            wide
+        )
+        return self._moment(change)
+
+    def whole(self) -> Tensor:
+        """tr(W* C W*ᵀ)."""
+        return self._moment(outputs_first(self.reference, self.dim).to(self.basis_II.dtype))
+
+    def _moment(self, weight_OI: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(weight_OI @ self.basis_II, dim=0).square() @ self.values_I
+
+
+class Meter:
+    """`drift` of what a hold has at hand: one product O x I x I a map, in the hold's precision (float32).
+
+    Nothing is copied, and the device is waited for once a reading. The reference must not change.
+    """
+
+    def __init__(self, maps: list[Rotated]) -> None:
+        self.maps = maps
+
+    @cached_property
+    def _whole(self) -> list[float]:
+        return _numbers([m.whole() for m in self.maps])
+
+    @torch.no_grad()
+    def __call__(self) -> Drift:
+        """As the weights are now."""
+        moved = _numbers([m.change() for m in self.maps])
+        names = [m.name for m in self.maps]
+        return relative(dict(zip(names, moved, strict=True)), dict(zip(names, self._whole, strict=True)))
+
+
+def _numbers(scalars: list[Tensor]) -> list[float]:
+    """One transfer a device."""
+    found = [0.0] * len(scalars)
+    by_device: dict[torch.device, list[int]] = {}
+    for index, value in enumerate(scalars):
+        by_device.setdefault(value.device, []).append(index)
+    for indices in by_device.values():
+        for index, number in zip(indices, torch.stack([scalars[i] for i in indices]).tolist(), strict=True):
+            found[index] = number
+    return found
 
 
 def _moment(weight_OI: Tensor, c_II: Tensor) -> float:

@@ -101,7 +101,7 @@ class Gate:
         held = dict(self.held())
         operators = [spectrum.operator(chunk, model, held, partial=True) for chunk in chunks]
         if self.options.on == "gradient":
-            return observed(_gate_gradients(inner, chunks, operators), self.prior, model, chunks)
+            return observed(_gate_gradients(inner, chunks, operators), model, chunks)
         before = [[torch.empty_like(p) for p in chunk.parameters] for chunk in chunks]
 
         def snapshot() -> None:
@@ -112,7 +112,7 @@ class Gate:
             for chunk, old, operator in zip(chunks, before, operators, strict=True):
                 operator.blend_(chunk.parameters, old)
 
-        return observed(hook(inner, snapshot, hold), self.prior, model, chunks)
+        return observed(hook(inner, snapshot, hold), model, chunks)
 
     @cached_property
     def spectrum(self) -> Spectrum:

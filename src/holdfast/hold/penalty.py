@@ -100,7 +100,7 @@ class Penalty:
                 torch._foreach_add_([p.grad for p in chunk.parameters if p.grad is not None], away)
 
         handle = hook(inner, add, needs_gradients="penalty")
-        return observed(handle, self.prior, model, chunks, references)
+        return observed(handle, model, chunks, self.spectrum.meter(chunks, operators, references))
 
     def _operator(self, chunk: Chunk, model: nn.Module) -> Operator:
         return self.spectrum.operator(chunk, model, {name: self._scaled(name) for name in chunk.names})

@@ -77,7 +77,7 @@ class Project:
         inner, chunks, operators = self._bound(model, optimizer)
         if not chunks:
             return Handle()
-        references: list[list[Tensor]] | None = None
+        meter = None
         if self.options.on == "gradient":
 
             def project() -> None:
@@ -97,9 +97,11 @@ class Project:
                     operator.blend_(chunk.parameters, reference)
 
             handle = hook(inner, after=take_back)
+            if isinstance(self.prior, ImportancePrior):
+                meter = self._spectrum.meter(chunks, operators, references)
         if isinstance(self.prior, Directions):
             return handle
-        return observed(handle, self.prior, model, chunks, references)
+        return observed(handle, model, chunks, meter)
 
     def _bound(self, model: nn.Module, optimizer: Optimizer) -> tuple[Optimizer, list[Chunk], list[Operator]]:
         if isinstance(self.prior, Directions):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from holdfast.hold.attach import Chunk, bind, place
+from holdfast.hold.drift import Meter, Rotated
 from holdfast.hold.elementwise import Elementwise
 from holdfast.hold.inputs import Inputs
 from holdfast.hold.operator import Operator
@@ -76,6 +77,19 @@ class Spectrum:
             [self.bases[n].to(*kind, copy=True) for (n, _), kind in zip(pairs, kinds, strict=True)],
             [dims[name] for name, _ in pairs],
         )
+
+    def meter(
+        self, chunks: Sequence[Chunk], operators: Sequence[Operator], references: Sequence[list[Tensor]]
+    ) -> Meter | None:
+        """How far old outputs have moved from the references; None of a prior by weight."""
+        if not self.bases:
+            return None
+        maps = []
+        for chunk, operator, reference in zip(chunks, operators, references, strict=True):
+            assert isinstance(operator, Inputs)
+            rows = zip(chunk.names, chunk.parameters, reference, operator.bases, operator.dims, strict=True)
+            maps += [Rotated(n, p, r, u, self.values[n].to(u), dim) for n, p, r, u, dim in rows]
+        return Meter(maps)
 
 
 def _below_one(exact: Tensor, placed: Tensor) -> Tensor:

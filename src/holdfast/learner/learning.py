@@ -14,6 +14,7 @@ from holdfast.base import Base
 from holdfast.errors import ConfigError
 from holdfast.hold import Handle, tell_total_rate
 from holdfast.hold.cost import trained_numbers
+from holdfast.hold.drift import Drift
 from holdfast.learner.config import LearnerConfig
 from holdfast.models import is_encoder_decoder
 from holdfast.strategies import Context, Stage, Strategy
@@ -174,7 +175,7 @@ class Learning:
         arguments.setdefault("processing_class", context.tokenizer)
         callbacks = [*(arguments.pop("callbacks", None) or ()), steps]
         trainer = bridged(cls, own_loss=ours)(model=context.model, callbacks=callbacks, **arguments)
-        trainer.verbs = self.strategy
+        trainer.verbs, trainer.drift = self.strategy, steps.drift
         trainer.prompt_loss = self.prompt_loss
         trainer.token_loss = TokenLoss.of(loss, self.base)
         trainer.bad_batch = Path(trainer.args.output_dir) / "bad_batch.safetensors"
@@ -239,6 +240,14 @@ class Learning:
         """
         self.record.steps += 1
         self.strategy.observe(self.context.model, self.record.steps, scale)
+
+    def drift(self) -> Drift | None:
+        """How far old outputs have moved since this task began, by map and in all.
+
+        None where nothing is held, or by a hold that doesn't know it (only `importance: inputs` does).
+        """
+        handles = [*self._handles, *(handle for steps in self._steps for handle in steps.handles)]
+        return next((handle.drift() for handle in handles if handle.meter is not None), None)
 
     def release(self) -> None:
         """Take all holds off."""

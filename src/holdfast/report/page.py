@@ -21,6 +21,7 @@ from holdfast.report.first_task import first_task_panel
 from holdfast.report.forgotten import forgotten
 from holdfast.report.headline import faithfulness_sentence, headline
 from holdfast.report.importance_map import ImportanceMap, importance_map
+from holdfast.report.moved_figures import moved_panels
 from holdfast.report.panels import Panel, column
 from holdfast.report.read import AttributionRecord, ComparisonRecord, Folder, RunRecord, StageRecord
 from holdfast.report.summary import (
@@ -88,6 +89,7 @@ def build(records: Sequence[Folder], title: str | None) -> str:
         "sample": SAMPLE,
         "width": WIDTH,
         "faithfulness": _faithfulness(figures, runs, attributions),
+        "moved": moved_panels(figures, styled),
         "forgotten": [(i, tasks) for i, run in enumerate(runs) if (tasks := forgotten(run))],
         "losses": _losses(figures, styled),
         "general": _general(figures, styled),

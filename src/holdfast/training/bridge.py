@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from transformers import Trainer
 
 from holdfast.errors import TrainingDivergedError
+from holdfast.hold.drift import MOVED, Drift
 from holdfast.models import accepts, is_encoder_decoder
 from holdfast.storage import write_tensors
 from holdfast.training.losses import TokenLoss
@@ -53,6 +55,8 @@ class Bridge:
         What takes the place of each token's cross-entropy where the loss is ours.
     prompt_loss : PromptLoss, optional
         Added to either.
+    drift : callable, optional
+        How far old outputs have moved, for the log; it is asked when the loss is logged.
     bad_batch : Path
         Where the batch goes that made the loss infinite.
     """
@@ -62,6 +66,7 @@ class Bridge:
     without_logits: bool = False
     token_loss: TokenLoss | None = None
     prompt_loss: PromptLoss | None = None
+    drift: Callable[[], Drift | None] | None = None
     bad_batch: Path
 
     def compute_loss(
@@ -100,6 +105,12 @@ class Bridge:
             scale = 1.0 if scaler is None else 1.0 / scaler.get_scale()
             self.verbs.observe(model, self.state.global_step + 1, scale)  # type: ignore[attr-defined]
         return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Old outputs' movement beside the loss, for whatever reads the log."""
+        drift = self.drift() if self.drift is not None and "loss" in logs else None
+        moved = {} if drift is None else {MOVED: drift.percent}
+        super().log({**logs, **moved}, *args, **kwargs)  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]

@@ -19,7 +19,7 @@ from holdfast.hold import (
     mechanism_options,
     tell_total_rate,
 )
-from holdfast.hold.drift import Drift
+from holdfast.hold.drift import MOVED, Drift
 from holdfast.hold.reference import weights_of
 from holdfast.importance.prior import ImportancePrior
 
@@ -54,6 +54,13 @@ class ProtectCallback(TrainerCallback):
     ----------
     protection : Protection or None
         The mechanism in use, from the start of training on; ``protection.summary()`` describes it.
+
+    Notes
+    -----
+    With a prior of the kind ``inputs``, ``old_outputs_moved`` (percent, `Drift.percent`) stands beside the
+    loss in the trainer's ``log_history`` and progress bar. A Trainer calls TensorBoard's and W&B's callbacks
+    before those in ``callbacks=[...]``: for a curve there give ``report_to="none"`` and pass theirs behind
+    this one (`holdfast.Learner` needs no such care).
 
     Raises
     ------
@@ -120,6 +127,19 @@ class ProtectCallback(TrainerCallback):
         self.protection = build_mechanism(self.mechanism, self.prior, reference)
         tell_total_rate(kwargs["optimizer"], kwargs.get("lr_scheduler"), state.max_steps)
         self._handle = self.protection.attach(kwargs["model"], kwargs["optimizer"])
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Put old outputs' movement, in percent, beside the loss: ``old_outputs_moved``."""
+        if logs is not None and "loss" in logs and self._handle.meter is not None:
+            logs[MOVED] = self.drift().percent
+            state.log_history[-1][MOVED] = logs[MOVED]
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -15,6 +15,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, Trai
 from holdfast.base import Base
 from holdfast.errors import ConfigError
 from holdfast.hold.cost import trained_numbers
+from holdfast.hold.drift import MOVED
 from holdfast.models import accepts, is_encoder_decoder
 from holdfast.progress import Progress, no_library_bars
 from holdfast.records import TrainingLog
@@ -132,7 +133,7 @@ def train(
             processing_class=tokenizer,
             callbacks=[steps],
         )
-        trainer.verbs = steps.verbs
+        trainer.verbs, trainer.drift = steps.verbs, steps.drift
         trainer.prompt_loss = PromptLoss.of(options, tokenizer)
         trainer.token_loss = TokenLoss.of(options.loss, base)
         trainer.bad_batch = folder.parent / "bad_batch.safetensors"
@@ -143,7 +144,7 @@ def train(
         checkpoint = latest_checkpoint(folder)
         if checkpoint is not None:
             state = json.loads((checkpoint / "trainer_state.json").read_text())
-            record.loss, record.learning_rate = _history(state["log_history"])
+            record.loss, record.learning_rate, record.moved = _history(state["log_history"])
         try:
             with no_library_bars():  # saving a checkpoint has one
                 if checkpoint is not None and state["global_step"] >= state["max_steps"]:
@@ -177,11 +178,12 @@ def save_record(record: TrainingRecord, path: Path) -> None:
     TrainingLog(**vars(record)).write(path)
 
 
-def _history(entries: list[dict[str, Any]]) -> tuple[list[list[float]], list[list[float]]]:
+def _history(entries: list[dict[str, Any]]) -> tuple[list[list[float]], ...]:
     logs = [entry for entry in entries if "loss" in entry]
     return (
         [[entry["step"], entry["loss"]] for entry in logs],
         [[entry["step"], entry.get("learning_rate", 0.0)] for entry in logs],
+        [[entry["step"], entry[MOVED]] for entry in logs if MOVED in entry],
     )
 
 

@@ -9,7 +9,9 @@ from typing import Any
 from transformers import TrainerCallback
 
 from holdfast.hold import Handle, tell_total_rate
+from holdfast.hold.drift import MOVED, Drift
 from holdfast.progress import Interrupted, stop_requested
+from holdfast.quantities import percent
 from holdfast.storage import write_tensors
 from holdfast.training.checkpoints import seal_checkpoint
 from holdfast.training.verbs import Verbs, has
@@ -27,6 +29,7 @@ class TrainingRecord:
     trained: int = 0  # numbers with a gradient, earlier ranks of a grown LoRA among them
     loss: list[list[float]] = field(default_factory=list)
     learning_rate: list[list[float]] = field(default_factory=list)
+    moved: list[list[float]] = field(default_factory=list)  # old outputs, in percent
 
 
 class Steps(TrainerCallback):
@@ -57,12 +60,24 @@ class Steps(TrainerCallback):
             control.should_save = self.stopping = True
 
     def _note(self) -> str:
-        return f"loss {self.record.loss[-1][1]:.3f}" if self.record.loss else ""
+        if not self.record.loss:
+            return ""
+        said = f"loss {self.record.loss[-1][1]:.3f}"
+        if not self.record.moved:
+            return said
+        return f"{said}, old outputs moved {percent(self.record.moved[-1][1], 1)}"
+
+    def drift(self) -> Drift | None:
+        """How far old outputs have moved since this training began; None where no hold knows it."""
+        known = [handle for handle in self.handles if handle.meter is not None]
+        return known[0].drift() if known else None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
             self.record.loss.append([state.global_step, float(logs["loss"])])
             self.record.learning_rate.append([state.global_step, float(logs.get("learning_rate", 0.0))])
+            if MOVED in logs:
+                self.record.moved.append([state.global_step, float(logs[MOVED])])
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
