@@ -81,6 +81,7 @@ def _quiet_libraries() -> None:
     import warnings
 
     warnings.filterwarnings("ignore", module="(transformers|torch|trl|peft).*")
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # for users: no line of code
     from transformers.utils import logging
 
     logging.set_verbosity_error()

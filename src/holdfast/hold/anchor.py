@@ -18,13 +18,14 @@ from holdfast.hold.attach import (
     held_summary,
     hook,
     logarithmic_summary,
-    observed,
+    makes_own_rate,
     reference_weights,
 )
 from holdfast.hold.inputs import Coordinates, Inputs
-from holdfast.hold.operator import Rate
+from holdfast.hold.operator import Operator, Rate
 from holdfast.hold.schedule import TOTAL
 from holdfast.hold.spectrum import Spectrum
+from holdfast.hold.unheld import Unheld
 from holdfast.importance.prior import ImportancePrior, Kind
 
 _STRENGTH = 600.0  # of priors by weight
@@ -150,15 +151,37 @@ class Anchor:
         ------
         PriorMismatchError
             The prior or the reference doesn't fit the model, or the optimizer holds none of the weights.
+        ConfigError
+            The optimizer makes its own learning rate, or swaps weights behind the hold's back.
         """
         inner, chunks = self.spectrum.bind(model, optimizer)
-        scaled = {name: values * self._scale for name, values in self.spectrum.values.items()}
-        operators = [self.spectrum.operator(chunk, model, scaled) for chunk in chunks]
-        references = [reference_weights(chunk, self.reference, "anchor") for chunk in chunks]
+        operators: list[Operator] = []
+        references: list[list[Tensor]] = []
+        rotated: list[Coordinates] = []
+        rotate = self.options.coordinates == "inputs" and self.prior.kind == "inputs"
+
+        def take(more: list[Chunk]) -> None:
+            for chunk in more:
+                scaled = {name: self.spectrum.values[name] * self._scale for name in chunk.names}
+                operator = self.spectrum.operator(chunk, model, scaled)
+                reference = reference_weights(chunk, self.reference, "anchor")
+                if rotate:
+                    rotated.append(Coordinates(chunk.parameters, reference, cast(Inputs, operator)))
+                operators.append(operator)
+                references.append(reference)
+
+        take(chunks)
+        watch = Unheld("anchor", self.prior, model, inner, chunks, take)
+        if makes_own_rate(inner):
+            raise ConfigError(
+                f"anchor: {type(inner).__name__} makes a learning rate of its own at each step (lr=None or "
+                "relative_step), and the pull is as strong as the rate. Give it lr=... and "
+                "relative_step=False, or use the mechanism 'gate'."
+            )
         for group in inner.param_groups:  # a scheduler with warm-up has set lr to 0 by now
             self._saw(group, group.get("initial_lr", group["lr"]))
-        if self.options.coordinates == "inputs" and self.prior.kind == "inputs":
-            handle = self._in_coordinates(inner, chunks, operators, references)
+        if rotate:
+            handle = self._in_coordinates(inner, chunks, rotated, watch)
         else:
 
             def pull() -> None:
@@ -168,18 +191,14 @@ class Anchor:
                     if rate is not None:
                         operator.blend_(chunk.parameters, reference, rate)
 
-            handle = hook(inner, after=pull)
-        self._handle = observed(handle, model, chunks, self.spectrum.meter(chunks, operators, references))
+            handle = hook(inner, after=pull, first=watch.attach)
+        handle.meter = self.spectrum.meter(chunks, operators, references)
+        self._handle = handle
         return self._handle
 
     def _in_coordinates(
-        self, inner: Optimizer, chunks: list[Chunk], operators: list[Any], references: list[list[Tensor]]
+        self, inner: Optimizer, chunks: list[Chunk], rotated: list[Coordinates], watch: Unheld
     ) -> Handle:
-        rows = zip(chunks, references, operators, strict=True)
-        rotated = [
-            Coordinates(chunk.parameters, ref, cast(Inputs, operator)) for chunk, ref, operator in rows
-        ]
-
         inside = False  # torch runs the hooks twice where an optimizer's step calls its parent's
 
         def enter() -> None:
@@ -197,7 +216,7 @@ class Anchor:
                     coordinates.leave(rates[chunk.group])
             inside = False
 
-        return hook(inner, enter, leave, needs_gradients="anchor with coordinates 'inputs'")
+        return hook(inner, enter, leave, "anchor with coordinates 'inputs'", watch.attach)
 
     def _rates(self, inner: Optimizer) -> list[Rate | None]:
         """What H, scaled, is multiplied by in this step, for each parameter group; None: no pull."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from holdfast.errors import ConfigError, PriorMismatchError
-from holdfast.hold.drift import Drift, Meter
+from holdfast.hold.drift import Drift
 from holdfast.importance.prior import ImportancePrior, parameters_by_name
 
 _CHUNK = 2**26  # elements handled by one fused call: bounds the temporary memory of a step
@@ -36,7 +36,7 @@ class Handle:
     Attributes
     ----------
     not_held : list of str
-        Canonical names of what the optimizer trains and the prior says nothing of.
+        Canonical names of what is trained and not held, what joined later included.
     """
 
     removers: list[Callable[[], None]] = field(default_factory=list)
@@ -116,10 +116,11 @@ def bind(prior: ImportancePrior, model: nn.Module, optimizer: Any) -> tuple[Opti
             f"attach: the optimizer holds none of the prior's {len(prior)} weights. "
             "Make the optimizer from this model's parameters, and unfreeze what should be trained."
         )
-    return inner, _chunks(bound)
+    return inner, chunks_of(bound)
 
 
-def _chunks(bound: Sequence[Bound]) -> list[Chunk]:
+def chunks_of(bound: Sequence[Bound]) -> list[Chunk]:
+    """Put weights together that one fused call can handle."""
     chunks: list[Chunk] = []
     last: dict[Any, tuple[Chunk, int]] = {}
     for b in bound:
@@ -135,18 +136,14 @@ def _chunks(bound: Sequence[Bound]) -> list[Chunk]:
 
 
 def place(value: Tensor, parameter: Tensor) -> Tensor:
-    """Copy an importance-shaped tensor to the parameter's device and dtype."""
-    return value.to(device=parameter.device, dtype=parameter.dtype, copy=True)
+    """Copy an importance-shaped tensor to the parameter's device and dtype.
 
-
-def observed(handle: Handle, model: nn.Module, chunks: Sequence[Chunk], meter: Meter | None = None) -> Handle:
-    """Let a handle tell what is not held, and measure drift where there is a meter for it."""
-    held = {id(p) for chunk in chunks for p in chunk.parameters}
-    handle.not_held = [
-        n for n, p in parameters_by_name(model).items() if p.requires_grad and id(p) not in held
-    ]
-    handle.meter = meter
-    return handle
+    It stays float32 where a value is beyond the dtype (float16 ends at 65,504).
+    """
+    placed = value.to(device=parameter.device, dtype=parameter.dtype, copy=True)
+    if parameter.dtype == torch.float16 and not torch.isfinite(placed).all():
+        return value.to(device=parameter.device, copy=True)
+    return placed
 
 
 def reference_weights(chunk: Chunk, reference: Mapping[str, Tensor] | None, whose: str) -> list[Tensor]:
@@ -181,6 +178,7 @@ def hook(
     before: Callable[[], None] | None = None,
     after: Callable[[], None] | None = None,
     needs_gradients: str = "",
+    first: Callable[[], Handle] | None = None,
 ) -> Handle:
     """Run `before` and `after` around every step of the optimizer, without autograd.
 
@@ -189,8 +187,21 @@ def hook(
     needs_gradients : str
         Name of a mechanism that changes gradients in `before`: such a one can't serve a step with a
         closure, which computes the gradients only inside the step.
+    first : callable, optional
+        Attaches something whose hooks run before these.
+
+    Raises
+    ------
+    ConfigError
+        `after` is given, and the optimizer swaps weights behind it (schedule-free ones).
     """
-    handle = Handle()
+    if after is not None and _swaps_weights(optimizer):
+        raise ConfigError(
+            f"attach: {type(optimizer).__name__} trains one set of weights and swaps another in when its "
+            "eval() is called, which no hold after a step reaches. Use an optimizer with a schedule, such as "
+            "AdamW, or a mechanism that changes gradients: a penalty, or a gate with on='gradient'."
+        )
+    handle = first() if first is not None else Handle()
     if before is not None:
 
         def pre(_: Optimizer, args: Any, kwargs: Any, run: Callable[[], None] = before) -> None:
@@ -212,6 +223,16 @@ def hook(
 
         handle.removers.append(optimizer.register_step_post_hook(post).remove)
     return handle
+
+
+def _swaps_weights(optimizer: Optimizer) -> bool:
+    """Whether it is a schedule-free optimizer: it has train() and eval(), as no other has."""
+    return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
+
+
+def makes_own_rate(optimizer: Optimizer) -> bool:
+    """Whether the ``lr`` of some parameter group is not the one it steps by: Adafactor's relative steps."""
+    return any(group["lr"] is None or group.get("relative_step") for group in optimizer.param_groups)
 
 
 def histogram(values: Iterable[Tensor], edges: Sequence[float]) -> dict[str, list[float] | list[int]]:

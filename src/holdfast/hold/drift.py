@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -120,22 +119,26 @@ class Rotated:
 class Meter:
     """`drift` of what a hold has at hand: one product O x I x I a map, in the hold's precision (float32).
 
-    Nothing is copied, and the device is waited for once a reading. The reference must not change.
+    Nothing is copied, and the device is waited for once a reading. The references must not change.
+
+    Parameters
+    ----------
+    maps : callable
+        The maps as they are held now; some may have joined since the last reading.
     """
 
-    def __init__(self, maps: list[Rotated]) -> None:
+    def __init__(self, maps: Callable[[], list[Rotated]]) -> None:
         self.maps = maps
-
-    @cached_property
-    def _whole(self) -> list[float]:
-        return _numbers([m.whole() for m in self.maps])
+        self._whole: dict[str, float] = {}
 
     @torch.no_grad()
     def __call__(self) -> Drift:
         """As the weights are now."""
-        moved = _numbers([m.change() for m in self.maps])
-        names = [m.name for m in self.maps]
-        return relative(dict(zip(names, moved, strict=True)), dict(zip(names, self._whole, strict=True)))
+        maps = self.maps()
+        new = [m for m in maps if m.name not in self._whole]
+        self._whole.update(zip([m.name for m in new], _numbers([m.whole() for m in new]), strict=True))
+        moved = _numbers([m.change() for m in maps])
+        return relative(dict(zip([m.name for m in maps], moved, strict=True)), self._whole)
 
 
 def _numbers(scalars: list[Tensor]) -> list[float]:

@@ -39,6 +39,7 @@ class Elementwise:
         if rate is not None:
             shares = torch._foreach_mul(shares, rate)
             torch._foreach_clamp_max_(shares, 1.0)
+            shares = [share.to(value.dtype) for share, value in zip(shares, values, strict=True)]
         torch._foreach_lerp_(list(values), list(towards), shares)
 
     def reduce_(self, changes: Sequence[Tensor | None]) -> None:

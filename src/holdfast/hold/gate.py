@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from holdfast.config import Options, validate
-from holdfast.hold.attach import Chunk, Handle, held_summary, hook, observed
+from holdfast.hold.attach import Chunk, Handle, held_summary, hook
 from holdfast.hold.operator import Operator
 from holdfast.hold.spectrum import Spectrum
+from holdfast.hold.unheld import Unheld
 from holdfast.importance.prior import ImportancePrior
 
 _QUANTILE_ELEMENTS = 16_000_000  # torch.quantile takes no more
@@ -61,7 +62,8 @@ class Gate:
         and both scale with it), and decoupled weight decay moves even a fully gated weight.
     shape : {"paper", "soft", "top"}
         ``paper``: R̄ = [R]₊ clipped to 1 (eqs. 12 and 13). ``soft``: R̄ = I/(λ + I), λ the `quantile` of I
-        over all weights. ``top``: R̄ = 1 for the `fraction` of each tensor with the largest I, else 0.
+        over all weights. ``top``: R̄ = 1 for the `fraction` of each tensor with the largest I, as far as it
+        is positive, else 0.
     quantile : float, optional
         For ``soft``: default 0.03. Priors of more than 16 M weights are sampled for it, with a fixed seed.
     fraction : float, optional
@@ -98,11 +100,19 @@ class Gate:
         """
         spectrum = self.spectrum
         inner, chunks = spectrum.bind(model, optimizer)
-        held = dict(self.held())
-        operators = [spectrum.operator(chunk, model, held, partial=True) for chunk in chunks]
+        operators: list[Operator] = []
+        before: list[list[Tensor]] = []
+
+        def take(more: list[Chunk]) -> None:
+            held = dict(self.held())
+            operators.extend(spectrum.operator(chunk, model, held, partial=True) for chunk in more)
+            if self.options.on == "update":
+                before.extend([torch.empty_like(p) for p in chunk.parameters] for chunk in more)
+
+        take(chunks)
+        watch = Unheld("gate", self.prior, model, inner, chunks, take)
         if self.options.on == "gradient":
-            return observed(_gate_gradients(inner, chunks, operators), model, chunks)
-        before = [[torch.empty_like(p) for p in chunk.parameters] for chunk in chunks]
+            return _gate_gradients(inner, chunks, operators, watch)
 
         def snapshot() -> None:
             for chunk, old in zip(chunks, before, strict=True):
@@ -112,7 +122,7 @@ class Gate:
             for chunk, old, operator in zip(chunks, before, operators, strict=True):
                 operator.blend_(chunk.parameters, old)
 
-        return observed(hook(inner, snapshot, hold), model, chunks)
+        return hook(inner, snapshot, hold, first=watch.attach)
 
     @cached_property
     def spectrum(self) -> Spectrum:
@@ -137,6 +147,7 @@ class Gate:
                 held = torch.zeros_like(tensor)
                 top = tensor.flatten().topk(round(fraction * tensor.numel()), sorted=False).indices
                 held.view(-1)[top] = 1.0
+                held *= tensor > 0  # nothing tells one zero from another
                 yield name, held
 
     def _scale(self) -> float:
@@ -158,9 +169,11 @@ class Gate:
         return held_summary(lambda: (value for _, value in self.held()), "held fraction")
 
 
-def _gate_gradients(inner: Optimizer, chunks: list[Chunk], operators: list[Operator]) -> Handle:
+def _gate_gradients(
+    inner: Optimizer, chunks: list[Chunk], operators: list[Operator], watch: Unheld
+) -> Handle:
     def scale() -> None:
         for chunk, operator in zip(chunks, operators, strict=True):
             operator.reduce_([p.grad for p in chunk.parameters])
 
-    return hook(inner, scale, needs_gradients="gate with on='gradient'")
+    return hook(inner, scale, needs_gradients="gate with on='gradient'", first=watch.attach)

@@ -18,12 +18,12 @@ from holdfast.hold.attach import (
     Handle,
     hook,
     logarithmic_summary,
-    observed,
     place,
     reference_weights,
 )
 from holdfast.hold.operator import Operator
 from holdfast.hold.spectrum import Spectrum
+from holdfast.hold.unheld import Unheld
 from holdfast.importance.prior import ImportancePrior, parameters_by_name
 
 
@@ -84,8 +84,15 @@ class Penalty:
             The prior or the reference doesn't fit the model, or the optimizer holds none of the weights.
         """
         inner, chunks = self.spectrum.bind(model, optimizer)
-        operators = [self._operator(chunk, model) for chunk in chunks]
-        references = [reference_weights(chunk, self.reference, "penalty") for chunk in chunks]
+        operators: list[Operator] = []
+        references: list[list[Tensor]] = []
+
+        def take(more: list[Chunk]) -> None:
+            operators.extend(self._operator(chunk, model) for chunk in more)
+            references.extend(reference_weights(chunk, self.reference, "penalty") for chunk in more)
+
+        take(chunks)
+        watch = Unheld("penalty", self.prior, model, inner, chunks, take)
 
         def add() -> None:
             scale = getattr(inner, "grad_scale", None)  # fused optimizers unscale inside the step
@@ -99,8 +106,9 @@ class Penalty:
                         parameter.grad = torch.zeros_like(parameter)
                 torch._foreach_add_([p.grad for p in chunk.parameters if p.grad is not None], away)
 
-        handle = hook(inner, add, needs_gradients="penalty")
-        return observed(handle, model, chunks, self.spectrum.meter(chunks, operators, references))
+        handle = hook(inner, add, needs_gradients="penalty", first=watch.attach)
+        handle.meter = self.spectrum.meter(chunks, operators, references)
+        return handle
 
     def _operator(self, chunk: Chunk, model: nn.Module) -> Operator:
         return self.spectrum.operator(chunk, model, {name: self._scaled(name) for name in chunk.names})

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from holdfast.config import Options, validate
-from holdfast.hold.attach import Chunk, Handle, held_summary, hook, observed, reference_weights
+from holdfast.hold.attach import Chunk, Handle, held_summary, hook, reference_weights
 from holdfast.hold.directions import Directions
 from holdfast.hold.operator import Operator
 from holdfast.hold.spectrum import Spectrum
+from holdfast.hold.unheld import Unheld
 from holdfast.importance.prior import ImportancePrior
 
 
@@ -77,7 +78,17 @@ class Project:
         inner, chunks, operators = self._bound(model, optimizer)
         if not chunks:
             return Handle()
-        meter = None
+        update = self.options.on == "update"
+        references = [reference_weights(chunk, self.reference, "project") for chunk in chunks if update]
+
+        def take(more: list[Chunk]) -> None:
+            held = dict(self.held())
+            operators.extend(self._spectrum.operator(chunk, model, held) for chunk in more)
+            references.extend(reference_weights(c, self.reference, "project") for c in more if update)
+
+        first = None
+        if isinstance(self.prior, ImportancePrior):
+            first = Unheld("project", self.prior, model, inner, chunks, take).attach
         if self.options.on == "gradient":
 
             def project() -> None:
@@ -87,21 +98,17 @@ class Project:
                             p.grad = torch.zeros_like(p)
                     operator.reduce_([p.grad for p in chunk.parameters])
 
-            handle = hook(inner, before=project, needs_gradients="a projection with on='gradient'")
+            handle = hook(inner, project, None, "a projection with on='gradient'", first)
         else:
-            references = [reference_weights(chunk, self.reference, "project") for chunk in chunks]
-            rows = list(zip(chunks, operators, references, strict=True))
 
             def take_back() -> None:
-                for chunk, operator, reference in rows:
+                for chunk, operator, reference in zip(chunks, operators, references, strict=True):
                     operator.blend_(chunk.parameters, reference)
 
-            handle = hook(inner, after=take_back)
+            handle = hook(inner, after=take_back, first=first)
             if isinstance(self.prior, ImportancePrior):
-                meter = self._spectrum.meter(chunks, operators, references)
-        if isinstance(self.prior, Directions):
-            return handle
-        return observed(handle, model, chunks, meter)
+                handle.meter = self._spectrum.meter(chunks, operators, references)
+        return handle
 
     def _bound(self, model: nn.Module, optimizer: Optimizer) -> tuple[Optimizer, list[Chunk], list[Operator]]:
         if isinstance(self.prior, Directions):

@@ -10,7 +10,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
-from holdfast.hold.attach import unwrap
+from holdfast.hold.attach import makes_own_rate, unwrap
 
 TOTAL = "holdfast_total_rate"  # in each parameter group: Σ_t η_t over the task's steps
 
@@ -37,6 +37,8 @@ def tell_total_rate(optimizer: Any, scheduler: Any, steps: int) -> None:
     scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate's wrapper
     if isinstance(scheduler, ReduceLROnPlateau):
         return  # nobody knows what it will do
+    if makes_own_rate(inner):
+        return  # nor whether it is looked at
     if scheduler is None:
         totals = [float(group["lr"]) * steps for group in inner.param_groups]
     elif isinstance(scheduler, LambdaLR):

@@ -84,11 +84,17 @@ class Spectrum:
         """How far old outputs have moved from the references; None of a prior by weight."""
         if not self.bases:
             return None
-        maps = []
-        for chunk, operator, reference in zip(chunks, operators, references, strict=True):
-            assert isinstance(operator, Inputs)
-            rows = zip(chunk.names, chunk.parameters, reference, operator.bases, operator.dims, strict=True)
-            maps += [Rotated(n, p, r, u, self.values[n].to(u), dim) for n, p, r, u, dim in rows]
+
+        def maps() -> list[Rotated]:
+            found = []
+            for chunk, operator, reference in zip(chunks, operators, references, strict=True):
+                assert isinstance(operator, Inputs)
+                rows = zip(
+                    chunk.names, chunk.parameters, reference, operator.bases, operator.dims, strict=True
+                )
+                found += [Rotated(n, p, r, u, self.values[n].to(u), dim) for n, p, r, u, dim in rows]
+            return found
+
         return Meter(maps)
 
 

@@ -60,7 +60,7 @@ class ImportancePrior:
         bad = [name for name, tensor in self.tensors.items() if not torch.isfinite(tensor).all()]
         if bad:
             raise DataError(
-                f"importance prior: NaN or infinite values in {_some(bad)}. "
+                f"importance prior: NaN or infinite values in {some(bad)}. "
                 "The model's outputs overflowed while it was computed; use float32 or fix the model."
             )
 
@@ -185,7 +185,7 @@ class ImportancePrior:
         if not held_still and len(other) < len(made_on):
             return  # trained weights have gone on since
         if held_still:
-            what = f"{len(held_still)} of its frozen weights differ: {_some(held_still)}"
+            what = f"{len(held_still)} of its frozen weights differ: {some(held_still)}"
         elif other:
             what = "every weight differs"
         else:
@@ -281,7 +281,7 @@ def _compare(got: Mapping[str, Tensor], expected: Mapping[str, torch.Size], what
     if not (missing or unexpected or shapes):
         return
     parts = [
-        f"{label} ({len(names)}): {_some(names)}"
+        f"{label} ({len(names)}): {some(names)}"
         for label, names in (
             ("missing", missing),
             ("unexpected", unexpected),
@@ -295,7 +295,8 @@ def _compare(got: Mapping[str, Tensor], expected: Mapping[str, torch.Size], what
     )
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
     shown = ", ".join(names[:_SHOWN])
     return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
 

@@ -1,0 +1,142 @@
+"""What is trained and not held: said when a mechanism is attached, and again when more joins later."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
+
+from holdfast.errors import PriorMismatchError
+from holdfast.hold.attach import Bound, Chunk, Handle, chunks_of
+from holdfast.importance.prior import ImportancePrior, parameters_by_name, some
+
+_HELD: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter to how many attached mechanisms hold it
+
+
+class Unheld:
+    """Looks, before each step of an optimizer, at what it and others train.
+
+    A weight that the prior rates and that the optimizer begins to train (by ``add_param_group``, or because
+    it is unfrozen) is handed to the mechanism. Of all else that is trained and not held one warning tells how
+    many tensors, their share of the trained weights, and their names; of what joins later, another one.
+
+    Parameters
+    ----------
+    whose : str
+        Name of the mechanism.
+    chunks : list of Chunk
+        What the mechanism holds; those that join are appended.
+    take : callable
+        Makes the mechanism hold further chunks, before a step of theirs.
+    """
+
+    def __init__(
+        self,
+        whose: str,
+        prior: ImportancePrior,
+        model: nn.Module,
+        optimizer: Optimizer,
+        chunks: list[Chunk],
+        take: Callable[[list[Chunk]], None],
+    ) -> None:
+        self.whose, self.prior, self.model, self.optimizer = whose, prior, model, optimizer
+        self.chunks, self.take = chunks, take
+        self.names: list[str] = []  # of what is trained and not held, as far as it was told
+        self._parameters = parameters_by_name(model)
+        self._held = {id(p) for chunk in chunks for p in chunk.parameters}
+        self._counted: list[Tensor] = []
+        self._count(chunks)
+        self._strangers: set[int] = set()  # in the optimizer, and nothing of the model as it was
+        self._versions = {n: p._version for n, p in self._parameters.items() if not p.is_inference()}
+
+    def attach(self) -> Handle:
+        """Warn of what is not held now, and look again before each step until the handle is removed."""
+        self._tell(self._missed(), "")
+        # before the hooks of the mechanism, which copy the weights that they hold
+        remove = self.optimizer.register_step_pre_hook(lambda *_: self._look()).remove
+        return Handle([remove, self._release], not_held=self.names)
+
+    def _look(self) -> None:
+        group_of = {id(p): n for n, g in enumerate(self.optimizer.param_groups) for p in g["params"]}
+        strangers = group_of.keys() - {id(p) for p in self._parameters.values()}
+        if strangers != self._strangers:
+            self._strangers, self._parameters = strangers, parameters_by_name(self.model)
+        late = [
+            (name, p)
+            for name, p in self._parameters.items()
+            if id(p) not in self._held and p.requires_grad and id(p) in group_of
+        ]
+        rated = [(n, p) for n, p in late if self._rates(n, p)]
+        if rated:
+            chunks = chunks_of([Bound(n, p, group_of[id(p)]) for n, p in rated])
+            with torch.no_grad():
+                self.take(chunks)
+            self.chunks.extend(chunks)
+            self._count(chunks)
+        told = {*self.names, *(n for n, _ in rated)}
+        self._tell([n for n, _ in late if n not in told], "from this step on, ")
+        self._tell(self._elsewhere(group_of), "by another optimizer, ")
+
+    def _rates(self, name: str, parameter: nn.Parameter) -> bool:
+        if name not in self.prior.tensors:
+            return False
+        got = self.prior.tensors[name].shape
+        if self.prior.kind == "weights" and got != parameter.shape:
+            raise PriorMismatchError(
+                f"{self.whose}: '{name}' has joined the optimizer with shape "
+                f"{tuple(parameter.shape)}, and the prior has {tuple(got)} for it. Use a prior of the model "
+                "as it is trained."
+            )
+        return True
+
+    def _missed(self) -> list[str]:
+        group = {id(p) for g in self.optimizer.param_groups for p in g["params"]}
+        return [
+            n
+            for n, p in self._parameters.items()
+            if id(p) in group and p.requires_grad and id(p) not in self._held
+        ]
+
+    def _elsewhere(self, mine: Mapping[int, int]) -> list[str]:
+        """What has changed since it was attached though this optimizer doesn't train it."""
+        found = []
+        for name, p in self._parameters.items():
+            if not p.requires_grad or id(p) in mine or name in self.names:
+                continue
+            if p._version != self._versions.get(name, p._version) and not _HELD.get(p, 0):
+                found.append(name)
+        return found
+
+    def _tell(self, names: Sequence[str], when: str) -> None:
+        if not names:
+            return
+        self.names.extend(names)
+        sizes = {n: p.numel() for n, p in self._parameters.items() if p.requires_grad}
+        share = sum(sizes[n] for n in names) / max(sum(sizes.values()), 1)
+        fix = (
+            "Attach to that optimizer too."
+            if when.startswith("by another")
+            else "They change freely. Rate them (an importance by gradients, such as 'fisher', takes every "
+            "trained weight), or don't train them."
+        )
+        warnings.warn(
+            f"{self.whose}: {when}{len(names)} trained {'tensor is' if len(names) == 1 else 'tensors are'} "
+            f"not held, {100 * share:.3g} % of the trained weights: {some(names)}. {fix}",
+            stacklevel=2,
+        )
+
+    def _count(self, chunks: Sequence[Chunk]) -> None:
+        for chunk in chunks:
+            for p in chunk.parameters:
+                self._held.add(id(p))
+                self._counted.append(p)
+                _HELD[p] = _HELD.get(p, 0) + 1
+
+    def _release(self) -> None:
+        while self._counted:
+            p = self._counted.pop()
+            _HELD[p] = _HELD.get(p, 1) - 1

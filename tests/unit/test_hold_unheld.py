@@ -1,0 +1,132 @@
+"""What is trained and not held is said at attach, and what joins later at its first step."""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from holdfast.hold import Anchor, Gate, Penalty, Project
+from holdfast.importance.prior import ImportancePrior
+from small_network import backward, network, weights
+
+MECHANISMS = {
+    "gate": Gate,
+    "anchor": lambda prior: Anchor(prior, strength=1e9),
+    "penalty": lambda prior: Penalty(prior, strength=1e9),
+    "project": lambda prior: Project(prior, share=1.0),
+}
+HOLDING = [name for name in MECHANISMS if name != "penalty"]
+
+
+def ones(model: nn.Module, *names: str) -> ImportancePrior:
+    return ImportancePrior({n: torch.ones(p.shape) for n, p in model.named_parameters() if n in names})
+
+
+def sgd(model: nn.Module, *names: str) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for n, p in model.named_parameters() if n in names], lr=0.1)
+
+
+def step(model: nn.Module, *optimizers: torch.optim.Optimizer) -> None:
+    backward(model)
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_what_a_prior_does_not_rate_is_told_once_with_number_share_and_names(name: str) -> None:
+    model = network()  # 15 + 5 + 10 + 2 weights
+    optimizer = sgd(model, *dict(model.named_parameters()))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        handle = MECHANISMS[name](ones(model, "0.weight", "0.bias")).attach(model, optimizer)
+        step(model, optimizer)
+        step(model, optimizer)
+    (only,) = told
+    said = rf"{name}: 2 trained tensors are not held, 37.5 % of the trained weights: 2.weight, 2.bias\."
+    assert re.match(said, str(only.message))
+    assert handle.not_held == ["2.weight", "2.bias"]
+
+
+def test_where_all_that_is_trained_is_held_nothing_is_said() -> None:
+    model = network()
+    model[2].requires_grad_(False)
+    optimizer = sgd(model, *dict(model.named_parameters()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Gate(ones(model, "0.weight", "0.bias")).attach(model, optimizer)
+        step(model, optimizer)
+
+
+@pytest.mark.parametrize("name", HOLDING)
+@pytest.mark.parametrize("how", ["add_param_group", "unfrozen"])
+def test_a_rated_weight_that_joins_later_is_held_from_its_first_step(name: str, how: str) -> None:
+    model = network()
+    every = list(dict(model.named_parameters()))
+    if how == "unfrozen":
+        model[2].requires_grad_(False)
+    optimizer = sgd(model, *(every if how == "unfrozen" else ["0.weight", "0.bias"]))
+    before = weights(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        MECHANISMS[name](ones(model, *every)).attach(model, optimizer)
+        step(model, optimizer)
+        if how == "unfrozen":
+            model[2].requires_grad_(True)
+        else:
+            optimizer.add_param_group({"params": model[2].parameters()})
+        step(model, optimizer)
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("how", ["add_param_group", "unfrozen", "a module that is added"])
+def test_an_unrated_weight_that_joins_later_is_told_at_its_first_step(how: str) -> None:
+    model = network()
+    if how == "unfrozen":
+        model[2].requires_grad_(False)
+    names = ["0.weight", "0.bias"] + (["2.weight"] if how == "unfrozen" else [])
+    optimizer = sgd(model, *names)
+    handle = Gate(ones(model, "0.weight", "0.bias")).attach(model, optimizer)
+    if how == "unfrozen":
+        model[2].requires_grad_(True)
+    elif how == "add_param_group":
+        optimizer.add_param_group({"params": [model[2].weight]})
+    else:
+        model.add_module("3", nn.Linear(2, 2).double())
+        optimizer.add_param_group({"params": [model[3].weight]})
+    name = "3.weight" if how.startswith("a module") else "2.weight"
+    with pytest.warns(UserWarning, match=f"gate: from this step on, 1 trained tensor is not held.*: {name}"):
+        step(model, optimizer)
+    assert handle.not_held == [name]
+
+
+def test_weights_that_a_second_optimizer_trains_are_told_unless_they_are_held_there_too() -> None:
+    for both in (False, True):
+        model = network()
+        first, second = sgd(model, "0.weight", "0.bias"), sgd(model, "2.weight", "2.bias")
+        prior = ones(model, *dict(model.named_parameters()))
+        Gate(prior).attach(model, first)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            if both:
+                Gate(prior).attach(model, second)
+            step(model, first, second)
+            step(model, first, second)
+        assert [str(w.message).split(", 37.5 %")[0] for w in told] == (
+            [] if both else ["gate: by another optimizer, 2 trained tensors are not held"]
+        )
+
+
+def test_a_removed_handle_says_and_holds_nothing_more() -> None:
+    model = network()
+    optimizer = sgd(model, "0.weight", "0.bias")
+    Gate(ones(model, "0.weight", "0.bias")).attach(model, optimizer).remove()
+    optimizer.add_param_group({"params": model[2].parameters()})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(model, optimizer)
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
