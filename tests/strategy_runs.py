@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from holdfast.config import validate
@@ -23,15 +24,35 @@ QUICK: dict[str, dict[str, Any]] = {
     "kif-lora-m": {"memory": {"count": 4}},
     "ogd": {"samples": 4},
 }
+_A_LORA_A_TASK = {"importance": {"name": "inputs", "samples": 8}}
+# a strategy under options with which it declares something else: name, options, and what differs
+VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "attribution, a LoRA a task": (
+        "attribution",
+        _A_LORA_A_TASK,
+        {"state": "per task", "inference": "per task"},
+    ),
+    "attribution, LoRA into the weights": (
+        "attribution",
+        {**_A_LORA_A_TASK, "merge_lora": "weights"},
+        {"state": "constant"},
+    ),
+}
+# by name, what every strategy declares, and these variants
+METHODS = dict(STRATEGIES) | {key: replace(STRATEGIES[n], **d) for key, (n, _, d) in VARIANTS.items()}
 
 
 def options_of(name: str) -> dict[str, Any]:
     """The ``strategy:`` section."""
+    if name in VARIANTS:
+        return {"name": VARIANTS[name][0], **VARIANTS[name][1]}
     return {"name": name, **QUICK.get(name, {})}
 
 
 def needs_lora(name: str) -> bool:
-    """Whether the method refuses full fine-tuning."""
+    """Whether the method refuses full fine-tuning, or is a variant for LoRA."""
+    if name in VARIANTS:
+        return True
     model, _ = load_model(ModelOptions(toy=True, hidden=32, layers=2), 0, toy_tokenizer)
     try:
         build_strategy(validate(STRATEGIES[name].Options, options_of(name), source="test")).check(model)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from holdfast.errors import ConfigError
@@ -139,16 +142,87 @@ def grow(model: Any, ranks: int, seed: int) -> None:
     """
     config, before = model.peft_config[NAME], lora_factors(model)
     rank = config.r + ranks
-    with torch.random.fork_rng(devices=[]):  # PEFT draws on the CPU
-        torch.manual_seed(seed)
-        model.add_adapter(_FRESH, replace(config, r=ranks))
-    fresh = lora_factors(model, _FRESH)
-    model.delete_adapter(_FRESH)
+    fresh = _fresh(model, ranks, seed)
     _resize(model, rank, config.lora_alpha * rank / config.r)
     with torch.no_grad():
         for now, old, new in zip(lora_factors(model), before, fresh, strict=True):
             now.a.copy_(torch.cat([old.a, new.a]))
             now.b.copy_(torch.cat([old.b, new.b], dim=1))
+
+
+def restart(model: Any, seed: int) -> None:
+    """Begin the adapter anew, in place: A by PEFT's own start, B zero.
+
+    Parameters
+    ----------
+    seed : int
+        Of A.
+    """
+    fresh = _fresh(model, rank_of(model), seed)
+    with torch.no_grad():
+        for now, new in zip(lora_factors(model), fresh, strict=True):
+            now.a.copy_(new.a)
+            now.b.zero_()
+
+
+def _fresh(model: Any, rank: int, seed: int) -> list[Factors]:
+    """Factors as a new adapter of this rank begins with."""
+    with torch.random.fork_rng(devices=[]):  # PEFT draws on the CPU
+        torch.manual_seed(seed)
+        model.add_adapter(_FRESH, replace(model.peft_config[NAME], r=rank))
+    fresh = lora_factors(model, _FRESH)
+    model.delete_adapter(_FRESH)
+    return fresh
+
+
+def is_quantised(model: Any) -> bool:
+    """Whether weights that the adapter adapts are stored in fewer bits than a float has."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if getattr(getattr(base, "config", None), "quantization_config", None) is not None:
+        return True
+    weights = [getattr(layer.get_base_layer(), "weight", None) for layer in lora_layers(model).values()]
+    return any(w is None or not w.is_floating_point() or w.element_size() < 2 for w in weights)
+
+
+@torch.no_grad()
+def merge_in(model: nn.Module) -> None:
+    """Add alpha / r · B A to the weights under the adapter, in place; the factors stay as they are."""
+    for layer in lora_layers(model).values():
+        weight = layer.get_base_layer().weight
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        weight.copy_(weight.to(wide) + layer.get_delta_weight(NAME).to(wide))
+
+
+@contextmanager
+def whole_maps(model: Any) -> Iterator[dict[str, nn.Parameter]]:
+    """Inside the block the adapter is merged into the weights under it and off; behind it all is as before.
+
+    Yields
+    ------
+    dict of str to Parameter
+        Canonical name to the weight of each adapted map, which is that of the map as a whole.
+    """
+    weights = {name: layer.get_base_layer().weight for name, layer in lora_layers(model).items()}
+    kept = [weight.detach().clone() for weight in weights.values()]
+    try:
+        merge_in(model)
+        with flags_kept(model), model.disable_adapter():
+            yield weights
+    finally:
+        with torch.no_grad():
+            for weight, before in zip(weights.values(), kept, strict=True):
+                weight.copy_(before)
+
+
+@contextmanager
+def flags_kept(model: nn.Module) -> Iterator[None]:
+    """PEFT turns ``requires_grad`` of the whole adapter off and on again, of what a strategy froze too."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 def _resize(model: Any, rank: int, alpha: float) -> None:
@@ -169,3 +243,49 @@ def load_adapter(model: Any, folder: Path) -> None:
     if saved["peft_type"] == "LORA" and saved["r"] != rank_of(model):
         _resize(model, saved["r"], saved["lora_alpha"])
     set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+
+
+@torch.no_grad()
+def recompress(folder: Path, rank: int) -> float:
+    """Give a saved LoRA another, lower rank: the closest one in each layer, by SVD of B A. alpha / r stays.
+
+    Parameters
+    ----------
+    folder : path
+        As PEFT's ``save_pretrained`` writes it; its two files are replaced.
+    rank : int
+
+    Returns
+    -------
+    float
+        The share of the squared size of all B A that is left.
+
+    Raises
+    ------
+    ConfigError
+        The adapter is no LoRA, or a layer has no more ranks than that.
+    """
+    file, config = folder / "adapter_model.safetensors", json.loads((folder / ADAPTER).read_text())
+    ranks = {config.get("r"), *config.get("rank_pattern", {}).values()}
+    if config["peft_type"] != "LORA" or len(ranks) > 1 or config.get("use_dora"):
+        raise ConfigError(f"{folder}: only plain LoRA of one rank can be recompressed. Leave the rank out.")
+    if rank >= config["r"]:
+        raise ConfigError(
+            f"rank: got {rank}, but the adapter has {config['r']} ranks; recompressed it has fewer. Allowed: "
+            f"1 to {config['r'] - 1}; or leave it out to get the adapter as it is."
+        )
+    tensors, left, whole = load_file(file), 0.0, 0.0
+    for name in [n for n in tensors if n.endswith(".lora_A.weight")]:
+        over = name.replace(".lora_A.", ".lora_B.")
+        a_RI, b_OR = tensors[name].double(), tensors[over].double()
+        (q_OR, r_RR), (p_IR, s_RR) = torch.linalg.qr(b_OR), torch.linalg.qr(a_RI.t())
+        u_RR, sizes_R, v_RR = torch.linalg.svd(r_RR @ s_RR.t())
+        root = sizes_R[:rank].sqrt()
+        tensors[over] = ((q_OR @ u_RR[:, :rank]) * root).to(tensors[over].dtype).contiguous()
+        tensors[name] = (root[:, None] * (v_RR[:rank] @ p_IR.t())).to(tensors[name].dtype).contiguous()
+        left += float(sizes_R[:rank].square().sum())
+        whole += float(sizes_R.square().sum())
+    config |= {"lora_alpha": config["lora_alpha"] * rank / config["r"], "r": rank}
+    save_file(tensors, file, {"format": "pt"})
+    (folder / ADAPTER).write_text(json.dumps(config, indent=2, sort_keys=True))
+    return left / whole if whole else 1.0

@@ -6,9 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
-
-from holdfast.adapters import lora_factors
+from holdfast.adapters import flags_kept, lora_factors
 from holdfast.models import evaluating
 
 _OFF = ("lora_", "modules_to_save")  # in the names of what PEFT switches off together with the adapter
@@ -53,20 +51,9 @@ class Base:
                 self._copy = self._make().eval().requires_grad_(False)
             yield self._copy
             return
-        with evaluating(model), _flags_kept(model), model.disable_adapter():
+        with evaluating(model), flags_kept(model), model.disable_adapter():
             yield model
 
     def free(self) -> None:
         """Give the copy's memory back; it is made again when asked for."""
         self._copy = None
-
-
-@contextmanager
-def _flags_kept(model: nn.Module) -> Iterator[None]:
-    """PEFT turns ``requires_grad`` of the whole adapter off and on again, of what a strategy froze too."""
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)

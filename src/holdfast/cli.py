@@ -181,6 +181,9 @@ def skills_command(
     export: Annotated[
         Path | None, typer.Option(help="write the model as a plain Hugging Face folder (weights, or adapter)")
     ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="with --export: recompress a grown LoRA to this rank, by SVD")
+    ] = None,
     undo: Annotated[
         bool, typer.Option("--undo", help="take the last task back: the folder as it was before, bit for bit")
     ] = False,
@@ -195,6 +198,8 @@ def skills_command(
 
       holdfast skills skills --export my-model
 
+      holdfast skills skills --export my-adapter --rank 16
+
       holdfast skills skills --undo
     """
     with _told():
@@ -205,12 +210,14 @@ def skills_command(
         from holdfast.learner.skills import undo as take_back
         from holdfast.runner.table import harness_table, skills_table
 
+        if rank is not None and export is None:
+            raise HoldfastError("--rank: it is the rank of what --export writes; give --export FOLDER too.")
         if undo:
             console.print(f"Taken back: {take_back(folder)}", highlight=False, markup=False)
         known = read_skills(folder)
         if export is not None:
-            with Learner.load(folder) as learner:
-                learner.export(export)
+            with Progress() as progress, Learner.load(folder, progress=progress) as learner:
+                learner.export(export, rank=rank)
             console.print(f"Exported: {export}", highlight=False, markup=False, soft_wrap=True)
         if report is not None and not known.skills:
             raise HoldfastError(f"{folder}: nothing was learned here yet, so there is nothing to report.")

@@ -157,7 +157,8 @@ class ImportancePrior:
 
         Every name must be a parameter of the model with the same shape, and every trainable linear map in
         the model's blocks must have an importance. Of the kind ``inputs``: every name must be the weight of
-        such a map, with as many inputs, and every trainable one must have a matrix.
+        such a map, with as many inputs, and every trainable one must have a matrix; LoRA's factors need none
+        where the map that they adapt has one, nor B where A has one.
 
         Warns if its weights are others than those that the prior was made on: frozen ones, or all of them.
 
@@ -171,10 +172,16 @@ class ImportancePrior:
         if self.kind == "inputs":
             dims = input_dims(model)
             all_shapes = {n: torch.Size([all_shapes[n][d]] * 2) for n, d in dims.items()}
-            needed &= dims.keys()
+            needed = {name for name in needed & dims.keys() if not self._has_its_map(name)}
         expected = {name: s for name, s in all_shapes.items() if name in needed or name in self.tensors}
         _compare(self.tensors, expected, "the prior", f"the model ({type(model).__name__})")
         self._check_values(model)
+
+    def _has_its_map(self, name: str) -> bool:
+        """Whether this is a factor of LoRA whose map's inputs are known."""
+        stem, found, factor = name.rpartition(".lora_")
+        over_a = factor == "B.weight" and f"{stem}.lora_A.weight" in self.tensors
+        return bool(found) and (over_a or f"{stem}.weight" in self.tensors)
 
     def _check_values(self, model: nn.Module) -> None:
         made_on = self.meta.get("weights") or {}

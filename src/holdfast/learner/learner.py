@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from holdfast.adapters import recompress
 from holdfast.base import Base, adapter_is_new
 from holdfast.config import validate
 from holdfast.errors import ConfigError, DataError, ModelError, RunDirectoryError
@@ -143,7 +144,8 @@ class Learner:
             fit=self._fit_aside,
             write=self._write,
         )
-        self.base = Base(self.context.base_model, new_adapter or began_new(self.folder.path))
+        by_adapter = (new_adapter or began_new(self.folder.path)) and not self.strategy.changes_base
+        self.base = Base(self.context.base_model, by_adapter)
         self.strategy.prepare(self.context)
         self.general = General(self)
         self.learned: list[str] = []
@@ -535,21 +537,42 @@ class Learner:
         )
         return target
 
-    def export(self, folder: str | Path) -> Path:
+    def export(self, folder: str | Path, *, rank: int | None = None) -> Path:
         """Write the model that answers as a plain Hugging Face folder: weights, or a PEFT adapter.
+
+        Parameters
+        ----------
+        rank : int, optional
+            Of an adapter that has grown with the tasks: recompress it to so many ranks, the closest by SVD.
+            Its answers may change with it.
 
         Raises
         ------
         ConfigError
-            The strategy's answers can't be had from a plain folder.
+            The strategy's answers can't be had from a plain folder; or a rank is given, and what answers is
+            no LoRA of more ranks.
         RunDirectoryError
             The folder is not empty.
         """
         target = Path(folder).expanduser()
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise RunDirectoryError(f"{target}: not an empty folder. Choose a new or empty one.")
+        if rank is not None and (self.strategy.changes_base or not hasattr(self.model, "peft_config")):
+            raise ConfigError(
+                f"export: got rank {rank}, but what answers here is a whole model and no adapter. Leave the "
+                "rank out."
+            )
         target.mkdir(parents=True, exist_ok=True)
         self.strategy.export(self.context, target)
+        if rank is not None:
+            try:
+                left = recompress(target, rank)
+            except ConfigError:
+                shutil.rmtree(target)
+                raise
+            self.progress.say(
+                f"{target}: rank {rank} holds {100 * left:.1f} % of the adapter's squared size."
+            )
         return target
 
     def close(self) -> None:

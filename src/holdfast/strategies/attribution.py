@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -21,8 +23,19 @@ from holdfast.importance.inputs import InputsOptions
 from holdfast.importance.prior import Kind, default_merge
 from holdfast.importance.registry import REGISTRY
 from holdfast.records import ProtectionSummary
+from holdfast.strategies.lora.merged import (
+    Merged,
+    export_merged,
+    form_for,
+    held_rows,
+    merged_costs,
+    under_adapter,
+)
 from holdfast.strategies.protocol import Context, Stage, Strategy, register
 from holdfast.tasks.task import TaskStream
+
+PULL = 5.0  # by which a new LoRA is kept out of old inputs where the mechanism's strength has another unit
+_UNDER = "under."  # in the state, before the names of weights under the adapter
 
 
 class AttributionStrategyOptions(Options):
@@ -48,6 +61,13 @@ class AttributionStrategyOptions(Options):
         True,
         description="scale each task's prior to mean 1 before joining, so that none outweighs the others",
     )
+    merge_lora: Literal["adapters", "weights", "none"] | None = Field(
+        None,
+        description="importance `inputs` with LoRA: each task has a LoRA of its own, which begins in what "
+        "earlier inputs leave free and is held there; then it stays as frozen ranks (adapters), or goes into "
+        "the weights (weights). none: one LoRA for all tasks, both factors held (default: adapters, where "
+        "the LoRA is a plain one and the weights are not quantised)",
+    )
     initial_prior: str | None = Field(
         None, description="folder of a prior of `holdfast attribute`: protect what the base knows"
     )
@@ -63,6 +83,11 @@ class AttributionStrategyOptions(Options):
         if self.merge == "max" and self.kind == "inputs":
             raise ValueError(
                 "`merge: max` is for priors by weight; with `importance: inputs` use sum or mean"
+            )
+        if self.merge_lora in ("adapters", "weights") and self.kind != "inputs":
+            raise ValueError(
+                f"`merge_lora: {self.merge_lora}` begins and holds each task's LoRA by the inputs of earlier "
+                f"ones, which `importance: {self.importance.name}` doesn't know; take `importance: inputs`"
             )
         changed: dict[str, Any] = {"merge": self.merge or default_merge(self.kind)}
         if isinstance(self.mechanism, AnchorOptions):
@@ -93,11 +118,18 @@ class Attribution(Strategy):
     def __init__(self, options: AttributionStrategyOptions) -> None:
         super().__init__(options)
         self.prior: ImportancePrior | None = None
+        self._held: ImportancePrior | None = None  # the prior, or its control
         self._protection: Protection | None = None
         self._handle = Handle()
+        self._merged: Merged | None = None  # a LoRA for each task; None: what is trained is held as it is
+        self._under: dict[str, Tensor] = {}  # with `weights`, what all LoRAs so far were added to
 
     def check(self, model: nn.Module) -> None:
-        """Take the initial prior, if one is given, and see that it fits."""
+        """Take the initial prior, if one is given, and see that it fits; choose what becomes of LoRA."""
+        if self.options.kind == "inputs":
+            form = form_for(model, self.options.merge_lora, self.options.name)
+            self._merged = None if form is None else Merged(model, form)
+            self.changes_base = form == "weights"
         if self.options.initial_prior is None:
             return
         try:
@@ -115,18 +147,36 @@ class Attribution(Strategy):
     def estimate(self, model: nn.Module, stream: TaskStream) -> Estimate:
         """The prior, and what acts on it; and the models of one task each."""
         alone = [(len(task.train), None) for task in stream if self.options.prior_from == "single_task"]
-        return Estimate(prior_costs(model, self.options.importance), further=alone)
+        costs = prior_costs(model, self.options.importance)
+        if self._merged is not None:
+            costs += merged_costs(model, self._merged.form, len(stream) - 1)
+        return Estimate(costs, further=alone)
+
+    def prepare(self, context: Context) -> None:
+        """Know the weights that LoRAs are added to."""
+        if self.changes_base:
+            self._under = dict(under_adapter(context.model))
 
     def begin(self, context: Context, stage: Stage) -> None:
         """Build the protection; its reference is the weights that this stage starts from."""
-        self._protection = None
+        self._protection, self._held = None, None
         if self.prior is not None:
-            prior = apply_control(self.prior, self.options.control, seed=context.seed)
+            self._held = apply_control(self.prior, self.options.control, seed=context.seed)
+        if self._merged is not None:
+            pull = getattr(self.options.mechanism, "pull", None)
+            pull = PULL if pull is None else pull
+            self._merged.begin(context.model, stage.index, context.seed, self._held, pull)
+        if self._held is not None:
+            prior = self._held if self._merged is None else held_rows(self._held, context.model)
             reference = weights_of(context.model, prior.tensors)
             self._protection = build_mechanism(self.options.mechanism, prior, reference)
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
         """Hold the weights from the first step on."""
+        if self._merged is not None:
+            handles = self._merged.attach(model, optimizer, self._protection, self._held)
+            self._handle = handles[0]
+            return handles
         if self._protection is None:
             return ()
         self._handle = self._protection.attach(model, optimizer)
@@ -151,15 +201,31 @@ class Attribution(Strategy):
         if self.options.prior_from == "single_task":
             model = context.base_model()
             context.fit(model, task.train, f"single-task model of {task.name}")
-        prior = context.importance(task, self.options.importance, model)
+        prior = context.importance(task, self.options.importance, model, whole=self._merged is not None)
+        if self._merged is not None:
+            self._merged.summary().write(context.folder / "adapters.json")
+            self._merged.end(context.model)
         prior = prior.mean_normalised() if self.options.balance else prior
         self.prior = prior if self.prior is None else self.prior.merge(prior, how=self.options.merge)
 
+    def export(self, context: Context, folder: Path) -> None:
+        """Weights, or a PEFT adapter; with LoRAs added to the weights these."""
+        if self.changes_base:
+            export_merged(context.model, context.tokenizer, folder)
+        else:
+            super().export(context, folder)
+
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The joined prior."""
-        return ({}, {}) if self.prior is None else (dict(self.prior.tensors), dict(self.prior.meta))
+        """The joined prior; and the weights that LoRAs were added to."""
+        under = {f"{_UNDER}{name}": weight.detach() for name, weight in self._under.items()}
+        return (under, {}) if self.prior is None else ({**self.prior.tensors, **under}, dict(self.prior.meta))
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Take the joined prior back."""
-        if tensors:
-            self.prior = ImportancePrior(dict(tensors), dict(values))
+        """Take them back."""
+        under = {n.removeprefix(_UNDER): t for n, t in tensors.items() if n.startswith(_UNDER)}
+        with torch.no_grad():
+            for name, weight in under.items():
+                self._under.setdefault(name, weight).copy_(weight)
+        prior = {name: tensor for name, tensor in tensors.items() if not name.startswith(_UNDER)}
+        if prior:
+            self.prior = ImportancePrior(prior, dict(values))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from holdfast.adapters import whole_maps
 from holdfast.importance import ImportancePrior, compute_prior
+from holdfast.models import digest, fingerprints
 from holdfast.progress import Progress
 from holdfast.tasks.encode import Encoder
 from holdfast.tasks.memory import Write
@@ -67,18 +70,30 @@ class Context:
     fit: Callable[..., None]
     write: Write
 
-    def importance(self, task: Task, options: Any, model: Any = None) -> ImportancePrior:
-        """The prior of a model (by default the run's) for a task, saved in ``<folder>/prior``."""
-        rows = self.encoder.many(task.train)
-        with self.progress.bar(f"importance of {task.name}", total=len(rows)) as bar:
+    def importance(
+        self, task: Task, options: Any, model: Any = None, *, whole: bool = False
+    ) -> ImportancePrior:
+        """The prior of a model (by default the run's) for a task, saved in ``<folder>/prior``.
+
+        Parameters
+        ----------
+        whole : bool
+            Of the maps that an adapter adapts, each with its adapter merged, in place of what is trained.
+        """
+        rows, model = self.encoder.many(task.train), self.model if model is None else model
+        maps = whole_maps(model) if whole else nullcontext()
+        with self.progress.bar(f"importance of {task.name}", total=len(rows)) as bar, maps as parameters:
             prior = compute_prior(
-                self.model if model is None else model,
+                model,
                 rows,
                 options,
                 pad_id=self.tokenizer.pad_token_id,
                 seed=self.seed,
                 task=task.name,
+                parameters=parameters,
                 progress=bar,
             )
+        if whole:  # of the weights as they stand beside their adapter
+            prior.meta |= {"model_digest": digest(model), "weights": fingerprints(model)}
         prior.save(self.folder / "prior")
         return prior

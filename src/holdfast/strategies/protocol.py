@@ -48,6 +48,8 @@ class Strategy(Verbs):
         What an answer costs beside that of the plain model, in the same terms.
     open_ended : bool
         Its stages need not know how many there will be (`Stage.total`).
+    changes_base : bool
+        With an adapter: the weights under it change too, so without it the model is not what it was.
     rehearsal : Rehearsal or None
         The memory that `examples` mixes in, if it does: `holdfast check` counts its rows.
     """
@@ -62,6 +64,7 @@ class Strategy(Verbs):
     inference: ClassVar[Extra] = "none"
     rehearsal: Rehearsal | None = None
     open_ended: bool = True
+    changes_base: bool = False
 
     def __init__(self, options: Any) -> None:
         self.options = options

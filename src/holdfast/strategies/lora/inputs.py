@@ -63,6 +63,27 @@ def leading(moment_DD: Tensor) -> tuple[Tensor, Tensor]:
     return values_D.flip(0).clamp(min=0), columns_DD.flip(1).T
 
 
+def freed(rows_RD: Tensor, moment_DD: Tensor, pull: float) -> Tensor:
+    """Rows turned towards what old inputs leave free: each times (1 + pull · C)⁻¹, its norm as before.
+
+    Parameters
+    ----------
+    moment_DD : Tensor
+        C, of any scale: its mean eigenvalue counts as 1. Of zeros the rows come back.
+    pull : float
+        A row keeps about 1 / pull of its part along a direction of mean importance; of a projector and
+        without end it keeps nothing of what is held.
+    """
+    values_D, directions_DD = leading(moment_DD.double().to(rows_RD.device))
+    mean = float(values_D.mean())
+    if mean <= 0:
+        return rows_RD
+    wide_RD = rows_RD.double()
+    free_RD = (wide_RD @ directions_DD.T / (1 + pull * values_D / mean)) @ directions_DD
+    sizes_R = wide_RD.norm(dim=1) / free_RD.norm(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
+    return (free_RD * sizes_R[:, None]).to(rows_RD.dtype)
+
+
 def extended(held_DD: Tensor | None, moment_DD: Tensor, energy: float) -> Tensor:
     """The projector on the held directions and as many new ones as it takes to hold `energy` of the inputs.
 

@@ -1,0 +1,194 @@
+"""A LoRA for each task on top of earlier ones, that begins and is held in what they leave free."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from holdfast.adapters import (
+    check_growable,
+    is_quantised,
+    lora_factors,
+    lora_layers,
+    merge_in,
+    rank_of,
+    restart,
+    scale_of,
+)
+from holdfast.errors import ConfigError
+from holdfast.hold import Handle, Protection
+from holdfast.hold.cost import Cost
+from holdfast.hold.drift import Drift
+from holdfast.importance import ImportancePrior
+from holdfast.records import AdapterRanks
+from holdfast.strategies.lora.grown import Grown, grown_cost
+from holdfast.strategies.lora.inputs import freed
+
+Form = Literal["adapters", "weights"]
+
+
+def form_for(model: nn.Module, wanted: Form | Literal["none"] | None, strategy: str) -> Form | None:
+    """How this model's adapters are merged: as it was asked for, or by default as `adapters` where they can.
+
+    Raises
+    ------
+    ConfigError
+        The model has no plain LoRA, or its weights are quantised, and one of the forms was asked for.
+    """
+    if wanted == "none" or (wanted is None and not hasattr(model, "peft_config")):
+        return None
+    try:
+        check_growable(model, strategy)
+        if is_quantised(model):
+            raise ConfigError(
+                f"strategy.merge_lora: '{wanted}' adds each task's LoRA to the weights under it, to see what "
+                "goes through the map as a whole, and these weights are quantised. Load the model "
+                "unquantised (float32, bfloat16), or set strategy.merge_lora=none, which holds one LoRA for "
+                "all tasks."
+            )
+    except ConfigError:
+        if wanted is None:
+            return None
+        raise
+    return wanted or "adapters"
+
+
+def held_rows(prior: ImportancePrior, model: nn.Module) -> ImportancePrior:
+    """A prior of whole maps as one of their A, whose inputs are the map's; B is free."""
+    layers = lora_layers(model)
+    found = {
+        f"{name.removesuffix('.weight')}.lora_A.weight": prior.tensors[name]
+        for name in layers
+        if name in prior.tensors
+    }
+    return ImportancePrior(found, {key: value for key, value in prior.meta.items() if key != "weights"})
+
+
+class Merged:
+    """The adapter of the task at hand, W + alpha/r B A, where W has all earlier ones in it.
+
+    ``weights``: after its task an adapter is added to the weights under it, and A and B begin anew.
+    ``adapters``: it stays as frozen ranks of one plain adapter, and new ranks stand behind them: the same
+    model up to rounding, with the base as it was.
+
+    Parameters
+    ----------
+    model : nn.Module
+        With one plain LoRA.
+    form : {"adapters", "weights"}
+    """
+
+    def __init__(self, model: nn.Module, form: Form) -> None:
+        self.form, self.grown = form, Grown(model, 0)
+        self._start: list[tuple[Tensor, Tensor]] = []
+
+    @torch.no_grad()
+    def begin(
+        self, model: nn.Module, task: int, seed: int, prior: ImportancePrior | None, pull: float
+    ) -> None:
+        """Give a task, counted from 0, its adapter; the first one trains what is there.
+
+        Where something is held, new rows of A begin as `freed` leaves PEFT's, and B at zero.
+
+        Parameters
+        ----------
+        prior : ImportancePrior, optional
+            Of the kind ``inputs``, of whole maps.
+        pull : float
+            Of `freed`.
+        """
+        if self.form == "adapters":
+            self.grown = Grown.for_task(model, task, seed)
+        else:
+            if task:
+                restart(model, seed * 1000 + task)
+            self.grown = Grown(model, 0)
+        layers = zip(lora_layers(model), self.grown.new_a(), self.grown.new_b(), strict=True)
+        for name, a_RI, b_OR in layers:
+            new = not b_OR.any()  # else it is an adapter that was given, with what it knows
+            if prior is not None and name in prior.tensors and new:
+                a_RI.copy_(freed(a_RI, prior.tensors[name], pull))
+        self._start = [(a.detach().clone(), b.detach().clone()) for a, b in self.grown.factors]
+
+    def attach(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        protection: Protection | None,
+        prior: ImportancePrior | None,
+    ) -> list[Handle]:
+        """Hold the new rows of A; the earlier ranks come back after all else, bit for bit."""
+        handles = [] if protection is None else [protection.attach(model, optimizer)]
+        if prior is not None:
+            for handle in handles:
+                handle.meter = None if handle.meter is None else lambda: self.drift(model, prior)
+        return [*handles, self.grown.attach(model, optimizer)]
+
+    @torch.no_grad()
+    def drift(self, model: nn.Module, prior: ImportancePrior) -> Drift:
+        """Of whole maps, since the task began, see `holdfast.hold.drift.drift`."""
+        moved, whole = {}, {}
+        rows = zip(lora_layers(model).items(), lora_factors(model), self._start, strict=True)
+        for (name, layer), (a_RI, b_OR), (a0_RI, b0_OR) in rows:
+            if name not in prior.tensors:
+                continue
+            weight = layer.get_base_layer().weight.detach()
+            scale = scale_of(layer)
+            under_OI = (weight.t() if layer.fan_in_fan_out else weight).double()
+            began_OI = scale * (b0_OR.double() @ a0_RI.double())
+            change_OI = scale * (b_OR.double() @ a_RI.double()) - began_OI
+            c_II = prior.tensors[name].double().to(weight.device)
+            c_II = c_II * (len(c_II) / trace if (trace := float(c_II.trace())) > 0 else 0.0)
+            moved[name], whole[name] = (
+                float(((w_OI @ c_II) * w_OI).sum()) for w_OI in (change_OI, under_OI + began_OI)
+            )
+        maps = {name: moved[name] / whole[name] if whole[name] > 0 else 0.0 for name in moved}
+        return Drift(maps, sum(moved.values()) / (sum(whole.values()) or 1.0))
+
+    def end(self, model: nn.Module) -> None:
+        """The task is learned: with `weights`, its adapter goes into the weights under it."""
+        if self.form == "weights":
+            merge_in(model)
+            with torch.no_grad():
+                for _, b in lora_factors(model):
+                    b.zero_()
+
+    def summary(self) -> AdapterRanks:
+        """Rank of the adapter, and how many of its ranks are frozen."""
+        return self.grown.summary()
+
+
+def merged_costs(model: nn.Module, form: Form, later: int) -> list[Cost]:
+    """Of merging, beside the prior: the maps' weights once more while it is made, and ranks of later tasks.
+
+    Parameters
+    ----------
+    later : int
+        How many tasks come after the first.
+    """
+    weights = [layer.get_base_layer().weight for layer in lora_layers(model).values()]
+    copy = Cost(
+        "weights under the adapter, kept while it is merged",
+        sum(w.numel() * w.element_size() for w in weights),
+    )
+    return [copy, grown_cost(model, later)] if form == "adapters" and rank_of(model) else [copy]
+
+
+def under_adapter(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Canonical name to the weight under the adapter, of each adapted map."""
+    return {name: layer.get_base_layer().weight for name, layer in lora_layers(model).items()}
+
+
+def export_merged(model: Any, tokenizer: Any, folder: Any) -> None:
+    """Write the weights under an adapter that adds nothing as a plain Hugging Face folder."""
+    base = model.get_base_model()
+    tensors = {
+        name.replace(".base_layer", ""): tensor
+        for name, tensor in base.state_dict().items()
+        if ".lora_" not in name
+    }
+    base.save_pretrained(folder, state_dict=tensors)
+    tokenizer.save_pretrained(folder)
