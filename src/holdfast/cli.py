@@ -109,12 +109,14 @@ class Metric(StrEnum):
 
     exact_match = "exact_match"
     rouge_l = "rouge_l"
+    perplexity = "perplexity"
 
 
 @app.command("learn")
 def learn_command(
     data: Annotated[
-        Path, typer.Argument(metavar="DATA", help="rows: .jsonl, .json, .csv, .tsv, .parquet, or a folder")
+        Path,
+        typer.Argument(metavar="DATA", help="rows: .jsonl, .json, .csv, .tsv, .parquet, .txt, or a folder"),
     ],
     skills: Annotated[Path, typer.Option(help="the folder of what is learned; the first task makes it")],
     options: Overrides = None,

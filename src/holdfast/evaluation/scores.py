@@ -72,4 +72,4 @@ SCORES: dict[MetricName, Score] = {
     "exact_match": exact_match,
     "rouge_l": rouge_l,
     "options": exact_match,  # the answer is already one of the options: generate.rank_options chose it
-}
+}  # "perplexity" asks for no answer: evaluate.perplexities

@@ -281,7 +281,8 @@ class Learner:
         test : iterable, optional
             Rows kept aside, of the same form: after this task and each later one the model is asked them.
         metric, options
-            How answers are scored, see `holdfast.tasks.task.Task`.
+            How answers are scored, see `holdfast.tasks.task.Task`. Running text is scored by ``perplexity``,
+            whatever is said.
         total : int, optional
             How many tasks there will be in all, where somebody knows: few strategies ask it.
         about : mapping, optional
@@ -296,7 +297,10 @@ class Learner:
         """
         rows = as_examples(train)
         tests = list(test)
-        task = Task(name, rows, as_examples(tests) if tests else [], metric, tuple(options))
+        asked_rows = as_examples(tests) if tests else []
+        if any(row.raw for row in asked_rows):
+            metric = "perplexity"
+        task = Task(name, rows, asked_rows, metric, tuple(options))
         stage = Stage(name, (task,), len(self.learned), total)
         asked = [known for known in (*self.tests, task) if known.test]
         digest = self.digest(task)

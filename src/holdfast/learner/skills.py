@@ -119,7 +119,7 @@ def read_skills(path: str | Path) -> Skills:
             name=name,
             then=scores[i].get(name),
             now=scores[-1].get(name),
-            drift=_drift(parts[i], parts[-1], name),
+            drift=None if about[i].get("metric") == "perplexity" else _drift(parts[i], parts[-1], name),
             learned=str(about[i].get("learned", "")),
             train_rows=about[i].get("train_rows"),
             test_rows=len(_answers(parts[i], name)),

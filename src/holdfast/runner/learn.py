@@ -63,7 +63,8 @@ def learn_data(
         Rows to test the skill with; by default those of a ``test.jsonl`` beside the data, or a tenth of the
         rows, at most 200, which are then not trained on.
     metric : str, optional
-        By default exact match, or ROUGE-L where half of the answers have more than five words.
+        By default exact match, or ROUGE-L where half of the answers have more than five words; of running
+        text perplexity.
     assignments : sequence of str
         ``key=value`` of the configuration; after the first task of `CHANGEABLE` sections only.
 
@@ -204,4 +205,6 @@ def _task(
         raise DataError(f"{data}: there are no rows to train on.")
     words = [len(row.completion.split()) for row in train]
     chosen: MetricName = "rouge_l" if median(words) >= LONG_ANSWER else "exact_match"
+    if any(row.raw for row in train):
+        chosen = "perplexity"
     return Task(name, list(train), list(tests), metric or chosen)
