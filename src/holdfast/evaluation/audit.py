@@ -60,8 +60,8 @@ def audit(task: Task, encoder: Encoder, model: nn.Module, options: EvaluationOpt
         _options(encoded, found)
     elif any(example.raw for example in task.test) and task.metric != "perplexity":
         found.problems.append(
-            f"{task.name}: rows of running text have no answer to generate; their metric is `perplexity`, not "
-            f"`{task.metric}`."
+            f"{task.name}: rows of running text have no answer to generate; their metric is `perplexity`, "
+            f"not `{task.metric}`."
         )
     elif task.metric != "perplexity":
         _answers(encoded, encoder, found)

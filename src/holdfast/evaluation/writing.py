@@ -311,19 +311,22 @@ def _answer(
     """Answer prompts greedily, and keep what is whole and sure enough."""
     if not rows:
         return
-    tokenizer, end = encoder.tokenizer, encoder.tokenizer.eos_token_id
+    tokenizer = encoder.tokenizer
+    stops = encoder.stop_ids(chat=encoder.asks_in_turns(rows[0][0].prompt))
     room = encoder.template.max_completion_tokens + encoder.completion_frame_size
-    answers = greedy(model, tokenizer, [row for _, row in rows], batch_size=batch_size, max_new_tokens=room)
+    answers = greedy(
+        model, tokenizer, [row for _, row in rows], batch_size=batch_size, max_new_tokens=room, stop_ids=stops
+    )
     sound = []
     for (example, row), ids in zip(rows, answers, strict=True):
-        text = encoder.answer_of(ids)
-        if end not in ids:
+        end = next((i for i, token in enumerate(ids) if token in stops), None)
+        text = encoder.answer_of(ids if end is None else ids[: end + 1])
+        if end is None:
             written.unfinished += 1
         elif not text.strip():
             written.empty += 1
         else:
-            whole = ids[: ids.index(end) + 1]
-            sound.append((Example(example.prompt, text), Encoded(row.prompt_ids, whole)))
+            sound.append((Example(example.prompt, text), Encoded(row.prompt_ids, ids[: end + 1])))
     _keep_sure(model, encoder, sound, options, batch_size, written)
 
 

@@ -88,6 +88,7 @@ class Attribution(Strategy):
     summary = "holds the weights that earlier tasks need; any importance, mechanism and control"
     Options = AttributionStrategyOptions
     state = "constant"
+    ends_untrained = True
 
     def __init__(self, options: AttributionStrategyOptions) -> None:
         super().__init__(options)
