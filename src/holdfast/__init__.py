@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from holdfast.api import attribute
+    from holdfast.api import attribute, explain
     from holdfast.hold import Anchor, Gate, Penalty
     from holdfast.importance import ImportancePrior
     from holdfast.learner import Learner
@@ -27,6 +27,7 @@ _HOME = {
     "Task": "holdfast.tasks",
     "TaskStream": "holdfast.tasks",
     "attribute": "holdfast.api",
+    "explain": "holdfast.api",
     "load_config": "holdfast.runner",
     "run": "holdfast.runner",
     "toy_suite": "holdfast.tasks",
@@ -44,6 +45,7 @@ __all__ = [
     "Task",
     "TaskStream",
     "attribute",
+    "explain",
     "load_config",
     "run",
     "toy_suite",

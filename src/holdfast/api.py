@@ -1,18 +1,67 @@
-"""``holdfast.attribute``: the prior of a model for a data set, in one line of a user's own script."""
+"""``holdfast.attribute`` and ``holdfast.explain``: a model looked into, in one line of a script."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
+from holdfast.attribution import AttributionOptions
 from holdfast.importance import ImportancePrior, compute_prior
+from holdfast.importance.explanation import Explanation, explain_answer
 from holdfast.models import is_encoder_decoder
 from holdfast.progress import Progress
 from holdfast.tasks.encode import Encoder, Template
 from holdfast.tasks.rows import as_examples
 from holdfast.tasks.task import Example
+
+
+def explain(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: str | Sequence[Mapping[str, Any]],
+    answer: str,
+    *,
+    instead_of: str | None = None,
+    template: Template | Mapping[str, Any] | None = None,
+    options: AttributionOptions | Mapping[str, Any] | None = None,
+) -> Explanation:
+    """Why a model gives an answer: the relevance of each token that it reads, and of each weight.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A transformers model, with or without PEFT. It is left exactly as it was.
+    tokenizer : PreTrainedTokenizerBase
+    prompt : str or sequence of messages
+    answer : str
+        Need not be what the model would say.
+    instead_of : str, optional
+        Another answer to the same prompt: what speaks for the one and not for the other.
+    template : Template or mapping, optional
+        The frame around prompts and completions; it must be the one that the model is trained with.
+    options : AttributionOptions or mapping, optional
+        Rules and target.
+
+    Returns
+    -------
+    Explanation
+        A notebook shows it as a heat map; ``.save("why.html")`` writes one.
+
+    Raises
+    ------
+    HoldfastError
+        Prompt or answer is empty, or an operation of the model has no rule.
+    """
+    frame = template if isinstance(template, Template) else Template(**(template or {}))
+    encoder = Encoder(tokenizer, frame, encoder_decoder=is_encoder_decoder(model))
+    chosen = options if isinstance(options, AttributionOptions) else AttributionOptions(**(options or {}))
+    asked = prompt if isinstance(prompt, str) else tuple(prompt)
+    found = explain_answer(model, encoder, Example(asked, answer), chosen)
+    if instead_of is None:
+        return found
+    return found.instead_of(explain_answer(model, encoder, Example(asked, instead_of), chosen))
 
 
 def attribute(

@@ -1,4 +1,4 @@
-"""The command line: demo | learn | skills | harness | run | compare | attribute | report | check | list."""
+"""The command line: demo, learn, skills, harness, run, compare, attribute, prior, report, check, list."""
 
 from __future__ import annotations
 
@@ -47,6 +47,38 @@ app = typer.Typer(
 """,
 )
 console = Console(stderr=True)
+prior_app = typer.Typer(no_args_is_help=True, help="Look at priors on file, compare and merge them.")
+app.add_typer(prior_app, name="prior")
+Csv = Annotated[Path | None, typer.Option("--csv", help="write the table as CSV to this file")]
+Latex = Annotated[Path | None, typer.Option("--latex", help="write the table as LaTeX to this file")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from holdfast import __version__
+
+        print(f"holdfast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="show the version and exit")
+    ] = False,
+) -> None:
+    """What holds for every command."""
+
+
+def _write_tables(csv: Path | None, latex: Path | None, as_csv: str, as_latex: str) -> None:
+    from holdfast.storage import write_text
+
+    for file, text in ((csv, as_csv), (latex, as_latex)):
+        if file is not None:
+            write_text(file, text)
+            console.print(f"Written: {file}", highlight=False, markup=False, soft_wrap=True)
+
+
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as training.epochs=5 strategy=ewc")
 ]
@@ -110,12 +142,14 @@ class Metric(StrEnum):
 
     exact_match = "exact_match"
     rouge_l = "rouge_l"
+    perplexity = "perplexity"
 
 
 @app.command("learn")
 def learn_command(
     data: Annotated[
-        Path, typer.Argument(metavar="DATA", help="rows: .jsonl, .json, .csv, .tsv, .parquet, or a folder")
+        Path,
+        typer.Argument(metavar="DATA", help="rows: .jsonl, .json, .csv, .tsv, .parquet, .txt, or a folder"),
     ],
     skills: Annotated[Path, typer.Option(help="the folder of what is learned; the first task makes it")],
     options: Overrides = None,
@@ -137,6 +171,16 @@ def learn_command(
         ),
     ] = None,
     lora: Annotated[bool, typer.Option("--lora", help="train low-rank adapters, not the weights")] = False,
+    protect_base: Annotated[
+        bool | None,
+        typer.Option(
+            "--protect-base/--no-protect-base",
+            help="hold what the base can do, from rows that it writes itself; default: if it is a chat model",
+        ),
+    ] = None,
+    general: Annotated[
+        Path | None, typer.Option(help="hold what the base can do by this file of text or chats instead")
+    ] = None,
 ) -> None:
     """Teach a model one more thing, on top of what a folder of skills holds; no config is needed.
 
@@ -167,6 +211,8 @@ def learn_command(
             metric=metric.value if metric is not None else None,
             strategy=strategy,
             lora=lora,
+            protect_base=protect_base,
+            general=general,
             assignments=options or [],
             progress=progress,
         )
@@ -187,6 +233,8 @@ def skills_command(
     undo: Annotated[
         bool, typer.Option("--undo", help="take the last task back: the folder as it was before, bit for bit")
     ] = False,
+    csv: Csv = None,
+    latex: Latex = None,
 ) -> None:
     """What a folder of skills holds: learned when, the score then and now, how far answers have moved.
 
@@ -226,10 +274,12 @@ def skills_command(
 
             write_report([folder], report, title=folder.resolve().name)
             console.print(f"Report: {report}", highlight=False, markup=False, soft_wrap=True)
+        shown = skills_table(known)
+        _write_tables(csv, latex, shown.csv(), shown.latex())
         if as_json:
             print(json.dumps(known.record(), ensure_ascii=False, indent=2))
         else:
-            Console().print(skills_table(known))
+            Console().print(shown)
             if known.harness:
                 Console().print(harness_table(known.harness))
 
@@ -314,6 +364,8 @@ def compare_command(
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="such as seeds=[0,1] base.training.epochs=5"),
     ] = None,
+    csv: Csv = None,
+    latex: Latex = None,
 ) -> None:
     """Compare strategies over options, orders and seeds in one sweep. Killed and started again, it continues.
 
@@ -330,7 +382,9 @@ def compare_command(
         from holdfast.report import write_report
         from holdfast.sweep.grid import load_grid
         from holdfast.sweep.loop import compare
+        from holdfast.sweep.results import table as comparison
         from holdfast.sweep.table import live_table
+        from holdfast.tables import csv_text, latex_text
 
         plan = load_grid(grid, overrides or [])
         output = Path(plan.grid.output)
@@ -340,6 +394,9 @@ def compare_command(
         failed += [f"{row}: none of its grid points could be chosen" for row in results.without_point]
         for line in failed:
             tell(console, f"failed: {line}", "red")
+        _write_tables(
+            csv, latex, csv_text(*comparison(results, plain=True)), latex_text(*comparison(results))
+        )
         written = [output / "compare.md"]
         if any(run.status == "finished" for row in results.rows for run in row.runs):
             written.append(write_report([output], output / "report.html", title=grid.stem))
@@ -461,10 +518,16 @@ class Listing(StrEnum):
     tasks = "tasks"
     orders = "orders"
     importances = "importances"
+    metrics = "metrics"
+    mechanisms = "mechanisms"
+    controls = "controls"
+    operators = "operators"
 
 
 @app.command("list")
-def list_command(what: Annotated[Listing, typer.Argument(help="what to list")]) -> None:
+def list_command(
+    what: Annotated[Listing, typer.Argument(help="what to list")], csv: Csv = None, latex: Latex = None
+) -> None:
     """Show what can be named in a config.
 
     Example: holdfast list strategies
@@ -472,7 +535,87 @@ def list_command(what: Annotated[Listing, typer.Argument(help="what to list")]) 
     with _told():
         from holdfast.runner.table import listing
 
-        Console().print(listing(what.value))
+        shown = listing(what.value)
+        _write_tables(csv, latex, shown.csv(), shown.latex())
+        Console().print(shown)
+
+
+Prior = Annotated[Path, typer.Argument(metavar="PRIOR", help="folder of a prior, or a .safetensors file")]
+
+
+@prior_app.command("show")
+def prior_show(
+    prior: Prior,
+    top: Annotated[int, typer.Option(min=1, help="how many of the most important weights")] = 10,
+    csv: Annotated[
+        Path | None, typer.Option("--csv", help="write a row a tensor as CSV to this file")
+    ] = None,
+) -> None:
+    """What a prior is, its mean by transformer block, and its most important weights.
+
+    Example: holdfast prior show prior --top 20
+    """
+    with _told():
+        from holdfast.importance import ImportancePrior
+        from holdfast.runner.table import prior_table
+        from holdfast.tables import csv_text
+
+        loaded = ImportancePrior.load(prior)
+        rows = loaded.table()
+        _write_tables(csv, None, csv_text(list(rows[0]), [list(row.values()) for row in rows]), "")
+        Console().print(prior_table(loaded, top))
+
+
+class How(StrEnum):
+    """How priors are merged."""
+
+    max = "max"
+    sum = "sum"
+    mean = "mean"
+
+
+@prior_app.command("merge")
+def prior_merge(
+    priors: Annotated[list[Path], typer.Argument(metavar="PRIOR...", help="two or more")],
+    out: Annotated[Path, typer.Option(help="folder for the merged prior")],
+    how: Annotated[
+        How | None, typer.Option(help="default: max, of each weight; of the kind `inputs` sum")
+    ] = None,
+    balance: Annotated[
+        bool,
+        typer.Option("--balance/--as-they-are", help="scale each to mean 1 first, so that none outweighs"),
+    ] = True,
+) -> None:
+    """Join priors of several tasks into one, as the strategies do.
+
+    Example: holdfast prior merge may june --out both
+    """
+    with _told():
+        from holdfast.importance import ImportancePrior
+
+        if len(priors) < 2:
+            raise HoldfastError(f"holdfast prior merge: got {len(priors)} prior; give at least two.")
+        loaded = [ImportancePrior.load(prior) for prior in priors]
+        parts = [prior.mean_normalised() for prior in loaded] if balance else loaded
+        merged = parts[0].merge(parts[1:], how=how.value if how else parts[0].usual_merge)
+        merged.save(out)
+        console.print(f"Written: {out}: {merged!r}", highlight=False, markup=False, soft_wrap=True)
+
+
+@prior_app.command("compare")
+def prior_compare(first: Prior, second: Prior, csv: Csv = None, latex: Latex = None) -> None:
+    """How alike two priors are, block by block: overlap of the most important tenth, and rank correlation.
+
+    Example: holdfast prior compare may june
+    """
+    with _told():
+        from holdfast.importance import ImportancePrior
+        from holdfast.importance.agreement import agreement
+        from holdfast.runner.table import agreement_table
+
+        shown = agreement_table(agreement(ImportancePrior.load(first), ImportancePrior.load(second)))
+        _write_tables(csv, latex, shown.csv(), shown.latex())
+        Console().print(shown)
 
 
 def main() -> Any:

@@ -269,7 +269,7 @@ def test_a_long_cell_is_read(tmp_path: Path) -> None:
         ("a.jsonl", '{"prompt": "\\ud83d", "completion": "b"}', r"a\.jsonl:1: half a character"),
         ("a.jsonl", b'\n{"prompt": "\xff"}', r"a\.jsonl:2: not UTF-8 \(byte 13 of the line\)"),
         ("a.parquet", "PAR1 nonsense", r"a\.parquet: can't be read: "),
-        ("a.txt", "x", r"data: '.*a\.txt' is none of \.jsonl, \.json, \.csv, \.tsv, \.parquet"),
+        ("a.rtf", "x", r"data: '.*a\.rtf' is none of \.jsonl, \.json, \.csv, \.tsv, \.parquet, \.txt"),
     ],
 )
 def test_a_bad_file_is_named_with_the_line_that_is_wrong(

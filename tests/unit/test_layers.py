@@ -31,6 +31,7 @@ LAYERS = [  # from the top down; those in one line may import each other
     {"models", "adapters", "pretrained", "base"},
     {"names", "config", "records", "resume", "progress", "folder", "environment", "places"},
     {"manifest"},
+    {"tables"},
     {"storage", "quantities"},
     {"errors"},
 ]

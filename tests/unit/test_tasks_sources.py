@@ -124,7 +124,7 @@ def test_all_problems_of_all_tasks_are_found_in_one_go(folder):
     assert text.startswith("6 problems in the data:")
     assert "tasks.order: no task 'yahoo'. Allowed: agnews, dbpedia, task002." in text
     assert f"{folder}/agnews/train.jsonl:2: not JSON (" in text
-    assert f"{folder}/agnews/train.jsonl:3: no column 'prompt'; columns of this row: text" in text
+    assert f"{folder}/agnews/train.jsonl:3: written as running text, and the rows before it as prompt" in text
     assert f"{folder}/agnews/train.jsonl:4: empty completion" in text
     assert f"{folder}/dbpedia/test.jsonl:1: not UTF-8 (byte 13 of the line)" in text
     assert f"{folder}/task002/test.jsonl: the data set is empty" in text
@@ -206,7 +206,7 @@ def test_a_broken_labels_file_is_named(folder, labels):
         ({"source": "jsonl"}, "Field required"),
         ({"source": "json", "path": "x"}, "'cl_benchmark', 'hub', 'jsonl', 'toy'"),
         ({"source": "jsonl", "path": "x", "train_rows": 0}, "greater than or equal to 1"),
-        ({"source": "jsonl", "path": "x", "metric": "bleu"}, "'exact_match', 'rouge_l' or 'options'"),
+        ({"source": "jsonl", "path": "x", "metric": "bleu"}, "'rouge_l', 'options' or 'perplexity'"),
         ({"source": "toy", "path": "x"}, "Extra inputs are not permitted"),
     ],
 )

@@ -6,6 +6,7 @@ from holdfast.attribution.engine import (
     AttributionOptions,
     AttributionReport,
     attribute_batches,
+    attribute_one,
     per_sample_gradients,
 )
 from holdfast.attribution.maps import Fold, TokenFold
@@ -16,5 +17,6 @@ __all__ = [
     "Fold",
     "TokenFold",
     "attribute_batches",
+    "attribute_one",
     "per_sample_gradients",
 ]

@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
+from holdfast.attribution.ledger import Ledger
 from holdfast.attribution.maps import Fold
 from holdfast.attribution.options import AttributionOptions, AttributionReport
 from holdfast.attribution.passes import Job, Pass
@@ -91,6 +92,40 @@ def attribute_batches(
         max_samples,
     )
     return _run(model, rows, job, fold, parameters, memory_budget, progress, partial)
+
+
+def attribute_one(
+    model: nn.Module,
+    row: Encoded,
+    *,
+    options: AttributionOptions | None = None,
+    fold: Fold,
+    parameters: Mapping[str, nn.Parameter] | None = None,
+    pad_id: int,
+) -> tuple[Ledger, list[Tensor], AttributionReport]:
+    """As `attribute_batches`, of one answer, right or wrong; with the relevance of each input token.
+
+    Returns
+    -------
+    ledger : Ledger
+    tokens : list of Tensor
+        (T,) float64: of the model's input tokens; of an encoder-decoder model of the encoder's, then of the
+        decoder's.
+    report : AttributionReport
+
+    Raises
+    ------
+    UnruledOperationError, ConservationError
+        As there.
+    """
+    model, chosen = unwrapped(model), options or AttributionOptions()
+    job = Job(chosen.rules, chosen.halves, chosen.target, chosen.of, pad_id, "left", 1, False, 1)
+    wanted = dict(block_parameters(model) if parameters is None else parameters)
+    report = AttributionReport(samples_seen=1, samples_used=1)
+    once = Pass(model, job, fold, wanted, report, check=True)
+    ledger, tokens = once.single(row)
+    report.unreached = tuple(once.maps.fill_unreached(wanted))
+    return ledger, tokens, report
 
 
 def per_sample_gradients(

@@ -96,6 +96,30 @@ class Pass:
         tell(len(rows))
         return used
 
+    def single(self, row: Encoded) -> tuple[Ledger, list[Tensor]]:
+        """Attribute one row, right or wrong, with the check.
+
+        Returns
+        -------
+        Ledger
+            Where its relevance went.
+        list of Tensor
+            Relevance of each input token, float64, (T,): of the model's tokens; of an encoder-decoder model
+            of the encoder's and of the decoder's.
+        """
+        ledger = Ledger()
+        with torch.inference_mode(False), torch.enable_grad(), attributable(self.model, self.leaves):
+            batch, logits_STV, lam_STV = self._answer([row], self.maps, ledger)
+            lams = self._backward(logits_STV, lam_STV)
+            self.maps.end_batch()
+            self._conserved(batch, ledger, logits_STV.detach(), lam_STV, lams)
+            shares = [
+                (leaf.detach().double() * lam.double()).sum(-1).flatten().cpu()
+                for leaf, lam in zip(self.leaves, lams, strict=True)
+                if lam is not None and leaf.dim() == 3
+            ]
+        return ledger, shares
+
     def _one_at_a_time(self, why: str = "") -> None:
         self.report.one_at_a_time = self.report.one_at_a_time or why
         self.job = replace(self.job, batch_size=1)

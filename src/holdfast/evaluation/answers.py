@@ -181,6 +181,27 @@ def log_likelihoods(model: Any, tokenizer: Any, rows: Sequence[Encoded]) -> Tens
     return -F.cross_entropy(logits.transpose(1, 2).float(), labels, reduction="none").sum(1)
 
 
+def total_log_likelihoods(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Encoded],
+    *,
+    batch_size: int,
+    progress: Progress | None = None,
+) -> list[float]:
+    """`log_likelihoods` of any number of rows, in their order."""
+    totals, done = [0.0] * len(rows), 0
+    model.eval()
+    for indices in _by_length(rows, batch_size):
+        found = log_likelihoods(model, tokenizer, [rows[i] for i in indices]).tolist()
+        for index, total in zip(indices, found, strict=True):
+            totals[index] = total
+        done += len(indices)
+        if progress is not None:
+            progress(done, len(rows))
+    return totals
+
+
 @torch.no_grad()
 def rank_options(
     model: Any,

@@ -58,7 +58,12 @@ def audit(task: Task, encoder: Encoder, model: nn.Module, options: EvaluationOpt
     _control_tokens(task, encoder, found)
     if task.metric == "options":
         _options(encoded, found)
-    else:
+    elif any(example.raw for example in task.test) and task.metric != "perplexity":
+        found.problems.append(
+            f"{task.name}: rows of running text have no answer to generate; their metric is `perplexity`, "
+            f"not `{task.metric}`."
+        )
+    elif task.metric != "perplexity":
         _answers(encoded, encoder, found)
     _context(encoded, rows, model, found)
     return found
@@ -169,7 +174,7 @@ def _context(encoded: EncodedTask, rows: list[Encoded], model: nn.Module, found:
             "template.max_prompt_tokens or template.max_completion_tokens."
         )
         return
-    if encoded.choices:
+    if not encoded.max_new_tokens:
         return
     longest_test = max(len(row.prompt_ids) for row in encoded.rows)
     room = room_for_answers(model, longest_test, encoded.max_new_tokens)

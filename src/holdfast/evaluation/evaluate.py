@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -9,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from holdfast.config import Options
-from holdfast.evaluation.answers import generate, rank_options
+from holdfast.evaluation.answers import generate, rank_options, total_log_likelihoods
 from holdfast.evaluation.harness import HarnessOptions, named_tasks
 from holdfast.evaluation.scores import SCORES
 from holdfast.records import Prediction
@@ -43,7 +44,7 @@ class EvaluationOptions(Options):
 
 @dataclass(frozen=True)
 class TaskScore:
-    """Mean score (0 to 100) and the predictions behind it."""
+    """Mean score (0 to 100) and the predictions behind it; for perplexity 100 / that of all tokens."""
 
     score: float
     predictions: list[Prediction]
@@ -61,7 +62,7 @@ class EncodedTask:
     choices : list of (str, list of int)
         For the metric ``options``: each allowed answer with the tokens of its framed form; else empty.
     max_new_tokens : int
-        How long a generated answer may be, in tokens; 0 where the answer is one of `choices`.
+        How long a generated answer may be, in tokens; 0 where none is generated.
     stop_ids : list of int
         The tokens that end an answer.
     kept_ids : frozenset of int
@@ -79,13 +80,14 @@ class EncodedTask:
 def encode_task(task: Task, encoder: Encoder, options: EvaluationOptions) -> EncodedTask:
     """Encode a task's test rows and what bounds its answers."""
     ranked, chat = task.metric == "options", in_turns(task, encoder)
-    answers = {} if ranked else {text: encoder.answer_ids(text, chat=chat) for text in answers_of(task)}
+    told = ranked or task.metric == "perplexity"  # nothing is generated
+    answers = {} if told else {text: encoder.answer_ids(text, chat=chat) for text in answers_of(task)}
     own = encoder.text.own_ids
     return EncodedTask(
         task,
         encoder.many(task.test),
         [(text, encoder.answer_ids(text, chat=chat)) for text in task.options] if ranked else [],
-        0 if ranked else answer_budget(answers, options),
+        0 if told else answer_budget(answers, options),
         encoder.stop_ids(chat=chat),
         frozenset(own & {token for ids in answers.values() for token in ids}) if own else frozenset(),
     )
@@ -138,6 +140,8 @@ def evaluate_encoded(
 ) -> TaskScore:
     """As `evaluate_task`, of a task that `encode_task` has encoded."""
     task = encoded.task
+    if task.metric == "perplexity":
+        return _perplexities(model, tokenizer, encoded, batch_size, progress)
     if task.metric == "options":
         answers = rank_options(
             model, tokenizer, encoded.rows, encoded.choices, batch_size=batch_size, progress=progress
@@ -164,3 +168,33 @@ def evaluate_encoded(
         for example, answer in zip(task.test, answers, strict=True)
     ]
     return TaskScore(sum(p.score for p in predictions) / len(predictions), predictions)
+
+
+def _perplexities(
+    model: Any,
+    tokenizer: Any,
+    encoded: EncodedTask,
+    batch_size: int,
+    progress: Callable[[int, int], None] | None,
+) -> TaskScore:
+    """100 / the perplexity of the true answers, end token included: 100 is certainty, as with other scores.
+
+    That of all is over all tokens alike, as is usual, and so no mean of the rows'.
+    """
+    rows = encoded.rows
+    totals = total_log_likelihoods(model, tokenizer, rows, batch_size=batch_size, progress=progress)
+    predictions = []
+    for example, row, total in zip(encoded.task.test, rows, totals, strict=True):
+        mean = total / len(row.completion_ids)
+        predictions.append(
+            Prediction(
+                prompt=example.prompt
+                if isinstance(example.prompt, str)
+                else [dict(m) for m in example.prompt],
+                expected=list(example.answers),
+                generated=f"perplexity {math.exp(min(-mean, 700)):.2f}",
+                score=100 * math.exp(mean),
+            )
+        )
+    tokens = sum(len(row.completion_ids) for row in rows)
+    return TaskScore(100 * math.exp(sum(totals) / tokens), predictions)

@@ -68,8 +68,14 @@ def _rouge_of(generated: str, reference: str) -> float:
     return 100.0 * float(_rouge().score(reference, generated)["rougeL"].fmeasure)
 
 
+METRICS: dict[MetricName, str] = {
+    "exact_match": "all answers equal one of the expected ones, but for case and white space",
+    "rouge_l": "all answers have the words of an expected one in their order (F-measure)",
+    "options": "of the allowed answers the likeliest is the right one, always",
+    "perplexity": "the true answers are certain: the score is 100 / perplexity",
+}
 SCORES: dict[MetricName, Score] = {
     "exact_match": exact_match,
     "rouge_l": rouge_l,
     "options": exact_match,  # the answer is already one of the options: generate.rank_options chose it
-}
+}  # "perplexity" asks for no answer: evaluate.perplexities

@@ -111,7 +111,8 @@ def write_rows(
     """
     before, behind = (str(encoder.tokenizer.decode(list(ids))) for ids in (opening.given, opening.closing))
     written = Written(count, before, behind)
-    not_again = {tuple(row.prompt_ids) for row in encoder.many(known)}
+    ids = [row.completion_ids if opening.raw else row.prompt_ids for row in encoder.many(known)]
+    not_again = set(map(tuple, ids))
     seen: set[tuple[int, ...]] = set()
     most = options.tries * count
     while len(written.rows) < count and written.written < most:
@@ -124,8 +125,12 @@ def write_rows(
             if progress is not None:
                 progress(len(written.rows), count)
         written.written += size
-        rows = list(_sound_prompts(prompts, encoder, opening, seen, not_again, written))
-        _answer(model, encoder, rows, options, batch_size, written)
+        if opening.raw:
+            texts = list(_sound_texts(prompts, encoder, seen, not_again, written))
+            _keep_sure(model, encoder, texts, options, batch_size, written)
+        else:
+            rows = list(_sound_prompts(prompts, encoder, opening, seen, not_again, written))
+            _answer(model, encoder, rows, options, batch_size, written)
         if progress is not None:
             progress(len(written.rows), count)
     del written.rows[count:], written.confidence[count:]
@@ -134,6 +139,8 @@ def write_rows(
 
 def _room(encoder: Encoder, opening: Opening) -> int:
     """How many tokens may follow the opening: no more than the template lets a prompt have."""
+    if opening.raw:
+        return encoder.template.max_prompt_tokens + encoder.template.max_completion_tokens + 1
     rest = encoder.template.max_prompt_tokens - len(opening.shared)
     return max(1, rest) + (0 if opening.part_of_text else len(opening.closing))
 
@@ -260,6 +267,33 @@ def _sound_prompts(
             yield Example(prompt, ""), row
 
 
+def _sound_texts(
+    texts: Sequence[list[int]],
+    encoder: Encoder,
+    seen: set[tuple[int, ...]],
+    known: Collection[tuple[int, ...]],
+    written: Written,
+) -> Iterator[tuple[Example, Encoded]]:
+    """The running texts that are whole and new; the others are counted."""
+    for ids in texts:
+        end = _find(ids, [encoder.tokenizer.eos_token_id])
+        text = encoder.text_of(ids[:end])
+        if end is None:
+            written.unfinished += 1
+        elif not text.strip():
+            written.empty += 1
+        else:
+            row = encoder(Example.text(text))
+            key = tuple(row.completion_ids)
+            if key in known:
+                written.copied += 1
+            elif key in seen:
+                written.repeated += 1
+            else:
+                seen.add(key)
+                yield Example.text(text), row
+
+
 def _find(ids: Sequence[int], closing: Sequence[int]) -> int | None:
     """Where the closing begins; None where it isn't there."""
     size = len(closing)
@@ -277,22 +311,37 @@ def _answer(
     """Answer prompts greedily, and keep what is whole and sure enough."""
     if not rows:
         return
-    tokenizer, end = encoder.tokenizer, encoder.tokenizer.eos_token_id
+    tokenizer = encoder.tokenizer
+    stops = encoder.stop_ids(chat=encoder.asks_in_turns(rows[0][0].prompt))
     room = encoder.template.max_completion_tokens + encoder.completion_frame_size
-    answers = greedy(model, tokenizer, [row for _, row in rows], batch_size=batch_size, max_new_tokens=room)
+    answers = greedy(
+        model, tokenizer, [row for _, row in rows], batch_size=batch_size, max_new_tokens=room, stop_ids=stops
+    )
     sound = []
     for (example, row), ids in zip(rows, answers, strict=True):
-        text = encoder.answer_of(ids)
-        if end not in ids:
+        end = next((i for i, token in enumerate(ids) if token in stops), None)
+        text = encoder.answer_of(ids if end is None else ids[: end + 1])
+        if end is None:
             written.unfinished += 1
         elif not text.strip():
             written.empty += 1
         else:
-            whole = ids[: ids.index(end) + 1]
-            sound.append((Example(example.prompt, text), Encoded(row.prompt_ids, whole)))
+            sound.append((Example(example.prompt, text), Encoded(row.prompt_ids, ids[: end + 1])))
+    _keep_sure(model, encoder, sound, options, batch_size, written)
+
+
+def _keep_sure(
+    model: Any,
+    encoder: Encoder,
+    sound: Sequence[tuple[Example, Encoded]],
+    options: WritingOptions,
+    batch_size: int,
+    written: Written,
+) -> None:
+    """Keep rows with how likely the model finds them, but for those below what the options ask for."""
     for first in range(0, len(sound), batch_size):
         part = sound[first : first + batch_size]
-        sums = log_likelihoods(model, tokenizer, [row for _, row in part]).tolist()
+        sums = log_likelihoods(model, encoder.tokenizer, [row for _, row in part]).tolist()
         for (example, row), total in zip(part, sums, strict=True):
             mean = total / len(row.completion_ids)
             if options.unsure is not None and mean < options.unsure:

@@ -19,7 +19,10 @@ from holdfast.hold.anchor import Anchor, AnchorOptions
 from holdfast.hold.attach import Handle, Protection
 from holdfast.hold.control import Control, apply_control
 from holdfast.hold.directions import Directions
+from holdfast.hold.elementwise import Elementwise
 from holdfast.hold.gate import Gate, GateOptions
+from holdfast.hold.inputs import Inputs
+from holdfast.hold.mask import Mask
 from holdfast.hold.penalty import Penalty, PenaltyOptions
 from holdfast.hold.project import Project, ProjectOptions
 from holdfast.hold.schedule import tell_total_rate
@@ -32,6 +35,13 @@ MECHANISMS: dict[str, tuple[type[Options], type]] = {
     "project": (ProjectOptions, Project),
 }
 
+
+OPERATORS: dict[str, type] = {
+    "elementwise": Elementwise,
+    "inputs": Inputs,
+    "mask": Mask,
+    "directions": Directions,
+}
 
 MechanismOptions: Any = Annotated[
     Union[tuple(options for options, _ in MECHANISMS.values())],  # noqa: UP007 - built from the table
@@ -77,6 +87,7 @@ def build_mechanism(
 
 __all__ = [
     "MECHANISMS",
+    "OPERATORS",
     "Anchor",
     "AnchorOptions",
     "Control",

@@ -14,6 +14,12 @@ from holdfast.importance.seeding import seed_for
 from holdfast.names import layer_of, module_of
 
 Control = Literal["none", "permuted", "tensor-mean", "layer-mean"]
+CONTROLS: dict[Control, str] = {
+    "none": "nothing",
+    "permuted": "which weight of a tensor matters (of `inputs`: which direction of a map)",
+    "tensor-mean": "any difference between the weights of a tensor",
+    "layer-mean": "any difference between the weights of a transformer block",
+}
 
 
 def apply_control(prior: ImportancePrior, control: Control = "none", seed: int = 0) -> ImportancePrior:

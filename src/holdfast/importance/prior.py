@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import ItemsView, Iterator, KeysView, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from holdfast.errors import DataError, PriorMismatchError
+from holdfast.importance.reading import Top, bars, block_means, frame, largest, table
 from holdfast.models import block_parameters, fingerprints, input_dims
 from holdfast.names import canonical_name
 from holdfast.records import PriorMeta
 from holdfast.storage import atomic_write, json_text, save_tensors, sha256
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
 
 TENSORS = "prior.safetensors"
 META = "prior.json"
@@ -34,9 +40,11 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in parameters_by_name(model).items() if p.requires_grad}
 
 
-@dataclass
+@dataclass(repr=False)
 class ImportancePrior:
     """How much each weight, or each direction of a map's inputs, matters for what a model already knows.
+
+    ``prior[name]`` is one tensor, and a prior goes through its names as a mapping does.
 
     Attributes
     ----------
@@ -66,6 +74,74 @@ class ImportancePrior:
 
     def __len__(self) -> int:
         return len(self.tensors)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The importance of one parameter, by its canonical name or as the model at hand calls it.
+
+        Raises
+        ------
+        KeyError
+            There is none; the message has the nearest names.
+        """
+        found = self.tensors.get(name)
+        if found is None:
+            found = self.tensors.get(canonical_name(name))
+        if found is None:
+            near = difflib.get_close_matches(name, self.tensors, n=3, cutoff=0.0)
+            raise KeyError(f"no importance of '{name}' in this prior; nearest: {', '.join(near) or '(none)'}")
+        return found
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors or canonical_name(name) in self.tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __repr__(self) -> str:
+        tasks = ", ".join(map(str, self.meta.get("tasks", []))) or "none named"
+        what = self.meta.get("importance") or "importance"
+        return (
+            f"ImportancePrior({what}, by {self.kind}: {len(self)} tensors, {self.elements:,} values; "
+            f"tasks: {tasks})"
+        )
+
+    def keys(self) -> KeysView[str]:
+        """The parameters' canonical names."""
+        return self.tensors.keys()
+
+    def items(self) -> ItemsView[str, Tensor]:
+        """Canonical name and tensor, one by one."""
+        return self.tensors.items()
+
+    def top(self, n: int = 10) -> list[Top]:
+        """The n most important weights of all (of the kind ``inputs``: inputs of a map), largest first."""
+        return largest(self.tensors, self.kind == "inputs", n)
+
+    def by_layer(self) -> dict[str, float]:
+        """Mean importance of each transformer block (``"3"``, ``"decoder 3"``), in order.
+
+        Tensors outside of the blocks stand by their own names. Of the kind ``inputs`` it is the mean of the
+        eigenvalues.
+        """
+        return block_means(self.tensors, self.kind == "inputs")
+
+    def table(self) -> list[dict[str, Any]]:
+        """A row a tensor: ``name``, ``block``, ``shape``, ``values``, ``mean``, ``max``, ``sum``."""
+        return table(self.tensors, self.kind == "inputs")
+
+    def to_pandas(self) -> pd.DataFrame:
+        """`table` as a data frame.
+
+        Raises
+        ------
+        ConfigError
+            pandas isn't installed.
+        """
+        return frame(self.table())
+
+    def plot(self) -> go.Figure:
+        """`by_layer` as a plotly figure."""
+        return bars(self.by_layer(), repr(self))
 
     @property
     def elements(self) -> int:
@@ -99,6 +175,11 @@ class ImportancePrior:
         return ImportancePrior(
             {n: (t.double() * scale).float() for n, t in clipped.items()}, {**self.meta, "unit": "mean"}
         )
+
+    @property
+    def usual_merge(self) -> Literal["max", "sum"]:
+        """How priors of this kind are joined where nobody says: ``max``, of the kind ``inputs`` ``sum``."""
+        return "sum" if self.kind == "inputs" else "max"
 
     def merge(
         self,
@@ -234,8 +315,16 @@ class ImportancePrior:
         return folder
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> ImportancePrior:
-        """Read a prior that `save` wrote.
+    def load(cls, folder: str | os.PathLike[str], kind: Kind = "weights") -> ImportancePrior:
+        """Read a prior that `save` wrote, or any safetensors file of a number a weight.
+
+        Parameters
+        ----------
+        folder : path
+            Or a single ``.safetensors`` file: its names are taken as parameters', and nothing else is known
+            of it. If it is the file of a saved prior, the prior is read as a whole.
+        kind : {"weights", "inputs"}
+            Of what such a single file holds.
 
         Raises
         ------
@@ -246,11 +335,24 @@ class ImportancePrior:
         from safetensors.torch import load_file
 
         folder = Path(folder)
+        if folder.suffix == ".safetensors" and folder.is_file():
+            if folder.name == TENSORS and (folder.parent / META).is_file():
+                return cls.load(folder.parent)
+            try:
+                bare = load_file(folder)
+            except (OSError, SafetensorError) as error:
+                raise DataError(f"{folder} can't be read as tensors ({error}).") from error
+            if not bare:
+                raise DataError(f"{folder}: there are no tensors in it, so it says nothing of any weight.")
+            return cls(
+                {canonical_name(name): tensor for name, tensor in bare.items()},
+                {"kind": "inputs"} if kind == "inputs" else {},
+            )
         for name in (META, TENSORS):
             if not (folder / name).is_file():
                 raise DataError(
                     f"no importance prior in '{folder}': {name} is missing. Give a folder that "
-                    "`holdfast attribute` or `prior.save` wrote."
+                    "`holdfast attribute` or `prior.save` wrote, or a .safetensors file."
                 )
         again = "Compute it again with `holdfast attribute`."
         record = PriorMeta.read(folder / META)

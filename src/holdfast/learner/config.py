@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from holdfast.config import MAX_SEED, Options, validate
 from holdfast.errors import RunDirectoryError
@@ -15,11 +15,44 @@ from holdfast.evaluation.evaluate import EvaluationOptions
 from holdfast.models import ModelOptions
 from holdfast.strategies import STRATEGIES, StrategyOptions
 from holdfast.tasks import Template
-from holdfast.tasks.memory import RehearsalOptions
+from holdfast.tasks.memory import RehearsalOptions, WritingOptions
 from holdfast.training.options import TrainingOptions
 
 CONFIG = "config.yaml"  # in a learner's folder: what it was told
 STAGES = "tasks"  # there: what it learned
+
+
+class ProtectBaseOptions(Options):
+    """Task 0 is the base: what it can do is held from the first task on; ``true`` for the defaults."""
+
+    rows: int = Field(
+        256, ge=1, description="how many rows the base writes, or at most are taken of `general`"
+    )
+    general: str | None = Field(
+        None, description="a file of text or chats instead, such as one data set of many uses"
+    )
+    tokens: int = Field(
+        128,
+        ge=2,
+        description="the most that a user's turn, and an answer, may have; without a chat template, a text",
+    )
+    writing: WritingOptions | None = Field(None, description="how rows are written, and which are left out")
+    optional: bool = Field(
+        False, description="go on, and say so, where nothing that is written can be used, instead of stopping"
+    )
+
+    @model_validator(mode="after")
+    def _only_what_applies(self) -> ProtectBaseOptions:
+        if self.general is not None and self.writing is not None:
+            raise ValueError(
+                "`writing` doesn't apply to rows of a file (`general`); leave out one of the two"
+            )
+        return self
+
+
+def _switched(value: Any) -> Any:
+    """``protect_base: true`` for the defaults, ``false`` for none."""
+    return ({} if value else None) if isinstance(value, bool) else value
 
 
 class LearnerConfig(Options):
@@ -36,7 +69,20 @@ class LearnerConfig(Options):
         description="mix examples of earlier tasks, kept or written by the model, into what the strategy "
         "trains on",
     )
+    protect_base: Annotated[ProtectBaseOptions | None, BeforeValidator(_switched)] = Field(
+        None,
+        description="true: before the first task the base writes rows of its own, and is held by them like a "
+        "task that was learned",
+    )
     evaluation: EvaluationOptions = Field(default_factory=EvaluationOptions)
+
+    @model_validator(mode="after")
+    def _base_can_be_held(self) -> LearnerConfig:
+        if self.protect_base is None:
+            return self
+        if why := cannot_hold_base(self.strategy, self.replay):
+            raise ValueError(f"`protect_base` doesn't combine with {why}")
+        return self
 
     @model_validator(mode="after")
     def _one_memory(self) -> LearnerConfig:
@@ -84,6 +130,19 @@ class LearnerConfig(Options):
         if self.memory == "generated":
             parts[-1 if self.replay is not None else len(parts) :] = ["generated memory"]
         return " · ".join(parts)
+
+
+def cannot_hold_base(strategy: Any, replay: RehearsalOptions | None) -> str:
+    """Why a strategy and a memory can do nothing for the base; "" where they can."""
+    if getattr(strategy, "prior_from", None) == "single_task":
+        return "`prior_from: single_task`: the base is no task that a model could be trained on alone"
+    if STRATEGIES[strategy.name].ends_untrained or replay is not None:
+        return ""
+    able = ", ".join(sorted(name for name, method in STRATEGIES.items() if method.ends_untrained))
+    return (
+        f"`strategy: {strategy.name}`, which holds nothing that it did not train; allowed: {able}, or any "
+        "with a `replay:` section"
+    )
 
 
 def recorded_config(path: Path, sections: Mapping[str, Any]) -> LearnerConfig:

@@ -25,6 +25,7 @@ from holdfast.evaluation.general import Divergence
 from holdfast.evaluation.predictions import file_safe, write_predictions
 from holdfast.evaluation.writing import write_rows
 from holdfast.folder import PARTIAL, Folder
+from holdfast.learner.base_task import BASE, BaseTask
 from holdfast.learner.config import CONFIG, STAGES, LearnerConfig, recorded_config
 from holdfast.learner.general import General
 from holdfast.learner.harness import Harness, check_askable
@@ -40,6 +41,7 @@ from holdfast.strategies import Context, Stage, build_strategy
 from holdfast.tasks import Encoder, as_examples, toy_tokenizer
 from holdfast.tasks.memory import MemoryOptions, Rehearsal, WritingOptions
 from holdfast.tasks.opening import opening_of
+from holdfast.tasks.options import subsample
 from holdfast.tasks.task import Example, MetricName, Task
 from holdfast.training.loop import save_record, train
 from holdfast.training.verbs import Verbs
@@ -66,7 +68,8 @@ class Learner:
     after : int, optional
         Only to ask the model as it was after so many tasks; such a learner can't learn more.
     **sections
-        As in a run's configuration: ``template``, ``training``, ``evaluation``, ``replay``, ``seed``.
+        As in a run's configuration: ``template``, ``training``, ``evaluation``, ``replay``, ``protect_base``,
+        ``seed``.
 
     Attributes
     ----------
@@ -149,7 +152,10 @@ class Learner:
         self.strategy.prepare(self.context)
         self.general = General(self)
         self.learned: list[str] = []
+        self.base_task = BaseTask(self)
         self._restore(after)
+        self.base_task.restore()
+        self.base_task.check()
 
     @property
     def model(self) -> Any:
@@ -283,7 +289,8 @@ class Learner:
         test : iterable, optional
             Rows kept aside, of the same form: after this task and each later one the model is asked them.
         metric, options
-            How answers are scored, see `holdfast.tasks.task.Task`.
+            How answers are scored, see `holdfast.tasks.task.Task`. Running text is scored by ``perplexity``,
+            whatever is said.
         total : int, optional
             How many tasks there will be in all, where somebody knows: few strategies ask it.
         about : mapping, optional
@@ -298,7 +305,10 @@ class Learner:
         """
         rows = as_examples(train)
         tests = list(test)
-        task = Task(name, rows, as_examples(tests) if tests else [], metric, tuple(options))
+        asked_rows = as_examples(tests) if tests else []
+        if any(row.raw for row in asked_rows):
+            metric = "perplexity"
+        task = Task(name, rows, asked_rows, metric, tuple(options))
         stage = Stage(name, (task,), len(self.learned), total)
         asked = [known for known in (*self.tests, task) if known.test]
         digest = self.digest(task)
@@ -337,8 +347,14 @@ class Learner:
         A block that ends in an error leaves the model in the middle of things: make the learner anew.
         """
         self._check_can_begin(stage)
+        if self.base_task.due:
+            self._broken = BASE
+            with self._given_up_if_broken():
+                self.base_task.end(stage.total)
+            self._broken = ""
+        stage, known_as = self.base_task.seen(stage), self.part(stage)
         seconds: dict[str, float] = {}
-        with self._given_up_if_broken(), self.folder.part(self.part(stage)) as folder:
+        with self._given_up_if_broken(), self.folder.part(known_as) as folder:
             self._broken = stage.name
             self.context.folder = folder
             started = time.perf_counter()
@@ -423,6 +439,8 @@ class Learner:
                 f"task '{stage.name}' is learned already (learner.learned: {', '.join(self.learned)}). To "
                 "learn it once more give it another name."
             )
+        if stage.name == BASE and self.config.protect_base is not None:
+            raise ConfigError(f"task '{BASE}': that is the base itself (protect_base). Give it another name.")
         if stage.name.endswith(PARTIAL):
             raise ConfigError(f"task '{stage.name}': a name can't end with {PARTIAL}. Give it another name.")
         if stage.total is None and not self.strategy.open_ended:
@@ -598,7 +616,12 @@ class Learner:
         return load_model(self.config.model, self.config.seed, toy_tokenizer)[0].to(self.model.device)
 
     def _write(self, task: Task, options: MemoryOptions) -> list[Example]:
-        """Rows that the model writes of a task it has just learned, kept as text in the stage's folder."""
+        """Rows that the model writes of a task it has just learned, kept as text in the stage's folder.
+
+        Those of the base it has written already, or were given.
+        """
+        if task.name == BASE and self.config.protect_base is not None:
+            return list(subsample(task.train, options.written, self.config.seed, BASE, "memory"))
         with self.progress.bar(f"write rows of {task.name}", total=options.written) as bar:
             written = write_rows(
                 self.route(task.name),

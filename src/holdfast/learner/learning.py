@@ -263,6 +263,7 @@ def _with_lm_weight(context: Context, config: LearnerConfig, stage: Stage) -> Tr
     options = config.training
     if options.lm_weight is not None:
         return options
-    text = any(not context.encoder.asks_in_turns(row.prompt) for task in stage.tasks for row in task.train)
+    rows = [row for task in stage.tasks for row in task.train if not row.raw]
+    text = any(not context.encoder.asks_in_turns(row.prompt) for row in rows)
     weight = 0.25 if text and config.memory == "generated" else 0.0
     return options.model_copy(update={"lm_weight": weight})

@@ -70,7 +70,7 @@ def _strangers(path: Path) -> list[str]:
 
 def _check_same(recorded: LearnerConfig, config: LearnerConfig, path: Path) -> None:
     """What was begun under one strategy can't go on under another."""
-    for part in ("strategy", "replay", "template", "seed"):
+    for part in ("strategy", "replay", "protect_base", "template", "seed"):
         before, now = getattr(recorded, part), getattr(config, part)
         if before != now:
             raise RunDirectoryError(

@@ -11,6 +11,7 @@ from holdfast.evaluation.harness import courses
 from holdfast.evaluation.metrics import summarise
 from holdfast.evaluation.predictions import read_predictions
 from holdfast.folder import Folder
+from holdfast.learner.base_task import BASE
 from holdfast.learner.config import CONFIG, STAGES, recorded_config
 from holdfast.learner.known import ABOUT, read_about
 from holdfast.records import StageMetrics
@@ -63,6 +64,8 @@ class Skills:
         ``matrix[j][i]``: score of skill i after j tasks; row 0, before any, is empty.
     harness : dict
         lm-eval's scores (``arc_easy acc``) before the first task and after each; empty where it wasn't asked.
+    base : Skill or None
+        The base itself, where it is held (``protect_base``): its rows, and how far the model is from it now.
     unfinished : list of str
         Tasks that were begun and not finished.
     disk : int
@@ -77,12 +80,14 @@ class Skills:
     unfinished: list[str]
     disk: int
     harness: dict[str, list[float | None]]
+    base: Skill | None = None
 
     def record(self) -> dict[str, Any]:
         """JSON-able."""
         return {
             "method": self.method,
             "strategy": self.strategy,
+            **({} if self.base is None else {"base": asdict(self.base)}),
             "skills": [asdict(skill) for skill in self.skills],
             "matrix": self.matrix,
             **summarise(self.matrix),
@@ -119,7 +124,7 @@ def read_skills(path: str | Path) -> Skills:
             name=name,
             then=scores[i].get(name),
             now=scores[-1].get(name),
-            drift=_drift(parts[i], parts[-1], name),
+            drift=None if about[i].get("metric") == "perplexity" else _drift(parts[i], parts[-1], name),
             learned=str(about[i].get("learned", "")),
             train_rows=about[i].get("train_rows"),
             test_rows=len(_answers(parts[i], name)),
@@ -136,7 +141,35 @@ def read_skills(path: str | Path) -> Skills:
     config = recorded_config(root, {})
     asked = [record.harness for record in metrics]
     harness = courses([metrics[0].harness_before, *asked]) if any(asked) else {}
-    return Skills(root, config.method, config.strategy.name, skills, matrix, unfinished, _size(root), harness)
+    return Skills(
+        root,
+        config.method,
+        config.strategy.name,
+        skills,
+        matrix,
+        unfinished,
+        _size(root),
+        harness,
+        _base(root / BASE, metrics[-1].kl_base if metrics else None),
+    )
+
+
+def _base(folder: Path, kl: float | None) -> Skill | None:
+    if not (folder / ABOUT).is_file():
+        return None
+    about = read_about(folder)
+    return Skill(
+        name=BASE,
+        then=None,
+        now=None,
+        drift=None,
+        learned=str(about.get("learned", "")),
+        train_rows=about.get("train_rows"),
+        test_rows=0,
+        metric="",
+        disk=_size(folder),
+        kl_base=kl,
+    )
 
 
 def undo(path: str | Path) -> str:
@@ -173,6 +206,8 @@ def undo(path: str | Path) -> str:
         folder.remove(begun[-1])
         if not any((root / STAGES).iterdir()):
             (root / STAGES).rmdir()
+            if (root / BASE / ABOUT).exists():  # it was made for the first task
+                folder.remove(BASE)
         return begun[-1].rpartition("/")[2].partition("-")[2]
     finally:
         folder.release()

@@ -92,7 +92,10 @@ class RunDirectory(Folder):
 
     def _has_begun(self) -> bool:
         """Whether any stage was begun: before that a corrected configuration may take the folder over."""
-        return any((self.path / name).exists() for name in ("tasks", "zero_shot", "zero_shot" + PARTIAL))
+        return any(
+            (self.path / name).exists()
+            for name in ("tasks", "zero_shot", "base", "zero_shot" + PARTIAL, "base" + PARTIAL)
+        )
 
 
 def _extends(longer: RunConfig, shorter: RunConfig) -> bool:

@@ -24,8 +24,8 @@ from holdfast.runner.config import RunConfig
 from holdfast.runner.directory import RunDirectory
 from holdfast.runner.table import Rows
 from holdfast.strategies import Strategy, build_strategy
-from holdfast.tasks import Encoder, inspect_stream, toy_tokenizer
-from holdfast.tasks.memory import Rehearsal, stand_in
+from holdfast.tasks import Encoder, inspect_stream, load_task, toy_tokenizer
+from holdfast.tasks.memory import Rehearsal, WritingOptions, stand_in
 from holdfast.tasks.task import Example, TaskStream
 from holdfast.training.options import TrainingOptions
 
@@ -91,6 +91,11 @@ def check(config: RunConfig, directory: bool = True) -> Findings:
             findings.problems.append(str(error))
     if directory:
         _check_output(config, findings)
+    if config.protect_base is not None and config.protect_base.general is not None:
+        try:
+            load_task(config.protect_base.general)
+        except HoldfastError as error:
+            findings.problems.append(f"protect_base.general: {error}")
     strategy, fits = build_strategy(config.strategy), model is not None
     if model is not None:
         try:
@@ -171,6 +176,9 @@ def _estimate(
     if further:
         said = f"{count(sum(further))} ({', '.join(map(str, further))})"
         findings.estimate.append(("further optimizer steps", said))
+    if config.protect_base is not None and config.protect_base.general is None:
+        most = config.protect_base.rows * (config.protect_base.writing or WritingOptions()).tries
+        findings.estimate.append(("rows that the base writes first", f"up to {count(most)}"))
     tests = sum(len(task.test) for task in stream)
     rounds = len(steps) + config.evaluation.zero_shot
     findings.estimate.append(

@@ -14,7 +14,7 @@ from holdfast.config import override, validate
 from holdfast.errors import ConfigError, DataError
 from holdfast.evaluation.audit import audit
 from holdfast.learner import Learner, LearnerConfig
-from holdfast.learner.config import recorded_config
+from holdfast.learner.config import ProtectBaseOptions, cannot_hold_base, recorded_config
 from holdfast.learner.ownership import begun
 from holdfast.learner.skills import Skills, read_skills
 from holdfast.models import load_model
@@ -41,6 +41,8 @@ def learn_data(
     metric: MetricName | None = None,
     strategy: str | None = None,
     lora: bool = False,
+    protect_base: bool | None = None,
+    general: Path | None = None,
     assignments: Sequence[str] = (),
     progress: Progress,
 ) -> Skills:
@@ -63,7 +65,13 @@ def learn_data(
         Rows to test the skill with; by default those of a ``test.jsonl`` beside the data, or a tenth of the
         rows, at most 200, which are then not trained on.
     metric : str, optional
-        By default exact match, or ROUGE-L where half of the answers have more than five words.
+        By default exact match, or ROUGE-L where half of the answers have more than five words; of running
+        text perplexity.
+    protect_base : bool, optional
+        Hold what the base can do, from rows that it writes itself; by default where its tokenizer has a chat
+        template and the strategy can.
+    general : path, optional
+        Rows of this file instead; only before the first task.
     assignments : sequence of str
         ``key=value`` of the configuration; after the first task of `CHANGEABLE` sections only.
 
@@ -75,12 +83,15 @@ def learn_data(
     skills = skills.expanduser()
     usual_rate = usual_frame = not begun(skills)
     config = _config(skills, model, strategy, lora, assignments)
+    usual_base = usual_frame and protect_base is None and "protect_base" not in config.model_fields_set
+    config = _with_base(skills, config, protect_base, general)
+    usual_base &= config.protect_base is None
     usual_rate &= "learning_rate" not in config.training.model_fields_set
     usual_frame &= not {"chat", "prompt"} & config.template.model_fields_set
     task = _task(data, name, test, metric, config.seed, progress)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    with stoppable(), _learner(skills, config, progress, usual_rate, usual_frame) as learner:
+    with stoppable(), _learner(skills, config, progress, usual_rate, usual_frame, usual_base) as learner:
         if task.name in learner.learned:
             if learner.digests.get(task.name) != learner.digest(task):
                 raise ConfigError(
@@ -144,6 +155,34 @@ def _config(
     return config
 
 
+def _with_base(
+    skills: Path, config: LearnerConfig, protect_base: bool | None, general: Path | None
+) -> LearnerConfig:
+    """With what the two flags of the command say; after the first task they can only say what is there."""
+    if protect_base is False and general is not None:
+        raise ConfigError("--general FILE is what the base is held by; leave out --no-protect-base.")
+    given = dict(config.protect_base.model_dump(exclude_unset=True)) if config.protect_base else {}
+    if general is not None:
+        given["general"] = _absolute_file(general)
+    wanted: Any = None if protect_base is False else given
+    if general is None and protect_base in (None, config.protect_base is not None):
+        return config
+    if begun(skills):
+        there = config.protect_base
+        if protect_base is not False and there is not None and there.general == given.get("general"):
+            return config
+        raise ConfigError(
+            f"{skills}: whether the base is held was decided before the first task; leave out --protect-base "
+            "and --general, or begin another folder."
+        )
+    values = {**config.model_dump(mode="json", exclude_unset=True), "protect_base": wanted}
+    return validate(LearnerConfig, values, "holdfast learn")
+
+
+def _absolute_file(file: Path) -> str:
+    return str(file.expanduser().resolve())
+
+
 def _absolute(model: str) -> str:
     """A folder's own path, so that the next call may come from anywhere; a hub id as it is."""
     folder = Path(model).expanduser()
@@ -151,7 +190,12 @@ def _absolute(model: str) -> str:
 
 
 def _learner(
-    skills: Path, config: LearnerConfig, progress: Progress, usual_rate: bool, usual_frame: bool
+    skills: Path,
+    config: LearnerConfig,
+    progress: Progress,
+    usual_rate: bool,
+    usual_frame: bool,
+    usual_base: bool,
 ) -> Learner:
     if config.model is None:  # begun in a script
         return Learner.load(skills, progress=progress, **config.model_dump(include=set(CHANGEABLE)))
@@ -162,6 +206,12 @@ def _learner(
         template = config.template.model_copy(update={"chat": True})
         config = config.model_copy(update={"template": template})
         progress.say("prompts go into a user turn of the tokenizer's chat template (template.chat)")
+    instruct = bool(getattr(tokenizer, "chat_template", None))
+    if usual_base and instruct and not cannot_hold_base(config.strategy, config.replay):
+        config = config.model_copy(update={"protect_base": ProtectBaseOptions(optional=True)})
+        progress.say(
+            "what the base can do is held from the start (protect_base; --no-protect-base leaves it)"
+        )
     if usual_rate:
         training = config.training.model_copy(update={"learning_rate": _usual_rate(config, model)})
         config = config.model_copy(update={"training": training})
@@ -204,4 +254,6 @@ def _task(
         raise DataError(f"{data}: there are no rows to train on.")
     words = [len(row.completion.split()) for row in train]
     chosen: MetricName = "rouge_l" if median(words) >= LONG_ANSWER else "exact_match"
+    if any(row.raw for row in train):
+        chosen = "perplexity"
     return Task(name, list(train), list(tests), metric or chosen)

@@ -10,9 +10,14 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from holdfast.evaluation.scores import METRICS
+from holdfast.importance import ImportancePrior
+from holdfast.importance.agreement import Agreement
 from holdfast.learner.skills import Skills
-from holdfast.quantities import mebibytes, number
+from holdfast.names import Block
+from holdfast.quantities import count, mebibytes, number, rounded
 from holdfast.records import RunMetrics
+from holdfast.tables import csv_text, latex_text
 
 
 @dataclass
@@ -36,6 +41,14 @@ class Rows:
     caption: str | None = None
     numbers: bool = False
     lines: bool = False
+
+    def csv(self) -> str:
+        """As comma-separated text."""
+        return csv_text(self.head, self.rows)
+
+    def latex(self) -> str:
+        """As a LaTeX ``tabular``."""
+        return latex_text(self.head, self.rows, self.caption or "")
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         columns = zip(self.head, *self.rows, strict=True)
@@ -99,7 +112,7 @@ def skills_table(known: Skills) -> Rows:
             *(number(value) for value in (skill.then, skill.now, skill.drift)),
             *((number(skill.kl_base, 3),) if away else ()),
         )
-        for skill in known.skills
+        for skill in [*([] if known.base is None else [known.base]), *known.skills]
     ]
     head = ("skill", "learned", "rows", "then", "now", "moved", *(("KL to base",) if away else ()))
     rows += [(name, "unfinished", *[""] * (len(head) - 2)) for name in known.unfinished]
@@ -126,10 +139,90 @@ def harness_table(scores: Mapping[str, Sequence[float | None]]) -> Rows:
 
 
 def listing(what: str) -> Rows:
-    """Strategies, toy tasks, named orders or importances, from their own declarations."""
-    return {"strategies": _strategies, "tasks": _tasks, "orders": _orders, "importances": _importances}[
-        what
-    ]()
+    """Whatever a config can name, from its own declaration."""
+    kinds = {
+        "strategies": _strategies,
+        "tasks": _tasks,
+        "orders": _orders,
+        "importances": _importances,
+        "metrics": _metrics,
+        "mechanisms": _mechanisms,
+        "controls": _controls,
+        "operators": _operators,
+    }
+    return kinds[what]()
+
+
+def prior_table(prior: ImportancePrior, top: int) -> Rows:
+    """What a prior is, and its most important weights."""
+    meta = prior.meta
+    rows: list[tuple[str, str]] = [
+        ("importance", str(meta.get("importance", "–"))),
+        ("kind", prior.kind),
+        ("tensors", count(len(prior))),
+        ("values", count(prior.elements)),
+        ("tasks", ", ".join(map(str, meta.get("tasks", []))) or "–"),
+        ("samples used", str(meta.get("samples_used", "–"))),
+        ("conservation error", _rounded(meta.get("conservation_max_relative_error"))),
+    ]
+    rows += [(f"block {block}", _rounded(mean)) for block, mean in prior.by_layer().items()]
+    rows += [
+        (f"top: {place.name}[{', '.join(map(str, place.index))}]", _rounded(place.value))
+        for place in prior.top(top)
+    ]
+    return Rows(("", ""), rows, caption="blocks: mean importance of a value")
+
+
+def _rounded(value: float | None) -> str:
+    return "–" if value is None else rounded(value)
+
+
+def agreement_table(found: Mapping[Block, Agreement]) -> Rows:
+    """How alike two priors are, a row a block."""
+    return Rows(
+        ("block", "overlap of the top tenth", "Spearman"),
+        [
+            (f"{part} {layer}".strip(), number(a.overlap, 3), number(a.spearman, 3))
+            for (part, layer), a in found.items()
+        ],
+        caption="by chance: overlap 0.1, correlation 0",
+        numbers=True,
+    )
+
+
+def _metrics() -> Rows:
+    return Rows(
+        ("metric", "what a score of 100 means"), list(METRICS.items()), caption="tasks.metric, --metric"
+    )
+
+
+def _mechanisms() -> Rows:
+    from holdfast.hold import MECHANISMS
+
+    rows = []
+    for name, (options, cls) in MECHANISMS.items():
+        keys = [key for key in options.model_fields if key != "name"]
+        rows.append((name, _first_line(cls), ", ".join(keys) or "–"))
+    return Rows(("mechanism", "what it does", "options"), rows, caption="strategy.mechanism")
+
+
+def _controls() -> Rows:
+    from holdfast.hold.control import CONTROLS
+
+    return Rows(("control", "what it takes away"), list(CONTROLS.items()), caption="strategy.control")
+
+
+def _operators() -> Rows:
+    from holdfast.hold import OPERATORS
+
+    rows = [(name, _first_line(cls)) for name, cls in OPERATORS.items()]
+    return Rows(
+        ("operator", "what of a change is held"), rows, caption="the importance says which one is used"
+    )
+
+
+def _first_line(cls: type) -> str:
+    return (cls.__doc__ or "").strip().splitlines()[0]
 
 
 def _strategies() -> Rows:

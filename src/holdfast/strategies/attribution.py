@@ -114,6 +114,7 @@ class Attribution(Strategy):
     summary = "holds the inputs where relevance went; any other importance, mechanism and control"
     Options = AttributionStrategyOptions
     state = "constant"
+    ends_untrained = True
 
     def __init__(self, options: AttributionStrategyOptions) -> None:
         super().__init__(options)

@@ -56,6 +56,7 @@ class Ewc(Strategy):
     summary = "quadratic penalty on leaving the old weights, scaled by Fisher information"
     Options = EwcOptions
     state = "constant"
+    ends_untrained = True
 
     def __init__(self, options: EwcOptions) -> None:
         super().__init__(options)

@@ -57,6 +57,7 @@ class Ogd(Strategy):
     summary = "steps are orthogonal to the gradients of earlier tasks' true logits"
     Options = OgdOptions
     state = "per task"
+    ends_untrained = True
 
     def __init__(self, options: OgdOptions) -> None:
         super().__init__(options)

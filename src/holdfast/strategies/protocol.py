@@ -46,6 +46,9 @@ class Strategy(Verbs):
         the number of tasks, or more with each task.
     inference : str
         What an answer costs beside that of the plain model, in the same terms.
+    ends_untrained : bool
+        `end` makes what it keeps from a task's rows and the weights as they stand. Such a strategy can be
+        told of a task that nobody trained: of the base (``protect_base``).
     open_ended : bool
         Its stages need not know how many there will be (`Stage.total`).
     changes_base : bool
@@ -62,6 +65,7 @@ class Strategy(Verbs):
     needs_task_identity: ClassVar[bool] = False
     state: ClassVar[Extra] = "none"
     inference: ClassVar[Extra] = "none"
+    ends_untrained: ClassVar[bool] = False
     rehearsal: Rehearsal | None = None
     open_ended: bool = True
     changes_base: bool = False
@@ -133,6 +137,7 @@ class Method:
     needs_task_identity: bool
     state: Extra
     inference: Extra
+    ends_untrained: bool
     strategy: type[Strategy]
 
     def __call__(self, options: Any) -> Strategy:

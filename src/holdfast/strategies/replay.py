@@ -34,6 +34,7 @@ class Replay(Strategy):
     Options = ReplayOptions
     rehearsal_free = False
     state = "per task"
+    ends_untrained = True
 
     def __init__(self, options: ReplayOptions) -> None:
         super().__init__(options)

@@ -135,6 +135,8 @@ class Encoder:
             The answer or (for a causal model) the prompt has no tokens, or the tokenizer's chat template
             can't frame a chat prompt.
         """
+        if example.raw:
+            return self._raw(example.completion)
         chat = self.asks_in_turns(example.prompt)
         completion_ids, completion_cut = self._answer(example.completion, chat=chat)
         if not completion_ids:
@@ -167,6 +169,21 @@ class Encoder:
         """The tokens that end an answer: the tokenizer's own, and that of its chat template."""
         end = self._chats.end_ids() if chat and self._ends_as_chat else []
         return list(dict.fromkeys([*end[-1:], self.tokenizer.eos_token_id]))
+
+    @property
+    def begin_ids(self) -> list[int]:
+        """What running text stands behind: the begin token, or the end token where there is no other."""
+        begin = self.tokenizer.bos_token_id
+        return [self.tokenizer.eos_token_id if begin is None or self.encoder_decoder else begin]
+
+    def _raw(self, text: str) -> Encoded:
+        """Running text: as long as prompt and answer together may be, and ended where none of it is cut."""
+        ids = self.text.ids(text) if text.strip() else []
+        if not ids:
+            raise DataError("an empty text: there is nothing to learn from it. Leave the row out.")
+        limit = self.template.max_prompt_tokens + self.template.max_completion_tokens
+        end = [] if len(ids) > limit else [self.tokenizer.eos_token_id]
+        return Encoded(self.begin_ids, [*ids[:limit], *end], completion_cut=max(0, len(ids) - limit))
 
     @property
     def _ends_as_chat(self) -> bool:

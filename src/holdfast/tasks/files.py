@@ -1,4 +1,4 @@
-"""Data files as rows with their places: JSON Lines, JSON, CSV, TSV, Parquet."""
+"""Data files as rows with their places: JSON Lines, JSON, CSV, TSV, Parquet, plain text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from holdfast.tasks.problems import Problems
 
 Placed = tuple[str, object]  # where a row stands, such as "train.jsonl:17", and the row
-FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 _LONGEST_CELL = 2**31 - 1
 
 
@@ -26,6 +26,7 @@ def read_rows(path: Path, problems: Problems) -> list[Placed]:
         ".csv": _table,
         ".tsv": _table,
         ".parquet": _parquet,
+        ".txt": _paragraphs,
     }
     return readers.get(path.suffix.lower(), _json_lines)(path, problems)
 
@@ -173,6 +174,28 @@ def _delimiter(path: Path, text: str) -> str:
         return "\t"
     head = text.split("\n", 1)[0]
     return ";" if ";" in head and "," not in head else ","
+
+
+def _paragraphs(path: Path, problems: Problems) -> list[Placed]:
+    """Running text: what stands between empty lines is a row."""
+    raw = _bytes(path, problems)
+    if raw is None:
+        return []
+    try:
+        lines = raw.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        problems.add(f"{path}:{line}", "not UTF-8. Save the text in the encoding UTF-8")
+        return []
+    rows: list[Placed] = []
+    begun: list[str] = []
+    for number, words in enumerate([*lines, ""], start=1):
+        if words.strip():
+            begun.append(words)
+        elif begun:
+            rows.append((f"{path}:{number - len(begun)}", {"text": "\n".join(begun)}))
+            begun = []
+    return rows
 
 
 def _parquet(path: Path, problems: Problems) -> list[Placed]:

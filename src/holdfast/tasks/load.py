@@ -22,8 +22,8 @@ def load_task(path: str | Path, columns: Columns = STANDARD) -> Task:
     Parameters
     ----------
     path : str or Path
-        A .jsonl, .json, .csv, .tsv or .parquet file; a folder with such a file called ``train``, and perhaps
-        one called ``test`` and a ``labels.json``; or the id of a data set on the hub.
+        A .jsonl, .json, .csv, .tsv, .parquet or .txt file; a folder with such a file called ``train``, and
+        perhaps one called ``test`` and a ``labels.json``; or the id of a data set on the hub.
 
     Raises
     ------

@@ -29,6 +29,8 @@ class Opening:
         model writes up to this limit is whole as well.
     system : tuple of messages or None
         The turns before the user's, where all rows have the same; None where prompts are text.
+    raw : bool
+        Rows are running text: what is written up to the end token is the whole row, and nothing is asked.
     """
 
     before: tuple[int, ...]
@@ -37,6 +39,7 @@ class Opening:
     part_of_text: bool = False
     cut: bool = False
     system: tuple[Message, ...] | None = None
+    raw: bool = False
 
     @property
     def given(self) -> list[int]:
@@ -61,6 +64,9 @@ def opening_of(rows: Sequence[Example], encoder: Encoder, name: str) -> Opening:
     DataError
         Nothing marks the end of a prompt: neither the template nor an ending that all of them have.
     """
+    if all(row.raw for row in rows):
+        return running(encoder)
+    rows = [row for row in rows if not row.raw]
     chat = not isinstance(rows[0].prompt, str)
     alike = [row.prompt for row in rows if isinstance(row.prompt, str) != chat]
     texts = list(dict.fromkeys(tuple(encoder.text_ids(prompt)) for prompt in alike))
@@ -85,6 +91,21 @@ def opening_of(rows: Sequence[Example], encoder: Encoder, name: str) -> Opening:
             r'`prompt: "{bos}{prompt}\nAnswer: "`, or for an encoder-decoder model `"{prompt}{eos}"`.'
         )
     return Opening(tuple(before), shared, ending, part_of_text=True, system=system)
+
+
+def running(encoder: Encoder) -> Opening:
+    """The opening of running text: the begin token, or a decoder's own start."""
+    before = () if encoder.encoder_decoder else tuple(encoder.begin_ids)
+    return Opening(before, (), (encoder.tokenizer.eos_token_id,), raw=True)
+
+
+def chat_opening(encoder: Encoder) -> Opening | None:
+    """The opening of any user's first turn; None where there is no chat template, or it ends no turn."""
+    if not getattr(encoder.tokenizer, "chat_template", None):
+        return None
+    before, after = encoder.frame(({"role": "user", "content": ""},))
+    closing = _until_special(after, encoder.tokenizer.all_special_ids)
+    return Opening(tuple(before), (), closing, system=()) if closing else None
 
 
 def common_beginning(texts: Iterable[Sequence[int]]) -> tuple[int, ...]:

@@ -65,7 +65,9 @@ class SourceOptions(Options):
         default="error", description="error: a malformed or empty row stops everything; skip: it is left out"
     )
     metric: MetricName | dict[str, MetricName] | None = Field(
-        default=None, description="one metric for all tasks, or task name to metric; exact_match when omitted"
+        default=None,
+        description="one metric for all tasks, or task name to metric; exact_match when omitted (of "
+        "running text: perplexity)",
     )
     options: dict[str, Annotated[tuple[Name, ...], AfterValidator(_distinct)]] = Field(
         default_factory=dict, description="task name to its allowed answers, for the metric `options`"
@@ -116,4 +118,6 @@ def _drawn(count: int, limit: int | None, seed: int, stream: Sequence[str]) -> t
 
 
 def _key(row: Example) -> str:
+    if row.raw:
+        return row.completion
     return row.prompt if isinstance(row.prompt, str) else repr(row.prompt)  # chat messages can't be hashed

@@ -14,6 +14,7 @@ from holdfast.tasks.problems import Problems, RowFault, kind_of
 from holdfast.tasks.task import Example, Message
 
 ANSWERS = ("response", "answer")  # what a completion is called where exactly one of them is there
+_REMARKS = ("id", "meta", "source", "url", "title", "date")  # columns that say where a text is from
 
 
 class Columns(Options):
@@ -35,11 +36,17 @@ class Columns(Options):
     messages: str | None = Field(
         default=None, description="a column of chat messages, instead of the two above"
     )
+    text: str | None = Field(
+        default=None, description="a column of running text, instead of all of these: rows without a question"
+    )
 
     @model_validator(mode="after")
     def _one_form(self) -> Columns:
         if self.messages is not None and (self.prompt is not None or self.completion is not None):
             raise ValueError("give either `messages`, or `prompt` and `completion`")
+        others = (self.prompt, self.completion, self.references, self.messages)
+        if self.text is not None and any(other is not None for other in others):
+            raise ValueError("`text` is for rows without a question; leave out the other columns")
         return self
 
 
@@ -57,16 +64,21 @@ class Form:
         How it is said; "" for prompt and completion, and for what the user has set.
     read : callable
         From a row to (prompt, completion); raises `RowFault`.
+    raw : bool
+        Whether rows are running text (`Example.raw`).
     """
 
     name: str
     read: Callable[[Row], tuple[str | tuple[Message, ...], str]]
+    raw: bool = False
 
 
 def form_of(row: object, columns: Columns = STANDARD) -> Form | None:
     """The form of a row: what `columns` says, or else what the names of its columns say, if they do."""
     if columns.messages is not None:
         return _chat(columns.messages, "")
+    if columns.text is not None:
+        return _running(columns.text, "")
     if columns != STANDARD:
         return _pair(columns.prompt or "prompt", columns.completion or "completion", "")
     if not isinstance(row, Mapping):
@@ -82,6 +94,8 @@ def form_of(row: object, columns: Columns = STANDARD) -> Form | None:
         return _chat("conversations", "ShareGPT: conversations")
     if "instruction" in row and "output" in row:
         return Form("Alpaca: instruction, a line break and input; output", _alpaca)
+    if "text" in row and not set(row) - {"text", *_REMARKS}:  # beside a label it would be a prompt
+        return _running("text", "running text")
     return None
 
 
@@ -156,7 +170,7 @@ def _example(row: object, columns: Columns, form: Form) -> Example:
         raise RowFault("empty completion: give the row an answer or leave it out")
     references, tools = _references(row, columns), _tools(row, prompt)
     _refuse_half_characters({"prompt": prompt, "completion": completion, "references": references})
-    return Example(prompt, completion, references, tools)
+    return Example(prompt, completion, references, tools, form.raw)
 
 
 def _pair(asked: str, answered: str, name: str) -> Form:
@@ -167,6 +181,13 @@ def _pair(asked: str, answered: str, name: str) -> Form:
 
 
 PLAIN = _pair("prompt", "completion", "")
+
+
+def _running(column: str, name: str) -> Form:
+    def read(row: Row) -> tuple[str, str]:
+        return "", _text(_get(row, column), column)
+
+    return Form(name, read, raw=True)
 
 
 def _chat(column: str, name: str) -> Form:

@@ -188,10 +188,11 @@ def _validation_rows(task: Task, config: SourceOptions, problems: Problems, seed
 
 
 def _metric(config: SourceOptions, task: Task) -> MetricName:
+    usual = "perplexity" if any(row.raw for row in task.train) else task.metric
     if not isinstance(config.metric, dict):
-        return config.metric or task.metric
+        return config.metric or usual
     given = (metric for key, metric in config.metric.items() if match_task(key, [task.name]))
-    return next(given, task.metric)
+    return next(given, usual)
 
 
 def _check_options(task: Task, options: tuple[str, ...], problems: Problems) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-MetricName = Literal["exact_match", "rouge_l", "options"]
+MetricName = Literal["exact_match", "rouge_l", "options", "perplexity"]
 Message = Mapping[str, Any]  # role and content, both texts; tool calls where there are any
 
 
@@ -24,12 +24,21 @@ class Example:
         All answers that count as right; empty means the completion alone.
     tools : tuple of mappings
         The functions that a chat may call, as its chat template takes them.
+    raw : bool
+        Running text without a question: all of `completion` is learned behind the begin token, and no
+        template frames it. The prompt is then empty.
     """
 
     prompt: str | tuple[Message, ...]
     completion: str
     references: tuple[str, ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
+    raw: bool = field(default=False, repr=False)  # a task's digest is of the repr, and older than raw rows
+
+    @classmethod
+    def text(cls, text: str) -> Example:
+        """A row of running text."""
+        return cls("", text, raw=True)
 
     @property
     def answers(self) -> tuple[str, ...]:
@@ -40,13 +49,15 @@ class Example:
         """The example as a row of a JSONL file."""
         prompt = self.prompt if isinstance(self.prompt, str) else [dict(m) for m in self.prompt]
         row = {"prompt": prompt, "completion": self.completion, "references": list(self.references)}
-        return row | ({"tools": [dict(tool) for tool in self.tools]} if self.tools else {})
+        row |= {"tools": [dict(tool) for tool in self.tools]} if self.tools else {}
+        return row | ({"raw": True} if self.raw else {})
 
     @classmethod
     def of_record(cls, row: Mapping[str, Any]) -> Example:
         """The example that `record` gave."""
         prompt = row["prompt"] if isinstance(row["prompt"], str) else tuple(row["prompt"])
-        return cls(prompt, row["completion"], tuple(row["references"]), tuple(row.get("tools", ())))
+        tools, raw = tuple(row.get("tools", ())), bool(row.get("raw"))
+        return cls(prompt, row["completion"], tuple(row["references"]), tools, raw)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +66,9 @@ class Task:
 
     Attributes
     ----------
-    metric : {"exact_match", "rouge_l", "options"}
-        How a generated answer is scored; ``options`` picks the nearest of `options` first.
+    metric : {"exact_match", "rouge_l", "options", "perplexity"}
+        How a generated answer is scored; ``options`` picks the nearest of `options` first, and ``perplexity``
+        generates nothing: the score is 100 / the perplexity of the true answers.
     options : tuple of str
         The allowed answers, for ``metric="options"``.
     read_as : str

@@ -55,6 +55,7 @@ class EwcLora(Strategy):
     summary = "quadratic penalty on moving LoRA's product, scaled by the Fisher of the full weights"
     Options = EwcLoraOptions
     state = "constant"
+    ends_untrained = True
 
     def __init__(self, options: EwcLoraOptions) -> None:
         super().__init__(options)

@@ -77,6 +77,7 @@ class InfLora(Strategy):
     Options = InfLoraOptions
     state = "per task"
     inference = "per task"
+    ends_untrained = True
 
     def __init__(self, options: InfLoraOptions) -> None:
         super().__init__(options)

@@ -1,0 +1,179 @@
+"""One answer explained: the relevance of each token that the model read, and of each weight."""
+
+from __future__ import annotations
+
+import html
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.attribution import AttributionOptions, attribute_one
+from holdfast.errors import ConfigError
+from holdfast.importance.prior import ImportancePrior
+from holdfast.storage import write_text
+from holdfast.tasks.encode import Encoder
+from holdfast.tasks.task import Example
+
+_FOR, _AGAINST = "24, 130, 90", "200, 60, 40"  # red, green, blue of the two signs
+
+
+class _Relevance:
+    """Keeps R(W) = W · ∂ of one sample's map, (A, section 4.1)."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+
+    def update(self, name: str, weight: Tensor, grad_S: Tensor) -> None:
+        """Take one sample's map."""
+        self.tensors[name] = (weight.detach() * grad_S[0].detach()).float().cpu()
+
+
+@dataclass(frozen=True, repr=False)
+class Explanation:
+    """What an answer's logits are made of.
+
+    Attributes
+    ----------
+    tokens : list of str
+        What the model read: the prompt with its frame, then the answer up to its last token but one; of an
+        encoder-decoder model what the encoder read, then what the decoder did.
+    relevance : Tensor
+        Of each token, (T,) float64; above 0 it speaks for the answer.
+    asked : int
+        How many of the tokens are the prompt's.
+    answer : str
+    target : float
+        The sum of the answer's logits, which is what is explained.
+    weights : ImportancePrior
+        The relevance of each weight, signed; ``weights.top(20)``, ``weights.by_layer()``.
+    conservation_error : float
+        |sum of what was found - target| / |target|.
+    elsewhere : dict
+        Relevance that ends in no token: ``biases``, ``absorbed`` by constants such as the biases of norms,
+        and ``created``, which products of two activations handed out twice (subtracted). Tokens + biases +
+        absorbed - created (+ weights, with ``halves: path``) is the target.
+    against : str
+        The other answer, where two were contrasted; all numbers are differences then.
+    """
+
+    tokens: list[str]
+    relevance: Tensor
+    asked: int
+    answer: str
+    target: float
+    weights: ImportancePrior
+    conservation_error: float
+    elsewhere: dict[str, float] = field(default_factory=dict)
+    against: str = ""
+
+    def instead_of(self, other: Explanation) -> Explanation:
+        """What speaks for this answer and not for another one to the same prompt: the differences.
+
+        The tokens are the prompt's alone, as the answers have others.
+
+        Raises
+        ------
+        ConfigError
+            The prompts differ.
+        """
+        if self.tokens[: self.asked] != other.tokens[: other.asked]:
+            raise ConfigError("explain: two answers are contrasted on one prompt; these have different ones.")
+        weights = {name: tensor - other.weights[name] for name, tensor in self.weights.items()}
+        return replace(
+            self,
+            tokens=self.tokens[: self.asked],
+            relevance=self.relevance[: self.asked] - other.relevance[: self.asked],
+            target=self.target - other.target,
+            weights=ImportancePrior(weights, self.weights.meta),
+            conservation_error=max(self.conservation_error, other.conservation_error),
+            elsewhere={key: value - other.elsewhere[key] for key, value in self.elsewhere.items()},
+            against=other.answer,
+        )
+
+    def __repr__(self) -> str:
+        strongest = sorted(zip(self.relevance.tolist(), self.tokens, strict=True), key=lambda p: -abs(p[0]))
+        shown = ", ".join(f"{token!r} {value:+.3g}" for value, token in strongest[:3])
+        what = f"{self.answer!r}" + (f" instead of {self.against!r}" if self.against else "")
+        return f"Explanation of {what}: {shown}; conservation error {self.conservation_error:.1e}"
+
+    def _repr_html_(self) -> str:
+        """The tokens as a heat map, for a notebook."""
+        most = float(self.relevance.abs().max()) or 1.0
+        spans = []
+        for number, (token, value) in enumerate(zip(self.tokens, self.relevance.tolist(), strict=True)):
+            if number == self.asked:
+                spans.append('<span style="opacity:.6"> → </span>')
+            colour = f"rgba({_FOR if value > 0 else _AGAINST}, {abs(value) / most:.3f})"
+            text = html.escape(token).replace("\n", "↵<br>")
+            spans.append(f'<span style="background:{colour}" title="{value:+.4g}">{text}</span>')
+        what = html.escape(self.answer)
+        what += f" instead of {html.escape(self.against)}" if self.against else ""
+        return (
+            '<div style="font-family:ui-monospace,monospace;line-height:1.9;white-space:pre-wrap">'
+            + "".join(spans)
+            + '</div><div style="font-family:sans-serif;font-size:.85em;opacity:.8">'
+            f"for <b>{what}</b>, logits {self.target:.4g}; green speaks for it, red against; strongest "
+            f"{most:.3g}; conservation error {self.conservation_error:.1e}</div>"
+        )
+
+    def save(self, file: str | os.PathLike[str]) -> Path:
+        """Write the heat map as an HTML file that needs nothing else.
+
+        Raises
+        ------
+        StorageError
+            It can't be written.
+        """
+        title = html.escape(f"Why {self.answer}")
+        style = "body{max-width:60rem;margin:2rem auto;padding:0 1rem;color-scheme:light dark}"
+        write_text(
+            file,
+            f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
+            f"<style>{style}</style><body>{self._repr_html_()}</body></html>\n",
+        )
+        return Path(file)
+
+
+def explain_answer(
+    model: nn.Module, encoder: Encoder, example: Example, options: AttributionOptions
+) -> Explanation:
+    """The relevance of each token and weight for one answer.
+
+    Raises
+    ------
+    DataError
+        Prompt or answer has no tokens.
+    UnruledOperationError, ConservationError
+        As of `holdfast.attribution.attribute_one`.
+    """
+    tokenizer: Any = encoder.tokenizer
+    row, fold = encoder(example), _Relevance()
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    ledger, shares, report = attribute_one(model, row, options=options, fold=fold, pad_id=pad_id)
+    relevance = torch.cat(shares)
+    ids = row.prompt_ids + row.completion_ids
+    # a causal model reads the last token too, but nothing that it answers depends on it
+    texts = [str(tokenizer.decode([token])) for token in ids]
+    if encoder.encoder_decoder:
+        texts = [*texts[: len(row.prompt_ids)], "", *texts[len(row.prompt_ids) : -1]]
+    else:
+        texts, relevance = texts[:-1], relevance[: len(ids) - 1]
+    return Explanation(
+        tokens=texts,
+        relevance=relevance,
+        asked=len(row.prompt_ids),
+        answer=example.completion,
+        target=ledger.target,
+        weights=ImportancePrior(fold.tensors, {"importance": "relevance", "tasks": []}),
+        conservation_error=float(report.conservation_max_relative_error or 0.0),
+        elsewhere={
+            "biases": ledger.biases,
+            "absorbed": float(sum(ledger.absorbed.values())),
+            "created": ledger.created,
+            "weights": ledger.weights,
+        },
+    )
