@@ -21,6 +21,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "replay": {"memory": {"count": 4}},
     "kif-m": {"memory": {"count": 4}},
     "kif-lora-m": {"memory": {"count": 4}},
+    "lamol": {"writing": {"tries": 1}},
     "ogd": {"samples": 4},
 }
 

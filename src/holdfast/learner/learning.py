@@ -16,7 +16,7 @@ from holdfast.hold import Handle, tell_total_rate
 from holdfast.hold.cost import trained_numbers
 from holdfast.learner.config import LearnerConfig
 from holdfast.models import is_encoder_decoder
-from holdfast.strategies import Context, Stage, Strategy
+from holdfast.strategies import STRATEGIES, Context, Stage, Strategy
 from holdfast.tasks.encode import Encoded
 from holdfast.tasks.task import Example
 from holdfast.training.bridge import bridged, is_trl
@@ -255,5 +255,6 @@ def _with_lm_weight(context: Context, config: LearnerConfig, stage: Stage) -> Tr
     if options.lm_weight is not None:
         return options
     text = any(not context.encoder.asks_in_turns(row.prompt) for task in stage.tasks for row in task.train)
-    weight = 0.25 if text and config.memory == "generated" else 0.0
+    learned = config.memory == "generated" and not STRATEGIES[config.strategy.name].writes
+    weight = 0.25 if text and learned else 0.0
     return options.model_copy(update={"lm_weight": weight})
