@@ -19,9 +19,11 @@ QUICK: dict[str, dict[str, Any]] = {
     "inf-lora": {"samples": 8},
     "fisher-mask": {"fisher": {"samples": 8}},
     "replay": {"memory": {"count": 4}},
+    "lamol": {"writing": {"tries": 1}},
+    "sapt-lora": {"memory": {"count": 4}},
+    "sapt-prompt": {"memory": {"count": 4}},
     "kif-m": {"memory": {"count": 4}},
     "kif-lora-m": {"memory": {"count": 4}},
-    "lamol": {"writing": {"tries": 1}},
     "ogd": {"samples": 4},
 }
 
