@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-MetricName = Literal["exact_match", "rouge_l", "options"]
+MetricName = Literal["exact_match", "rouge_l", "options", "choice", "edit_similarity", "sari"]
 Message = Mapping[str, Any]  # role and content, both texts; tool calls where there are any
 
 
@@ -55,7 +55,7 @@ class Task:
 
     Attributes
     ----------
-    metric : {"exact_match", "rouge_l", "options"}
+    metric : {"exact_match", "rouge_l", "options", "choice", "edit_similarity", "sari"}
         How a generated answer is scored; ``options`` picks the nearest of `options` first.
     options : tuple of str
         The allowed answers, for ``metric="options"``.
