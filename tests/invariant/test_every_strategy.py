@@ -61,6 +61,12 @@ def config_of(t5: Path) -> Callable[[str, str, Path], RunConfig]:
         assert values["tasks"]["order"] == TASKS
         if kind == "encoder-decoder":
             values |= {"model": {"path": str(t5)}, "template": {"prompt": "{prompt}{eos}"}}
+        if "writing" in options_of(name):  # what has learned next to nothing goes on to the limit
+            values["template"] = {
+                **values.get("template", {}),
+                "max_prompt_tokens": 16,
+                "max_completion_tokens": 8,
+            }
         if needs_lora(name):
             values["model"] = {**values["model"], "lora": {"r": 4}}
         return validate(RunConfig, values, source="test")
@@ -143,9 +149,8 @@ def test_strategy_learns_a_stream_and_leaves_a_whole_run_directory(
     for number, stage in enumerate(stages, start=1):
         part = folder / "tasks" / f"{number:02d}-{stage.name}"
         steps = 8 * len(stage.tasks) if METHODS[name].strategy.trains else 0
-        assert json.loads((part / "training.json").read_text())["steps"] == steps or (
-            not METHODS[name].rehearsal_free
-        )
+        more = not METHODS[name].rehearsal_free or METHODS[name].writes
+        assert json.loads((part / "training.json").read_text())["steps"] == steps or more
         assert {p.stem for p in part.glob("predictions/*.jsonl")} == set(TASKS)
         if (part / "model" / "adapter_config.json").exists() and kind == "causal":
             continue  # the toy model is made on the spot, so its adapters have no base in a folder

@@ -30,13 +30,17 @@ def for_model(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.to(device) for k, v in batch.items()}
 
 
-def _inner(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+def _unwrapping(model: Any) -> Iterator[Any]:
+    """The model, and what each wrapper around it holds (prompts in front of an adapter on a base)."""
+    yield model
+    while hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+        yield model
 
 
 def decoder_start(model: Any) -> int | None:
     """The token that an encoder-decoder model's decoder begins with."""
-    inner = _inner(model)
+    *_, inner = _unwrapping(model)
     start = getattr(inner.generation_config, "decoder_start_token_id", None)
     return start if start is not None else getattr(inner.config, "decoder_start_token_id", None)
 
@@ -52,8 +56,7 @@ def plain_greedy(
     """
     from transformers import GenerationConfig
 
-    inner = _inner(model)
-    holders = [m for m in {id(m): m for m in (model, inner)}.values() if "generation_config" in vars(m)]
+    holders = [m for m in {id(m): m for m in _unwrapping(model)}.values() if "generation_config" in vars(m)]
     own = [m.generation_config for m in holders]
     plain = GenerationConfig(
         do_sample=False,

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field
 from holdfast.config import Options
 from holdfast.evaluation.answers import generate, rank_options, total_log_likelihoods
 from holdfast.evaluation.harness import HarnessOptions, named_tasks
-from holdfast.evaluation.scores import SCORES
+from holdfast.evaluation.scores import SCORES, sari, sources_of
 from holdfast.records import Prediction
 from holdfast.tasks.encode import Encoded, Encoder
 from holdfast.tasks.task import Task
@@ -157,15 +157,15 @@ def evaluate_encoded(
             kept_ids=encoded.kept_ids,
             progress=progress,
         )
-    score = SCORES[task.metric]
+    scores = _scores(task, answers)
     predictions = [
         Prediction(
             prompt=example.prompt if isinstance(example.prompt, str) else [dict(m) for m in example.prompt],
             expected=list(example.answers),
             generated=answer,
-            score=score(answer, example.answers),
+            score=score,
         )
-        for example, answer in zip(task.test, answers, strict=True)
+        for example, answer, score in zip(task.test, answers, scores, strict=True)
     ]
     return TaskScore(sum(p.score for p in predictions) / len(predictions), predictions)
 
@@ -198,3 +198,18 @@ def _perplexities(
         )
     tokens = sum(len(row.completion_ids) for row in rows)
     return TaskScore(100 * math.exp(sum(totals) / tokens), predictions)
+
+
+def _scores(task: Task, answers: Sequence[str]) -> list[float]:
+    """Of each test row's answer."""
+    rows = list(zip(answers, task.test, strict=True))
+    if task.metric != "sari":
+        return [SCORES[task.metric](answer, example.answers) for answer, example in rows]
+    prompts = [
+        example.prompt if isinstance(example.prompt, str) else str(example.prompt[-1]["content"])
+        for example in task.test
+    ]
+    sources = sources_of(prompts)
+    return [
+        sari(answer, example.answers, source) for (answer, example), source in zip(rows, sources, strict=True)
+    ]

@@ -94,6 +94,7 @@ def write_rows(
     known: Sequence[Example] = (),
     batch_size: int = 16,
     progress: Progress | None = None,
+    writer: Any = None,
 ) -> Written:
     """Let a model write rows: it goes on from an opening to its closing, and answers what it wrote.
 
@@ -108,6 +109,8 @@ def write_rows(
         Rows that must not come back: one with the same prompt is left out.
     progress : callable, optional
         Called with the rows kept so far, and `count`.
+    writer : optional
+        Who writes the prompts, where it isn't the model that answers them.
     """
     before, behind = (str(encoder.tokenizer.decode(list(ids))) for ids in (opening.given, opening.closing))
     written = Written(count, before, behind)
@@ -121,7 +124,7 @@ def write_rows(
         drawn = _uniform(f"{seed} {written.written}", size, _room(encoder, opening))
         prompts = []
         for first in range(0, size, batch_size):
-            prompts += _draw(model, encoder, opening, drawn[first : first + batch_size], options)
+            prompts += _draw(writer or model, encoder, opening, drawn[first : first + batch_size], options)
             if progress is not None:
                 progress(len(written.rows), count)
         written.written += size
@@ -152,11 +155,13 @@ def _uniform(seed: str, rows: int, steps: int) -> Tensor:
     return torch.rand(rows, steps, generator=generator, dtype=torch.float64)
 
 
-def choose(logits_BV: Tensor, drawn_B: Tensor, temperature: float, top_p: float) -> Tensor:
+def choose(
+    logits_BV: Tensor, drawn_B: Tensor, temperature: float, top_p: float, top_k: int | None = None
+) -> Tensor:
     """Draw a token of each row from its nucleus by inverting the distribution function.
 
     The nucleus is the smallest set of likeliest tokens whose probability is at least `top_p` (Holtzman et
-    al. 2020, arXiv 1904.09751).
+    al. 2020, arXiv 1904.09751), or the `top_k` likeliest tokens of it.
 
     Parameters
     ----------
@@ -171,6 +176,8 @@ def choose(logits_BV: Tensor, drawn_B: Tensor, temperature: float, top_p: float)
     sorted_BV, order_BV = (logits_BV.double() / temperature).softmax(-1).sort(descending=True, stable=True)
     total_BV = sorted_BV.cumsum(-1)
     last_B1 = (total_BV < top_p).sum(-1, keepdim=True).clamp(max=total_BV.shape[-1] - 1)
+    if top_k is not None:
+        last_B1 = last_B1.clamp(max=top_k - 1)
     target_B1 = drawn_B.to(total_BV)[:, None] * total_BV.gather(-1, last_B1)
     place_B1 = (total_BV <= target_B1).sum(-1, keepdim=True).minimum(last_B1)
     return order_BV.gather(-1, place_B1)[:, 0]
@@ -184,7 +191,7 @@ class _Draw(LogitsProcessor):
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         options = self.options
-        ids = choose(scores, self.drawn_BT[:, self.step], options.temperature, options.top_p)
+        ids = choose(scores, self.drawn_BT[:, self.step], options.temperature, options.top_p, options.top_k)
         self.step += 1
         return torch.full_like(scores, float("-inf")).scatter_(1, ids[:, None], 0.0)
 

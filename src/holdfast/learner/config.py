@@ -127,7 +127,7 @@ class LearnerConfig(Options):
             parts.append(options.control)
         if self.replay is not None:
             parts.append("replay")
-        if self.memory == "generated":
+        if self.memory == "generated" and not STRATEGIES[options.name].writes:
             parts[-1 if self.replay is not None else len(parts) :] = ["generated memory"]
         return " · ".join(parts)
 
@@ -169,4 +169,6 @@ def _memory_of(options: Any) -> Literal["none", "kept", "generated"]:
     if memory is not None:
         return "generated" if memory.generated else "kept"
     name = getattr(options, "name", None)
+    if name is not None and STRATEGIES[name].writes:
+        return "generated"
     return "none" if name is None or STRATEGIES[name].rehearsal_free else "kept"

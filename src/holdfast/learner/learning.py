@@ -17,7 +17,7 @@ from holdfast.hold.cost import trained_numbers
 from holdfast.hold.drift import Drift
 from holdfast.learner.config import LearnerConfig
 from holdfast.models import is_encoder_decoder
-from holdfast.strategies import Context, Stage, Strategy
+from holdfast.strategies import STRATEGIES, Context, Stage, Strategy
 from holdfast.tasks.encode import Encoded
 from holdfast.tasks.task import Example
 from holdfast.training.bridge import bridged, is_trl
@@ -265,5 +265,6 @@ def _with_lm_weight(context: Context, config: LearnerConfig, stage: Stage) -> Tr
         return options
     rows = [row for task in stage.tasks for row in task.train if not row.raw]
     text = any(not context.encoder.asks_in_turns(row.prompt) for row in rows)
-    weight = 0.25 if text and config.memory == "generated" else 0.0
+    learned = config.memory == "generated" and not STRATEGIES[config.strategy.name].writes
+    weight = 0.25 if text and learned else 0.0
     return options.model_copy(update={"lm_weight": weight})

@@ -202,4 +202,4 @@ def _rows(config: RunConfig, stream: TaskStream, strategy: Strategy) -> Iterator
         if rehearsal is not None:
             examples = rehearsal.mixed(examples, config.seed)
             rehearsal.learned(stage.tasks, config.seed, stand_in)
-        yield len(examples)
+        yield len(examples) + strategy.extra_rows(stage)

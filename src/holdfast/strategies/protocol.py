@@ -41,6 +41,8 @@ class Strategy(Verbs):
         It never reads an example of an earlier task again.
     needs_task_identity : bool
         `route` must be told which task an input belongs to.
+    writes : bool
+        It trains on rows of earlier tasks that the model has written itself, and learns to write them.
     state : str
         What is kept between tasks beside a model of the size it had at the start: nothing, as much whatever
         the number of tasks, or more with each task.
@@ -63,6 +65,7 @@ class Strategy(Verbs):
     Options: ClassVar[type[Options]]
     rehearsal_free: ClassVar[bool] = True
     needs_task_identity: ClassVar[bool] = False
+    writes: ClassVar[bool] = False
     state: ClassVar[Extra] = "none"
     inference: ClassVar[Extra] = "none"
     ends_untrained: ClassVar[bool] = False
@@ -93,6 +96,10 @@ class Strategy(Verbs):
     def examples(self, context: Context, stage: Stage) -> Sequence[Example]:
         """What the stage trains on."""
         return [example for task in stage.tasks for example in task.train]
+
+    def extra_rows(self, stage: Stage) -> int:
+        """How many rows `examples` adds to the stage's own at most; those of a `rehearsal` aside."""
+        return 0
 
     def end(self, context: Context, stage: Stage) -> None:
         """Called when a stage is trained: consolidate, and write artefacts into ``context.folder``."""
@@ -135,6 +142,7 @@ class Method:
     Options: type[Options]
     rehearsal_free: bool
     needs_task_identity: bool
+    writes: bool
     state: Extra
     inference: Extra
     ends_untrained: bool

@@ -19,6 +19,7 @@ class WritingOptions(Options):
     top_p: float = Field(
         0.95, gt=0, le=1, description="prompts are drawn from the likeliest tokens up to this"
     )
+    top_k: int | None = Field(None, ge=1, description="and from so many of them at most")
     unsure: float | None = Field(
         None, lt=0, description="leave out rows whose answer has a lower mean log-probability a token"
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from holdfast.errors import DataError
 from holdfast.tasks.encode import Encoder, before_user
@@ -49,6 +50,16 @@ class Opening:
     def prompt(self, text: str) -> str | tuple[Message, ...]:
         """A prompt of an `Example` with this text."""
         return text if self.system is None else (*self.system, {"role": "user", "content": text})
+
+    def record(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> Opening:
+        """The opening that `record` gave."""
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
+        return cls(**values)
 
 
 def opening_of(rows: Sequence[Example], encoder: Encoder, name: str) -> Opening:

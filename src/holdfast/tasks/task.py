@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-MetricName = Literal["exact_match", "rouge_l", "options", "perplexity"]
+MetricName = Literal["exact_match", "rouge_l", "options", "choice", "edit_similarity", "sari", "perplexity"]
 Message = Mapping[str, Any]  # role and content, both texts; tool calls where there are any
 
 
@@ -66,7 +66,7 @@ class Task:
 
     Attributes
     ----------
-    metric : {"exact_match", "rouge_l", "options", "perplexity"}
+    metric : {"exact_match", "rouge_l", "options", "choice", "edit_similarity", "sari", "perplexity"}
         How a generated answer is scored; ``options`` picks the nearest of `options` first, and ``perplexity``
         generates nothing: the score is 100 / the perplexity of the true answers.
     options : tuple of str

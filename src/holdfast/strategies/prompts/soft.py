@@ -36,6 +36,11 @@ def check_promptable(model: nn.Module, strategy: str) -> None:
             f"model.lora: strategy '{strategy}' trains prompts in front of a frozen model, not adapters; "
             "leave out model.lora (and where model.path is an adapter, merge it into its base model first)."
         )
+    check_embeddable(model, strategy)
+
+
+def check_embeddable(model: nn.Module, strategy: str) -> None:
+    """Raise a `ConfigError` if vectors can't stand in front of this model's input embeddings."""
     try:
         table = model.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
