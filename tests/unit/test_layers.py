@@ -32,6 +32,7 @@ LAYERS = [  # from the top down; those in one line may import each other
     {"names", "config", "records", "resume", "progress", "folder", "environment", "places"},
     {"manifest"},
     {"storage", "quantities"},
+    {"world"},
     {"errors"},
 ]
 LEVEL = {name: depth for depth, names in enumerate(LAYERS) for name in names}

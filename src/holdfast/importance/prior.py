@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from holdfast import world
 from holdfast.errors import DataError, PriorMismatchError
 from holdfast.models import block_parameters, fingerprints, input_dims
 from holdfast.names import canonical_name
@@ -217,6 +218,8 @@ class ImportancePrior:
             The disk is full, or the folder can't be written.
         """
         folder = Path(folder)
+        if not world.leads():
+            return folder
         with atomic_write(folder / TENSORS, folder / META) as (tensors, meta):
             save_tensors(tensors, {n: t.to(getattr(torch, dtype)) for n, t in self.tensors.items()})
             # the digest ties the two files together: a crash between the renames is noticed by load
