@@ -6,11 +6,14 @@ import importlib
 import multiprocessing
 import os
 import signal
+import socket
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+PATIENCE = float(os.environ.get("HOLDFAST_TEST_PATIENCE", "200"))  # seconds
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["holdfast.runner.learn", "transformers.trainer", "peft", "accelerate"])
 
@@ -45,19 +48,77 @@ def holdfast(*arguments: Any, cwd: Path, die: tuple[str, int] | None = None) -> 
     return told
 
 
-def _main(arguments: tuple[str, ...], cwd: str, out: str, err: str, die: tuple[str, int] | None) -> None:
+def launched(
+    ranks: int,
+    target: Any,
+    arguments: Sequence[Any],
+    cwd: Path,
+    die: dict[int, tuple[str, int]] | None = None,
+) -> Callable[[], list[Ended]]:
+    """Call a function in several processes that find each other as a launcher's do.
+
+    Parameters
+    ----------
+    target : callable
+        A function of a module; it gets `arguments` in each process. None: the command line.
+    die : dict of int to (str, int)
+        Of a rank: as in `holdfast`.
+
+    Returns
+    -------
+    callable
+        Waits for them, and tells how each ended, by rank.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(ranks):
+        out, err = cwd / f".stdout{rank}", cwd / f".stderr{rank}"
+        values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        values |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {key: str(value) for key, value in values.items()}
+        call = (tuple(arguments), str(cwd), str(out), str(err), (die or {}).get(rank), environment, target)
+        process = SERVER.Process(target=_main, args=call)
+        process.start()
+        processes.append((process, out, err))
+
+    def ended() -> list[Ended]:
+        found = []
+        for process, out, err in processes:
+            process.join(timeout=PATIENCE)
+            assert process.exitcode is not None, "it hangs"
+            found.append(Ended(process.exitcode, out.read_text(), err.read_text()))
+        return found
+
+    return ended
+
+
+def _main(
+    arguments: tuple[Any, ...],
+    cwd: str,
+    out: str,
+    err: str,
+    die: tuple[str, int] | None,
+    environment: dict[str, str] | None = None,
+    target: Any = None,
+) -> None:
     os.chdir(cwd)
+    os.environ.update(environment or {})
     for file, number in ((out, 1), (err, 2)):
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, number)
         os.close(descriptor)
-    sys.argv = ["holdfast", *arguments]
+    sys.argv = ["holdfast", *map(str, arguments)]
     os.environ["COLUMNS"] = "80"
     import torch
 
     torch.set_num_threads(1)
     if die is not None:
         _kill_in(*die)
+    if target is not None:
+        target(*arguments)
+        return
     from holdfast.cli import app
 
     app()

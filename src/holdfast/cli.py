@@ -13,7 +13,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from holdfast.errors import HoldfastError
+from holdfast import world
+from holdfast.errors import ConfigError, HoldfastError
 from holdfast.progress import Interrupted, Progress, tell
 
 app = typer.Typer(
@@ -85,24 +86,37 @@ Overrides = Annotated[
 
 
 @contextmanager
-def _told(again: str = "") -> Iterator[None]:
-    """Errors made on purpose are told in a few lines; ctrl-C says how to continue."""
+def _told(again: str = "", processes: bool = False) -> Iterator[None]:
+    """Errors made on purpose are told in a few lines; ctrl-C says how to continue.
+
+    Parameters
+    ----------
+    processes : bool
+        Whether a launcher may start the command in several processes.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _quiet_libraries()
     try:
+        if world.launched() and not processes:
+            raise ConfigError(
+                "this command runs in one process, and a launcher started several; `holdfast run` and "
+                "`holdfast learn` can be launched so. Start it without `accelerate launch`."
+            )
+        world.start()
         yield
     except (Interrupted, KeyboardInterrupt) as stop:
         detail = f"{stop} " if str(stop) else "Stopped. "
-        tell(console, f"\n{detail}{again}", "yellow")
+        if world.leads():
+            tell(console, f"\n{detail}{again}", "yellow")
         raise typer.Exit(130) from stop
     except HoldfastError as error:
-        tell(console, f"error: {error}", "red")
+        tell(console, world.named_error(f"error: {error}"), "red")
         raise typer.Exit(2) from error
     except OSError as error:  # a file that may not be read, a disk that fails
         if error.errno == errno.EPIPE:  # of `| head`: not an error of ours
             raise
         where = f"{error.filename}: " if error.filename else ""
-        tell(console, f"error: {where}{error.strerror or error}", "red")
+        tell(console, world.named_error(f"error: {where}{error.strerror or error}"), "red")
         raise typer.Exit(2) from error
 
 
@@ -198,7 +212,7 @@ def learn_command(
 
     Then `holdfast skills skills` shows what is kept.
     """
-    with _told("The same command again continues."), Progress() as progress:
+    with _told("The same command again continues.", processes=True), Progress() as progress:
         from holdfast.runner.learn import learn_data
         from holdfast.runner.table import skills_table
 
@@ -216,7 +230,8 @@ def learn_command(
             assignments=options or [],
             progress=progress,
         )
-        Console().print(skills_table(known))
+        if world.leads():
+            Console().print(skills_table(known))
 
 
 @app.command("skills")
@@ -343,7 +358,7 @@ def run_command(
       holdfast run configs/toy.yaml strategy.importance=fisher strategy.control=permuted
     """
     again = " ".join(["holdfast run", str(config), *(overrides or [])])
-    with _told(f"Continue with: {again}"), Progress() as progress:
+    with _told(f"Continue with: {again}", processes=True), Progress() as progress:
         from holdfast.records import RunMetrics
         from holdfast.runner.config import load_config
         from holdfast.runner.loop import run
@@ -351,6 +366,8 @@ def run_command(
 
         loaded = load_config(config, overrides or [])
         metrics = RunMetrics.model_validate(run(loaded, progress))
+        if not world.leads():
+            return
         Console().print(metrics_table([metrics]))
         if metrics.harness:
             Console().print(harness_table(metrics.harness))

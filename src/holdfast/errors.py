@@ -43,5 +43,9 @@ class RunDirectoryError(HoldfastError):
     """A run directory is in use, belongs to another configuration, or is damaged beyond resuming."""
 
 
+class ProcessLostError(HoldfastError):
+    """Another process of the same launch has ended; the message names its rank."""
+
+
 class StorageError(HoldfastError):
     """A file could not be written (disk full, permission); the previous state on disk is untouched."""

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from holdfast import world
 from holdfast.errors import RunDirectoryError, StorageError
 from holdfast.manifest import problem_of, write_manifest
 from holdfast.storage import is_disk_error
@@ -42,12 +43,18 @@ class Folder:
     def lock(self, what: str) -> None:
         """Make this process the owner, until `release`, or until it ends in any way.
 
+        Of several processes of one launch rank 0 holds the lock for all.
+
         Raises
         ------
         RunDirectoryError
             Another process is; the message names it.
         """
-        self._lock = lock(self.path / LOCK, what)
+
+        def take() -> None:
+            self._lock = lock(self.path / LOCK, what)
+
+        world.first(take)
 
     def release(self) -> None:
         """Give the folder up; a second call does nothing."""
@@ -78,6 +85,10 @@ class Folder:
         The first one that is torn, and everything after it, is deleted so that it is redone; what was found
         is told in `notes`.
         """
+        count, self.notes = world.first(lambda: (self._completed(parts), self.notes))
+        return count
+
+    def _completed(self, parts: Sequence[str]) -> int:
         count = 0
         for part in parts:
             if not (self.path / part).exists():
@@ -94,6 +105,9 @@ class Folder:
 
     def remove(self, part: str) -> None:
         """Take a part away as a whole, committed or not: a kill leaves it as it was, or gone."""
+        world.first(lambda: self._remove(part))
+
+    def _remove(self, part: str) -> None:
         path = self.path / part
         path = path if path.exists() else path.with_name(path.name + PARTIAL)
         self._sweep(path.parent)
@@ -109,7 +123,8 @@ class Folder:
     def part(self, name: str) -> Iterator[Path]:
         """The folder to write a part into; committed when the block ends without an error.
 
-        What an interrupted attempt left there (checkpoints) is kept for the block to continue from.
+        What an interrupted attempt left there (checkpoints) is kept for the block to continue from. Of
+        several processes each has the block; rank 0 makes the folder, and commits it once all are through.
 
         Raises
         ------
@@ -118,17 +133,10 @@ class Folder:
         """
         partial = self.path / (name + PARTIAL)
         try:
-            partial.mkdir(parents=True, exist_ok=True)
-            self._sweep(partial.parent)
+            world.first(lambda: self._begin(partial))
             yield partial
-            shutil.rmtree(partial / "checkpoints", ignore_errors=True)
-            for file in list(partial.rglob(".*.tmp")):
-                file.unlink()  # of a write that was killed
-            for file in (p for p in partial.rglob("*") if p.is_file()):
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
-            write_manifest(partial, MANIFEST)
-            os.rename(partial, self.path / name)  # the commit
+            world.barrier()
+            world.first(lambda: self._commit(partial, name))
         except Exception as error:
             if not is_disk_error(error):
                 raise
@@ -136,6 +144,20 @@ class Folder:
                 f"{partial}: could not be written ({error}). Finished stages are untouched; free some space "
                 "and run the same command again to continue."
             ) from error
+
+    def _begin(self, partial: Path) -> None:
+        partial.mkdir(parents=True, exist_ok=True)
+        self._sweep(partial.parent)
+
+    def _commit(self, partial: Path, name: str) -> None:
+        shutil.rmtree(partial / "checkpoints", ignore_errors=True)
+        for file in list(partial.rglob(".*.tmp")):
+            file.unlink()  # of a write that was killed
+        for file in (p for p in partial.rglob("*") if p.is_file()):
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        write_manifest(partial, MANIFEST)
+        os.rename(partial, self.path / name)  # the commit
 
 
 def lock(path: Path, what: str) -> IO[str]:

@@ -15,6 +15,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
+from holdfast import world
 from holdfast.adapters import ADAPTER, load_adapter
 from holdfast.config import Options
 from holdfast.errors import ModelError
@@ -187,7 +188,7 @@ def fingerprints(model: nn.Module) -> dict[str, str]:
     """
     found = {}
     for name, parameter in model.named_parameters():
-        flat = parameter.detach().reshape(-1)
+        flat = world.whole(parameter.detach()).reshape(-1)
         places = torch.linspace(0, max(0, flat.numel() - 1), min(flat.numel(), _SAMPLED), dtype=torch.float64)
         values = flat[places.long().to(flat.device)].to("cpu", torch.bfloat16).contiguous()
         h = hashlib.sha256(repr(tuple(parameter.shape)).encode())
@@ -401,6 +402,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @no_library_bars()
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write a model (with PEFT: its adapter) and its tokenizer as a Hugging Face folder."""
+    if not world.leads():
+        return
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

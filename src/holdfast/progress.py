@@ -14,6 +14,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from holdfast import world
 from holdfast.errors import HoldfastError
 
 _stop = threading.Event()
@@ -137,6 +138,7 @@ class Progress:
     line_every = 20.0  # seconds between lines where there is no terminal
 
     def __init__(self, quiet: bool = False, console: Console | None = None) -> None:
+        quiet = quiet or not world.leads()
         self.console = console or Console(file=sys.stderr, quiet=quiet)
         self._rich: _Bars | None = None
         self._quiet = quiet

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from holdfast import world
 from holdfast.errors import StorageError
 
 if TYPE_CHECKING:
@@ -112,7 +113,9 @@ def _flush(path: Path) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a UTF-8 text file atomically; raises `StorageError` as `atomic_write` does."""
+    """Write a UTF-8 text file atomically, in rank 0 alone; raises `StorageError` as `atomic_write` does."""
+    if not world.leads():
+        return
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -138,7 +141,9 @@ def json_text(obj: Any) -> str:
 def write_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors as one safetensors file, atomically; raises `StorageError` as `atomic_write` does."""
+    """Write tensors as one safetensors file, as `write_text` does a text."""
+    if not world.leads():
+        return
     with atomic_write(path) as temporary:
         save_tensors(temporary, tensors, metadata)
 

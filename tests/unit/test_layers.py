@@ -33,6 +33,7 @@ LAYERS = [  # from the top down; those in one line may import each other
     {"manifest"},
     {"tables"},
     {"storage", "quantities"},
+    {"world"},
     {"errors"},
 ]
 LEVEL = {name: depth for depth, names in enumerate(LAYERS) for name in names}

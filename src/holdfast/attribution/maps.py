@@ -23,6 +23,9 @@ class Fold(Protocol):
     attributed weight; 4 if absent), which tells how many passes fit a memory budget, and ``finish()``, called
     after each pass so that the fold can shrink what it keeps. ``state()`` and ``load_state(tensors, values,
     weights)`` are needed only where an attribution is to be continued after a kill (`Partial`).
+
+    Several processes (`holdfast.world`) share the samples if the fold has ``unite(weights)``, called after
+    each pass, which puts together what all have folded; ``any_order = False`` keeps it from that.
     """
 
     def update(self, name: str, weight: Tensor, grad_S: Tensor) -> None:
@@ -110,7 +113,8 @@ class WeightMaps:
         self.fold, self.factor = fold, factor
         self.names = {id(parameter): name for name, parameter in wanted.items()}
         self.reached: set[str] = set()
-        self._by_storage = {p.untyped_storage().data_ptr(): p for p in model.parameters() if p.numel()}
+        self._by_storage: dict[int, nn.Parameter] = {}
+        self.locate(model)
         self._copies: dict[int, tuple[Tensor, nn.Parameter, int]] = {}
         self._scratch: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._uses: Counter[int] = Counter()
@@ -122,6 +126,10 @@ class WeightMaps:
         self.rows: frozenset[int] = frozenset()
         self.real: Sequence[Tensor] = ()
         self.selected: Tensor | None = None
+
+    def locate(self, model: nn.Module) -> None:
+        """Note where the weights' memory is now: what wraps a model may have moved it (DDP does)."""
+        self._by_storage = {p.untyped_storage().data_ptr(): p for p in model.parameters() if p.numel()}
 
     def begin_batch(self, samples: int, lengths: set[int], real: Sequence[Tensor] = ()) -> None:
         """Start a batch of `samples` rows whose sequences have one of `lengths` positions.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import cached
 
+from holdfast import world
 from holdfast.attribution.alone import TOLERANCE, Sketches, SketchFold, difference, sketch
 from holdfast.attribution.diagnose import LocalMode
 from holdfast.attribution.ledger import Ledger, relevance
@@ -63,6 +64,7 @@ class Pass:
         self.weights = {name: parameter.detach() for name, parameter in wanted.items()}
         self.modules = module_names(model)
         self.leaves: list[Tensor] = []  # where relevance ends, of the latest forward pass
+        self._checked: int | None = None  # where the batch began that was checked
 
     def run(
         self, rows: Sequence[Encoded], tell: Callable[[int], None], partial: Partial | None = None
@@ -76,18 +78,26 @@ class Pass:
                 self._one_at_a_time()
             elif first_pass:
                 self._compare(rows[: job.batch_size])
-            job = self.job
-            for start in range(begin, len(rows), job.batch_size):
+            job, shared = self.job, self._shared(partial)
+            starts = range(begin, len(rows), job.batch_size)
+            for start in world.part(starts) if shared else starts:
                 room = None if job.max_samples is None else job.max_samples - len(used)
                 if room == 0:
                     break
                 part = rows[start : start + job.batch_size]
+                unchecked = self.check
                 used += [start + i for i in self._batch(part, room, first_pass)]
+                if unchecked and not self.check:
+                    self._checked = start
                 if first_pass:
                     self.report.samples_seen = start + len(part)
                 if partial is not None and partial.due:
                     partial.save(*self._state(start + len(part), used))
                 tell(start + len(part))
+            if shared:
+                used = self._unite(used)
+                if first_pass:
+                    self.report.samples_seen = len(rows)
         if not used:
             raise NoCorrectSampleError(
                 f"attribution: the model answered none of {len(rows)} samples right, so nothing can "
@@ -119,6 +129,25 @@ class Pass:
                 if lam is not None and leaf.dim() == 3
             ]
         return ledger, shares
+
+    def _shared(self, partial: Partial | None) -> bool:
+        """Whether each process takes some of the batches."""
+        fold: Any = self.maps.fold
+        alone = partial is not None or self.job.max_samples is not None or not hasattr(fold, "unite")
+        return world.size() > 1 and not alone and getattr(fold, "any_order", True)
+
+    def _unite(self, used: list[int]) -> list[int]:
+        """Put together what the processes have found, as if one had gone through all batches."""
+        report = self.report
+        check = (report.conservation_max_relative_error, report.absorbed, report.created)
+        of_all = world.gather((used, self.maps.reached, self._checked, check))
+        self.maps.fold.unite(self.weights)  # type: ignore[attr-defined]
+        self.maps.reached = set().union(*(reached for _, reached, _, _ in of_all))
+        checked = {at: found for _, _, at, found in of_all if at is not None}
+        if checked:  # one process would have checked the first of these batches alone
+            found = checked[min(checked)]
+            report.conservation_max_relative_error, report.absorbed, report.created = found
+        return sorted(index for part in of_all for index in part[0])
 
     def _one_at_a_time(self, why: str = "") -> None:
         self.report.one_at_a_time = self.report.one_at_a_time or why

@@ -4,22 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from holdfast import world
 from holdfast.models import accepts, context_length, is_encoder_decoder
 from holdfast.tasks.encode import Encoded, collate, collate_prompts
 
 Progress = Callable[[int, int], None]
+T = TypeVar("T")
 
 
 def _by_length(rows: Sequence[Encoded], size: int) -> list[list[int]]:
     """Batches of indices, longest prompts first: little padding, and memory runs out early or never."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].prompt_ids))
     return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def _of_all(answers: list[T]) -> list[T]:
+    """The answers of all processes: each has those of its batches, and nothing for other rows.
+
+    The batches are those of one process, so each answer is the same bit for bit whoever gives it.
+    """
+    if world.size() == 1:
+        return answers
+    return [max(given, key=len) for given in zip(*world.gather(answers), strict=True)]
 
 
 def for_model(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -151,7 +163,7 @@ def greedy(
     answers: list[list[int]] = [[] for _ in rows]
     model.eval()
     done = 0
-    for indices in _by_length(rows, batch_size):
+    for indices in world.part(_by_length(rows, batch_size)):
         batch = collate_prompts(
             [rows[i] for i in indices], tokenizer.pad_token_id, encoder_decoder=encoder_decoder
         )
@@ -164,8 +176,8 @@ def greedy(
             answers[index] = ids
         done += len(indices)
         if progress is not None:
-            progress(done, len(rows))
-    return answers
+            progress(min(done * world.size(), len(rows)), len(rows))
+    return _of_all(answers)
 
 
 @torch.no_grad()
@@ -225,12 +237,12 @@ def rank_options(
     answers = [""] * len(rows)
     model.eval()
     done = 0
-    for indices in _by_length(rows, max(1, batch_size // len(options))):
+    for indices in world.part(_by_length(rows, max(1, batch_size // len(options)))):
         pairs = [Encoded(rows[i].prompt_ids, ids, 0) for i in indices for _, ids in options]
         score_NO = log_likelihoods(model, tokenizer, pairs).view(len(indices), len(options))
         for index, best in zip(indices, score_NO.argmax(1).tolist(), strict=True):
             answers[index] = options[best][0]
         done += len(indices)
         if progress is not None:
-            progress(done, len(rows))
-    return answers
+            progress(min(done * world.size(), len(rows)), len(rows))
+    return _of_all(answers)

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from holdfast import world
 from holdfast.resume import State
 
 CHUNK = 2**16  # elements worked on at once: they fit the fastest caches
 # Of eq. 10; A does not state its value. It is above the rounding noise of a tensor without
 # relevance (the keys' bias, to which softmax is blind), which eq. 10 would otherwise blow up to 1.
 EPSILON = 1e-8
+SENT = 2**22  # elements of which the processes exchange their K largest at once
 
 
 def _working_type(dtype: torch.dtype) -> torch.dtype:
@@ -88,11 +90,7 @@ class TopKMean:
 
     def _merge(self, state: _TopState, value_N: Tensor, scale: float) -> None:
         """Keep the K largest of the K in the slots and one more."""
-        if not state.merged:
-            state.merged = True
-            for slot_N, slot_scale in zip(state.slots, state.scales, strict=True):
-                for slot in slot_N.split(CHUNK):
-                    slot.copy_(_signed_log(slot, torch.empty_like(slot)).mul_(slot_scale))
+        self._normalise(state)
         for start in range(0, value_N.numel(), CHUNK):
             value = value_N[start : start + CHUNK]
             carried, spare = _signed_log(value, torch.empty_like(value)).mul_(scale), torch.empty_like(value)
@@ -100,6 +98,14 @@ class TopKMean:
                 torch.minimum(slot, carried, out=spare)
                 torch.maximum(slot, carried, out=slot)
                 carried, spare = spare, carried
+
+    def _normalise(self, state: _TopState) -> None:
+        """Bring raw values in the slots to eq. 10."""
+        if not state.merged:
+            state.merged = True
+            for slot_N, slot_scale in zip(state.slots, state.scales, strict=False):
+                for slot in slot_N.split(CHUNK):
+                    slot.copy_(_signed_log(slot, torch.empty_like(slot)).mul_(slot_scale))
 
     def state(self) -> State:
         """What is folded so far; the tensors are the fold's own memory."""
@@ -115,6 +121,23 @@ class TopKMean:
             slots = torch.empty((self.k, weight.numel()), dtype=filled_KN.dtype, device=weight.device)
             slots[: len(filled_KN)] = filled_KN
             self._states[name] = _TopState(slots, weight.shape, scales, merged)
+
+    def unite(self, weights: Mapping[str, Tensor]) -> None:
+        """Keep the K largest of what all processes have folded."""
+        counts = {name: len(state.scales) for name, state in self._states.items()}
+        dtypes = world.union({name: state.slots.dtype for name, state in self._states.items()})
+        of_all = world.gather(counts)
+        for name, dtype in dtypes.items():
+            weight, state = weights[name], self._states.get(name)
+            if state is None:
+                slots = torch.empty((self.k, weight.numel()), dtype=dtype, device=weight.device)
+                state = self._states[name] = _TopState(slots, weight.shape)
+            self._normalise(state)
+            state.slots[len(state.scales) :] = float("-inf")
+            for start in range(0, weight.numel(), SENT):
+                part = state.slots[:, start : start + SENT]
+                part.copy_(world.stacked(part).flatten(0, 1).topk(self.k, dim=0).values)
+            state.scales = [1.0] * min(self.k, sum(found.get(name, 0) for found in of_all))
 
     def finish(self) -> None:
         """Reduce what is held to the means; memory falls from K tensors to one."""
@@ -173,6 +196,16 @@ class _MeanFold:
             weight = weights[name]
             self._sums[name] = (tensors[name].to(weight.device, copy=True), weight, count)
 
+    def unite(self, weights: Mapping[str, Tensor]) -> None:
+        """Add up what all processes have folded."""
+        of_all = world.gather({name: count for name, (_, _, count) in self._sums.items()})
+        for name in sorted({name for found in of_all for name in found}):
+            total, weight = self._sums[name][:2] if name in self._sums else (None, weights[name])
+            if total is None:
+                total = torch.zeros_like(weight, dtype=_working_type(weight.dtype))
+            self._sums[name] = (total, weight, sum(found.get(name, 0) for found in of_all))
+            world.add_up([total])
+
     def finish(self) -> None:
         """Turn sums into means: |R| = |w| |R / w|, so the weight's factor is applied once."""
         for name, (total, weight, count) in self._sums.items():
@@ -196,6 +229,7 @@ class AbsoluteMean:
         self._fold = _MeanFold(1, per_weight)
         self.update, self.finish, self.result = self._fold.update, self._fold.finish, self._fold.result
         self.state, self.load_state = self._fold.state, self._fold.load_state
+        self.unite = self._fold.unite
 
 
 class SquareMean:
@@ -207,3 +241,4 @@ class SquareMean:
         self._fold = _MeanFold(2, per_weight)
         self.update, self.finish, self.result = self._fold.update, self._fold.finish, self._fold.result
         self.state, self.load_state = self._fold.state, self._fold.load_state
+        self.unite = self._fold.unite

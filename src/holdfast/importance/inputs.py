@@ -11,6 +11,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from holdfast import world
 from holdfast.attribution.engine import (
     AttributionOptions,
     AttributionReport,
@@ -136,6 +137,19 @@ class InputMoments:
         self._sums = {name: tensors[name].to(weights[name].device, copy=True) for name in values}
         self._counts = Counter(values)
 
+    @property
+    def any_order(self) -> bool:
+        """Whether samples may come in any order, so that processes may share them."""
+        return self.shuffled is None
+
+    def unite(self, weights: Mapping[str, Tensor]) -> None:
+        """Add up what all processes have folded."""
+        sizes = world.union({name: len(total_II) for name, total_II in self._sums.items()})
+        for name, size in sizes.items():
+            if name not in self._sums:
+                self._sums[name] = torch.zeros(size, size, device=weights[name].device)
+        world.add_up(self._sums[name] for name in sizes)
+
     def result(self, sizes: Mapping[str, int], samples: int) -> dict[str, Tensor]:
         """Canonical name to C, (I, I), symmetric; zeros for a map that nothing reached.
 
@@ -214,7 +228,8 @@ def _forward_only(
     device = next(inputs.model.parameters()).device
     model: Any = inputs.model
     with evaluating(model), _watched(model, parameters) as (watch, seen):
-        for start in range(0, len(rows), options.batch_size):
+        starts = range(0, len(rows), options.batch_size)
+        for start in world.part(starts) if fold.any_order else starts:
             part = rows[start : start + options.batch_size]
             watch.clear()
             batch = make_batch(model, part, inputs.pad_id, device, "left", apart=True)
@@ -226,6 +241,8 @@ def _forward_only(
             seen.clear()
             if inputs.progress is not None:
                 inputs.progress(start + len(part), len(rows))
+    if fold.any_order:
+        fold.unite({name: p.detach() for name, p in parameters.items()})
 
 
 def _counted(batch: Batch, real_ST: Tensor, weighting: Weighting) -> Tensor:

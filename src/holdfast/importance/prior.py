@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from holdfast import world
 from holdfast.errors import DataError, PriorMismatchError
 from holdfast.importance.reading import Top, bars, block_means, frame, largest, table
 from holdfast.models import block_parameters, fingerprints, input_dims
@@ -306,6 +307,8 @@ class ImportancePrior:
             The disk is full, or the folder can't be written.
         """
         folder = Path(folder)
+        if not world.leads():
+            return folder
         with atomic_write(folder / TENSORS, folder / META) as (tensors, meta):
             save_tensors(tensors, {n: t.to(getattr(torch, dtype)) for n, t in self.tensors.items()})
             # the digest ties the two files together: a crash between the renames is noticed by load

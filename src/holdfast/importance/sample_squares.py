@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from holdfast import world
 from holdfast.attribution.maps import WeightMaps
 from holdfast.errors import ConfigError
 from holdfast.models import linear_modules
@@ -102,7 +103,7 @@ class SampleSquares:
 
     def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
         require_linear_maps(model, parameters)
-        self._parameters = dict(parameters)
+        self._model, self._parameters = model, dict(parameters)
         self._fold = _SumOfSquares(parameters)
         self._maps = WeightMaps(model, parameters, self._fold, factor=1.0)
         self._tokens = 0
@@ -115,6 +116,8 @@ class SampleSquares:
     def begin(self, labels_ST: Tensor) -> None:
         """Start a micro-batch, before its forward pass; `labels_ST` is -100 where nothing is predicted."""
         self._maps.end_batch()  # of the micro-batch before
+        if world.size() > 1:
+            self._maps.locate(self._model)
         counts_S = (labels_ST != -100).sum(1).clamp(min=1)
         self._tokens += int(counts_S.sum())
         self._fold.begin(1.0 / counts_S)
@@ -153,13 +156,27 @@ class SampleSquares:
             model uses its weights past its linear layers, or computes them otherwise than torch does.
         """
         self._maps.end_batch()
+        tokens = self._tokens
+        if world.size() > 1:  # each has seen its rows, and a gradient that is then averaged
+            tokens, scale = sum(world.gather(tokens)), scale / world.size()
+            world.add_up([self._fold.total_N])
         if self._fold.gradients is not None:
-            self._compare(self._fold.gradients)
+            self._compare(self._averaged(self._fold.gradients))
             self._fold.gradients = None
-        result = self._fold.total_N * (self._tokens * scale) ** 2
+        result = self._fold.total_N * (tokens * scale) ** 2
         self._fold.total_N.zero_()
         self._tokens = 0
         return named_views(result, {name: total.shape for name, total in self._fold.sums.items()})
+
+    def _averaged(self, sums: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Over processes; what one has not seen is zero there."""
+        if world.size() == 1:
+            return sums
+        whole = {
+            n: sums.get(n, torch.zeros_like(p, dtype=torch.float32)) for n, p in self._parameters.items()
+        }
+        world.add_up(whole.values())
+        return {name: total / world.size() for name, total in whole.items()}
 
     def _compare(self, sums: Mapping[str, Tensor]) -> None:
         norms = {n: p.grad.float().norm() for n, p in self._parameters.items() if p.grad is not None}

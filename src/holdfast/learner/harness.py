@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from holdfast import world
 from holdfast.errors import ConfigError
 from holdfast.evaluation.harness import Results, check_harness, run_harness
 from holdfast.learner.config import STAGES, LearnerConfig
@@ -26,7 +27,8 @@ def check_askable(config: LearnerConfig) -> None:
     Raises
     ------
     ConfigError
-        lm-eval is missing or doesn't know a task, or the answers come from more than a plain model.
+        lm-eval is missing or doesn't know a task, or the answers come from more than a plain model; or there
+        are several processes.
     """
     if config.evaluation.harness is None:
         return
@@ -35,6 +37,11 @@ def check_askable(config: LearnerConfig) -> None:
             f"evaluation.harness: under strategy '{config.strategy.name}' answers come from more than a "
             "plain model (prompts, routers), which lm-eval can't ask. Leave evaluation.harness out, or take "
             "another strategy."
+        )
+    if world.size() > 1:
+        raise ConfigError(
+            "evaluation.harness: lm-eval shares questions out by itself where it finds several processes. "
+            "Leave it out here, and ask with `holdfast harness FOLDER --tasks ...` afterwards."
         )
     check_harness(config.evaluation.harness)
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from holdfast import world
 from holdfast.adapters import recompress
 from holdfast.base import Base, adapter_is_new
 from holdfast.config import validate
@@ -107,6 +108,8 @@ class Learner:
         self.config: LearnerConfig = (
             strategy if whole else validate(LearnerConfig, {"strategy": strategy, **sections}, "Learner")
         )
+        world.refuse_engine("Learner", "DEEPSPEED", "FSDP")
+        world.start()
         check_askable(self.config)
         if tokenizer.pad_token_id is None:
             raise ModelError(
@@ -123,6 +126,7 @@ class Learner:
         self._longest: dict[str, int] = {}  # how long an answer to each may be, in tokens
         self._broken, self._past = "", False
         self._temporary: Any = None
+        self._homeless = folder is None
         self.strategy.check(model)  # before anything is written
         self._owns = not isinstance(folder, Folder)
         new = adapter_is_new(model)
@@ -201,22 +205,24 @@ class Learner:
     def _open(self, folder: str | Path | Folder | None, model: Any, new_adapter: bool) -> Folder:
         if isinstance(folder, Folder):
             return folder  # its owner has locked it and wrote the configuration
-        if folder is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="holdfast-")
-        opened = Folder(Path(folder or self._temporary.name).expanduser())
+        opened = Folder(Path(folder or world.first(self._make_temporary)).expanduser())
         try:
-            opened.path.mkdir(parents=True, exist_ok=True)
+            world.first(lambda: opened.path.mkdir(parents=True, exist_ok=True))
             opened.lock("learner")
         except OSError as error:
             raise RunDirectoryError(
                 f"{opened.path}: can't be used as a learner's folder ({error.strerror})."
             ) from error
         try:
-            claim(opened, self.config, model, new_adapter)
+            world.first(lambda: claim(opened, self.config, model, new_adapter))
         except BaseException:
             opened.release()
             raise
         return opened
+
+    def _make_temporary(self) -> str:
+        self._temporary = tempfile.TemporaryDirectory(prefix="holdfast-")
+        return str(self._temporary.name)
 
     def _restore(self, after: int | None) -> None:
         parts = self.folder.parts(STAGES)
@@ -333,7 +339,7 @@ class Learner:
         """Begin anew where a killed attempt was at other rows, or had other options of training."""
         part = self.part(stage)
         begun = self.folder.path / (part + PARTIAL)
-        about = read_about(begun)
+        about = world.first(lambda: read_about(begun))
         if about and any(about.get(key) != value for key, value in known.items()):
             self.progress.say(f"{begun}: begun with other rows or training options; starting over.")
             self.folder.remove(part)
@@ -521,7 +527,8 @@ class Learner:
         return options
 
     def _save_state(self, folder: Path) -> None:
-        shutil.rmtree(folder / "model", ignore_errors=True)  # a killed attempt may have left a part of it
+        if world.leads():  # a killed attempt may have left a part of it
+            shutil.rmtree(folder / "model", ignore_errors=True)
         save_model(self.model, self.tokenizer, folder / "model")
         tensors, values = self.strategy.state_dict()
         if tensors:
@@ -540,12 +547,14 @@ class Learner:
             task is written when its block ends: in the learner's own folder there is nothing left to do.
         """
         if folder is None:
-            if self._temporary is not None:
+            if self._homeless:
                 raise ConfigError(
                     "learner.save: this learner has no folder of its own; give save(folder=...)."
                 )
             return self.folder.path
-        target = Path(folder).expanduser()
+        return world.first(lambda: self._copy(Path(folder).expanduser()))
+
+    def _copy(self, target: Path) -> Path:
         if target.resolve() == self.folder.path.resolve():
             return target
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -572,7 +581,9 @@ class Learner:
         RunDirectoryError
             The folder is not empty.
         """
-        target = Path(folder).expanduser()
+        return world.first(lambda: self._export(Path(folder).expanduser(), rank))
+
+    def _export(self, target: Path, rank: int | None) -> Path:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise RunDirectoryError(f"{target}: not an empty folder. Choose a new or empty one.")
         if rank is not None and (self.strategy.changes_base or not hasattr(self.model, "peft_config")):
@@ -650,7 +661,7 @@ class Learner:
         if epochs is not None:
             options = options.model_copy(update={"epochs": epochs, "max_steps": None})
         folder = self.folder.path / "aside"  # not resumable by itself: its stage is redone as a whole
-        shutil.rmtree(folder, ignore_errors=True)
+        world.first(lambda: shutil.rmtree(folder, ignore_errors=True))
         train(
             model,
             self.encoder.many(examples),
@@ -663,7 +674,7 @@ class Learner:
             progress=self.progress,
             description=description,
         )
-        shutil.rmtree(folder, ignore_errors=True)
+        world.first(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def _ahead(bar: Callable[[int], None], before: int, done: int, total: int) -> None:

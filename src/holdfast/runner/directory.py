@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from holdfast import world
 from holdfast.errors import RunDirectoryError
 from holdfast.folder import LOCK, PARTIAL, Folder
 from holdfast.runner.config import RunConfig
@@ -35,14 +36,14 @@ class RunDirectory(Folder):
         """
         directory = cls(Path(config.output))
         try:
-            directory.path.mkdir(parents=True, exist_ok=True)
+            world.first(lambda: directory.path.mkdir(parents=True, exist_ok=True))
             directory.lock("run")
         except OSError as error:
             raise RunDirectoryError(
                 f"output: '{config.output}' can't be used as a run directory ({error.strerror})."
             ) from error
         try:
-            directory._claim(config, environment)
+            world.first(lambda: directory._claim(config, environment))
             yield directory
         finally:
             directory.release()

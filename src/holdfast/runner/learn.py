@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from holdfast import world
 from holdfast.config import override, validate
 from holdfast.errors import ConfigError, DataError
 from holdfast.evaluation.audit import audit
@@ -80,6 +81,7 @@ def learn_data(
     HoldfastError
         Anything is wrong, before training starts; or training fails.
     """
+    world.start()
     skills = skills.expanduser()
     usual_rate = usual_frame = not begun(skills)
     config = _config(skills, model, strategy, lora, assignments)

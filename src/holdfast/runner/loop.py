@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from holdfast import world
 from holdfast.environment import describe_environment
 from holdfast.errors import RunDirectoryError
 from holdfast.evaluation.harness import courses
@@ -42,6 +43,7 @@ def run(config: RunConfig, progress: Progress | None = None) -> dict[str, Any]:
     HoldfastError
         Any of its subclasses; what was finished stays on disk.
     """
+    world.start()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     with RunDirectory.open(config, describe_environment(config.seed)) as directory, stoppable():

@@ -180,9 +180,9 @@ def _rounded(value: float | None) -> str:
 def agreement_table(found: Mapping[Block, Agreement]) -> Rows:
     """How alike two priors are, a row a block."""
     return Rows(
-        ("block", "overlap of the top tenth", "Spearman"),
+        ("block", "overlap of the top tenth", "correlation"),
         [
-            (f"{part} {layer}".strip(), number(a.overlap, 3), number(a.spearman, 3))
+            (f"{part} {layer}".strip(), number(a.overlap, 3), number(a.correlation, 3))
             for (part, layer), a in found.items()
         ],
         caption="by chance: overlap 0.1, correlation 0",

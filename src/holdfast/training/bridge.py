@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Trainer
 
+from holdfast import world
 from holdfast.errors import TrainingDivergedError
 from holdfast.hold.drift import MOVED, Drift
-from holdfast.models import accepts, is_encoder_decoder
-from holdfast.storage import write_tensors
+from holdfast.models import accepts, is_encoder_decoder, unwrapped
+from holdfast.storage import atomic_write, save_tensors
 from holdfast.training.losses import TokenLoss
 from holdfast.training.prompt_loss import PromptLoss
 from holdfast.training.steps import OBSERVED
@@ -35,8 +36,9 @@ def completion_loss(logits_BTV: Tensor, labels_BT: Tensor, count: Tensor | int |
         Label tokens over all micro-batches of the step; the batch's own count when omitted.
     """
     logits, targets = logits_BTV[:, :-1], labels_BT[:, 1:]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     total = F.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]).float(), targets.reshape(-1), ignore_index=-100, reduction="sum"
+        logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=-100, reduction="sum"
     )
     return total / (count if count is not None else (targets != -100).sum().clamp(min=1))
 
@@ -57,8 +59,16 @@ class Bridge:
         Added to either.
     drift : callable, optional
         How far old outputs have moved, for the log; it is asked when the loss is logged.
+    whole_batches : bool
+        Whether a batch is that of all processes together, and each takes its part of it (`Collator`); else
+        each process has batches of its own.
     bad_batch : Path
         Where the batch goes that made the loss infinite.
+
+    Notes
+    -----
+    Of several processes each averages its gradient with the others': a loss that is a sum over tokens by the
+    number of all processes' tokens is multiplied by their number before. The verbs get the bare model.
     """
 
     verbs: Verbs
@@ -67,15 +77,24 @@ class Bridge:
     token_loss: TokenLoss | None = None
     prompt_loss: PromptLoss | None = None
     drift: Callable[[], Drift | None] | None = None
+    whole_batches: bool = False
     bad_batch: Path
+
+    def get_train_dataloader(self) -> Any:
+        loader = super().get_train_dataloader()  # type: ignore[misc]
+        return world.whole_batches(loader) if self.whole_batches else loader
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         verbs, batch, own = self.verbs, dict(inputs), has(self.verbs, "loss")
-        verbs.watch(model, batch)
+        bare = unwrapped(model)
+        verbs.watch(bare, batch)
         if self.own_loss:
             loss, outputs = self._completion_loss(model, model_inputs(batch), num_items_in_batch)
+            of_all = num_items_in_batch is not None and self.args.average_tokens_across_devices  # type: ignore[attr-defined]
+            if of_all and world.size() > 1:
+                loss = loss * world.size()
         else:
             looks = own or self.prompt_loss is not None
             wanted = return_outputs or (looks and not self.without_logits)
@@ -92,18 +111,19 @@ class Bridge:
         if self.prompt_loss is not None:
             loss = loss + self.prompt_loss(model, batch, outputs) / parts
         if own:
-            loss = verbs.loss(model, batch, outputs, loss * parts) / parts
+            loss = verbs.loss(bare, batch, outputs, loss * parts) / parts
         if not torch.isfinite(loss):
             self._stop_diverged(float(loss.detach()), batch)
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(model, *args, **kwargs)  # type: ignore[misc]
+        with world.named_losses():
+            loss = super().training_step(model, *args, **kwargs)  # type: ignore[misc]
         accelerator = self.accelerator  # type: ignore[attr-defined]
         if accelerator.sync_gradients and has(self.verbs, "observe"):
             scaler = getattr(accelerator, "scaler", None)
             scale = 1.0 if scaler is None else 1.0 / scaler.get_scale()
-            self.verbs.observe(model, self.state.global_step + 1, scale)  # type: ignore[attr-defined]
+            self.verbs.observe(unwrapped(model), self.state.global_step + 1, scale)  # type: ignore[attr-defined]
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -133,7 +153,7 @@ class Bridge:
         if self.prompt_loss is None:
             # rows are padded on the left, so completions end the row: logits before them are never needed
             keep -= max(int((labels != -100).any(0).float().argmax()) - 1, 0)
-        extra = {"logits_to_keep": keep} if accepts(model, "logits_to_keep") else {}
+        extra = {"logits_to_keep": keep} if accepts(unwrapped(model), "logits_to_keep") else {}
         inputs = {**{k: v for k, v in batch.items() if k != "labels"}, "use_cache": False, **extra}
         outputs = model(**inputs)
         if self.token_loss is not None:  # position i predicts token i + 1; the last one predicts nothing here
@@ -154,7 +174,8 @@ class Bridge:
     def _stop_diverged(self, loss: float, batch: dict[str, Any]) -> None:
         step = self.state.global_step + 1  # type: ignore[attr-defined]
         tensors = {k: v.detach().cpu().contiguous() for k, v in batch.items() if isinstance(v, Tensor)}
-        write_tensors(self.bad_batch, tensors, {"step": str(step), "loss": str(loss)})
+        with atomic_write(self.bad_batch) as temporary:  # whichever process had it
+            save_tensors(temporary, tensors, {"step": str(step), "loss": str(loss)})
         raise TrainingDivergedError(
             f"The loss became {loss} at step {step}. The batch is saved in {self.bad_batch}. "
             "Lower training.learning_rate, set training.max_grad_norm, or use precision bf16 instead of fp16."

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from holdfast import world
 from holdfast.errors import ConfigError
 from holdfast.hold import (
     Control,
@@ -100,7 +101,10 @@ class ProtectCallback(TrainerCallback):
         ------
         PriorMismatchError
             The prior doesn't fit the trainer's model.
+        ConfigError
+            The launcher chose DeepSpeed.
         """
+        world.refuse_engine("ProtectCallback", "DEEPSPEED")
         self.prior.check_fits(kwargs["model"])
         self._capture(kwargs["model"])
 

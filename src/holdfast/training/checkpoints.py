@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+from holdfast import world
 from holdfast.manifest import problem_of, write_manifest
 
 SEAL = "seal.json"
@@ -23,6 +24,10 @@ def is_sound(folder: Path) -> bool:
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest sound checkpoint in a folder; torn ones are deleted."""
+    return world.first(lambda: _latest(folder))
+
+
+def _latest(folder: Path) -> Path | None:
     found = []
     for path in folder.glob("checkpoint-*") if folder.is_dir() else ():
         match = re.fullmatch(r"checkpoint-(\d+)", path.name)

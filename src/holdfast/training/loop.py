@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
+from holdfast import world
 from holdfast.base import Base
 from holdfast.errors import ConfigError
 from holdfast.hold.cost import trained_numbers
@@ -89,6 +90,10 @@ def train(
     folder : Path
         Where checkpoints go. A killed training that is started again with the same arguments ends with
         the same weights, bit for bit, on the same machine.
+
+        Of several processes (`holdfast.world`) each takes its part of every batch: ``batch_size`` is that of
+        all together, and the weights are those that one process ends with, up to rounding. A last batch of
+        fewer rows than processes is seen whole by each; with gradient accumulation it then weighs more.
     base : Base, optional
         What ``loss: kl_to_base`` stays close to.
 
@@ -122,7 +127,7 @@ def train(
         from trl import SFTTrainer
 
         trainer_class = bridged(SFTTrainer)
-    batch_of = Collator(model, tokenizer, "right" if sft else None)
+    batch_of = Collator(model, tokenizer, "right" if sft else None, whole_batches=True)
     with progress.bar(description, total=1) as bar:
         steps = Steps(verbs or Verbs(), record, bar)
         trainer = trainer_class(
@@ -133,7 +138,7 @@ def train(
             processing_class=tokenizer,
             callbacks=[steps],
         )
-        trainer.verbs, trainer.drift = steps.verbs, steps.drift
+        trainer.verbs, trainer.drift, trainer.whole_batches = steps.verbs, steps.drift, True
         trainer.prompt_loss = PromptLoss.of(options, tokenizer)
         trainer.token_loss = TokenLoss.of(options.loss, base)
         trainer.bad_batch = folder.parent / "bad_batch.safetensors"
@@ -165,7 +170,8 @@ def train(
                     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             steps.release()
-    trainer.bad_batch.unlink(missing_ok=True)  # of an attempt that diverged before this one
+    if world.leads():
+        trainer.bad_batch.unlink(missing_ok=True)  # of an attempt that diverged before this one
     record.steps = trainer.state.global_step
     record.seconds = time.perf_counter() - started
     model.eval()
@@ -209,15 +215,22 @@ class Collator:
         The batch holds what its forward pass takes.
     side : {"left", "right"}, optional
         Where inputs are padded; by default left for a causal model, so that its answers end the row.
+    whole_batches : bool
+        The items are a batch of all processes, of which this one takes its part.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, side: Any = None) -> None:
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, side: Any = None, *, whole_batches: bool = False
+    ) -> None:
+        self.whole_batches = whole_batches
         self.encoder_decoder = is_encoder_decoder(model)
         self.side: Any = side or ("right" if self.encoder_decoder else "left")
         self.pad_id = tokenizer.pad_token_id
         self.positions = not self.encoder_decoder and accepts(model, "position_ids")
 
     def __call__(self, items: Sequence[tuple[int, Encoded]]) -> dict[str, Tensor]:
+        if self.whole_batches:
+            items = world.part_of_batch(items)
         rows = [row for _, row in items]
         batch = collate(rows, self.pad_id, encoder_decoder=self.encoder_decoder, side=self.side)
         if not self.positions:

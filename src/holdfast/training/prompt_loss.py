@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from holdfast import world
 from holdfast.errors import ConfigError
 from holdfast.models import is_encoder_decoder
 from holdfast.training.options import TrainingOptions
@@ -78,6 +79,10 @@ class PromptLoss:
         return result
 
     def _mean(self, logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+        # of several processes: so that the average over them is the mean over all tokens
+        all_tokens = sum(world.gather(len(targets_N)))
+        share = world.size() * len(targets_N) / max(all_tokens, 1)
         if not len(targets_N):
             return logits_NV.sum()  # of nothing
-        return self.weight * F.cross_entropy(logits_NV.float(), targets_N)
+        mean = F.cross_entropy(logits_NV.float(), targets_N)
+        return self.weight * (mean if world.size() == 1 else mean * share)

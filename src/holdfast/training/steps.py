@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from holdfast import world
 from holdfast.hold import Handle, tell_total_rate
 from holdfast.hold.drift import MOVED, Drift
 from holdfast.progress import Interrupted, stop_requested
@@ -56,7 +57,7 @@ class Steps(TrainerCallback):
         if self.bar is not None:
             self.bar.show(state.global_step, state.max_steps, note=self._note())
         self.record.steps = state.global_step
-        if stop_requested():
+        if world.any_of(stop_requested()):
             control.should_save = self.stopping = True
 
     def _note(self) -> str:
@@ -83,7 +84,9 @@ class Steps(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if has(self.verbs, "stage_state_dict"):
             write_tensors(folder / OBSERVED, self.verbs.stage_state_dict())
-        seal_checkpoint(folder)
+        world.barrier()  # each process has written its random state there
+        if world.leads():
+            seal_checkpoint(folder)
         if self.stopping:
             raise Interrupted(f"Stopped after step {state.global_step} of {state.max_steps}; saved.")
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from holdfast import world
 from holdfast.errors import ConfigError
 from holdfast.hold.attach import Handle, hook, unwrap
 from holdfast.hold.mask import Mask
@@ -129,6 +130,7 @@ class OutputMask:
         watches = [source.register_forward_hook(self._take).remove for source in sources.values()]
 
         def mask() -> None:
+            self._unite(list(sources))
             for linear, parameter, held in self._gradients(maps):
                 Mask([linear.spread(held, parameter)]).reduce_([parameter.grad])
             self._sizes.clear()
@@ -136,6 +138,17 @@ class OutputMask:
         handle = hook(unwrap(optimizer), mask, needs_gradients="migu")
         handle.removers += watches
         return handle
+
+    def _unite(self, sources: list[int]) -> None:
+        """Add up what all processes have seen; `sources` are the modules, in the model's order."""
+        if world.size() == 1:
+            return
+        sizes = world.union(
+            {str(n): len(self._sizes[key]) for n, key in enumerate(sources) if key in self._sizes}
+        )
+        for number, size in sizes.items():
+            self._sizes.setdefault(sources[int(number)], torch.zeros(size))
+        world.add_up(self._sizes[sources[int(number)]] for number in sizes)
 
     def _gradients(self, maps: list[LinearMap]) -> Iterator[tuple[LinearMap, nn.Parameter, Tensor]]:
         for linear in maps:
