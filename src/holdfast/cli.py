@@ -55,9 +55,9 @@ Latex = Annotated[Path | None, typer.Option("--latex", help="write the table as 
 
 def _version(asked: bool) -> None:
     if asked:
-        from holdfast import __version__
+        import holdfast
 
-        print(f"holdfast {__version__}")
+        print(f"holdfast {holdfast.__version__}")
         raise typer.Exit
 
 
@@ -226,6 +226,10 @@ def skills_command(
     export: Annotated[
         Path | None, typer.Option(help="write the model as a plain Hugging Face folder (weights, or adapter)")
     ] = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="REPO", help="upload the model to the hub, with a model card")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="--push makes a private repository")] = False,
     undo: Annotated[
         bool, typer.Option("--undo", help="take the last task back: the folder as it was before, bit for bit")
     ] = False,
@@ -259,6 +263,10 @@ def skills_command(
             with Learner.load(folder) as learner:
                 learner.export(export)
             console.print(f"Exported: {export}", highlight=False, markup=False, soft_wrap=True)
+        if push is not None:
+            with Learner.load(folder) as learner:
+                url = learner.push_to_hub(push, private=private or None)
+            console.print(f"Uploaded: {url}", highlight=False, markup=False, soft_wrap=True)
         if report is not None and not known.skills:
             raise HoldfastError(f"{folder}: nothing was learned here yet, so there is nothing to report.")
         if report is not None:
