@@ -56,9 +56,9 @@ Latex = Annotated[Path | None, typer.Option("--latex", help="write the table as 
 
 def _version(asked: bool) -> None:
     if asked:
-        from holdfast import __version__
+        import holdfast
 
-        print(f"holdfast {__version__}")
+        print(f"holdfast {holdfast.__version__}")
         raise typer.Exit
 
 
@@ -245,6 +245,10 @@ def skills_command(
     rank: Annotated[
         int | None, typer.Option(min=1, help="with --export: recompress a grown LoRA to this rank, by SVD")
     ] = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="REPO", help="upload the model to the hub, with a model card")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="--push makes a private repository")] = False,
     undo: Annotated[
         bool, typer.Option("--undo", help="take the last task back: the folder as it was before, bit for bit")
     ] = False,
@@ -282,6 +286,10 @@ def skills_command(
             with Progress() as progress, Learner.load(folder, progress=progress) as learner:
                 learner.export(export, rank=rank)
             console.print(f"Exported: {export}", highlight=False, markup=False, soft_wrap=True)
+        if push is not None:
+            with Learner.load(folder) as learner:
+                url = learner.push_to_hub(push, private=private or None)
+            console.print(f"Uploaded: {url}", highlight=False, markup=False, soft_wrap=True)
         if report is not None and not known.skills:
             raise HoldfastError(f"{folder}: nothing was learned here yet, so there is nothing to report.")
         if report is not None:

@@ -248,3 +248,18 @@ def test_runs_stay_below_their_method_and_fold_away(opened, reports):
     assert button.get_attribute("aria-expanded") == "false"
     button.click()
     assert method.locator(".member").first.is_visible()
+
+
+def test_every_table_is_taken_along_as_csv_and_latex(opened, reports) -> None:
+    page = opened(reports["full"])
+    assert page.locator(".take").count() == page.locator("table").count()
+    texts = {}
+    for name in ("CSV", "LaTeX"):
+        with page.expect_download() as download:
+            page.locator("#results .take button", has_text=name).first.click()
+        texts[name] = Path(download.value.path()).read_text(encoding="utf-8")
+    head, *rows = texts["CSV"].splitlines()
+    assert head.startswith("Run,AP")
+    assert any(row.startswith("sequential,") for row in rows)
+    assert texts["LaTeX"].startswith("\\begin{tabular}{lr")
+    assert texts["LaTeX"].count("\\\\\n") == 1 + len(rows)

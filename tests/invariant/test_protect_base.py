@@ -277,3 +277,18 @@ def test_every_strategy_that_says_so_ends_a_task_that_nobody_trained(name: str, 
     config = config_of(tmp_path / name, options_of(name), training={"max_steps": 1, "batch_size": 4})
     assert run(config)["finished"]
     assert (tmp_path / name / "base" / "strategy.json").is_file()
+
+
+def test_a_rating_of_zeros_holds_nothing_and_is_told_before_training(tmp_path: Path) -> None:
+    """A new LoRA passes on no relevance; Fisher information of its B is there."""
+    from holdfast.models import LoraOptions, add_lora
+
+    def learner(strategy: Any) -> Learner:
+        model = add_lora(tiny_model("llama"), LoraOptions(r=4), 0)
+        return Learner(model, toy_tokenizer(), strategy, protect_base=BASE, training={"max_steps": 1})
+
+    with pytest.raises(ConfigError, match=r"made zeros alone, .*importance=fisher"):
+        learn(learner(INPUTS))
+    held = learner({"name": "attribution", "importance": {"name": "fisher", "samples": 4}})
+    learn(held)
+    assert held.base_task.told

@@ -216,7 +216,10 @@ def test_tables_show_labels_as_they_are(text: str, width: int) -> None:
     assert text in rendered(metrics_table([run]), width)
 
 
-@pytest.mark.parametrize("what", ["strategies", "tasks", "orders", "importances"])
+LISTS = ["strategies", "tasks", "orders", "importances", "metrics", "mechanisms", "controls", "operators"]
+
+
+@pytest.mark.parametrize("what", LISTS)
 def test_lists_fit_forty_columns_and_cut_no_word(what: str) -> None:
     text = rendered(listing(what), 40)
     assert "…" not in text

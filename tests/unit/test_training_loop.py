@@ -156,6 +156,23 @@ def test_no_trainer_switches_gradient_checkpointing_on(trainer: str, tmp_path: P
     assert not model.get_input_embeddings()._forward_hooks, "a hook that it needs was left on the embeddings"
 
 
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_activations_made_anew_train_the_same_and_leave_a_plain_model(kind: str, tmp_path: Path) -> None:
+    kept, anew = tiny_model(kind), tiny_model(kind)
+    seen: list[bool] = []
+
+    def flags(model: Any) -> list[bool]:
+        return [m.gradient_checkpointing for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+
+    hooks = verbs(observe=lambda inside, step, scale: seen.append(any(flags(inside))))
+    options = {"batch_size": 8, "max_steps": 3, "optimizer": "sgd", "learning_rate": 0.1}
+    fit(kept, rows_of(kind), tmp_path / "a", **options)
+    fit(anew, rows_of(kind), tmp_path / "b", hooks=hooks, gradient_checkpointing=True, **options)
+    assert seen == [True] * 3
+    assert not any(flags(anew)), "what attributes it next sees every operation"
+    assert_weights_close(kept, anew, tolerance=1e-6)
+
+
 def test_sft_trainer_refuses_an_encoder_decoder(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"SFTTrainer trains causal models only; use 'auto'"):
         fit(tiny_model("t5"), rows_of("t5"), tmp_path, trainer="sft")

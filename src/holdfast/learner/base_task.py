@@ -106,7 +106,8 @@ class BaseTask:
         Raises
         ------
         ConfigError
-            None of the rows that were written can be used, and ``protect_base.optional`` is false.
+            None of the rows that were written can be used, or the strategy makes nothing of them, and
+        ``protect_base.optional`` is false.
         """
         learner = self.learner
         assert self.options is not None
@@ -141,6 +142,8 @@ class BaseTask:
             learner.strategy.begin(learner.context, stage)
             learner.strategy.end(learner.context, stage)
             tensors, values = learner.strategy.state_dict()
+            if tensors and not any(bool(tensor.any()) for tensor in tensors.values()):
+                self._nothing_held()
             if tensors:
                 write_tensors(folder / "strategy.safetensors", tensors)
             if _shapes(learner.model) != before:  # a new adapter of the task's own; else they are the base's
@@ -151,6 +154,18 @@ class BaseTask:
             learner.replay.learned(stage.tasks, learner.config.seed, learner.context.write)
             write_json(folder / "replay.json", learner.replay.memory.state_dict())
         learner.model.zero_grad(set_to_none=True)
+
+    def _nothing_held(self) -> None:
+        """A LoRA that starts from zero passes no relevance on, so that a rating by relevance is zero."""
+        assert self.options is not None
+        problem = (
+            "protect_base: of the base's rows the strategy made zeros alone, so it holds nothing of it. "
+            "A new adapter passes on no relevance; importances that work there are "
+            "`strategy.importance=fisher` and `strategy.importance.weighting=answer`."
+        )
+        if not self.options.optional:
+            raise ConfigError(problem)
+        self.learner.progress.say(problem)
 
     def _given(self, file: str) -> Sequence[Example]:
         assert self.options is not None

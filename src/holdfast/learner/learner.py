@@ -27,6 +27,7 @@ from holdfast.evaluation.predictions import file_safe, write_predictions
 from holdfast.evaluation.writing import write_rows
 from holdfast.folder import PARTIAL, Folder
 from holdfast.learner.base_task import BASE, BaseTask
+from holdfast.learner.card import model_card, push, write_card
 from holdfast.learner.config import CONFIG, STAGES, LearnerConfig, recorded_config
 from holdfast.learner.general import General
 from holdfast.learner.harness import Harness, check_askable
@@ -603,6 +604,47 @@ class Learner:
                 f"{target}: rank {rank} holds {100 * left:.1f} % of the adapter's squared size."
             )
         return target
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        message: str = "Learned with holdfast",
+    ) -> str:
+        """Upload the model that answers, with a card: what was learned and kept, and how it was measured.
+
+        Parameters
+        ----------
+        repo_id : str
+            ``name`` or ``owner/name``; made if it isn't there.
+        private : bool, optional
+            Of a new repository; by default as the owner's settings are.
+        token : str, optional
+            By default that of ``hf auth login``.
+
+        Returns
+        -------
+        str
+            The address.
+
+        Raises
+        ------
+        ConfigError
+            Nothing was learned yet, the strategy's answers can't be had from a plain folder, or the hub
+            refuses.
+        """
+        if not self.learned:
+            raise ConfigError("push_to_hub: nothing was learned yet, so there is nothing to upload.")
+        path = None if self.config.model is None else self.config.model.path
+        known = path if path is not None and not Path(path).expanduser().exists() else None
+        with tempfile.TemporaryDirectory(prefix="holdfast-") as folder:
+            exported = self.export(Path(folder) / "model")
+            adapter = (exported / "adapter_config.json").exists()
+            title = repo_id.rpartition("/")[2]
+            write_card(exported, model_card(self.skills(), base_model=known, adapter=adapter, title=title))
+            return push(exported, repo_id, private=private, token=token, message=message)
 
     def close(self) -> None:
         """Give the folder up, so that another process may go on with it."""

@@ -76,6 +76,53 @@
     });
   });
 
+  // Every table can be taken along as it stands: as CSV for programs, as LaTeX for papers.
+  const cellsOf = (table) => [...table.rows].map((row) => [...row.cells].map((cell) => {
+    const copy = cell.cloneNode(true);
+    copy.querySelectorAll(".fold, .tag, .unseen").forEach((part) => part.remove());
+    copy.querySelectorAll("br").forEach((part) => part.replaceWith(" "));
+    return copy.textContent.replace(/\s+/g, " ").trim();
+  }));
+  const plain = (text) => {
+    if (text === "–") return "";
+    return /^[+−]?[\d,]+(\.\d+)?$/.test(text) ? text.replace("−", "-").replaceAll(",", "") : text;
+  };
+  const quoted = (text) => (/[",\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
+  const signs = {
+    "\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "−": "$-$", "±": "$\\pm$",
+    "→": "$\\to$", "Δ": "$\\Delta$", "λ": "$\\lambda$", "–": "--", "·": "$\\cdot$",
+  };
+  const escaped = (text) => text.replace(/[\\~^−±→Δλ–·]|[&%$#_{}]/g, (sign) => signs[sign] ?? `\\${sign}`);
+  const forms = {
+    CSV: ["csv", (rows) => rows.map((row) => row.map((text) => quoted(plain(text))).join(",")).join("\n") + "\n"],
+    LaTeX: ["tex", (rows) => {
+      const [head, ...rest] = rows.map((row) => `${row.map(escaped).join(" & ")} \\\\`);
+      const columns = `l${"r".repeat(rows[0].length - 1)}`;
+      const parts = [`\\begin{tabular}{${columns}}`, "\\hline", head, "\\hline", ...rest, "\\hline", "\\end{tabular}", ""];
+      return parts.join("\n");
+    }],
+  };
+  document.querySelectorAll("table").forEach((table, number) => {
+    const line = document.createElement("p");
+    line.className = "take";
+    Object.entries(forms).forEach(([name, [ending, write]]) => {
+      const button = document.createElement("button");
+      button.type = "button";
+      button.className = "tag";
+      button.textContent = name;
+      button.setAttribute("aria-label", `Download this table as ${name}`);
+      button.addEventListener("click", () => {
+        const link = document.createElement("a");
+        link.href = URL.createObjectURL(new Blob([write(cellsOf(table))], { type: "text/plain" }));
+        link.download = `table-${number + 1}.${ending}`;
+        link.click();
+        setTimeout(() => URL.revokeObjectURL(link.href), 1000);  // the download has read it by then
+      });
+      line.append(button);
+    });
+    (table.closest(".scroll") ?? table).after(line);
+  });
+
   // One tooltip for all explained words: shown on hover, on focus and on touch.
   const bubble = document.getElementById("bubble");
   let explained = null;

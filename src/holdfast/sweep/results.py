@@ -174,6 +174,40 @@ def markdown(results: Comparison) -> str:
     return "\n".join(lines) + "\n"
 
 
+def table(results: Comparison, *, plain: bool = False) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of a sweep's table, without the commands.
+
+    Parameters
+    ----------
+    plain : bool
+        Mean, standard deviation and the ends of the interval in columns of their own, to six digits.
+    """
+    if not plain:
+        heads = ["row", *(name for _, name in SHOWN)]
+        heads += [f"Δ {name}" for _, name in SHOWN] if results.reference else []
+        shown = [[row.label, *(shown_score(row, key) for key, _ in SHOWN)] for row in results.rows]
+        if results.reference:
+            for cells, row in zip(shown, results.rows, strict=True):
+                cells += [shown_difference(row, key) for key, _ in SHOWN]
+        return heads, shown
+    heads = ["row", "strategy", "runs"]
+    parts = {"scores": ("mean", "sd")} | (
+        {"differences": ("mean", "low", "high")} if results.reference else {}
+    )
+    for kind, names in parts.items():
+        heads += [f"{'delta_' if kind == 'differences' else ''}{key}_{n}" for key in METRICS for n in names]
+    rows = []
+    for row in results.rows:
+        cells = [row.label, row.strategy, str(sum(run.status == "finished" for run in row.runs))]
+        for kind, names in parts.items():
+            found = getattr(row, kind) or {}
+            for key in METRICS:
+                values = [getattr(found.get(key), name, None) for name in names]
+                cells += ["" if value is None else f"{value:.6g}" for value in values]
+        rows.append(cells)
+    return heads, rows
+
+
 def _about(results: Comparison) -> list[str]:
     seeds = ", ".join(map(str, results.seeds))
     orders = "; ".join(

@@ -29,6 +29,13 @@ from holdfast.training.prompt_loss import PromptLoss
 from holdfast.training.steps import Steps, TrainingRecord
 from holdfast.training.verbs import ROWS, Verbs
 
+# transformers 5 has a new name for it, and warns of the old one
+_RECOMPUTE = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in TrainingArguments.__dataclass_fields__
+)
+
 
 def _arguments(options: TrainingOptions, folder: Path, seed: int, encoder_decoder: bool) -> Any:
     names = {"adamw": "adamw_torch", "sgd": "sgd", "adafactor": "adafactor"}
@@ -53,7 +60,9 @@ def _arguments(options: TrainingOptions, folder: Path, seed: int, encoder_decode
         "save_total_limit": 2,
         "disable_tqdm": True,
         "remove_unused_columns": False,
-        "gradient_checkpointing": False,  # TRL would switch it on
+        # said in any case: TRL would switch it on
+        _RECOMPUTE: options.gradient_checkpointing,
+        f"{_RECOMPUTE}_kwargs": {"use_reentrant": False} if options.gradient_checkpointing else None,
         "seed": seed,
         "data_seed": seed,
         "use_cpu": not torch.cuda.is_available(),
@@ -104,7 +113,8 @@ def train(
     Interrupted
         Ctrl-C inside `holdfast.progress.stoppable`; a checkpoint was written first.
     ConfigError
-        ``trainer: sft`` for an encoder-decoder model; ``loss: kl_to_base`` where the base can't be had.
+        ``gradient_checkpointing`` for a model that can't; ``trainer: sft`` for an encoder-decoder model;
+        ``loss: kl_to_base`` where the base can't be had.
     """
     from transformers import set_seed
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -113,6 +123,10 @@ def train(
     if options.trainer == "sft" and encoder_decoder:
         raise ConfigError(
             "training.trainer: TRL's SFTTrainer trains causal models only; use 'auto' for this model."
+        )
+    if options.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
+        raise ConfigError(
+            f"training.gradient_checkpointing: {type(model).__name__} doesn't support it; leave it out."
         )
     set_seed(seed)
     progress = progress or Progress(quiet=True)
@@ -170,6 +184,8 @@ def train(
                     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             steps.release()
+            if options.gradient_checkpointing:  # attribution and answers see a plain model
+                getattr(model, f"{_RECOMPUTE}_disable")()
     if world.leads():
         trainer.bad_batch.unlink(missing_ok=True)  # of an attempt that diverged before this one
     record.steps = trainer.state.global_step

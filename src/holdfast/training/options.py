@@ -38,6 +38,11 @@ class TrainingOptions(Options):
     max_grad_norm: float = Field(1.0, ge=0, description="0 turns clipping off")
     optimizer: Literal["adamw", "sgd", "adafactor"] = "adamw"
     precision: Literal["full", "bf16", "fp16"] = Field("full", description="mixed precision of the loop")
+    gradient_checkpointing: bool = Field(
+        False,
+        description="compute activations anew in the backward pass instead of keeping them: less memory, and "
+        "about a third more time",
+    )
     trainer: Literal["auto", "sft"] = Field(
         "auto", description="auto: Trainer or Seq2SeqTrainer by architecture; sft: TRL's SFTTrainer"
     )

@@ -1,0 +1,135 @@
+"""A prior at hand: by name, weight and block, from a bare file, merged and compared by command."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+import holdfast
+from holdfast.cli import app
+from holdfast.errors import ConfigError, DataError
+from holdfast.importance import ImportancePrior
+from holdfast.runner.table import Rows, listing
+from holdfast.tables import csv_text, latex_text
+
+A, B = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"
+PRIOR = ImportancePrior(
+    {A: torch.tensor([[1.0, 2.0], [3.0, 8.0]]), B: torch.tensor([[4.0, 0.0]]), "norm.weight": torch.ones(2)},
+    {"importance": "fisher", "tasks": ["may"]},
+)
+
+
+def invoke(*words: str) -> str:
+    result = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"}).invoke(app, list(words))
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_a_prior_is_read_like_a_mapping_and_shown_in_a_line() -> None:
+    assert torch.equal(PRIOR[A], PRIOR.tensors[A])
+    assert torch.equal(PRIOR[f"base_model.model.{A}"], PRIOR[A]), "as PEFT calls it"
+    assert dict(PRIOR.items()).keys() == PRIOR.keys() == set(PRIOR)
+    assert A in PRIOR
+    assert "x" not in PRIOR
+    assert repr(PRIOR) == "ImportancePrior(fisher, by weights: 3 tensors, 8 values; tasks: may)"
+    with pytest.raises(KeyError, match=r"no importance of .model\.layers\.9\."):
+        PRIOR["model.layers.9.mlp.up_proj.weight"]
+
+
+def test_the_most_important_weights_and_blocks() -> None:
+    assert [(t.name, t.index, t.value) for t in PRIOR.top(3)] == [
+        (A, (1, 1), 8.0),
+        (B, (0, 0), 4.0),
+        (A, (1, 0), 3.0),
+    ]
+    assert len(PRIOR.top(99)) == 8
+    assert PRIOR.by_layer() == {"0": 3.5, "1": 2.0, "norm.weight": 1.0}
+    moments = ImportancePrior({A: torch.tensor([[2.0, 9.0], [9.0, 4.0]])}, {"kind": "inputs"})
+    assert [(t.index, t.value) for t in moments.top(2)] == [((1,), 4.0), ((0,), 2.0)]
+    assert moments.by_layer() == {"0": 3.0}
+    with pytest.raises(ConfigError, match="at least 1"):
+        PRIOR.top(0)
+
+
+def test_a_prior_as_a_table_and_a_figure() -> None:
+    row = PRIOR.table()[0]
+    assert row == {"name": A, "block": "0", "shape": "2x2", "values": 4, "mean": 3.5, "max": 8.0, "sum": 14.0}
+    assert list(PRIOR.plot().data[0].y) == [3.5, 2.0, 1.0]
+    pandas = pytest.importorskip("pandas")
+    assert isinstance(PRIOR.to_pandas(), pandas.DataFrame)
+    assert PRIOR.to_pandas()["sum"].sum() == 20.0
+
+
+def test_a_bare_file_is_a_prior_and_the_file_of_a_saved_one_is_that_prior(tmp_path: Path) -> None:
+    save_file({f"base_model.model.{A}": torch.ones(2, 2)}, tmp_path / "bare.safetensors")
+    bare = ImportancePrior.load(tmp_path / "bare.safetensors")
+    assert (list(bare), bare.kind, bare.meta) == ([A], "weights", {})
+    assert ImportancePrior.load(tmp_path / "bare.safetensors", kind="inputs").kind == "inputs"
+    PRIOR.save(tmp_path / "whole")
+    assert ImportancePrior.load(tmp_path / "whole" / "prior.safetensors").meta["tasks"] == ["may"]
+    (tmp_path / "torn.safetensors").write_bytes(b"x")
+    with pytest.raises(DataError, match="can't be read as tensors"):
+        ImportancePrior.load(tmp_path / "torn.safetensors")
+    save_file({}, tmp_path / "empty.safetensors")
+    with pytest.raises(DataError, match="no tensors in it"):
+        ImportancePrior.load(tmp_path / "empty.safetensors")
+
+
+def test_priors_are_shown_merged_and_compared_by_command(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    folders = []
+    for task in ("may", "june"):
+        prior = ImportancePrior(
+            {A: torch.rand(8, 8), B: torch.rand(8, 8)}, {"importance": "fisher", "tasks": [task]}
+        )
+        folders.append(str(prior.save(tmp_path / task)))
+    shown = invoke("prior", "show", folders[0], "--top", "2", "--csv", str(tmp_path / "t.csv"))
+    assert "fisher" in shown
+    assert f"top: {A}[" in shown.replace("\n", "") or f"top: {B}[" in shown.replace("\n", "")
+    assert (tmp_path / "t.csv").read_text().startswith("name,block,shape,values,mean,max,sum\n")
+    invoke("prior", "merge", *folders, "--out", str(tmp_path / "both"))
+    both, parts = (
+        ImportancePrior.load(tmp_path / "both"),
+        [ImportancePrior.load(f).mean_normalised() for f in folders],
+    )
+    assert torch.equal(both[A], torch.maximum(parts[0][A], parts[1][A]))
+    assert both.meta["tasks"] == ["may", "june"]
+    found = invoke("prior", "compare", *folders, "--csv", str(tmp_path / "c.csv"))
+    assert "Spearman" in found
+    (head, first, _) = csv.reader(io.StringIO((tmp_path / "c.csv").read_text()))
+    assert head[0] == "block"
+    assert -0.5 < float(first[2]) < 0.5
+    result = CliRunner().invoke(app, ["prior", "merge", folders[0], "--out", str(tmp_path / "x")])
+    assert result.exit_code == 2
+    assert "give at least two" in result.output
+
+
+def test_the_version_and_what_can_be_named_are_told() -> None:
+    assert invoke("--version") == f"holdfast {holdfast.__version__}\n"
+    for what, word in (("metrics", "perplexity"), ("mechanisms", "anchor"), ("controls", "permuted")):
+        assert word in invoke("list", what)
+    assert [name for name, *_ in listing("operators").rows] == ["elementwise", "inputs", "mask", "directions"]
+
+
+def test_a_table_is_plain_numbers_in_csv_and_escaped_in_latex() -> None:
+    rows = Rows(("run_1", "AP"), [("a & b, c", "−3.5"), ("β", "–")], caption="100 %")
+    assert rows.csv() == 'run_1,AP\n"a & b, c",-3.5\nβ,\n'
+    assert rows.latex().splitlines() == [
+        "% 100 %",
+        r"\begin{tabular}{lr}",
+        r"\hline",
+        r"run\_1 & AP \\",
+        r"\hline",
+        r"a \& b, c & $-$3.5 \\",
+        r"β & -- \\",
+        r"\hline",
+        r"\end{tabular}",
+    ]
+    assert csv_text(["n"], [["1,020"], [None]]) == 'n\n1020\n""\n'
+    assert r"4.0 $\pm$ 1.0" in latex_text(["a"], [["4.0 ± 1.0"]])

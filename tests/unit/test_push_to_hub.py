@@ -1,0 +1,103 @@
+"""What is uploaded, and what its card says; the hub itself is never asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import HfApi
+from typer.testing import CliRunner
+
+from holdfast import Learner
+from holdfast.cli import app
+from holdfast.errors import ConfigError
+from holdfast.learner.card import model_card
+from holdfast.learner.skills import read_skills
+from holdfast.tasks import toy_tokenizer
+from learning_data import rows_of
+from tiny_models import tiny_model
+
+
+@pytest.fixture(scope="module")
+def skills(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two tasks, learned in a script."""
+    folder = tmp_path_factory.mktemp("learned") / "skills"
+    training = {"max_steps": 1, "batch_size": 4}
+    with Learner(
+        tiny_model("llama"), toy_tokenizer(), "sequential", folder=folder, training=training
+    ) as learner:
+        for name in ("may", "june | july"):
+            with learner.task(name, rows_of("may", 8), rows_of("test", 2)) as stage:
+                stage.train()
+    return folder
+
+
+@pytest.fixture
+def uploads(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What would have been uploaded."""
+    seen: list[dict[str, Any]] = []
+
+    class Url(str):
+        repo_id = "me/model"
+
+    def create(self: HfApi, repo_id: str, **options: Any) -> Url:
+        seen.append({"repo_id": repo_id, **options})
+        return Url("https://huggingface.co/me/model")
+
+    def upload(self: HfApi, *, folder_path: Path, repo_id: str, commit_message: str) -> Any:
+        files = {p.name: p.read_bytes() for p in Path(folder_path).iterdir()}
+        seen.append({"files": files, "repo_id": repo_id, "message": commit_message})
+        return SimpleNamespace()
+
+    monkeypatch.setattr(HfApi, "create_repo", create)
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    return seen
+
+
+def test_the_model_goes_up_with_a_card_of_its_skills(skills: Path, uploads: list[dict[str, Any]]) -> None:
+    with Learner.load(skills) as learner:
+        assert learner.push_to_hub("model", private=True) == "https://huggingface.co/me/model"
+    made, sent = uploads
+    assert (made["repo_id"], made["private"], made["exist_ok"]) == ("model", True, True)
+    assert sent["repo_id"] == "me/model"
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(sent["files"])
+    card = sent["files"]["README.md"].decode()
+    head = yaml.safe_load(card.split("---")[1])
+    assert (head["library_name"], "base_model" in head) == ("transformers", False)
+    for skill in read_skills(skills).skills:
+        assert f"| {skill.name.replace('|', chr(92) + '|')} | 8 | exact_match | 2 | {skill.then:.1f}" in card
+    assert "was not measured" in card
+    assert str(skills.parent) not in card, "a path of this machine is no one's business"
+
+
+def test_the_command_uploads_too_and_a_refusal_is_told(
+    skills: Path, uploads: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = CliRunner().invoke(app, ["skills", str(skills), "--push", "me/model"])
+    assert result.exit_code == 0, result.output
+    assert "Uploaded: https://huggingface.co/me/model" in result.output
+
+    def refuse(self: HfApi, repo_id: str, **options: Any) -> Any:
+        raise OSError("no way\nthere")
+
+    monkeypatch.setattr(HfApi, "create_repo", refuse)
+    with (
+        Learner.load(skills) as learner,
+        pytest.raises(ConfigError, match=r"'x' can't be uploaded \(no way\)"),
+    ):
+        learner.push_to_hub("x")
+
+
+def test_nothing_learned_is_nothing_to_upload() -> None:
+    with pytest.raises(ConfigError, match="nothing was learned yet"):
+        Learner(tiny_model("llama"), toy_tokenizer(), "sequential").push_to_hub("x")
+
+
+def test_a_card_names_a_base_of_the_hub_and_what_an_adapter_needs(skills: Path) -> None:
+    card = model_card(read_skills(skills), base_model="org/base", adapter=True, title="mine")
+    head = yaml.safe_load(card.split("---")[1])
+    assert (head["base_model"], head["library_name"]) == ("org/base", "peft")
+    assert "# mine\n\n`org/base`, which learned 2 tasks" in card

@@ -1,0 +1,69 @@
+"""TRL's trainers for preferences and rewards take the callback as its SFTTrainer does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+
+import holdfast
+from holdfast.importance import ImportancePrior
+from holdfast.models import block_parameters
+from holdfast.tasks import toy_tokenizer
+from tiny_models import tiny_model
+
+trl = pytest.importorskip("trl")
+COMMON = {
+    "max_steps": 2,
+    "learning_rate": 1e-2,
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
+PAIRS = [{"prompt": f"copy {x}=", "chosen": x, "rejected": x[::-1]} for x in ("abc", "hfa", "dea", "gbc")]
+
+
+def dpo(model: Any, folder: Path, callback: Any) -> Any:
+    args = trl.DPOConfig(str(folder), per_device_train_batch_size=2, **COMMON)
+    return trl.DPOTrainer(
+        model,
+        ref_model=tiny_model("llama"),  # a model that was made here can't be loaded again by its name
+        args=args,
+        train_dataset=Dataset.from_list(PAIRS),
+        processing_class=toy_tokenizer(),
+        callbacks=[callback],
+    )
+
+
+def grpo(model: Any, folder: Path, callback: Any) -> Any:
+    args = trl.GRPOConfig(
+        str(folder), per_device_train_batch_size=4, num_generations=4, max_completion_length=6, **COMMON
+    )
+    return trl.GRPOTrainer(
+        model,
+        reward_funcs=lambda completions, **_: [float(len(text)) + i for i, text in enumerate(completions)],
+        args=args,
+        train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in PAIRS]),
+        processing_class=toy_tokenizer(),
+        callbacks=[callback],
+    )
+
+
+@pytest.mark.parametrize("make", [dpo, pytest.param(grpo, marks=pytest.mark.slow)])
+def test_what_is_held_fully_stays_bit_identical_and_the_rest_learns(make: Any, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    held = block_parameters(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(any(parameter is each for each in held.values()))
+    ranks = {name: torch.arange(float(p.numel())).reshape(p.shape) for name, p in held.items()}
+    before = {name: p.detach().clone() for name, p in held.items()}
+    callback = holdfast.ProtectCallback(ImportancePrior(ranks), "gate", shape="top", fraction=0.5)
+    make(model, tmp_path, callback).train()
+    moved = {name: (p.detach() != before[name]).flatten() for name, p in held.items()}
+    assert not any(bool(m[m.numel() // 2 :].any()) for m in moved.values()), "the upper half is held"
+    assert any(bool(m[: m.numel() // 2].any()) for m in moved.values()), "the lower half is free"
