@@ -249,11 +249,14 @@ def test_clipping_before_the_step_meets_the_norm_that_the_optimizer_gets() -> No
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("coordinates", ["inputs", "weights"])
-def test_killed_training_goes_on_bit_for_bit(coordinates: Any, dtype: torch.dtype, every: int) -> None:
+@pytest.mark.parametrize("strength", [{"pull": 2.0}, {"strength": "auto"}], ids=["pull", "auto"])
+def test_killed_training_goes_on_bit_for_bit(
+    strength: Any, coordinates: Any, dtype: torch.dtype, every: int
+) -> None:
     def begin(model: nn.Module, reference: dict[str, Tensor]) -> torch.optim.Optimizer:
         optim = torch.optim.AdamW(model.parameters(), lr=1e-2)
         tell_total_rate(optim, None, 10)
-        hold = Anchor(moments(), pull=2.0, every=every, coordinates=coordinates, reference=reference)
+        hold = Anchor(moments(), **strength, every=every, coordinates=coordinates, reference=reference)
         hold.attach(model, optim)
         return optim
 
@@ -493,6 +496,82 @@ def test_pull_without_the_sum_of_rates_says_what_to_call() -> None:
         optim.step()
     with pytest.raises(ConfigError, match=r"give `strength`.*or `pull`.*not both"):
         Anchor(moments(), strength=1.0, pull=1.0)
+
+
+# strength: auto
+
+
+def multiplier(c: Tensor, energy: Tensor, most: float) -> float:
+    """µ with Σ c |z|² / (1 + µc)² = most, by bisection; 0 where there is no need of it."""
+    if float(energy.sum()) <= most:
+        return 0.0
+    low, high = 0.0, 1e12
+    for _ in range(200):
+        middle = (low * high) ** 0.5 if low > 0 else high * 1e-3
+        left = float((energy / (1 + middle * c) ** 2).sum())
+        low, high = (middle, high) if left > most else (low, middle)
+        if high < 1e-12:
+            break
+    return high
+
+
+@pytest.mark.parametrize("coordinates", ["inputs", "weights"])
+def test_auto_divides_each_direction_by_one_plus_mu_c_with_mu_where_the_bound_is(coordinates: Any) -> None:
+    model, bound = Net(), 2.0
+    start, prior = weights(model), moments()
+    optim = torch.optim.SGD(model.parameters(), lr=0.5)
+    anchor = Anchor(prior, strength="auto", bound=bound, coordinates=coordinates)
+    handle = anchor.attach(model, optim)
+    gradient(model, scale=5.0)
+    raw = {n: start[n] - 0.5 * grad(p) for n, p in model.named_parameters()}
+    optim.step()
+    whole, z, energies = 0.0, {}, {}
+    for name in NAMES:
+        c, u = frames(prior)[name]
+        z[name] = oriented(raw[name] - start[name], name) @ u
+        energies[name] = c * z[name].square().sum(0)
+        whole += float((c * (oriented(start[name], name) @ u).square().sum(0)).sum())
+    every_c = torch.cat([frames(prior)[n][0] for n in NAMES])
+    every = torch.cat([energies[n] for n in NAMES])
+    mu = multiplier(every_c, every, whole * (bound / 100) ** 2)
+    assert mu > 1.0
+    for name in NAMES:
+        c, u = frames(prior)[name]
+        expected = start[name] + oriented((z[name] / (1 + mu * c)) @ u.T, name)
+        torch.testing.assert_close(weights(model)[name], expected, rtol=1e-5, atol=1e-7)
+    assert handle.drift().percent == pytest.approx(bound, rel=1e-5)
+    assert anchor.summary()["pull"] == pytest.approx(mu, rel=1e-5)
+
+
+@pytest.mark.parametrize("coordinates", ["inputs", "weights"])
+def test_auto_never_passes_its_bound_and_holds_nothing_below_it(coordinates: Any) -> None:
+    model, plain = Net(), Net()
+    optims = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (model, plain)]
+    handle = Anchor(moments(), strength="auto", bound=1.0, coordinates=coordinates).attach(model, optims[0])
+    for step in range(12):
+        optims[0].zero_grad()
+        gradient(model, seed=step)
+        optims[0].step()
+        assert handle.drift().percent <= 1.0 + 1e-5
+    assert handle.drift().percent > 0.9
+    handle.remove()
+    free = Net()
+    optim = torch.optim.AdamW(free.parameters(), lr=1e-2)
+    anchor = Anchor(moments(), strength="auto", bound=1e6, coordinates="weights")
+    anchor.attach(free, optim)
+    stepped(optim, free)
+    stepped(optims[1], plain)
+    for a, b in zip(free.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+    assert anchor.summary()["pull"] == 0.0
+
+
+def test_auto_needs_a_prior_by_inputs_and_bound_needs_auto() -> None:
+    by_weight = ImportancePrior({n: torch.ones(p.shape) for n, p in Net().named_parameters()})
+    with pytest.raises(ConfigError, match=r"strength 'auto' goes by how far old outputs moved"):
+        Anchor(by_weight, strength="auto")
+    with pytest.raises(ConfigError, match=r"`bound` applies to `strength: auto` only"):
+        Anchor(moments(), pull=5.0, bound=1.0)
 
 
 # drift

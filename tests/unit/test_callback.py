@@ -17,8 +17,10 @@ from transformers import (
 )
 
 from holdfast.errors import ConfigError, DataError, PriorMismatchError
+from holdfast.hold.drift import Drift
 from holdfast.importance.prior import ImportancePrior
 from holdfast.models import block_parameters
+from holdfast.training.bridge import Bridge
 from holdfast.training.callback import ProtectCallback
 
 CHARACTERS = "abcdefgh "
@@ -268,3 +270,20 @@ def test_prior_by_inputs_is_held_by_its_whole_pull(tmp_path: Path) -> None:
     assert logged == pytest.approx([100 * value**0.5 for value in moved])
     assert callback.protection is not None
     assert callback.protection.summary()["mean"] == pytest.approx(0.6 * 1e-2 / 3e-2)
+
+
+def test_movement_stands_in_the_log_that_the_trainer_itself_writes_and_returns() -> None:
+    class Base:
+        def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+            logs["epoch"] = 1.0  # as transformers does, whose caller reads it
+
+    class Logging(Bridge, Base):  # type: ignore[misc]
+        pass
+
+    trainer = Logging()
+    trainer.drift = lambda: Drift({}, 0.0009)
+    step, end = {"loss": 2.0}, {"train_loss": 2.0}
+    trainer.log(step, None)
+    trainer.log(end)
+    assert step == pytest.approx({"loss": 2.0, "old_outputs_moved": 3.0, "epoch": 1.0})
+    assert end == {"train_loss": 2.0, "epoch": 1.0}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -21,8 +21,10 @@ from holdfast.hold.attach import (
     makes_own_rate,
     reference_weights,
 )
+from holdfast.hold.drift import Meter
 from holdfast.hold.inputs import Coordinates, Inputs
 from holdfast.hold.operator import Operator, Rate
+from holdfast.hold.region import Region
 from holdfast.hold.schedule import TOTAL
 from holdfast.hold.spectrum import Spectrum
 from holdfast.hold.unheld import Unheld
@@ -30,6 +32,8 @@ from holdfast.importance.prior import ImportancePrior, Kind
 
 _STRENGTH = 600.0  # of priors by weight
 _PULL = 5.0  # of priors by input
+_BOUND = 1.0  # percent, of `strength: auto`
+_PULLED = "holdfast_pulled"  # in the first parameter group: the sum of the pulls that `auto` chose
 _WAITED = "holdfast_waited"  # in each parameter group: steps, and their rates, since the last pull
 
 
@@ -37,10 +41,16 @@ class AnchorOptions(Options):
     """Pull each weight back after every step, the harder the more important it is."""
 
     name: Literal["anchor"] = "anchor"
-    strength: float | None = Field(
+    strength: Annotated[float, Field(ge=0)] | Literal["auto"] | None = Field(
         None,
-        ge=0,
-        description="λ: a weight of mean importance is pulled by η·λ a step (default 600 by weight)",
+        description="λ: a weight of mean importance is pulled by η·λ a step (default 600 by weight); auto: "
+        "as much as keeps old outputs within `bound`, importance `inputs` only",
+    )
+    bound: float | None = Field(
+        None,
+        gt=0,
+        description="strength `auto` only: by how many percent of their own size old outputs may move in a "
+        "task (default 1)",
     )
     pull: float | None = Field(
         None,
@@ -59,6 +69,8 @@ class AnchorOptions(Options):
                 "give `strength` (λ, a step) or `pull` (Λ, a whole task), not both; mechanism=anchor before "
                 "mechanism.pull=... drops what a configuration has"
             )
+        if self.bound is not None and self.strength != "auto":
+            raise ValueError("`bound` applies to `strength: auto` only")
         return self
 
     def resolved(self, kind: Kind) -> AnchorOptions:
@@ -67,8 +79,13 @@ class AnchorOptions(Options):
         Raises
         ------
         ConfigError
-            `coordinates: inputs` for a prior by weight.
+            `coordinates: inputs` or `strength: auto` for a prior by weight.
         """
+        if kind == "weights" and self.strength == "auto":
+            raise ConfigError(
+                "anchor: strength 'auto' goes by how far old outputs moved, which a prior by weight can't "
+                "tell. Use importance: inputs, or give a number."
+            )
         if kind == "weights" and self.coordinates == "inputs":
             raise ConfigError(
                 "anchor: coordinates 'inputs' need a prior of the kind 'inputs' (importance: inputs); a "
@@ -77,6 +94,8 @@ class AnchorOptions(Options):
         changed: dict[str, Any] = {}
         if self.strength is None and self.pull is None:
             changed = {"strength": _STRENGTH} if kind == "weights" else {"pull": _PULL}
+        if self.strength == "auto" and self.bound is None:
+            changed["bound"] = _BOUND
         if self.coordinates is None:
             changed["coordinates"] = kind
         return self.model_copy(update=changed)
@@ -93,12 +112,16 @@ class Anchor:
     prior : ImportancePrior
         H. By weight: negative values count as 0, then the mean over all weights is scaled to 1. Of the kind
         ``inputs``: each map's matrix C, scaled to mean eigenvalue 1, acting on the input side of its change.
-    strength : float, optional
-        λ. η is the learning rate of the weight's parameter group, read at each step.
+    strength : float or "auto", optional
+        λ. η is the learning rate of the weight's parameter group, read at each step. ``auto`` (of the kind
+        ``inputs``): no rate; after each step the changes go to the nearest that move old outputs by no more
+        than `bound`, see `holdfast.hold.region.Region`. It knows no number of steps.
     pull : float, optional
         Λ = λ Σ_t η_t, the whole pull over the task: a direction of mean importance ends at about 1/Λ of the
         way that it would go. Σ η must have been told (`holdfast.hold.tell_total_rate`) by the first step.
         Give one of both; by default λ = 600 by weight, Λ = 5 by inputs.
+    bound : float, optional
+        Of ``auto``: percent of their own size, in root mean square over all maps, default 1.
     every : int
         Pull at each n-th step, by the sum of the n steps' η.
     coordinates : {"inputs", "weights"}, optional
@@ -120,18 +143,21 @@ class Anchor:
         self,
         prior: ImportancePrior,
         *,
-        strength: float | None = None,
+        strength: float | Literal["auto"] | None = None,
         pull: float | None = None,
+        bound: float | None = None,
         every: int = 1,
         coordinates: Literal["inputs", "weights"] | None = None,
         reference: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.prior = prior
-        values = {"strength": strength, "pull": pull, "every": every, "coordinates": coordinates}
+        values: dict[str, Any] = {"strength": strength, "pull": pull, "bound": bound, "every": every}
+        values["coordinates"] = coordinates
         self.options = validate(AnchorOptions, values, "Anchor").resolved(prior.kind)
         self.reference = reference
         self.learning_rate: float | None = None  # the largest seen, for the summary
         self._rate: float | None = None  # what λ or Λ is multiplied by, at its largest
+        self._pulled: float | None = None  # Σ of the pulls that `auto` chose
         self._handle: Handle | None = None
 
     @cached_property
@@ -142,6 +168,8 @@ class Anchor:
     @property
     def _scale(self) -> float:
         options = self.options
+        if options.strength == "auto":
+            return 1.0
         return cast(float, options.strength if options.pull is None else options.pull)
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> Handle:
@@ -180,8 +208,11 @@ class Anchor:
             )
         for group in inner.param_groups:  # a scheduler with warm-up has set lr to 0 by now
             self._saw(group, group.get("initial_lr", group["lr"]))
+        meter = self.spectrum.meter(chunks, operators, references)
         if rotate:
-            handle = self._in_coordinates(inner, chunks, rotated, watch)
+            handle = self._in_coordinates(inner, chunks, rotated, operators, meter, watch)
+        elif self.options.strength == "auto":
+            handle = self._in_region(inner, chunks, operators, references, meter, watch)
         else:
 
             def pull() -> None:
@@ -192,13 +223,75 @@ class Anchor:
                         operator.blend_(chunk.parameters, reference, rate)
 
             handle = hook(inner, after=pull, first=watch.attach)
-        handle.meter = self.spectrum.meter(chunks, operators, references)
+        handle.meter = meter
         self._handle = handle
         return self._handle
 
-    def _in_coordinates(
-        self, inner: Optimizer, chunks: list[Chunk], rotated: list[Coordinates], watch: Unheld
+    def _in_region(
+        self,
+        inner: Optimizer,
+        chunks: list[Chunk],
+        operators: list[Operator],
+        references: list[list[Tensor]],
+        meter: Meter | None,
+        watch: Unheld,
     ) -> Handle:
+        """``auto``, with the optimizer on the weights."""
+        choose = self._chooser(inner, operators, meter)
+
+        def back() -> None:
+            if self._due(inner):
+                rows = [
+                    (c.parameters, ref, cast(Inputs, o))
+                    for c, ref, o in zip(chunks, references, operators, strict=True)
+                ]
+                passed = choose([operator.squares(new, ref) for new, ref, operator in rows])
+                for (new, ref, operator), factors in zip(rows, passed, strict=True):
+                    operator.scale_(new, ref, factors)
+
+        return hook(inner, after=back, first=watch.attach)
+
+    def _chooser(
+        self, inner: Optimizer, operators: list[Operator], meter: Meter | None
+    ) -> Callable[[list[list[Tensor]]], list[list[Tensor]]]:
+        """Of ``auto``: from |(ΔU)_j|² of each chunk's maps to what is left of each direction."""
+        assert meter is not None
+        assert self.options.bound is not None
+        bound, regions = self.options.bound / 100, dict[int, Region]()
+
+        def choose(squares: list[list[Tensor]]) -> list[list[Tensor]]:
+            if len(operators) not in regions:  # weights have joined
+                shares = [h for operator in operators for h in cast(Inputs, operator).shares]
+                regions[len(operators)] = Region(shares, [m.whole() for m in meter.maps()], bound)
+            passed, pull = regions[len(operators)].passed([s for chunk in squares for s in chunk])
+            first = inner.param_groups[0]
+            first[_PULLED] = self._pulled = first.get(_PULLED, 0.0) + float(pull)
+            rest = iter(passed)
+            return [[next(rest) for _ in chunk] for chunk in squares]
+
+        return choose
+
+    def _in_coordinates(
+        self,
+        inner: Optimizer,
+        chunks: list[Chunk],
+        rotated: list[Coordinates],
+        operators: list[Operator],
+        meter: Meter | None,
+        watch: Unheld,
+    ) -> Handle:
+        choose = self._chooser(inner, operators, meter) if self.options.strength == "auto" else None
+
+        def factors() -> list[list[Tensor] | None]:
+            if choose is not None:
+                if not self._due(inner):
+                    return [None] * len(rotated)
+                return list(choose([coordinates.squares() for coordinates in rotated]))
+            by_group = self._rates(inner)
+            rates = [by_group[chunk.group] for chunk in chunks]
+            pairs = zip(rotated, rates, strict=True)
+            return [None if rate is None else c.operator.passed(rate) for c, rate in pairs]
+
         inside = False  # torch runs the hooks twice where an optimizer's step calls its parent's
 
         def enter() -> None:
@@ -211,12 +304,22 @@ class Anchor:
         def leave() -> None:
             nonlocal inside
             if inside:
-                rates = self._rates(inner)
-                for chunk, coordinates in zip(chunks, rotated, strict=True):
-                    coordinates.leave(rates[chunk.group])
+                for coordinates in rotated:
+                    coordinates.stepped()
+                for coordinates, passed in zip(rotated, factors(), strict=True):
+                    coordinates.leave(passed)
             inside = False
 
         return hook(inner, enter, leave, "anchor with coordinates 'inputs'", watch.attach)
+
+    def _due(self, inner: Optimizer) -> bool:
+        """Whether this step is an n-th one, of ``auto``."""
+        first = inner.param_groups[0]
+        steps = first.get(_WAITED, (0, 0.0))[0] + 1
+        due = steps >= self.options.every
+        if self.options.every > 1:
+            first[_WAITED] = (0 if due else steps, 0.0)
+        return bool(due)
 
     def _rates(self, inner: Optimizer) -> list[Rate | None]:
         """What H, scaled, is multiplied by in this step, for each parameter group; None: no pull."""
@@ -256,14 +359,21 @@ class Anchor:
     def summary(self) -> dict[str, Any]:
         """Distribution of the pull min(1, η·λ·H) at the largest learning rate so far.
 
-        Before `attach` η is unknown: then of λ·H, the pull for each unit of learning rate (with `pull`, of
+        Of strength ``auto`` of Σ µ · H, the pull that it chose over the task (``pull``: Σ µ). Before `attach`
+        η is unknown: then of λ·H, the pull for each unit of learning rate (with `pull`, of
         Λ·H, that of the whole task). Of the kind ``inputs`` the distribution is over directions, and what is
         trained but has no directions is listed as ``not_held``.
         """
         tensors = self.spectrum.values
-        extra = {}
+        extra: dict[str, Any] = {}
         if self.prior.kind == "inputs" and self._handle is not None:
             extra["not_held"] = self._handle.not_held
+        if self.options.strength == "auto":
+            chosen = self._pulled or 0.0
+            result = logarithmic_summary(
+                lambda: (tensor * chosen for tensor in tensors.values()), "pull over the task"
+            )
+            return {**result, "held": None, "pull": self._pulled, **extra}
         if self._rate is None:
             scale = self._scale
             whole = "pull over the task" if self.options.pull is not None else "pull per step / learning rate"

@@ -43,11 +43,24 @@ class Inputs:
 
     def blend_(self, values: Sequence[Tensor], towards: Sequence[Tensor], rate: Rate | None = None) -> None:
         """See `Operator.blend_`."""
-        rows = zip(values, towards, self.passed(rate), self.bases, self.dims, strict=True)
+        self.scale_(values, towards, self.passed(rate))
+
+    def scale_(self, values: Sequence[Tensor], towards: Sequence[Tensor], passed: Sequence[Tensor]) -> None:
+        """values ← towards + Δ U diag(passed) Uᵀ, Δ = values − towards."""
+        rows = zip(values, towards, passed, self.bases, self.dims, strict=True)
         for value, target, passed_I, basis_II, dim in rows:
             target_OI = outputs_first(target, dim).to(basis_II.dtype)
             change_OI = outputs_first(value, dim).to(basis_II.dtype) - target_OI
             outputs_first(value, dim).copy_(target_OI + _along(change_OI, basis_II, passed_I))
+
+    def squares(self, values: Sequence[Tensor], towards: Sequence[Tensor]) -> list[Tensor]:
+        """|(ΔU)_j|² of each map's directions, Δ = values − towards."""
+        found = []
+        for value, target, basis_II, dim in zip(values, towards, self.bases, self.dims, strict=True):
+            wide = basis_II.dtype
+            change_OI = outputs_first(value, dim).to(wide) - outputs_first(target, dim).to(wide)
+            found.append(square_lengths(change_OI @ basis_II))
+        return found
 
     def reduce_(self, changes: Sequence[Tensor | None]) -> None:
         """See `Operator.reduce_`."""
@@ -75,6 +88,11 @@ def outputs_first(weight: Tensor, dim: int) -> Tensor:
     return weight if dim == 1 else weight.t()
 
 
+def square_lengths(change_OI: Tensor) -> Tensor:
+    """Of each column, (I,)."""
+    return torch.linalg.vector_norm(change_OI, dim=0).square()
+
+
 def _along(change_OI: Tensor, basis_II: Tensor, factor_I: Tensor) -> Tensor:
     """Δ U diag(factor) Uᵀ."""
     return (change_OI @ basis_II).mul_(factor_I) @ basis_II.t()
@@ -98,8 +116,8 @@ class Coordinates:
     Notes
     -----
     Z is made anew from W and W* at each step, so it is part of no checkpoint, and a killed training that
-    goes on is the same bit for bit. After the step ``.grad`` is that in the rotated coordinates. Four
-    products of I by I with O by I a map and step; memory: W* U, and Z during the step, in float32.
+    goes on is the same bit for bit. After the step ``.grad`` is that in the rotated coordinates. Three
+    products of O by I with I by I a map and step. Memory, in float32: W* U and Z, and room for one map.
     """
 
     def __init__(self, parameters: list[Tensor], references: list[Tensor], operator: Inputs) -> None:
@@ -107,29 +125,56 @@ class Coordinates:
         rows = zip(parameters, references, operator.bases, operator.dims, strict=True)
         self._maps = [(p, outputs_first(ref, dim), u, dim) for p, ref, u, dim in rows]
         self._origins = [ref_OI.to(u.dtype) @ u for _, ref_OI, u, _ in self._maps]
-        self._changes: list[Tensor] = []
+        self._changes = [torch.empty_like(origin_OI) for origin_OI in self._origins]
+        # pages that are new at each step cost more than what is written to them
+        sizes = {(o.device, o.dtype): 0 for o in self._origins}
+        for o in self._origins:
+            sizes[o.device, o.dtype] = max(sizes[o.device, o.dtype], o.numel())
+        self._room = {key: torch.empty(n, device=key[0], dtype=key[1]) for key, n in sizes.items()}
+
+    def _room_for(self, like_OI: Tensor) -> Tensor:
+        """Memory for intermediate results of one map."""
+        return self._room[like_OI.device, like_OI.dtype][: like_OI.numel()].view(like_OI.shape)
 
     def enter(self) -> None:
         """Before the step: W becomes W U, and its gradient G U."""
-        self._changes = []
-        for (parameter, ref_OI, basis_II, dim), origin_OI in zip(self._maps, self._origins, strict=True):
-            weight_OI = outputs_first(parameter, dim)
-            change_OI = (weight_OI.to(basis_II.dtype) - ref_OI.to(basis_II.dtype)) @ basis_II
-            weight_OI.copy_(origin_OI + change_OI)
-            self._changes.append(change_OI)
+        rows = zip(self._maps, self._origins, self._changes, strict=True)
+        for (parameter, ref_OI, basis_II, dim), origin_OI, change_OI in rows:
+            weight_OI, room_OI = outputs_first(parameter, dim), self._room_for(origin_OI)
+            if weight_OI.dtype == room_OI.dtype:  # one pass where 16 bits take two
+                torch.mm(torch.sub(weight_OI, ref_OI, out=room_OI), basis_II, out=change_OI)
+                torch.add(origin_OI, change_OI, out=weight_OI)
+            else:
+                torch.mm(room_OI.copy_(weight_OI).sub_(ref_OI), basis_II, out=change_OI)
+                weight_OI.copy_(torch.add(origin_OI, change_OI, out=room_OI))
             if parameter.grad is not None:
                 gradient_OI = outputs_first(parameter.grad, dim)
-                gradient_OI.copy_(gradient_OI.to(basis_II.dtype) @ basis_II)
+                gradient_OI.copy_(torch.mm(gradient_OI.to(basis_II.dtype), basis_II, out=room_OI))
 
-    def leave(self, rate: Rate | None) -> None:
-        """After the step: pull Z's columns by min(1, rate · h), if there is a rate, and return to weights."""
-        passed = [None] * len(self._maps) if rate is None else self.operator.passed(rate)
-        rows = zip(self._maps, self._origins, self._changes, passed, strict=True)
-        for (parameter, ref_OI, basis_II, dim), origin_OI, change_OI, passed_I in rows:
-            weight_OI = outputs_first(parameter, dim)
+    def stepped(self) -> None:
+        """After the step: take what it changed into Z."""
+        rows = zip(self._maps, self._origins, self._changes, strict=True)
+        for (parameter, _, _, dim), origin_OI, change_OI in rows:
+            weight_OI, room_OI = outputs_first(parameter, dim), self._room_for(origin_OI)
             # the step alone: in 16 bits W U is too coarse for a small Z, which was kept
-            change_OI += weight_OI.to(basis_II.dtype) - (origin_OI + change_OI).to(weight_OI.dtype)
+            torch.add(origin_OI, change_OI, out=room_OI)
+            if weight_OI.dtype != room_OI.dtype:
+                room_OI.copy_(room_OI.to(weight_OI.dtype))
+            change_OI.add_(torch.sub(weight_OI, room_OI, out=room_OI))
+
+    def squares(self) -> list[Tensor]:
+        """|Z_j|² of each map's directions, after `stepped`."""
+        return [square_lengths(change_OI) for change_OI in self._changes]
+
+    def leave(self, passed: Sequence[Tensor] | None) -> None:
+        """Multiply Z's columns by `passed`, if there is any, and return to weights."""
+        factors = [None] * len(self._maps) if passed is None else passed
+        rows = zip(self._maps, self._changes, factors, strict=True)
+        for (parameter, ref_OI, basis_II, dim), change_OI, passed_I in rows:
+            weight_OI = outputs_first(parameter, dim)
             if passed_I is not None:
                 change_OI *= passed_I
-            weight_OI.copy_(torch.addmm(ref_OI.to(basis_II.dtype), change_OI, basis_II.t()))
-        self._changes = []
+            if weight_OI.dtype == change_OI.dtype:
+                torch.addmm(ref_OI, change_OI, basis_II.t(), out=weight_OI)
+            else:
+                weight_OI.copy_(torch.addmm(ref_OI.to(basis_II.dtype), change_OI, basis_II.t()))

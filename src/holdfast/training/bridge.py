@@ -129,8 +129,9 @@ class Bridge:
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Old outputs' movement beside the loss, for whatever reads the log."""
         drift = self.drift() if self.drift is not None and "loss" in logs else None
-        moved = {} if drift is None else {MOVED: drift.percent}
-        super().log({**logs, **moved}, *args, **kwargs)  # type: ignore[misc]
+        if drift is not None:
+            logs[MOVED] = drift.percent
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]

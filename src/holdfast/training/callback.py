@@ -47,9 +47,9 @@ class ProtectCallback(TrainerCallback):
     reference : mapping of str to Tensor, optional
         The weights to return to, by canonical name, if not those at the start.
     **options
-        Of the mechanism: ``strength`` for anchor and penalty; ``pull``, ``every`` and ``coordinates`` for
-        the anchor; ``on``, ``shape``, ``quantile`` and ``fraction`` for the gate; ``share`` and ``on`` for
-        the projection.
+        Of the mechanism: ``strength`` for anchor and penalty; ``pull``, ``bound``, ``every`` and
+        ``coordinates`` for the anchor; ``on``, ``shape``, ``quantile`` and ``fraction`` for the gate;
+        ``share`` and ``on`` for the projection.
 
     Attributes
     ----------
