@@ -13,12 +13,12 @@ from torch import Tensor
 
 from contexts import context_of, stage_of
 from holdfast.adapters import grow, lora_factors, lora_layers, recompress, whole_maps
-from holdfast.errors import ConfigError
+from holdfast.errors import ConfigError, PriorMismatchError
 from holdfast.hold import tell_total_rate
 from holdfast.importance import ImportancePrior, compute_prior
-from holdfast.models import LoraOptions, add_lora, digest
+from holdfast.models import LoraOptions, add_lora, digest, tiny_llama
 from holdfast.strategies.lora.inputs import freed
-from holdfast.strategies.lora.merged import form_for, held_rows
+from holdfast.strategies.lora.merged import form_for, held_rows, of_whole_maps
 from lora_cases import STREAM, TOKENIZER, learn, lora_model, strategy_of, train_by_chance
 from tiny_models import tiny_model
 
@@ -90,6 +90,9 @@ def test_tasks_prior_is_of_whole_maps_and_holds_a_alone(tmp_path: Path) -> None:
     rows = held_rows(saved, model)
     assert all(name.endswith(".lora_A.weight") for name in rows.tensors)
     rows.check_fits(model)
+    bare = ImportancePrior(saved.tensors, {k: v for k, v in saved.meta.items() if k != "whole_maps"})
+    with pytest.raises(PriorMismatchError, match="lora_A"):
+        bare.check_fits(model)  # what is held as one LoRA must be rated itself
     for name, c in saved.tensors.items():
         assert torch.equal(rows.tensors[name.removesuffix(".weight") + ".lora_A.weight"], c)
 
@@ -111,6 +114,8 @@ def test_next_adapter_begins_in_the_free_space_and_changes_nothing(form: str, tm
     for name, (a, b), (start, _) in starts:
         torch.testing.assert_close(a[new], freed(start[4:8], prior[name], 5.0))
         assert not b[:, new].any()
+        assert a.requires_grad
+        assert b.requires_grad
 
 
 def test_both_forms_are_the_same_model_and_only_one_changes_the_base(tmp_path: Path) -> None:
@@ -229,6 +234,25 @@ def test_merging_without_the_importance_inputs_is_refused() -> None:
     with pytest.raises(ConfigError, match="importance: inputs"):
         strategy_of(**options)
     assert strategy_of("attribution", importance="fisher", merge_lora="none").options.merge_lora == "none"
+
+
+def test_what_the_base_knows_is_held_from_the_first_task_on(tmp_path: Path) -> None:
+    base = tiny_llama(TOKENIZER, hidden=16, layers=2, heads=2).double()
+    rows = context_of(base).encoder.many(STREAM.tasks[0].train[:4])
+    compute_prior(base, rows, INPUTS, pad_id=TOKENIZER.pad_token_id).save(tmp_path / "prior")
+    model, start = lora_model(), lora_factors(lora_model())
+    strategy = strategy_of("attribution", importance=INPUTS, initial_prior=str(tmp_path / "prior"))
+    strategy.check(model)
+    strategy.begin(context_of(model, tmp_path), stage_of(STREAM, 0))
+    prior = strategy.prior.tensors  # type: ignore[attr-defined]
+    assert list(prior) == list(lora_layers(model))
+    for name, (a, _), (before, _) in zip(prior, lora_factors(model), start, strict=True):
+        torch.testing.assert_close(a, freed(before, prior[name], 5.0))
+    train_by_chance(model, 1)
+    strategy.end(context_of(model, tmp_path), stage_of(STREAM, 0))
+    factors = ImportancePrior({"x.lora_A.weight": torch.eye(4)}, {"kind": "inputs"})
+    with pytest.raises(PriorMismatchError, match=r"without adapter.*merge_lora=none"):
+        of_whole_maps(factors, model)
 
 
 def test_recompressed_adapter_is_the_closest_of_its_rank(tmp_path: Path) -> None:

@@ -54,8 +54,9 @@ class ImportancePrior:
         ``inputs``, of a linear map's weight, the second moment C (I, I) of the map's inputs that matter.
     meta : dict
         JSON-able record: ``importance``, ``options``, ``tasks``, ``samples_seen``, ``samples_used``,
-        ``seconds``, ``model_digest``, ``weights`` (a fingerprint of each parameter) and, for `lrp`,
-        ``conservation_max_relative_error``.
+        ``seconds``, ``model_digest``, ``weights`` (a fingerprint of each parameter), for `lrp`
+        ``conservation_max_relative_error``, and ``whole_maps`` where LoRA's factors go by the maps that they
+        adapt.
     """
 
     tensors: dict[str, Tensor]
@@ -239,8 +240,8 @@ class ImportancePrior:
 
         Every name must be a parameter of the model with the same shape, and every trainable linear map in
         the model's blocks must have an importance. Of the kind ``inputs``: every name must be the weight of
-        such a map, with as many inputs, and every trainable one must have a matrix; LoRA's factors need none
-        where the map that they adapt has one, nor B where A has one.
+        such a map, with as many inputs, and every trainable one must have a matrix. LoRA's factors need none
+        in a prior of whole maps (``whole_maps``).
 
         Warns if its weights are others than those that the prior was made on: frozen ones, or all of them.
 
@@ -254,13 +255,14 @@ class ImportancePrior:
         if self.kind == "inputs":
             dims = input_dims(model)
             all_shapes = {n: torch.Size([all_shapes[n][d]] * 2) for n, d in dims.items()}
-            needed = {name for name in needed & dims.keys() if not self._has_its_map(name)}
+            whole = bool(self.meta.get("whole_maps"))
+            needed = {n for n in needed & dims.keys() if not (whole and self._has_its_map(n))}
         expected = {name: s for name, s in all_shapes.items() if name in needed or name in self.tensors}
         _compare(self.tensors, expected, "the prior", f"the model ({type(model).__name__})")
         self._check_values(model)
 
     def _has_its_map(self, name: str) -> bool:
-        """Whether this is a factor of LoRA whose map's inputs are known."""
+        """Whether this is a factor of LoRA whose map, or whose A, has a matrix here."""
         stem, found, factor = name.rpartition(".lora_")
         over_a = factor == "B.weight" and f"{stem}.lora_A.weight" in self.tensors
         return bool(found) and (over_a or f"{stem}.weight" in self.tensors)
@@ -416,6 +418,7 @@ def some(names: Sequence[str]) -> str:
 def _merged_meta(metas: Sequence[dict[str, Any]], how: str) -> dict[str, Any]:
     merged: dict[str, Any] = {
         **({"kind": "inputs"} if metas[0].get("kind") == "inputs" else {}),
+        **({"whole_maps": True} if all(m.get("whole_maps") for m in metas) else {}),
         "importance": "+".join(dict.fromkeys(str(m["importance"]) for m in metas if "importance" in m)),
         "merge": how,
         "tasks": [task for meta in metas for task in meta.get("tasks", [])],

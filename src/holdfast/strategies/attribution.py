@@ -29,6 +29,7 @@ from holdfast.strategies.lora.merged import (
     form_for,
     held_rows,
     merged_costs,
+    of_whole_maps,
     under_adapter,
 )
 from holdfast.strategies.protocol import Context, Stage, Strategy, register
@@ -135,6 +136,8 @@ class Attribution(Strategy):
             return
         try:
             prior = ImportancePrior.load(self.options.initial_prior)
+            if self._merged is not None and prior.kind == "inputs":
+                prior = of_whole_maps(prior, model)
             prior.check_fits(model)
             if prior.kind != self.options.kind:
                 raise PriorMismatchError(

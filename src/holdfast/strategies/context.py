@@ -94,6 +94,6 @@ class Context:
                 progress=bar,
             )
         if whole:  # of the weights as they stand beside their adapter
-            prior.meta |= {"model_digest": digest(model), "weights": fingerprints(model)}
+            prior.meta |= {"whole_maps": True, "model_digest": digest(model), "weights": fingerprints(model)}
         prior.save(self.folder / "prior")
         return prior

@@ -18,11 +18,12 @@ from holdfast.adapters import (
     restart,
     scale_of,
 )
-from holdfast.errors import ConfigError
+from holdfast.errors import ConfigError, PriorMismatchError
 from holdfast.hold import Handle, Protection
 from holdfast.hold.cost import Cost
 from holdfast.hold.drift import Drift
 from holdfast.importance import ImportancePrior
+from holdfast.models import input_dims
 from holdfast.records import AdapterRanks
 from holdfast.strategies.lora.grown import Grown, grown_cost
 from holdfast.strategies.lora.inputs import freed
@@ -54,6 +55,26 @@ def form_for(model: nn.Module, wanted: Form | Literal["none"] | None, strategy: 
             return None
         raise
     return wanted or "adapters"
+
+
+def of_whole_maps(prior: ImportancePrior, model: nn.Module) -> ImportancePrior:
+    """What a prior of the bare model says of the maps that the adapter adapts.
+
+    Raises
+    ------
+    PriorMismatchError
+        It says nothing of one of them.
+    """
+    dims = input_dims(model)
+    adapted = [name for name in lora_layers(model) if name in dims]
+    missing = [name for name in adapted if name not in prior.tensors]
+    if missing:
+        raise PriorMismatchError(
+            f"it has no matrix for '{missing[0]}', which LoRA adapts (nor for {len(missing) - 1} others). "
+            "With a LoRA a task the prior must be of the model without adapter; or set "
+            "strategy.merge_lora=none to hold the factors of one LoRA."
+        )
+    return ImportancePrior({n: prior.tensors[n] for n in adapted}, {**prior.meta, "whole_maps": True})
 
 
 def held_rows(prior: ImportancePrior, model: nn.Module) -> ImportancePrior:
