@@ -256,8 +256,10 @@ def test_prior_by_inputs_is_held_by_its_whole_pull(tmp_path: Path) -> None:
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             moved.append(callback.drift().total)
 
-    trainer = Trainer(model, arguments(tmp_path), train_dataset=rows(), callbacks=[callback, Watch()])
+    values = arguments(tmp_path, logging_steps=6)
+    trainer = Trainer(model, values, train_dataset=rows(), callbacks=[callback, Watch()])
     trainer.train()
+    assert [e["holdfast/drift"] for e in trainer.state.log_history if "loss" in e] == [moved[-1]]
     # warm-up of 2 of 6 steps, then linear: rates 0, 1/2, 1, 3/4, 1/2, 1/4 of 1e-2
     assert trainer.optimizer is not None
     assert [g["holdfast_total_rate"] for g in trainer.optimizer.param_groups] == pytest.approx([3e-2, 3e-2])
@@ -265,3 +267,24 @@ def test_prior_by_inputs_is_held_by_its_whole_pull(tmp_path: Path) -> None:
     assert all(value > 0 for value in moved[1:])
     assert callback.protection is not None
     assert callback.protection.summary()["mean"] == pytest.approx(0.6 * 1e-2 / 3e-2)
+
+
+@pytest.mark.parametrize("mechanism", ["gate", "anchor", "penalty", "project"])
+def test_log_history_has_the_figures_of_the_hold_beside_the_loss(mechanism: str, tmp_path: Path) -> None:
+    model, told = tiny_model(), []
+
+    class Logger(TrainerCallback):
+        def on_log(self, *_: Any, logs: Any = None, **__: Any) -> None:
+            told.append(dict(logs))
+
+    callbacks = [ProtectCallback(half_prior(model), mechanism), Logger()]
+    trainer = Trainer(
+        model, arguments(tmp_path, max_steps=2, logging_steps=1), train_dataset=rows(), callbacks=callbacks
+    )
+    trainer.train()
+    losses = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 2
+    for entry in losses:
+        assert entry["holdfast/held"] > 0
+        assert entry["holdfast/not_held"] == 7  # embeddings and norms
+    assert [e["holdfast/held"] for e in told if "loss" in e] == [e["holdfast/held"] for e in losses]

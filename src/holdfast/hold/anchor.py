@@ -26,6 +26,7 @@ from holdfast.hold.inputs import Coordinates, Inputs
 from holdfast.hold.operator import Operator, Rate
 from holdfast.hold.schedule import TOTAL
 from holdfast.hold.spectrum import Spectrum
+from holdfast.hold.strength import mean_of, warn_if_pull_is_faint
 from holdfast.hold.unheld import Unheld
 from holdfast.importance.prior import ImportancePrior, Kind
 
@@ -172,6 +173,9 @@ class Anchor:
                 references.append(reference)
 
         take(chunks)
+        if self.options.strength is not None:
+            mean = mean_of(self.spectrum.values[name] for chunk in chunks for name in chunk.names)
+            warn_if_pull_is_faint("anchor", self.options.strength, mean, inner, chunks)
         watch = Unheld("anchor", self.prior, model, inner, chunks, take)
         if makes_own_rate(inner):
             raise ConfigError(

@@ -83,6 +83,7 @@ class ProtectCallback(TrainerCallback):
         self.protection: Protection | None = None
         self._captured: dict[str, Tensor] | None = None
         self._handle = Handle()
+        self._mean: float | None = None  # of the summary, which goes through all weights
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -117,7 +118,7 @@ class ProtectCallback(TrainerCallback):
             self._capture(kwargs["model"])
         self._handle.remove()  # a training that failed left without on_train_end
         reference = self.given if self.given is not None else self._captured
-        self.protection = build_mechanism(self.mechanism, self.prior, reference)
+        self.protection, self._mean = build_mechanism(self.mechanism, self.prior, reference), None
         tell_total_rate(kwargs["optimizer"], kwargs.get("lr_scheduler"), state.max_steps)
         self._handle = self.protection.attach(kwargs["model"], kwargs["optimizer"])
 
@@ -126,6 +127,31 @@ class ProtectCallback(TrainerCallback):
     ) -> None:
         """Detach."""
         self._handle.remove()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Put the hold's figures beside the loss, in ``log_history`` and before the other loggers.
+
+        ``holdfast/held``: the mean of what is held (of the pull a step, for an anchor).
+        ``holdfast/not_held``: how many trained tensors are not. ``holdfast/drift``: see `drift`, where it is
+        known.
+        """
+        if logs is None or "loss" not in logs or self.protection is None:
+            return
+        if self._mean is None:
+            self._mean = float(self.protection.summary()["mean"])
+        figures = {"holdfast/held": self._mean, "holdfast/not_held": float(len(self._handle.not_held))}
+        if self._handle.meter is not None:
+            figures["holdfast/drift"] = self.drift().total
+        logs.update(figures)
+        if state.log_history:
+            state.log_history[-1].update(figures)
 
     def drift(self) -> Drift:
         """How far old outputs have moved since training began, by map and in all; see `Handle.drift`.
