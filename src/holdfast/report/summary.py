@@ -39,7 +39,8 @@ COLUMNS = (
     ),
     Column(
         "forgetting", "Forgetting", "forgetting",
-        "How far each task ended below the best accuracy it ever had, on average. 0 means nothing was lost.",
+        "How far each task ended below the best accuracy it had before the last task, on average. 0 means "
+        "nothing was lost; negative means that the last task helped.",
         higher_is_better=False,
     ),
     Column(
