@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from holdfast import world
-from holdfast.adapters import ADAPTER, load_adapter
+from holdfast.adapters import ADAPTER, NAME, load_adapter
 from holdfast.config import Options
 from holdfast.errors import ModelError
 from holdfast.names import canonical_name, layer_of
@@ -405,7 +405,20 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     if not world.leads():
         return
     model.save_pretrained(folder)
+    for name, config in getattr(model, "peft_config", {}).items():
+        _order_sets(config, folder / ADAPTER if name == NAME else folder / name / ADAPTER)
     tokenizer.save_pretrained(folder)
+
+
+def _order_sets(config: Any, file: Path) -> None:
+    """Sort what PEFT keeps as sets: it writes them in an order that each process draws (PYTHONHASHSEED)."""
+    if not file.is_file():
+        return
+    values = json.loads(file.read_text(encoding="utf-8"))
+    for key, value in values.items():
+        if isinstance(getattr(config, key, None), set):
+            values[key] = sorted(value)
+    file.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
 
 
 @no_library_bars()

@@ -552,6 +552,11 @@ class Difference(Record):
     high: Score = None
     pairs: int = 0
 
+    @property
+    def holds_zero(self) -> bool:
+        """Whether the interval holds 0: the two are not told apart."""
+        return self.low is not None and self.high is not None and self.low <= 0 <= self.high
+
 
 class ComparedRun(Record):
     """One run of a sweep.

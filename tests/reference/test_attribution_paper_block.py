@@ -132,7 +132,7 @@ def test_every_weight_of_the_papers_block_gets_the_papers_relevance() -> None:
         r_logits = torch.zeros_like(logits)  # the logits of the answer's tokens, each where it is predicted
         for position, token in zip((3, 4), ROW.completion_ids, strict=True):
             r_logits[position, token] = logits[position, token]
-        r_h2, r_head = lemma_4_1(r_logits, logits, h2, model.head.weight.T)
+        r_h2 = h2 * ((r_logits / logits) @ model.head.weight)  # R(H^L) = Z: the head takes nothing
         r_delta, r_h1 = delta * (r_h2 / h2), h1 * (r_h2 / h2)  # the residual's additive inputs
         r_g, r_w1, r_b1, r_w2, r_b2 = proposition_4_2(r_delta, delta, g, u, s, w1, b1, w2, b2)
         r_h1 = r_h1 + r_g  # normalisation is the identity
@@ -146,7 +146,7 @@ def test_every_weight_of_the_papers_block_gets_the_papers_relevance() -> None:
         torch.testing.assert_close(got, relevance, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
     torch.testing.assert_close(fold.maps["layers.0.w1.bias"][0], r_b1, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(fold.maps["layers.0.w2.bias"][0], r_b2, rtol=1e-9, atol=1e-12)
-    whole = sum(r.sum() for r in (*expected.values(), r_b1, r_b2, r_head, r_h))
+    whole = sum(r.sum() for r in (*expected.values(), r_b1, r_b2, r_h))
     torch.testing.assert_close(whole, r_logits.sum(), rtol=1e-9, atol=1e-12)
     assert report.conservation_max_relative_error < 1e-9
 
@@ -232,6 +232,7 @@ def llama_block(model, row: Encoded, *, paper: bool) -> dict[str, Tensor]:
     for position, token in zip((3, 4), row.completion_ids, strict=True):
         r_logits[position, token] = logits[position, token]
     r_h2, _ = lemma_4_1(r_logits, logits, y, model.lm_head.weight.T)
+    r_h2 *= 2 if paper else 1  # A's own starts below the head, with all of Z
     r_delta, r_h1 = delta * (r_h2 / h2), h1 * (r_h2 / h2)
     out = {}
     r_m, out["mlp.down_proj"] = lemma_4_1(r_delta, delta, m, weights["mlp.down_proj"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -131,3 +133,13 @@ def test_progress_ends_at_the_total() -> None:
     )
     assert calls[-1] == (4, 4)
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_relevance_in_16_bits_is_not_given_without_a_word(dtype: torch.dtype) -> None:
+    model = build("llama").to(dtype)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        attribute_batches(model, ROWS[:1], fold=AbsoluteMean(), pad_id=0, correct_only=False)
+    said = [str(w.message) for w in told if "attribution: the model is in" in str(w.message)]
+    assert len(said) == (dtype != torch.float32)

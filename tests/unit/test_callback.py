@@ -287,3 +287,24 @@ def test_movement_stands_in_the_log_that_the_trainer_itself_writes_and_returns()
     trainer.log(end)
     assert step == pytest.approx({"loss": 2.0, "old_outputs_moved": 3.0, "epoch": 1.0})
     assert end == {"train_loss": 2.0, "epoch": 1.0}
+
+
+@pytest.mark.parametrize("mechanism", ["gate", "anchor", "penalty", "project"])
+def test_log_history_has_the_figures_of_the_hold_beside_the_loss(mechanism: str, tmp_path: Path) -> None:
+    model, told = tiny_model(), []
+
+    class Logger(TrainerCallback):
+        def on_log(self, *_: Any, logs: Any = None, **__: Any) -> None:
+            told.append(dict(logs))
+
+    callbacks = [ProtectCallback(half_prior(model), mechanism), Logger()]
+    trainer = Trainer(
+        model, arguments(tmp_path, max_steps=2, logging_steps=1), train_dataset=rows(), callbacks=callbacks
+    )
+    trainer.train()
+    losses = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 2
+    for entry in losses:
+        assert entry["holdfast/held"] > 0
+        assert entry["holdfast/not_held"] == 7  # embeddings and norms
+    assert [e["holdfast/held"] for e in told if "loss" in e] == [e["holdfast/held"] for e in losses]

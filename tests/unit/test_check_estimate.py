@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from holdfast.config import validate
 from holdfast.errors import ConfigError
 from holdfast.hold.cost import prior_costs, trained_bytes
-from holdfast.importance import ImportancePrior
+from holdfast.importance import ImportancePrior, compute_prior
 from holdfast.importance.lrp import LrpOptions
 from holdfast.models import LoraOptions, add_lora, block_parameters, tiny_llama
 from holdfast.runner import RunConfig, run
@@ -64,7 +64,7 @@ class FakeContext:
     folder: Path
 
     def importance(self, task: Any, options: Any) -> ImportancePrior:
-        return ImportancePrior({n: torch.ones_like(p) for n, p in block_parameters(self.model).items()})
+        return compute_prior(self.model, [], "uniform", pad_id=0)
 
 
 @pytest.mark.parametrize(("variant", "kept"), [("sum", 1), ("online", 1), ("separate", 3)])
@@ -95,8 +95,9 @@ def test_eq_11_holds_k_values_of_each_weight_8_by_default() -> None:
 
 def test_what_a_prior_does_not_rate_is_noted() -> None:
     made = model()
-    options = STRATEGIES["ewc"].Options().fisher
+    options = LrpOptions()
     rated = sum(p.numel() for p in block_parameters(made).values())
+    assert not any(cost.note for cost in prior_costs(made, STRATEGIES["ewc"].Options().fisher))
     notes = [cost.note for cost in prior_costs(made, options) if cost.note]
     assert [note.split()[0] for note in notes] == [f"{trained_bytes(made, each=1) - rated:,}"]
     for name, p in made.named_parameters():

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from attribution_models import ROWS, build, lora
 from holdfast import storage
-from holdfast.errors import DataError, PriorMismatchError, StorageError
+from holdfast.errors import ConfigError, DataError, PriorMismatchError, StorageError
 from holdfast.importance import compute_prior
 from holdfast.importance.prior import ImportancePrior, trained_parameters
 from holdfast.models import block_parameters
@@ -167,6 +167,23 @@ def test_sum_and_mean_merge_do_not_clip() -> None:
         assert torch.equal(a.merge(b, how="sum").tensors[name], total)
         assert torch.equal(a.merge([b], how="mean").tensors[name], total / 2)
     assert torch.equal(a.tensors["layers.0.w"], prior(0).tensors["layers.0.w"])  # inputs are left alone
+
+
+def test_a_merge_that_there_is_not_is_refused_with_those_that_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"merge: no how='average'. Allowed: max, sum, mean"):
+        prior(0).merge(prior(1), how="average")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("how", ["max", "sum", "mean"])
+def test_priors_of_different_importances_are_not_merged_without_a_word(how: Any) -> None:
+    a, b = prior(0), prior(1)
+    a.meta["importance"], b.meta["importance"] = "lrp", "fisher"
+    with pytest.warns(UserWarning, match=r"merge: the priors are of different importances \(lrp, fisher\)"):
+        a.merge(b, how=how)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        a.mean_normalised().merge(b.mean_normalised(), how=how)  # in one unit
+        a.merge(prior(2, importance="lrp"), how=how)
 
 
 def test_merging_different_weights_is_an_error() -> None:

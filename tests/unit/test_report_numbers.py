@@ -137,6 +137,32 @@ def test_table_marks_the_best_of_each_column_but_not_the_upper_bound(run):
     assert rows[2].cells[2].text == "–"
 
 
+def seeds(run, label, ends, strategy="attribution"):
+    return [run(label, strategy, matrix=two(end), tasks="ab", seed=s) for s, end in enumerate(ends)]
+
+
+def test_headline_claims_nothing_where_the_interval_of_the_difference_holds_zero(run):
+    plain = seeds(run, "sequential", (50.0, 60.0, 52.0), "sequential")
+    said = sentence(*plain, *seeds(run, "gate", (58.0, 55.0, 55.0)))
+    assert said.startswith(
+        "What gate keeps is not told apart from what sequential does: the 95 % interval of the difference, "
+        "−5 to 8, holds 0 (BWT −44 vs −46)"
+    )
+    assert sentence(*plain, *seeds(run, "gate", (58.0, 65.0, 55.0))).startswith("gate keeps 12 %")
+
+
+def test_table_marks_what_can_not_be_told_apart_from_the_best_as_well(run):
+    ends = {"sequential": (50.0, 60.0, 52.0), "gate": (88.0, 80.0, 85.0), "anchor": (84.0, 86.0, 86.0)}
+    rows = table(grouped(distinct([r for label, e in ends.items() for r in seeds(run, label, e)])))
+    assert {r.name: r.cells[0].best for r in rows if not r.member} == {
+        "sequential": False,
+        "gate": True,
+        "anchor": True,
+    }
+    even = table(grouped(distinct([r for n in ("gate", "anchor") for r in seeds(run, n, ends[n])])))
+    assert not any(cell.best for row in even for cell in row.cells[:4])
+
+
 def test_table_shows_the_mean_over_seeds_and_each_seed(run):
     runs = [run("gate", matrix=two(e), tasks="ab", seed=s) for s, e in enumerate((50.0, 54.0))]
     rows = table(grouped(distinct(runs)))

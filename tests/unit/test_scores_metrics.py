@@ -47,6 +47,10 @@ def test_forgetting_counts_from_the_best_score_since_learning_not_from_the_first
     assert backward_transfer(rises) == ((40 - 50) + (60 - 60)) / 2
 
 
+def test_a_task_that_ends_above_all_it_had_has_negative_forgetting() -> None:
+    assert forgetting([[0.0, 0.0], [50.0, 0.0], [70.0, 60.0]]) == -20.0
+
+
 def test_summary_has_the_names_of_metrics_json() -> None:
     assert summarise(BY_HAND) == {
         "ap": 50.0,
@@ -113,11 +117,13 @@ def test_metrics_equal_the_papers_sums(a: list[list[float]]) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(matrices())
-def test_forgetting_is_at_least_minus_backward_transfer_and_never_negative(a: list[list[float]]) -> None:
+def test_forgetting_is_chaudhrys_and_at_least_minus_backward_transfer(a: list[list[float]]) -> None:
+    """f_j = max over l < T of a_lj, minus a_Tj: since it was learned, and without the final row."""
+    T = len(a[0])
+    drops = [max(a[stage][j - 1] for stage in range(j, T)) - a[T][j - 1] for j in range(1, T)]
     lost, moved = forgetting(a), backward_transfer(a)
-    assert lost is not None
+    assert lost == pytest.approx(sum(drops) / (T - 1))
     assert moved is not None
-    assert lost >= 0
     assert lost >= -moved - 1e-9
 
 

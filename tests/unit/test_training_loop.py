@@ -359,3 +359,22 @@ def test_number_of_steps_is_what_check_estimates(
     # 17 rows in batches of 4 make 5 batches, the last of one row
     options = {"batch_size": 4, "gradient_accumulation": accumulation, "epochs": epochs}
     assert fit(tiny_model(), rows_of(count=17), tmp_path, **options).steps == steps
+
+
+def test_tensorboard_writes_beside_the_stage_and_not_into_the_folder_that_is_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import TrainerCallback
+    from transformers.integrations import integration_utils
+
+    written: list[str] = []
+
+    class TensorBoardCallback(TrainerCallback):
+        logging_dir = None
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            written.append(self.logging_dir or args.output_dir)
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", TensorBoardCallback)
+    fit(tiny_model(), rows_of(), tmp_path, max_steps=1, report_to=("tensorboard",))
+    assert written == [str(tmp_path / "tensorboard")]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from holdfast.attribution.ledger import Ledger
@@ -39,6 +41,7 @@ def attribute_batches(
     """Attribute the model's answers to its weights, and fold the per-sample maps (A, section 4.1).
 
     The model is left bit-identical: weights, gradients, flags, hooks and the random state don't change.
+    Warns where it is in 16 bits, which is too few to order the weights by their relevance.
 
     Parameters
     ----------
@@ -80,6 +83,7 @@ def attribute_batches(
         There are no rows.
     """
     chosen = options or AttributionOptions()
+    _warn_of_sixteen_bits(unwrapped(model))
     job = Job(
         chosen.rules,
         chosen.halves,
@@ -126,6 +130,18 @@ def attribute_one(
     ledger, tokens = once.single(row)
     report.unreached = tuple(once.maps.fill_unreached(wanted))
     return ledger, tokens, report
+
+
+def _warn_of_sixteen_bits(model: nn.Module) -> None:
+    dtype = next(model.parameters()).dtype
+    if dtype in (torch.bfloat16, torch.float16):
+        name = str(dtype).removeprefix("torch.")
+        warnings.warn(
+            f"attribution: the model is in {name}, where rounding on the way back is as large as the "
+            "relevance of most weights: in some tensors their order is hardly that of float64 (rank "
+            "correlation 0.44). Load it in float32 to rate its weights; it may be trained in 16 bits.",
+            stacklevel=3,
+        )
 
 
 def per_sample_gradients(

@@ -170,6 +170,12 @@ class Pass:
                 raise
             return self._one_at_a_time(str(error).split(". ")[0])
         alone = self._plain_sketches(probe[0]) if self.job.rules == "gradient" else self._sketches(probe[:1])
+        past = [n for n, s in alone.items() if s.any() and not found[n].any()]
+        if past and self.job.rules == "gradient":
+            return self._one_at_a_time(
+                f"{len(past)} weights belong to no linear map, {past[0]} among them: autograd's gradients, "
+                "sample by sample"
+            )
         apart, where = difference(found, alone)
         self.report.alone_max_relative_error = apart
         if not apart <= TOLERANCE.get(next(iter(self.weights.values())).dtype, 0.5):
@@ -219,7 +225,10 @@ class Pass:
         self.leaves.clear()
         maps.begin_batch(len(rows), batch.lengths, batch.real)
         logits = self._forward(batch, trace)
-        return batch, logits, initial_lambda(logits.detach(), batch.answer_ST, target=job.target, of=job.of)
+        lam = initial_lambda(logits.detach(), batch.answer_ST, target=job.target, of=job.of)
+        if job.rules == "paper" and job.halves == "path":
+            lam = lam * 2  # A starts below the head, R(H^L) = Z: the half that the head takes is given on top
+        return batch, logits, lam
 
     def _state(self, done: int, used: list[int]) -> State:
         tensors, folded = self.maps.fold.state()  # type: ignore[attr-defined]

@@ -48,12 +48,15 @@ def learning_accuracy(matrix: Matrix) -> float | None:
 
 
 def forgetting(matrix: Matrix) -> float | None:
-    """Mean drop of each earlier task from its best score at any stage since it was learned to the end."""
+    """Mean drop of each earlier task from its best score before the last stage to the end.
+
+    Chaudhry et al. 2018, arXiv 1801.10112, eq. 3: negative where a task ends above all it had before.
+    """
     tasks = len(matrix[0])
     drops: list[float | None] = []
     for i in range(tasks - 1):
-        column = [row[i] for row in matrix[i + 1 :]]
-        if any(v is None for v in column):
+        column = [row[i] for row in matrix[i + 1 : -1]]
+        if matrix[-1][i] is None or any(v is None for v in column):
             return None
         best = max(v for v in column if v is not None)
         drops.append(_difference(best, matrix[-1][i]))

@@ -27,6 +27,7 @@ from holdfast.hold.operator import Operator, Rate
 from holdfast.hold.region import Region
 from holdfast.hold.schedule import TOTAL
 from holdfast.hold.spectrum import Spectrum
+from holdfast.hold.strength import mean_of, warn_if_pull_is_faint
 from holdfast.hold.unheld import Unheld
 from holdfast.importance.prior import ImportancePrior, Kind
 
@@ -199,6 +200,9 @@ class Anchor:
                 references.append(reference)
 
         take(chunks)
+        if isinstance(self.options.strength, float):
+            mean = mean_of(self.spectrum.values[name] for chunk in chunks for name in chunk.names)
+            warn_if_pull_is_faint("anchor", self.options.strength, mean, inner, chunks)
         watch = Unheld("anchor", self.prior, model, inner, chunks, take)
         if makes_own_rate(inner):
             raise ConfigError(

@@ -69,7 +69,7 @@ def prior_costs(model: nn.Module, options: Any, kept: int = 1) -> list[Cost]:
     """
     if REGISTRY[options.name].kind == "inputs":
         return _inputs_costs(model, kept)
-    weights = list(block_parameters(model).values())
+    weights = list(REGISTRY[options.name].rated(model).values())
     if not weights:
         return []
     elements, largest = sum(p.numel() for p in weights), max(p.numel() for p in weights)
@@ -79,8 +79,8 @@ def prior_costs(model: nn.Module, options: Any, kept: int = 1) -> list[Cost]:
         Cost(
             f"prior (float32, on the CPU){several}",
             kept * elements * 4,
-            f"{unrated:,} trained parameters (embeddings, norms, head) have no relevance and are not "
-            "protected; model.trainable: blocks trains only what is."
+            f"{unrated:,} trained parameters (embeddings, norms, head) are not rated and not "
+            "held; model.trainable: blocks trains only what is, an importance such as fisher rates all."
             if unrated
             else "",
         ),

@@ -15,6 +15,7 @@ from holdfast.config import Options, validate
 from holdfast.hold.attach import Chunk, Handle, held_summary, hook
 from holdfast.hold.operator import Operator
 from holdfast.hold.spectrum import Spectrum
+from holdfast.hold.strength import mean_of, warn_if_share_is_faint
 from holdfast.hold.unheld import Unheld
 from holdfast.importance.prior import ImportancePrior
 
@@ -110,6 +111,8 @@ class Gate:
                 before.extend([torch.empty_like(p) for p in chunk.parameters] for chunk in more)
 
         take(chunks)
+        share = mean_of(value for _, value in self.held())
+        warn_if_share_is_faint("gate", share, str(self.prior.meta.get("importance", "the prior")))
         watch = Unheld("gate", self.prior, model, inner, chunks, take)
         if self.options.on == "gradient":
             return _gate_gradients(inner, chunks, operators, watch)

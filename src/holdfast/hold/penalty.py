@@ -23,6 +23,7 @@ from holdfast.hold.attach import (
 )
 from holdfast.hold.operator import Operator
 from holdfast.hold.spectrum import Spectrum
+from holdfast.hold.strength import mean_of, warn_if_pull_is_faint
 from holdfast.hold.unheld import Unheld
 from holdfast.importance.prior import ImportancePrior, parameters_by_name
 
@@ -92,6 +93,8 @@ class Penalty:
             references.extend(reference_weights(chunk, self.reference, "penalty") for chunk in more)
 
         take(chunks)
+        mean = mean_of(self.spectrum.values[name] for chunk in chunks for name in chunk.names)
+        warn_if_pull_is_faint("penalty", self.options.strength, mean, inner, chunks)
         watch = Unheld("penalty", self.prior, model, inner, chunks, take)
 
         def add() -> None:

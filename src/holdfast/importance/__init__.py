@@ -19,7 +19,7 @@ from holdfast.config import Options, named, validate
 from holdfast.errors import ConfigError, DataError, ModelError
 from holdfast.importance.prior import ImportancePrior
 from holdfast.importance.registry import REGISTRY, Inputs, Progress
-from holdfast.models import block_parameters, digest, fingerprints, unwrapped
+from holdfast.models import digest, fingerprints, unwrapped
 from holdfast.resume import Partial
 from holdfast.tasks.encode import Encoded
 
@@ -63,7 +63,8 @@ def compute_prior(
     task : str
         Recorded in the prior.
     parameters : mapping of str to Parameter, optional
-        The weights to rate; by default the trainable linear maps in the transformer blocks.
+        The weights to rate; by default all that are trained, and with `lrp` and `inputs` the linear maps in
+        the transformer blocks among them.
     progress : callable, optional
         Called with (samples done, samples in all).
     partial : Partial, optional
@@ -87,14 +88,14 @@ def compute_prior(
     it (``none_right``).
     """
     chosen, model = _options(options), unwrapped(model)
+    importance = REGISTRY[chosen.name]  # type: ignore[attr-defined]
     if parameters is None:
-        parameters = block_parameters(model)
+        parameters = importance.rated(model)
     if not parameters:
         raise ModelError(
             f"importance: {type(model).__name__} has no trainable linear map in transformer blocks. "
             "Unfreeze them, or pass `parameters=` (canonical name to parameter)."
         )
-    importance = REGISTRY[chosen.name]  # type: ignore[attr-defined]
     if importance.needs_data and not rows:
         raise DataError(f"importance '{chosen.name}': the data set is empty.")  # type: ignore[attr-defined]
     start = time.perf_counter()

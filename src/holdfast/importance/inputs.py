@@ -170,7 +170,7 @@ class InputMoments:
         return found
 
 
-@register(InputsOptions, needs_data=True, kind="inputs")
+@register(InputsOptions, needs_data=True, kind="inputs", every_weight=False)
 def moments_of_inputs(inputs: Inputs, options: InputsOptions) -> Computed:
     """The second moment of each linear map's inputs, tokens weighted by `weighting`.
 

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from holdfast.attribution.engine import AttributionOptions, AttributionReport, attribute_batches
 from holdfast.config import Options
 from holdfast.importance.aggregate import AbsoluteMean, SquareMean, TopKMean
+from holdfast.importance.heads import PerHead, splits_of
 from holdfast.importance.registry import Computed, Inputs, register, sample_counts
 from holdfast.importance.right_rows import of_right_rows
 from holdfast.importance.seeding import sample
@@ -44,14 +45,14 @@ class LrpOptions(AttributionOptions, _Lrp):
         return (self.top_k or 8) if self.aggregate == "topk" else 1
 
 
-@register(LrpOptions, needs_data=True)
+@register(LrpOptions, needs_data=True, every_weight=False)
 def lrp(inputs: Inputs, options: LrpOptions) -> Computed:
     """Layer-wise relevance of each weight, folded over samples (A, eqs. 5 to 11).
 
     A to the letter: ``rules="paper", halves="path", target="first", aggregate="topk", per_weight=False``.
     """
     rows = sample(inputs.rows, options.samples, inputs.seed)
-    fold = _fold(options)
+    fold = _fold(inputs, options)
 
     def attribute(correct_only: bool) -> AttributionReport:
         return attribute_batches(
@@ -80,9 +81,10 @@ def lrp(inputs: Inputs, options: LrpOptions) -> Computed:
     )
 
 
-def _fold(options: LrpOptions) -> TopKMean | AbsoluteMean | SquareMean:
+def _fold(inputs: Inputs, options: LrpOptions) -> PerHead | TopKMean | AbsoluteMean | SquareMean:
     if options.aggregate == "topk":
-        return TopKMean(options.folded, per_weight=options.per_weight)
+        fold = TopKMean(options.folded, per_weight=options.per_weight)
+        return PerHead(fold, splits_of(inputs.model)) if options.rules == "paper" else fold
     if options.aggregate == "absolute":
         return AbsoluteMean(per_weight=options.per_weight)
     return SquareMean(per_weight=options.per_weight)

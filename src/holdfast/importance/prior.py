@@ -8,13 +8,13 @@ import warnings
 from collections.abc import ItemsView, Iterator, KeysView, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from holdfast import world
-from holdfast.errors import DataError, PriorMismatchError
+from holdfast.errors import ConfigError, DataError, PriorMismatchError
 from holdfast.importance.reading import Top, bars, block_means, frame, largest, table
 from holdfast.models import block_parameters, fingerprints, input_dims
 from holdfast.names import canonical_name
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 TENSORS = "prior.safetensors"
 META = "prior.json"
 Kind = Literal["weights", "inputs"]
+How = Literal["max", "sum", "mean"]
 _SHOWN = 5  # names listed in a message; a wrong model can differ in hundreds
 
 
@@ -186,7 +187,7 @@ class ImportancePrior:
     def merge(
         self,
         others: ImportancePrior | Sequence[ImportancePrior],
-        how: Literal["max", "sum", "mean"] | None = None,
+        how: How | None = None,
     ) -> ImportancePrior:
         """Summarise the priors of several tasks in one.
 
@@ -198,11 +199,19 @@ class ImportancePrior:
             Default: see `default_merge`. ``max``: the element-wise maximum clipped at 0 (A, eq. 12). ``sum``
             is what EWC does with its Fisher matrices. Neither ``sum`` nor ``mean`` clips.
 
+        Warns where they were computed with different importances and not scaled to one unit
+        (`mean_normalised`): the numbers of one may drown those of another.
+
         Raises
         ------
         PriorMismatchError
             The priors differ in kind, names or shapes, or matrices of the kind ``inputs`` have no maximum.
+        ConfigError
+            No such `how`.
         """
+        how = how or default_merge(self.kind)
+        if how not in (allowed := get_args(How)):
+            raise ConfigError(f"merge: no how={how!r}. Allowed: {', '.join(allowed)}.")
         everyone = [self, *([others] if isinstance(others, ImportancePrior) else others)]
         kinds = [prior.kind for prior in everyone]
         if len(set(kinds)) > 1:
@@ -210,7 +219,14 @@ class ImportancePrior:
                 f"merge: the priors are of different kinds ({', '.join(kinds)}). A number for each weight "
                 "and a matrix for each map's inputs can't be joined; compute both with the same importance."
             )
-        how = how or default_merge(self.kind)
+        importances = dict.fromkeys(str(p.meta["importance"]) for p in everyone if "importance" in p.meta)
+        if len(importances) > 1 and {p.meta.get("unit") for p in everyone} != {"mean"}:
+            warnings.warn(
+                f"merge: the priors are of different importances ({', '.join(importances)}), whose numbers "
+                "are of different size; the larger ones decide. Compute all with the same, or scale each to "
+                "mean 1 first (prior.mean_normalised()).",
+                stacklevel=2,
+            )
         if how == "max" and kinds[0] == "inputs":
             raise PriorMismatchError(
                 "merge: how='max' is element by element, and the maximum of two second moments so taken is "

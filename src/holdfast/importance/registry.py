@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from holdfast.attribution.engine import AttributionReport
 from holdfast.config import Options
-from holdfast.importance.prior import Kind
+from holdfast.importance.prior import Kind, trained_parameters
+from holdfast.models import block_parameters
 from holdfast.resume import Partial
 from holdfast.tasks.encode import Encoded
 
@@ -73,20 +74,37 @@ class Importance:
     compute: Callable[[Inputs, Any], Computed]
     needs_data: bool
     kind: Kind
+    every_weight: bool
+
+    def rated(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """Canonical name to parameter, of what it rates by default: all that is trained, as far as it can.
+
+        Nothing where no linear map in the blocks is trained.
+        """
+        maps = block_parameters(model)
+        return {**maps, **trained_parameters(model)} if maps and self.every_weight else maps
 
 
 REGISTRY: dict[str, Importance] = {}
 
 
 def register(
-    options: type[OptionsT], *, needs_data: bool, kind: Kind = "weights"
+    options: type[OptionsT], *, needs_data: bool, kind: Kind = "weights", every_weight: bool = True
 ) -> Callable[[Callable[[Inputs, OptionsT], Computed]], Callable[[Inputs, OptionsT], Computed]]:
-    """Register a computation under the `name` of its options model."""
+    """Register a computation under the `name` of its options model.
+
+    Parameters
+    ----------
+    every_weight : bool
+        Whether it rates any weight at all (embeddings, norms), not those of linear maps alone.
+    """
 
     def decorator(
         compute: Callable[[Inputs, OptionsT], Computed],
     ) -> Callable[[Inputs, OptionsT], Computed]:
-        REGISTRY[options.model_fields["name"].default] = Importance(options, compute, needs_data, kind)
+        REGISTRY[options.model_fields["name"].default] = Importance(
+            options, compute, needs_data, kind, every_weight
+        )
         return compute
 
     return decorator

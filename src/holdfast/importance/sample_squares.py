@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from holdfast import world
 from holdfast.attribution.maps import WeightMaps
 from holdfast.errors import ConfigError
-from holdfast.models import linear_modules
+from holdfast.importance.prior import some
+from holdfast.models import block_parameters, linear_modules
 
 _TOLERANCE = 2e-2  # of the first step's check in float32; what it is to find is wrong by a fifth and more
 _SMALL = 1e-2  # of the largest gradient: below it, rounding is not looked at
@@ -30,10 +31,12 @@ def require_linear_maps(model: nn.Module, parameters: Mapping[str, nn.Parameter]
     covered = {id(p) for _, module in linear_modules(model) for p in module.parameters(recurse=False)}
     others = [name for name, p in parameters.items() if id(p) not in covered]
     if others:
+        # experts and convolutions are trained with the blocks: that would be refused too
+        in_blocks = block_parameters(model, trainable_only=False).keys() & set(others)
+        other = "LoRA on linear layers" if in_blocks else "LoRA or model.trainable: blocks"
         raise ConfigError(
             "strategy.sensitivity: 'second' needs gradients of single samples, which exist for linear "
-            f"maps only, not for {', '.join(others[:3])}. Use 'second-batch', or train LoRA or "
-            "model.trainable: blocks."
+            f"maps only, not for {some(others)}. Use 'second-batch', or train {other}."
         )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from holdfast.quantities import number, percent, short
 from holdfast.records import Faithfulness
 from holdfast.report.read import AttributionRecord
-from holdfast.report.summary import Group
+from holdfast.report.summary import Group, apart
 
 
 def headline(groups: Sequence[Group], attributions: Sequence[AttributionRecord] = ()) -> str:
@@ -51,6 +51,12 @@ def _compare(best: Group, plain: Group) -> str:
         claim = f"{best.label} keeps all of what {plain.label} forgets"
     else:
         claim = f"{best.label} keeps {percent(100 * (1 - ours / theirs))} of what {plain.label} forgets"
+    gap = apart(best, plain, "bwt")
+    if theirs <= -1 and gap is not None and gap.holds_zero:
+        claim = (
+            f"What {best.label} keeps is not told apart from what {plain.label} does: the 95\u00a0% interval "
+            f"of the difference, {number(gap.low, 0)} to {number(gap.high, 0)}, holds 0"
+        )
     numbers = f"(BWT\u00a0{number(ours, 0)} vs\u00a0{number(theirs, 0)})"
     learned = (best.mean("learning_accuracy"), plain.mean("learning_accuracy"))
     if None not in learned:

@@ -6,7 +6,9 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from holdfast.evaluation.compare import difference
 from holdfast.quantities import duration, number
+from holdfast.records import Difference
 from holdfast.report.read import RunRecord
 
 
@@ -37,7 +39,8 @@ COLUMNS = (
     ),
     Column(
         "forgetting", "Forgetting", "forgetting",
-        "How far each task ended below the best accuracy it ever had, on average. 0 means nothing was lost.",
+        "How far each task ended below the best accuracy it had before the last task, on average. 0 means "
+        "nothing was lost; negative means that the last task helped.",
         higher_is_better=False,
     ),
     Column(
@@ -167,22 +170,17 @@ def table(groups: Sequence[Group]) -> list[Row]:
     """The comparison, best value per column marked.
 
     The joint upper bound and unfinished runs don't compete for the mark; it is given only where at
-    least two do.
+    least two do. What can't be told apart from the best has the mark too, and where that is so of all of them
+    none has.
     """
     rows = []
     rivals = [g for g in groups if g.finished and not g.joint]
+    marked = {column.key: _best(rivals, column) for column in COLUMNS}
     for index, group in enumerate(groups):
         cells = []
         for column in COLUMNS:
-            means = [m for g in rivals if (m := g.mean(column.key)) is not None]
             mean = group.mean(column.key)
-            top = (max if column.higher_is_better else min)(means, default=None)
-            best = (
-                len(set(means)) > 1
-                and group in rivals
-                and mean is not None
-                and _print(column, mean) == _print(column, top)
-            )
+            best = group in marked[column.key]
             values = group.values(column.key)
             spread = (
                 f"± {number(statistics.stdev(values))}" if len(values) > 1 and column.key != "seconds" else ""
@@ -196,6 +194,28 @@ def table(groups: Sequence[Group]) -> list[Row]:
             name = run.name.removeprefix(f"{group.label} · ")
             rows.append(Row(name, index, alone, run.metrics.finished, True, note=_progress(run)))
     return rows
+
+
+def apart(group: Group, other: Group, key: str) -> Difference | None:
+    """The difference of a column, paired by seed, with its interval; None where seeds make no two pairs."""
+    one, two = ({run.metrics.seed: value_of(run, key) for run in g.runs} for g in (group, other))
+    found = difference(one, two)
+    return None if found.low is None else found
+
+
+def _best(rivals: Sequence[Group], column: Column) -> list[Group]:
+    measured = [(mean, group) for group in rivals if (mean := group.mean(column.key)) is not None]
+    if len({mean for mean, _ in measured}) < 2:
+        return []
+    top = (max if column.higher_is_better else min)(mean for mean, _ in measured)
+    first = next(group for mean, group in measured if mean == top)
+    best = []
+    for mean, group in measured:
+        gap = None if group is first else apart(first, group, column.key)
+        even = gap is not None and gap.holds_zero
+        if even or _print(column, mean) == _print(column, top):
+            best.append(group)
+    return best if len(best) < len(measured) else []
 
 
 def _print(column: Column, value: float | None) -> str:

@@ -250,7 +250,8 @@ class _Planner:
                 if where not in found:
                     found.append(where)
             return
-        command = shlex.join(["holdfast", "run", str(self.base), *assignments])
+        where_to = [_assignment(key, value) for key, value in own.items()]  # without, not this cell's folder
+        command = shlex.join(["holdfast", "run", str(self.base), *assignments, *where_to])
         yield Cell(line, seed, name, config, command)
 
     def _check_grid(self, cells: list[Cell]) -> None:

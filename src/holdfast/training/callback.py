@@ -91,6 +91,7 @@ class ProtectCallback(TrainerCallback):
         self.protection: Protection | None = None
         self._captured: dict[str, Tensor] | None = None
         self._handle = Handle()
+        self._mean: float | None = None  # of the summary, which goes through all weights
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -128,9 +129,15 @@ class ProtectCallback(TrainerCallback):
             self._capture(kwargs["model"])
         self._handle.remove()  # a training that failed left without on_train_end
         reference = self.given if self.given is not None else self._captured
-        self.protection = build_mechanism(self.mechanism, self.prior, reference)
+        self.protection, self._mean = build_mechanism(self.mechanism, self.prior, reference), None
         tell_total_rate(kwargs["optimizer"], kwargs.get("lr_scheduler"), state.max_steps)
         self._handle = self.protection.attach(kwargs["model"], kwargs["optimizer"])
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Detach."""
+        self._handle.remove()
 
     def on_log(
         self,
@@ -140,16 +147,22 @@ class ProtectCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Put old outputs' movement, in percent, beside the loss: ``old_outputs_moved``."""
-        if logs is not None and "loss" in logs and self._handle.meter is not None:
-            logs[MOVED] = self.drift().percent
-            state.log_history[-1][MOVED] = logs[MOVED]
+        """Put the hold's figures beside the loss, in ``log_history`` and before the other loggers.
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Detach."""
-        self._handle.remove()
+        ``holdfast/held``: the mean of what is held (of the pull a step, for an anchor).
+        ``holdfast/not_held``: how many trained tensors are not. ``old_outputs_moved``: see `Drift.percent`,
+        where it is known.
+        """
+        if logs is None or "loss" not in logs or self.protection is None:
+            return
+        if self._mean is None:
+            self._mean = float(self.protection.summary()["mean"])
+        figures = {"holdfast/held": self._mean, "holdfast/not_held": float(len(self._handle.not_held))}
+        if self._handle.meter is not None:
+            figures[MOVED] = self.drift().percent
+        logs.update(figures)
+        if state.log_history:
+            state.log_history[-1].update(figures)
 
     def drift(self) -> Drift:
         """How far old outputs have moved since training began, by map and in all; see `Handle.drift`.

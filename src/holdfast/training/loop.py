@@ -158,6 +158,7 @@ def train(
         trainer.bad_batch = folder.parent / "bad_batch.safetensors"
         if trainer.own_loss:
             trainer.model_accepts_loss_kwargs = True  # our loss divides by the step's token count itself
+        _keep_logs(trainer, folder.parent / "tensorboard")
         for noisy in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(noisy)
         checkpoint = latest_checkpoint(folder)
@@ -193,6 +194,14 @@ def train(
     model.eval()
     model.zero_grad(set_to_none=True)
     return record
+
+
+def _keep_logs(trainer: Trainer, folder: Path) -> None:
+    """Let TensorBoard write beside the stage's other files: the trainer's own folder is deleted."""
+    for callback in trainer.callback_handler.callbacks:
+        writer: Any = callback
+        if type(callback).__name__ == "TensorBoardCallback" and writer.logging_dir is None:
+            writer.logging_dir = str(folder)
 
 
 def save_record(record: TrainingRecord, path: Path) -> None:

@@ -49,7 +49,9 @@ class TrainingOptions(Options):
     checkpoint_steps: int = Field(500, ge=1, description="save what a resume needs every n steps of a task")
     log_steps: int = Field(10, ge=1)
     report_to: tuple[str, ...] = Field(
-        (), description="logging integrations of transformers: one name, such as wandb, or several"
+        (),
+        description="logging integrations of transformers: one name, such as wandb, or several; tensorboard "
+        "writes into the stage's folder",
     )
 
     @field_validator("report_to", mode="before")

@@ -1,0 +1,67 @@
+"""A hold that holds almost nothing says so, and what is advised there holds."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+from holdfast.hold import Anchor, Gate, Penalty, tell_total_rate
+from holdfast.importance.prior import ImportancePrior
+from small_network import graded, network
+
+
+def fisher(size: float = 1e-7) -> ImportancePrior:
+    values = graded(network(), 0.0, 2 * size)
+    return ImportancePrior(values.tensors, {"importance": "fisher"})
+
+
+def said(mechanism: Any, steps: int | None = 100) -> list[str]:
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    if steps is not None:
+        tell_total_rate(optimizer, None, steps)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        mechanism.attach(model, optimizer)
+    return [str(warning.message) for warning in told]
+
+
+def test_a_gate_on_values_far_below_one_says_so_and_what_it_advises_holds() -> None:
+    (message,) = said(Gate(fisher()))
+    assert re.match(r"gate: it holds 1e-07 of each step, .* the values of 'fisher' are far below 1", message)
+    for advised in (Gate(fisher(), shape="soft"), Gate(fisher(), shape="top")):
+        assert said(advised) == []
+    assert said(Gate(fisher().mean_normalised())) == []
+
+
+@pytest.mark.parametrize("steps", [100, None], ids=["told", "not told"])
+@pytest.mark.parametrize("make", [Penalty, lambda p, **s: Anchor(p, **s)], ids=["penalty", "anchor"])
+def test_a_pull_that_pulls_nothing_says_so_with_a_strength_that_does(make: Any, steps: int | None) -> None:
+    weak = {"strength": 3e3 if make is Penalty else 1e-3}
+    (message,) = said(make(fisher(), **weak), steps)
+    advised = re.search(r"is almost nothing. strength=(\S+) is a whole pull of 5", message)
+    assert advised is not None
+    assert said(make(fisher(), strength=float(advised[1])), steps) == []
+
+
+def test_the_advised_strength_means_the_same_whatever_the_size_of_the_importance() -> None:
+    found = []
+    for size in (1e-7, 1e-4):
+        (message,) = said(Penalty(fisher(size), strength=1e-9 / size))
+        found.append(float(re.search(r"strength=(\S+) is a whole", message)[1]) * size)  # type: ignore[index]
+    assert found[0] == pytest.approx(found[1], rel=0.2)  # one digit is shown
+
+
+def test_a_prior_that_rates_nothing_says_so() -> None:
+    nothing = ImportancePrior({n: torch.zeros_like(t) for n, t in fisher().tensors.items()})
+    for mechanism in (Gate(nothing), Penalty(nothing), Anchor(nothing)):
+        assert len(said(mechanism)) == 1
+
+
+def test_what_holds_says_nothing() -> None:
+    for mechanism in (Anchor(fisher()), Penalty(fisher(), strength=1e9), Penalty(fisher(), strength=0)):
+        assert said(mechanism) == []
