@@ -135,6 +135,8 @@ class Encoder:
             The answer or (for a causal model) the prompt has no tokens, or the tokenizer's chat template
             can't frame a chat prompt.
         """
+        if example.text:
+            return self._whole(example.completion)
         chat = self.asks_in_turns(example.prompt)
         completion_ids, completion_cut = self._answer(example.completion, chat=chat)
         if not completion_ids:
@@ -154,6 +156,21 @@ class Encoder:
                 "answer from. Put {bos} or some text into template.prompt."
             )
         return Encoded(prompt_ids, completion_ids, cut, completion_cut)
+
+    def _whole(self, text: str) -> Encoded:
+        """A text without a frame, as long as prompt and answer may be together.
+
+        A causal model reads the begin (or end) token and learns all of it; of an encoder-decoder model the
+        encoder reads the first half and the decoder learns the second.
+        """
+        limit = self.template.max_prompt_tokens + self.template.max_completion_tokens
+        ids = self.text.ids(text)
+        kept, cut, end = ids[:limit], max(0, len(ids) - limit), self.tokenizer.eos_token_id
+        if self.encoder_decoder:
+            half = len(kept) // 2
+            return Encoded([*kept[:half], end], kept[half:], 0, cut)
+        begin = self.tokenizer.bos_token_id
+        return Encoded([end if begin is None else begin], kept, 0, cut)
 
     def asks_in_turns(self, prompt: str | Sequence[Message]) -> bool:
         """Whether the tokenizer's chat template frames a prompt."""

@@ -24,12 +24,15 @@ class Example:
         All answers that count as right; empty means the completion alone.
     tools : tuple of mappings
         The functions that a chat may call, as its chat template takes them.
+    text : bool
+        It is no question and answer: `completion` is a text that is learned whole, without a frame.
     """
 
     prompt: str | tuple[Message, ...]
     completion: str
     references: tuple[str, ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
+    text: bool = False
 
     @property
     def answers(self) -> tuple[str, ...]:
@@ -40,13 +43,16 @@ class Example:
         """The example as a row of a JSONL file."""
         prompt = self.prompt if isinstance(self.prompt, str) else [dict(m) for m in self.prompt]
         row = {"prompt": prompt, "completion": self.completion, "references": list(self.references)}
+        if self.text:
+            return row | {"text": True}
         return row | ({"tools": [dict(tool) for tool in self.tools]} if self.tools else {})
 
     @classmethod
     def of_record(cls, row: Mapping[str, Any]) -> Example:
         """The example that `record` gave."""
         prompt = row["prompt"] if isinstance(row["prompt"], str) else tuple(row["prompt"])
-        return cls(prompt, row["completion"], tuple(row["references"]), tuple(row.get("tools", ())))
+        tools, text = tuple(row.get("tools", ())), bool(row.get("text", False))
+        return cls(prompt, row["completion"], tuple(row["references"]), tools, text)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from holdfast.models import accepts, is_encoder_decoder
 from holdfast.progress import Progress, no_library_bars
 from holdfast.records import TrainingLog
 from holdfast.tasks.encode import Encoded, collate
+from holdfast.training.beside import Beside
 from holdfast.training.bridge import bridged
 from holdfast.training.checkpoints import latest_checkpoint
 from holdfast.training.losses import TokenLoss
@@ -76,6 +77,7 @@ def train(
     base: Base | None = None,
     progress: Progress | None = None,
     description: str = "train",
+    beside: Beside | None = None,
 ) -> TrainingRecord:
     """Fine-tune a model on encoded rows; continues from the newest sound checkpoint in `folder`.
 
@@ -90,6 +92,8 @@ def train(
         the same weights, bit for bit, on the same machine.
     base : Base, optional
         What ``loss: kl_to_base`` stays close to.
+    beside : Beside, optional
+        Old rows that each batch gets a share of.
 
     Raises
     ------
@@ -121,7 +125,7 @@ def train(
         from trl import SFTTrainer
 
         trainer_class = bridged(SFTTrainer)
-    batch_of = Collator(model, tokenizer, "right" if sft else None)
+    batch_of = Collator(model, tokenizer, "right" if sft else None, beside)
     with progress.bar(description, total=1) as bar:
         steps = Steps(verbs or Verbs(), record, bar)
         trainer = trainer_class(
@@ -207,15 +211,22 @@ class Collator:
         The batch holds what its forward pass takes.
     side : {"left", "right"}, optional
         Where inputs are padded; by default left for a causal model, so that its answers end the row.
+    beside : Beside, optional
+        Old rows that each batch gets a share of; their numbers are negative.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, side: Any = None) -> None:
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, side: Any = None, beside: Beside | None = None
+    ) -> None:
+        self.beside = beside
         self.encoder_decoder = is_encoder_decoder(model)
         self.side: Any = side or ("right" if self.encoder_decoder else "left")
         self.pad_id = tokenizer.pad_token_id
         self.positions = not self.encoder_decoder and accepts(model, "position_ids")
 
     def __call__(self, items: Sequence[tuple[int, Encoded]]) -> dict[str, Tensor]:
+        if self.beside is not None:
+            items = [*items, *self.beside.of_batch([number for number, _ in items])]
         rows = [row for _, row in items]
         batch = collate(rows, self.pad_id, encoder_decoder=self.encoder_decoder, side=self.side)
         if not self.positions:
