@@ -21,6 +21,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "replay": {"memory": {"count": 4}},
     "lamol": {"writing": {"tries": 1}},
     "lfpt5": {"tokens": 4, "writing": {"tries": 1}},
+    "kpig": {"memory": {"count": 4}},
     "sapt-lora": {"memory": {"count": 4}},
     "sapt-prompt": {"memory": {"count": 4}},
     "kif-m": {"memory": {"count": 4}},
