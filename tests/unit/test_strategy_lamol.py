@@ -13,6 +13,7 @@ from torch import Tensor
 from contexts import context_of
 from holdfast.config import validate
 from holdfast.errors import DataError
+from holdfast.evaluation.writing import Written
 from holdfast.models import is_encoder_decoder
 from holdfast.runner import RunConfig, run
 from holdfast.runner.findings import check
@@ -110,9 +111,10 @@ def test_leaving_a_task_leaves_no_trace_in_the_model() -> None:
     assert (sorted(model.state_dict()), [p.requires_grad for p in model.parameters()]) == before
 
 
-def config_of(output: Path, **options: Any) -> RunConfig:
+def config_of(output: Path, *order: str, **options: Any) -> RunConfig:
     strategy = {"name": "lamol", "ratio": 0.5, "writing": {"tries": 2}, **options}
     values = tiny_run(output, strategy=strategy, training=TRAINING, template=CUT)
+    values["tasks"]["order"] = list(order)
     return validate(RunConfig, values, source="test")
 
 
@@ -121,24 +123,19 @@ def outcome(folder: Path) -> dict[str, str]:
     return texts | {"matrix": json.dumps(json.loads((folder / "metrics.json").read_text())["matrix"])}
 
 
-def test_rows_are_written_before_each_task_and_a_killed_run_writes_the_same(
+def test_rows_are_written_before_a_task_and_a_killed_run_writes_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    metrics = run(config_of(tmp_path / "whole"))
+    metrics = run(config_of(tmp_path / "whole", "copy", "flip"))
     assert (metrics["memory"], metrics["rehearses"], metrics["label"]) == ("generated", False, "lamol")
-    found = {p.parent.relative_to(tmp_path / "whole").as_posix() for p in tmp_path.rglob("memory.json")}
-    assert found == {f"tasks/{p}" for p in ("02-flip/written/01-copy", "03-head/written/01-copy",
-                                            "03-head/written/02-flip")}  # fmt: skip
-    kept = 0
-    for path in tmp_path.rglob("memory.json"):
-        counts = json.loads(path.read_text())
-        left_out = [counts[key] for key in ("empty", "unfinished", "repeated", "copied", "unsure")]
-        assert counts["asked"] == (16 if "02-flip/written" in path.as_posix() else 8), "as many of each task"
-        assert counts["kept"] <= counts["asked"]
-        assert counts["written"] - sum(left_out) >= counts["kept"]
-        kept += counts["kept"]
-    assert kept > 0
-    broken = config_of(tmp_path / "broken")
+    (path,) = (tmp_path / "whole").rglob("memory.json")
+    assert path.parent == tmp_path / "whole/tasks/02-flip/written/01-copy"
+    counts = json.loads(path.read_text())
+    left_out = sum(counts[key] for key in ("empty", "unfinished", "repeated", "copied", "unsure"))
+    assert counts["asked"] == 16, "half as many as the task has"
+    assert 0 < counts["kept"] <= 16
+    assert counts["written"] - left_out >= counts["kept"]
+    broken = config_of(tmp_path / "broken", "copy", "flip")
     with monkeypatch.context() as patch:
         kill_when(patch, "holdfast.training.bridge.completion_loss", 28 + 25)  # in task 2, with written rows
         with pytest.raises(Killed):
@@ -147,8 +144,37 @@ def test_rows_are_written_before_each_task_and_a_killed_run_writes_the_same(
     assert outcome(tmp_path / "broken") == outcome(tmp_path / "whole")
 
 
+def test_as_many_rows_are_written_of_each_earlier_task_and_bad_ones_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strategy, model = strategy_of("lamol", ratio=1.0), model_of("llama")
+    for earlier in range(2):
+        strategy.begin(context_of(model), stage_of(earlier))
+        strategy.end(context_of(model), stage_of(earlier))
+    asked: list[tuple[Any, ...]] = []
+
+    def write_rows(answers: Any, encoder: Any, opening: Any, options: Any, **values: Any) -> Written:
+        asked.append((values["count"], opening.shared, values["writer"].source(torch.ones(1, 1), None)))
+        return Written(
+            values["count"], written=5, unfinished=4, rows=[Example("copy ab=", "ab")], confidence=[0.0]
+        )
+
+    monkeypatch.setattr("holdfast.strategies.generation.write_rows", write_rows)
+    context = context_of(model, tmp_path)
+    strategy.begin(context, stage_of(2))
+    rows = strategy.examples(context, stage_of(2))
+    assert [(count, shared) for count, shared, _ in asked] == [(4, ()), (4, ())], (
+        "the token stands for the task"
+    )
+    for number, (_, _, vector) in enumerate(asked):
+        assert torch.equal(vector[0, 0], strategy.tasks.rows[number])
+    assert (len(rows), rows[-1]) == (10, Example("copy ab=", "ab"))
+    counts = [json.loads(path.read_text()) for path in sorted(tmp_path.rglob("memory.json"))]
+    assert [(c["unfinished"], c["kept"]) for c in counts] == [(4, 1), (4, 1)]
+
+
 def test_check_counts_written_rows(tmp_path: Path) -> None:
-    found = dict(check(config_of(tmp_path / "run")).estimate)
+    found = dict(check(config_of(tmp_path / "run", "copy", "flip", "head")).estimate)
     assert found["optimizer steps"] == "112 (28, 42, 42 by stage)", "48 rows in the later two"
 
 

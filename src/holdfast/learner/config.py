@@ -167,6 +167,8 @@ def _memory_of(options: Any) -> Literal["none", "kept", "generated"]:
     """Of a strategy's options, or of a ``replay:`` section."""
     memory = getattr(options, "memory", None)
     if memory is not None:
+        if memory.sampling == "none":
+            return "none"
         return "generated" if memory.generated else "kept"
     name = getattr(options, "name", None)
     if name is not None and STRATEGIES[name].writes:

@@ -24,6 +24,7 @@ from holdfast.errors import ConfigError, DataError, ModelError, RunDirectoryErro
 from holdfast.evaluation.evaluate import EncodedTask, EvaluationOptions, encode_task, evaluate_encoded
 from holdfast.evaluation.general import Divergence
 from holdfast.evaluation.predictions import file_safe, write_predictions
+from holdfast.evaluation.surprise import most_surprising, surprises
 from holdfast.evaluation.writing import write_rows
 from holdfast.folder import PARTIAL, Folder
 from holdfast.learner.base_task import BASE, BaseTask
@@ -45,6 +46,7 @@ from holdfast.tasks.memory import MemoryOptions, Rehearsal, WritingOptions
 from holdfast.tasks.opening import opening_of
 from holdfast.tasks.options import subsample
 from holdfast.tasks.task import Example, MetricName, Task
+from holdfast.training.beside import Beside
 from holdfast.training.loop import save_record, train
 from holdfast.training.verbs import Verbs
 
@@ -378,8 +380,12 @@ class Learner:
             examples = self.strategy.examples(self.context, stage)
             if self.replay is not None:
                 examples = self.replay.mixed(examples, self.config.seed)
+            rehearsal = self.replay or self.strategy.rehearsal
+            beside = None if rehearsal is None else Beside.of(rehearsal, self.encoder, self.config.seed)
             said = description or f"learn {stage.name}"
-            learning = Learning(self.context, self.strategy, self.config, self.base, stage, examples, said)
+            learning = Learning(
+                self.context, self.strategy, self.config, self.base, stage, examples, said, beside
+            )
             try:
                 yield learning
             finally:
@@ -671,10 +677,18 @@ class Learner:
     def _write(self, task: Task, options: MemoryOptions) -> list[Example]:
         """Rows that the model writes of a task it has just learned, kept as text in the stage's folder.
 
-        Those of the base it has written already, or were given.
+        Those of the base it has written already, or were given. By surprise: those of the task's own that it
+        finds least likely now.
         """
         if task.name == BASE and self.config.protect_base is not None:
             return list(subsample(task.train, options.written, self.config.seed, BASE, "memory"))
+        if options.sampling == "surprise":
+            with self.progress.bar(f"surprise of {task.name}", total=len(task.train)) as bar:
+                size = self.config.evaluation.batch_size
+                found = surprises(
+                    self.route(task.name), self.encoder, task.train, batch_size=size, progress=bar
+                )
+            return most_surprising(task.train, found, options.size(len(task.train)))
         with self.progress.bar(f"write rows of {task.name}", total=options.written) as bar:
             written = write_rows(
                 self.route(task.name),

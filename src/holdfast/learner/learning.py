@@ -20,6 +20,7 @@ from holdfast.models import is_encoder_decoder
 from holdfast.strategies import STRATEGIES, Context, Stage, Strategy
 from holdfast.tasks.encode import Encoded
 from holdfast.tasks.task import Example
+from holdfast.training.beside import Beside
 from holdfast.training.bridge import bridged, is_trl
 from holdfast.training.loop import Collator, Rows, train
 from holdfast.training.losses import TokenLoss
@@ -57,6 +58,7 @@ class Learning:
         stage: Stage,
         examples: Sequence[Example],
         description: str,
+        beside: Beside | None = None,
     ) -> None:
         self.context, self.strategy, self.config, self.base = context, strategy, config, base
         self.stage, self.examples, self.folder = stage, list(examples), context.folder
@@ -66,7 +68,7 @@ class Learning:
         self.options = _with_lm_weight(context, config, stage)
         self.record.lm_weight = self.options.lm_weight or 0.0
         self.prompt_loss = PromptLoss.of(self.options, context.tokenizer)
-        self._description = description
+        self._description, self._beside = description, beside
         self._handles: list[Handle] = []
         self._steps: list[Steps] = []
 
@@ -83,7 +85,7 @@ class Learning:
     @cached_property
     def collate(self) -> Collator:
         """Makes a batch of items of `numbered`; the loss sees completions only."""
-        return Collator(self.context.model, self.context.tokenizer)
+        return Collator(self.context.model, self.context.tokenizer, beside=self._beside)
 
     @cached_property
     def dataset(self) -> Any:
@@ -117,6 +119,7 @@ class Learning:
             base=self.base,
             progress=context.progress,
             description=self._description,
+            beside=self._beside,
         )
         self.trained = True
         return self.record
@@ -187,6 +190,11 @@ class Learning:
     def _data(self, cls: Any) -> dict[str, Any]:
         """What a trainer needs to train on `rows`."""
         if is_trl(cls):
+            if self._beside is not None:
+                raise ConfigError(
+                    f"stage.trainer: {cls.__name__} makes its own batches, and `mixing: batches` puts old "
+                    "rows beside each. Use `mixing: rows`, stage.train(), or a plain Trainer."
+                )
             return {"train_dataset": self.dataset}
         return {"train_dataset": self.numbered, "data_collator": self.collate}
 

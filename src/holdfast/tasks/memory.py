@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from holdfast.config import Options
+from holdfast.tasks.general import GeneralOptions, read_texts, with_texts
 from holdfast.tasks.task import Example, Task, TaskStream
 
 
@@ -32,17 +33,23 @@ class MemoryOptions(Options):
     """How many examples a memory has, and which; ``generated`` stands for ``{sampling: generated}``."""
 
     fraction: float | None = Field(
-        None, gt=0, le=1, description="balanced only: share of each task's rows (default 0.02, K, section VI)"
+        None,
+        gt=0,
+        le=1,
+        description="balanced, surprise: share of each task's rows (default 0.02, K, section VI)",
     )
     count: int | None = Field(
         None,
         ge=1,
-        description="rows instead of a share: of each task (balanced, generated: 100) or in all (reservoir)",
+        description="rows instead of a share: of each task (balanced, surprise, generated: 100) or in all "
+        "(reservoir)",
     )
-    sampling: Literal["balanced", "reservoir", "generated"] = Field(
+    sampling: Literal["balanced", "reservoir", "surprise", "generated", "none"] = Field(
         "balanced",
         description="balanced: a draw of each task by itself; reservoir: one buffer of fixed size, in which "
-        "every row seen so far is equally likely; generated: no row is kept, the model writes its own",
+        "every row seen so far is equally likely; surprise: of each task the rows whose answers the model "
+        "finds least likely once it has learned them; generated: no row is kept, the model writes its own; "
+        "none: nothing is kept, for general text alone",
     )
     writing: WritingOptions | None = Field(None, description="generated only: how rows are written")
 
@@ -55,6 +62,10 @@ class MemoryOptions(Options):
     def generated(self) -> bool:
         """Whether the model writes the rows itself."""
         return self.sampling == "generated"
+
+    def size(self, rows: int) -> int:
+        """Balanced and surprise only: how many of a task's rows are kept."""
+        return min(self.count or max(1, round((self.fraction or 0.02) * rows)), rows)
 
     @property
     def written(self) -> int:
@@ -86,6 +97,14 @@ class RehearsalOptions(Options):
         lt=1,
         description="share of a later task's training rows that are old (0.2; of generated ones 0.4)",
     )
+    mixing: Literal["rows", "batches"] = Field(
+        "rows",
+        description="rows: old ones are shuffled among the new; batches: each batch of new rows gets its "
+        "share of old ones beside it, drawn anew",
+    )
+    general: GeneralOptions | None = Field(
+        None, description="general text in a stated share of the rows, from the first task on"
+    )
 
     @property
     def share(self) -> float:
@@ -93,12 +112,13 @@ class RehearsalOptions(Options):
         return self.ratio or (0.4 if self.memory.generated else 0.2)
 
 
-Write = Callable[[Task, MemoryOptions], Sequence[Example]]  # what the model writes of a task it has learned
+# of a task that it has just learned: rows that the model writes, or those that it finds most surprising
+Write = Callable[[Task, MemoryOptions], Sequence[Example]]
 
 
 def stand_in(task: Task, options: MemoryOptions) -> list[Example]:
     """In place of `Write` where only the number of rows counts."""
-    return [Example("", "")] * options.written
+    return [Example("", "")] * (options.written if options.generated else options.size(len(task.train)))
 
 
 def sizes_before(options: MemoryOptions, stream: TaskStream) -> list[int]:
@@ -110,18 +130,34 @@ def sizes_before(options: MemoryOptions, stream: TaskStream) -> list[int]:
     return sizes
 
 
+def mix(new: Sequence[Example], old: Sequence[Example], ratio: float, draw: random.Random) -> list[Example]:
+    """New examples and old ones, of which `ratio` are old, in random order; old ones in whole rounds."""
+    wanted = round(len(new) * ratio / (1 - ratio))
+    taken: list[Example] = []
+    while len(taken) < wanted:
+        taken += draw.sample(old, min(len(old), wanted - len(taken)))
+    mixed = [*new, *taken]
+    draw.shuffle(mixed)
+    return mixed
+
+
 class Memory:
     """Examples for the tasks learned so far; it holds copies and never looks at an earlier task again.
 
     Parameters
     ----------
     options : MemoryOptions
+
+    Attributes
+    ----------
+    tasks : int
+        How many it has been given.
     """
 
     def __init__(self, options: MemoryOptions) -> None:
         self.options = options
         self.rows: list[tuple[str, Example]] = []
-        self._seen = self._tasks = 0
+        self._seen = self.tasks = 0
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -137,22 +173,24 @@ class Memory:
         Parameters
         ----------
         write : callable, optional
-            Asks the model for rows of its own; a generated memory takes these, and none of the task's.
+            Asks the model: a generated memory takes rows of its own, and none of the task's; one by surprise
+            those of the task's that it names.
         """
-        draw = random.Random(f"memory {seed} {self._tasks}")
-        self._tasks += 1
+        draw = random.Random(f"memory {seed} {self.tasks}")
+        self.tasks += 1
         options = self.options
-        if options.generated:
+        if options.sampling == "none":
+            return
+        if options.generated or options.sampling == "surprise":
             if write is None:
-                raise ValueError("a generated memory needs `write`")
+                raise ValueError(f"a memory by `sampling: {options.sampling}` needs `write`")
             self.rows += [(task.name, row) for row in write(task, options)]
             return
         rows = len(task.train)
         if options.sampling == "reservoir":
             self._fill(task, draw, options.count or 0)
             return
-        size = options.count or max(1, round((options.fraction or 0.02) * rows))
-        kept = sorted(draw.sample(range(rows), min(size, rows)))
+        kept = sorted(draw.sample(range(rows), options.size(rows)))
         self.rows += [(task.name, task.train[i]) for i in kept]
 
     def _fill(self, task: Task, draw: random.Random, room: int) -> None:
@@ -171,39 +209,47 @@ class Memory:
         """
         if not self.rows:
             return list(new)
-        draw = random.Random(f"mix {seed} {self._tasks}")
-        wanted = round(len(new) * ratio / (1 - ratio))
-        old: list[Example] = []
-        while len(old) < wanted:
-            old += draw.sample(self.examples, min(len(self.rows), wanted - len(old)))
-        mixed = [*new, *old]
-        draw.shuffle(mixed)
-        return mixed
+        return mix(new, self.examples, ratio, random.Random(f"mix {seed} {self.tasks}"))
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able: the examples themselves, and the counters."""
         rows = [{"task": task, **example.record()} for task, example in self.rows]
-        return {"rows": rows, "seen": self._seen, "tasks": self._tasks}
+        return {"rows": rows, "seen": self._seen, "tasks": self.tasks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
         self.rows = [(row["task"], Example.of_record(row)) for row in state["rows"]]
-        self._seen, self._tasks = state["seen"], state["tasks"]
+        self._seen, self.tasks = state["seen"], state["tasks"]
 
 
 class Rehearsal:
     """A memory and the ratio at which it is mixed into what later tasks train on.
 
     The strategy `replay` and the run config's ``replay:`` section are both this class. A task takes
-    1 / (1 - ratio) times as many steps an epoch as without. Memory: the kept examples, in the state too.
+    1 / (1 - ratio) times as many steps an epoch as without; with ``mixing: batches`` as many, in batches that
+    are larger by as much. Memory: the kept examples, in the state too.
+
+    Raises
+    ------
+    ConfigError
+        The file of general text can't be read.
     """
 
     def __init__(self, options: RehearsalOptions) -> None:
-        self.ratio, self.memory = options.share, Memory(options.memory)
+        self.ratio, self.memory, self.mixing = options.share, Memory(options.memory), options.mixing
+        self.general = options.general
+        self._texts = [] if options.general is None else read_texts(options.general.file)
 
     def mixed(self, new: Sequence[Example], seed: int) -> list[Example]:
-        """What a stage trains on: its own rows, and old ones once a task has been learned."""
-        return self.memory.mixed_with(new, self.ratio, seed)
+        """What a stage trains on: its own rows, old ones once a task has been learned, and general text."""
+        rows = list(new) if self.mixing == "batches" else self.memory.mixed_with(new, self.ratio, seed)
+        if self.general is None:
+            return rows
+        return with_texts(rows, self._texts, self.general.share, f"general {seed} {self.memory.tasks}")
+
+    def beside(self) -> list[Example]:
+        """Old rows that each batch of new ones gets a share of."""
+        return self.memory.examples if self.mixing == "batches" else []
 
     def learned(self, tasks: Sequence[Task], seed: int, write: Write | None = None) -> None:
         """Take in the tasks of a stage that has just been trained; `write` as of `Memory.add`."""

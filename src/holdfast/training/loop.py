@@ -21,6 +21,7 @@ from holdfast.models import accepts, is_encoder_decoder
 from holdfast.progress import Progress, no_library_bars
 from holdfast.records import TrainingLog
 from holdfast.tasks.encode import Encoded, collate
+from holdfast.training.beside import Beside
 from holdfast.training.bridge import bridged
 from holdfast.training.checkpoints import latest_checkpoint
 from holdfast.training.losses import TokenLoss
@@ -87,6 +88,7 @@ def train(
     base: Base | None = None,
     progress: Progress | None = None,
     description: str = "train",
+    beside: Beside | None = None,
 ) -> TrainingRecord:
     """Fine-tune a model on encoded rows; continues from the newest sound checkpoint in `folder`.
 
@@ -105,6 +107,8 @@ def train(
         fewer rows than processes is seen whole by each; with gradient accumulation it then weighs more.
     base : Base, optional
         What ``loss: kl_to_base`` stays close to.
+    beside : Beside, optional
+        Old rows that each batch gets a share of.
 
     Raises
     ------
@@ -141,7 +145,7 @@ def train(
         from trl import SFTTrainer
 
         trainer_class = bridged(SFTTrainer)
-    batch_of = Collator(model, tokenizer, "right" if sft else None, whole_batches=True)
+    batch_of = Collator(model, tokenizer, "right" if sft else None, beside, whole_batches=True)
     with progress.bar(description, total=1) as bar:
         steps = Steps(verbs or Verbs(), record, bar)
         trainer = trainer_class(
@@ -240,20 +244,30 @@ class Collator:
         The batch holds what its forward pass takes.
     side : {"left", "right"}, optional
         Where inputs are padded; by default left for a causal model, so that its answers end the row.
+    beside : Beside, optional
+        Old rows that each batch gets a share of; their numbers are negative.
     whole_batches : bool
         The items are a batch of all processes, of which this one takes its part.
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, side: Any = None, *, whole_batches: bool = False
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        side: Any = None,
+        beside: Beside | None = None,
+        *,
+        whole_batches: bool = False,
     ) -> None:
-        self.whole_batches = whole_batches
+        self.beside, self.whole_batches = beside, whole_batches
         self.encoder_decoder = is_encoder_decoder(model)
         self.side: Any = side or ("right" if self.encoder_decoder else "left")
         self.pad_id = tokenizer.pad_token_id
         self.positions = not self.encoder_decoder and accepts(model, "position_ids")
 
     def __call__(self, items: Sequence[tuple[int, Encoded]]) -> dict[str, Tensor]:
+        if self.beside is not None:
+            items = [*items, *self.beside.of_batch([number for number, _ in items])]
         if self.whole_batches:
             items = world.part_of_batch(items)
         rows = [row for _, row in items]
