@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from holdfast import world
 from holdfast.errors import ConfigError, PriorMismatchError
 from holdfast.hold.inputs import outputs_first
 from holdfast.importance.prior import ImportancePrior, parameters_by_name
@@ -67,11 +68,18 @@ def drift(prior: ImportancePrior, model: nn.Module, reference: Mapping[str, Tens
     moved: dict[str, float] = {}
     whole: dict[str, float] = {}
     for name, c_II in prior.mean_normalised().tensors.items():
-        before = reference[name].detach().double()
-        change = named[name].detach().double() - before.to(named[name].device)
+        # of a sharded weight the rows that are here: the meter is a sum over rows
+        before, now = reference[name].detach(), world.local(named[name].detach())
+        before = (before if before.shape == now.shape else world.like(before, named[name])).double()
+        change = now.double() - before.to(now.device)
         c_II = c_II.double().to(change.device)
         moved[name] = _moment(outputs_first(change, dims[name]), c_II)
         whole[name] = _moment(outputs_first(before.to(change.device), dims[name]), c_II)
+    if any(world.is_sharded(named[name]) for name in moved):
+        moved, whole = (
+            {name: sum(part[name] for part in parts) for name in moved}
+            for parts in (world.gather(moved), world.gather(whole))
+        )
     maps = {name: moved[name] / whole[name] if whole[name] > 0 else 0.0 for name in moved}
     return Drift(maps, sum(moved.values()) / (sum(whole.values()) or 1.0))
 

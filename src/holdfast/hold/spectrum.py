@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from holdfast import world
 from holdfast.hold.attach import Chunk, bind, place
 from holdfast.hold.elementwise import Elementwise
 from holdfast.hold.inputs import Inputs
@@ -65,9 +66,11 @@ class Spectrum:
         """
         pairs = list(zip(chunk.names, chunk.parameters, strict=True))
         if not self.bases:
-            shares = [place(values[name], parameter) for name, parameter in pairs]
+            owners = list(zip(chunk.names, chunk.owners, strict=True))
+            shares = [place(values[name], owner) for name, owner in owners]
             if partial:
-                shares = [_below_one(values[n], s) for (n, _), s in zip(pairs, shares, strict=True)]
+                rows = zip(owners, shares, strict=True)
+                shares = [_below_one(world.like(values[n], owner), s) for (n, owner), s in rows]
             return Elementwise(shares)
         dims = input_dims(model)
         kinds = [(p.device, torch.promote_types(p.dtype, torch.float32)) for _, p in pairs]
