@@ -46,6 +46,8 @@ class Spectrum:
             # a copy: the last bits of a decomposition may depend on how a file's memory is aligned
             c_I, bases[name] = torch.linalg.eigh(c_II.double())
             values[name] = c_I.clamp(min=0).float()
+        # directions of equal weight are arbitrary, and all processes must step in the same
+        world.agree([*values.values(), *bases.values()])
         return cls(prior, values, bases)
 
     def bind(self, model: nn.Module, optimizer: Optimizer) -> tuple[Optimizer, list[Chunk]]:
