@@ -191,6 +191,19 @@ def add_up(tensors: Iterable[Tensor]) -> None:
             tensor.copy_(flat_N.view(tensor.shape))
 
 
+def agree(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor by that of rank 0, in place: results may differ by their last bits."""
+    if _size == 1:
+        return
+    import torch.distributed as dist
+
+    for tensor in tensors:
+        sent = tensor.to(_device()).contiguous()
+        with named_losses():
+            dist.broadcast(sent, src=0)
+        tensor.copy_(sent)
+
+
 def stacked(tensor: Tensor) -> Tensor:
     """A tensor of each process, of the same shape and dtype everywhere, in the order of ranks."""
     if _size == 1:

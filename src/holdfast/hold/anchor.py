@@ -261,6 +261,11 @@ class Anchor:
         """Of ``auto``: from |(ΔU)_j|² of each chunk's maps to what is left of each direction."""
         assert meter is not None
         assert self.options.bound is not None
+        if meter.sharded:
+            raise ConfigError(
+                "anchor: strength='auto' bounds what all of a map does, and of sharded weights (FSDP2) each "
+                "process has a part. Give `pull`, or use DDP."
+            )
         bound, regions = self.options.bound / 100, dict[int, Region]()
 
         def choose(squares: list[list[Tensor]]) -> list[list[Tensor]]:

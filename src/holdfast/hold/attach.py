@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from holdfast import world
 from holdfast.errors import ConfigError, PriorMismatchError
 from holdfast.hold.drift import Drift
 from holdfast.importance.prior import ImportancePrior, parameters_by_name
+from holdfast.models import input_dims
 
 _CHUNK = 2**26  # elements handled by one fused call: bounds the temporary memory of a step
 
@@ -75,11 +77,27 @@ class Bound:
 
 @dataclass
 class Chunk:
-    """Weights of one parameter group, device and dtype that one fused call can handle together."""
+    """Weights of one parameter group, device and dtype that one fused call can handle together.
+
+    Attributes
+    ----------
+    parameters : list of Tensor
+        What a mechanism works on: the parameters, or of sharded ones (FSDP2's DTensors) this process's parts,
+        as plain tensors in the same memory.
+    owners : list of Tensor
+        The parameters as the model has them; by default the same.
+    removers : list of callable
+        Undo what was hooked to keep parts and owners together.
+    """
 
     group: int
     names: list[str]
     parameters: list[Tensor]
+    owners: list[Tensor] = field(default_factory=list)
+    removers: list[Callable[[], None]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.owners = self.owners or list(self.parameters)
 
 
 def unwrap(optimizer: Any) -> Optimizer:
@@ -116,10 +134,35 @@ def bind(prior: ImportancePrior, model: nn.Module, optimizer: Any) -> tuple[Opti
             f"attach: the optimizer holds none of the prior's {len(prior)} weights. "
             "Make the optimizer from this model's parameters, and unfreeze what should be trained."
         )
-    return inner, chunks_of(bound)
+    if prior.kind == "inputs":
+        _require_whole_inputs(bound, input_dims(model))
+    return inner, chunks_of(bound, inner)
 
 
-def chunks_of(bound: Sequence[Bound]) -> list[Chunk]:
+def _require_whole_inputs(bound: Sequence[Bound], dims: Mapping[str, int]) -> None:
+    """A change is multiplied by a basis of inputs, so each process must have whole rows of it."""
+    cut = [b.name for b in bound if world.is_sharded_along(b.parameter, dims[b.name])]
+    if cut:
+        raise ConfigError(
+            f"attach: '{cut[0]}' is sharded along its inputs (a Conv1D under FSDP2), and a hold on inputs "
+            "needs whole rows in each process. Use a prior by weight there (importance: fisher), or DDP."
+        )
+
+
+def _with_gradients(chunk: Chunk, optimizer: Optimizer) -> Chunk:
+    """Let the parts of sharded parameters have their part of the gradient before each step."""
+    parts = [(p, o) for p, o in zip(chunk.parameters, chunk.owners, strict=True) if p is not o]
+
+    def lend(*_: Any) -> None:
+        for part, owner in parts:
+            part.grad = None if owner.grad is None else world.local(owner.grad)
+
+    if parts:
+        chunk.removers.append(optimizer.register_step_pre_hook(lend).remove)
+    return chunk
+
+
+def chunks_of(bound: Sequence[Bound], optimizer: Optimizer) -> list[Chunk]:
     """Put weights together that one fused call can handle."""
     chunks: list[Chunk] = []
     last: dict[Any, tuple[Chunk, int]] = {}
@@ -130,16 +173,22 @@ def chunks_of(bound: Sequence[Bound]) -> list[Chunk]:
             chunk, size = Chunk(b.group, [], []), 0
             chunks.append(chunk)
         chunk.names.append(b.name)
-        chunk.parameters.append(b.parameter)
+        chunk.parameters.append(_part(b.parameter))
+        chunk.owners.append(b.parameter)
         last[key] = (chunk, size + b.parameter.numel())
-    return chunks
+    return [_with_gradients(chunk, optimizer) for chunk in chunks]
+
+
+def _part(parameter: nn.Parameter) -> Tensor:
+    return world.local(parameter.detach()) if world.is_sharded(parameter) else parameter
 
 
 def place(value: Tensor, parameter: Tensor) -> Tensor:
-    """Copy an importance-shaped tensor to the parameter's device and dtype.
+    """Copy an importance-shaped tensor to the parameter's device and dtype; of a sharded one, its part.
 
     It stays float32 where a value is beyond the dtype (float16 ends at 65,504).
     """
+    value = world.like(value, parameter)
     placed = value.to(device=parameter.device, dtype=parameter.dtype, copy=True)
     if parameter.dtype == torch.float16 and not torch.isfinite(placed).all():
         return value.to(device=parameter.device, copy=True)
@@ -159,15 +208,17 @@ def reference_weights(chunk: Chunk, reference: Mapping[str, Tensor] | None, whos
     if reference is None:
         return [parameter.detach().clone() for parameter in chunk.parameters]
     found = []
-    for name, parameter in zip(chunk.names, chunk.parameters, strict=True):
+    for name, parameter, owner in zip(chunk.names, chunk.parameters, chunk.owners, strict=True):
         got = reference.get(name)
-        if got is None or got.shape != parameter.shape:
+        if got is None or got.shape != owner.shape:
             raise PriorMismatchError(
                 f"{whose}: reference weights don't fit the model: '{name}' is "
-                f"{'missing' if got is None else f'{tuple(got.shape)} instead of {tuple(parameter.shape)}'}. "
+                f"{'missing' if got is None else f'{tuple(got.shape)} instead of {tuple(owner.shape)}'}. "
                 "Give canonical names (holdfast.names.canonical_name) to tensors of the same shapes."
             )
-        value = got.detach().to(device=parameter.device, dtype=parameter.dtype)
+        value = world.like(world.whole(got.detach()), owner).to(
+            device=parameter.device, dtype=parameter.dtype
+        )
         # the live parameter itself, such as from dict(model.named_parameters()), would move along
         found.append(value.clone() if value.data_ptr() == parameter.data_ptr() else value)
     return found

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from holdfast.errors import PriorMismatchError
+from holdfast import world
+from holdfast.errors import ConfigError, PriorMismatchError
 from holdfast.hold.attach import Chunk, unwrap
 from holdfast.hold.operator import Rate
 from holdfast.importance.prior import parameters_by_name
@@ -107,6 +108,11 @@ class Directions:
         trained = {n: p for n, p in parameters_by_name(model).items() if id(p) in held and p.requires_grad}
         weights = {name: trained[name] for name in self.directions if name in trained}
         _check_fits(self.directions, weights, "what the optimizer trains")
+        if any(world.is_sharded(weight) for weight in weights.values()):
+            raise ConfigError(
+                "directions: a direction goes through all weights together, and these are sharded (FSDP2). "
+                "Use one process or DDP, or a hold by weight or by inputs."
+            )
         return inner, [Chunk(0, list(self.directions), [weights[name] for name in self.directions])]
 
     def operator(self, chunk: Chunk) -> Projector:

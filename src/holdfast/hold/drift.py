@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from holdfast import world
 from holdfast.errors import ConfigError, PriorMismatchError
 from holdfast.hold.inputs import outputs_first
 from holdfast.importance.prior import ImportancePrior, parameters_by_name
@@ -75,16 +76,23 @@ def drift(prior: ImportancePrior, model: nn.Module, reference: Mapping[str, Tens
     moved: dict[str, float] = {}
     whole: dict[str, float] = {}
     for name, c_II in prior.mean_normalised().tensors.items():
-        before = reference[name].detach().double()
-        change = named[name].detach().double() - before.to(named[name].device)
+        # of a sharded weight the rows that are here: the meter is a sum over rows
+        before, now = reference[name].detach(), world.local(named[name].detach())
+        before = (before if before.shape == now.shape else world.like(before, named[name])).double()
+        change = now.double() - before.to(now.device)
         c_II = c_II.double().to(change.device)
         moved[name] = _moment(outputs_first(change, dims[name]), c_II)
         whole[name] = _moment(outputs_first(before.to(change.device), dims[name]), c_II)
-    return relative(moved, whole)
+    return relative(moved, whole, any(world.is_sharded(named[name]) for name in moved))
 
 
-def relative(moved: Mapping[str, float], whole: Mapping[str, float]) -> Drift:
-    """Numerators and denominators by map."""
+def relative(moved: Mapping[str, float], whole: Mapping[str, float], sharded: bool = False) -> Drift:
+    """Numerators and denominators by map; of weights in parts, those of this process's parts."""
+    if sharded:
+        moved, whole = (
+            {name: sum(part[name] for part in parts) for name in moved}
+            for parts in (world.gather(dict(moved)), world.gather(dict(whole)))
+        )
     maps = {name: moved[name] / whole[name] if whole[name] > 0 else 0.0 for name in moved}
     return Drift(maps, sum(moved.values()) / (sum(whole.values()) or 1.0))
 
@@ -125,10 +133,12 @@ class Meter:
     ----------
     maps : callable
         The maps as they are held now; some may have joined since the last reading.
+    sharded : bool
+        Whether each process has a part of each weight alone.
     """
 
-    def __init__(self, maps: Callable[[], list[Rotated]]) -> None:
-        self.maps = maps
+    def __init__(self, maps: Callable[[], list[Rotated]], sharded: bool = False) -> None:
+        self.maps, self.sharded = maps, sharded
         self._whole: dict[str, float] = {}
 
     @torch.no_grad()
@@ -138,7 +148,7 @@ class Meter:
         new = [m for m in maps if m.name not in self._whole]
         self._whole.update(zip([m.name for m in new], _numbers([m.whole() for m in new]), strict=True))
         moved = _numbers([m.change() for m in maps])
-        return relative(dict(zip([m.name for m in maps], moved, strict=True)), self._whole)
+        return relative(dict(zip([m.name for m in maps], moved, strict=True)), self._whole, self.sharded)
 
 
 def _numbers(scalars: list[Tensor]) -> list[float]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from holdfast import world
 from holdfast.hold.attach import Chunk, bind, place
 from holdfast.hold.drift import Meter, Rotated
 from holdfast.hold.elementwise import Elementwise
@@ -46,6 +47,8 @@ class Spectrum:
             # a copy: the last bits of a decomposition may depend on how a file's memory is aligned
             c_I, bases[name] = torch.linalg.eigh(c_II.double())
             values[name] = c_I.clamp(min=0).float()
+        # directions of equal weight are arbitrary, and all processes must step in the same
+        world.agree([*values.values(), *bases.values()])
         return cls(prior, values, bases)
 
     def bind(self, model: nn.Module, optimizer: Optimizer) -> tuple[Optimizer, list[Chunk]]:
@@ -66,9 +69,11 @@ class Spectrum:
         """
         pairs = list(zip(chunk.names, chunk.parameters, strict=True))
         if not self.bases:
-            shares = [place(values[name], parameter) for name, parameter in pairs]
+            owners = list(zip(chunk.names, chunk.owners, strict=True))
+            shares = [place(values[name], owner) for name, owner in owners]
             if partial:
-                shares = [_below_one(values[n], s) for (n, _), s in zip(pairs, shares, strict=True)]
+                rows = zip(owners, shares, strict=True)
+                shares = [_below_one(world.like(values[n], owner), s) for (n, owner), s in rows]
             return Elementwise(shares)
         dims = input_dims(model)
         kinds = [(p.device, torch.promote_types(p.dtype, torch.float32)) for _, p in pairs]
@@ -95,7 +100,8 @@ class Spectrum:
                 found += [Rotated(n, p, r, u, self.values[n].to(u), dim) for n, p, r, u, dim in rows]
             return found
 
-        return Meter(maps)
+        sharded = any(p is not o for c in chunks for p, o in zip(c.parameters, c.owners, strict=True))
+        return Meter(maps, sharded)
 
 
 def _below_one(exact: Tensor, placed: Tensor) -> Tensor:

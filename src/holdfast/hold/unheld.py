@@ -47,7 +47,7 @@ class Unheld:
         self.chunks, self.take = chunks, take
         self.names: list[str] = []  # of what is trained and not held, as far as it was told
         self._parameters = parameters_by_name(model)
-        self._held = {id(p) for chunk in chunks for p in chunk.parameters}
+        self._held = {id(p) for chunk in chunks for p in chunk.owners}
         self._counted: list[Tensor] = []
         self._count(chunks)
         self._strangers: set[int] = set()  # in the optimizer, and nothing of the model as it was
@@ -72,7 +72,7 @@ class Unheld:
         ]
         rated = [(n, p) for n, p in late if self._rates(n, p)]
         if rated:
-            chunks = chunks_of([Bound(n, p, group_of[id(p)]) for n, p in rated])
+            chunks = chunks_of([Bound(n, p, group_of[id(p)]) for n, p in rated], self.optimizer)
             with torch.no_grad():
                 self.take(chunks)
             self.chunks.extend(chunks)
@@ -131,7 +131,7 @@ class Unheld:
 
     def _count(self, chunks: Sequence[Chunk]) -> None:
         for chunk in chunks:
-            for p in chunk.parameters:
+            for p in chunk.owners:
                 self._held.add(id(p))
                 self._counted.append(p)
                 _HELD[p] = _HELD.get(p, 0) + 1
@@ -140,3 +140,6 @@ class Unheld:
         while self._counted:
             p = self._counted.pop()
             _HELD[p] = _HELD.get(p, 1) - 1
+        for chunk in self.chunks:
+            while chunk.removers:
+                chunk.removers.pop()()

@@ -144,11 +144,11 @@ class InputMoments:
 
     def unite(self, weights: Mapping[str, Tensor]) -> None:
         """Add up what all processes have folded."""
-        sizes = world.union({name: len(total_II) for name, total_II in self._sums.items()})
-        for name, size in sizes.items():
+        like = world.union({name: (len(total), total.dtype) for name, total in self._sums.items()})
+        for name, (size, dtype) in like.items():
             if name not in self._sums:
-                self._sums[name] = torch.zeros(size, size, device=weights[name].device)
-        world.add_up(self._sums[name] for name in sizes)
+                self._sums[name] = torch.zeros(size, size, dtype=dtype, device=weights[name].device)
+        world.add_up(self._sums[name] for name in like)
 
     def result(self, sizes: Mapping[str, int], samples: int) -> dict[str, Tensor]:
         """Canonical name to C, (I, I), symmetric; zeros for a map that nothing reached.

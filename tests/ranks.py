@@ -1,0 +1,181 @@
+"""What is computed in one process and in several, to be compared: importances, moments, held trainings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from holdfast import world
+from learning_data import rows_of
+from tiny_models import tiny_model
+
+# KIF needs units of a LoRA or of matrices; O-LoRA a LoRA. Rows: 7, so the last batch of 4 is not a whole one.
+STRATEGIES: dict[str, tuple[str, Any]] = {
+    "hold, elementwise": ("llama", {"name": "attribution", "importance": {"name": "fisher", "samples": 6}}),
+    "hold, inputs": ("llama", {"name": "attribution", "importance": {"name": "inputs", "samples": 6}}),
+    "ewc": ("llama", {"name": "ewc", "fisher": {"samples": 6}}),
+    "kif": ("llama-lora", {"name": "kif", "sensitivity": {"order": "second"}}),
+    "o-lora": ("llama-lora", {"name": "o-lora"}),
+    "replay": ("llama", {"name": "replay", "memory": {"count": 2}, "ratio": 0.3}),
+}
+TRAINING = {"epochs": 1, "batch_size": 4, "learning_rate": 1e-3}
+
+
+def results(folder: Path, dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
+    """Each case's tensors by name."""
+    torch.set_num_threads(1)
+    found = {**folds(dtype)}
+    for name, (kind, strategy) in STRATEGIES.items():
+        found[name] = learned(folder / name, tiny_model(kind).to(dtype), strategy)
+    found["callback"] = with_callback(folder / "callback", dtype)
+    return found
+
+
+def each_rank(folder: str, dtype: str) -> None:
+    """The same in one of several processes, whose results are saved by rank; and under FSDP2."""
+    world.start()
+    found = results(Path(folder), getattr(torch, dtype))
+    torch.save({**found, **sharded(fully_sharded)}, f"{folder}/rank{world.rank()}.pt")
+
+
+def rows(count: int, name: str = "may") -> list[Any]:
+    """Rows of a small data set."""
+    from holdfast.tasks import as_examples
+
+    return as_examples(rows_of(name, count))
+
+
+def folds(dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
+    """What the folds hold after an attribution, in the model's own precision."""
+    from holdfast.attribution.engine import attribute_batches
+    from holdfast.importance import compute_prior
+    from holdfast.importance.aggregate import SquareMean, TopKMean
+    from holdfast.importance.inputs import InputMoments
+    from holdfast.tasks import Encoder, toy_tokenizer
+    from holdfast.tasks.encode import Template
+
+    model, tokenizer = tiny_model("llama").to(dtype), toy_tokenizer()
+    encoded = Encoder(tokenizer, Template(), encoder_decoder=False).many(rows(7))
+    found = {}
+    for name, fold in (
+        ("squares", SquareMean(per_weight=True)),
+        ("largest", TopKMean(3)),
+        ("relevance", InputMoments("relevance")),
+    ):
+        if name != "largest":
+            fold.finish = lambda: None  # type: ignore[union-attr] - means are rounded to float32
+        report = attribute_batches(
+            model, encoded, fold=fold, batch_size=2, pad_id=tokenizer.pad_token_id, correct_only=False
+        )
+        assert report.samples_seen == report.samples_used == 7
+        assert report.conservation_max_relative_error is not None
+        found[name] = dict(fold.result() if name == "largest" else fold.state()[0])  # type: ignore[union-attr]
+    uniform = {"name": "inputs", "weighting": "uniform", "batch_size": 2}
+    prior = compute_prior(model, encoded, uniform, pad_id=tokenizer.pad_token_id)
+    return {**found, "uniform": dict(prior.tensors)}
+
+
+def learned(folder: Path, model: Any, strategy: Any) -> dict[str, Tensor]:
+    """The weights after two tasks."""
+    from holdfast import Learner
+    from holdfast.tasks import toy_tokenizer
+
+    with Learner(model, toy_tokenizer(), strategy, folder=folder, training=TRAINING) as learner:
+        for name in ("may", "june"):
+            task = rows(7, name)
+            with learner.task(name, task, task[:3]) as stage:
+                stage.train()
+        return {name: p.detach().clone() for name, p in learner.model.named_parameters()}
+
+
+def with_callback(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A script's own Trainer: its batch size is that of a device."""
+    from transformers import Trainer, TrainingArguments
+
+    from holdfast import ProtectCallback
+    from holdfast.importance import compute_prior
+    from holdfast.tasks import Encoder, toy_tokenizer
+    from holdfast.tasks.encode import Template
+    from holdfast.training.loop import Collator, Rows
+
+    model, tokenizer = tiny_model("llama").to(dtype), toy_tokenizer()
+    encoded = Encoder(tokenizer, Template(), encoder_decoder=False).many(rows(8, "june"))
+    prior = compute_prior(model, encoded, {"name": "inputs"}, pad_id=tokenizer.pad_token_id)
+    collate = Collator(model, tokenizer)
+    arguments = TrainingArguments(
+        str(folder),
+        per_device_train_batch_size=4 // world.size(),
+        num_train_epochs=1,
+        learning_rate=1e-3,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+        remove_unused_columns=False,
+    )
+    Trainer(
+        model,
+        arguments,
+        train_dataset=Rows(encoded),
+        data_collator=lambda items: {k: v for k, v in collate(items).items() if k != "row_ids"},
+        callbacks=[ProtectCallback(prior)],
+    ).train()
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+HOLDS: dict[str, tuple[str, Any]] = {
+    "anchor, elementwise": ("fisher", {"strength": 600}),
+    "anchor, inputs": ("inputs", {"strength": 100}),
+    "anchor, inputs, on the weights": ("inputs", {"strength": 100, "coordinates": "weights"}),
+}
+
+
+def sharded(shard: Any) -> dict[str, dict[str, Tensor]]:
+    """The weights after three steps in a loop of one's own under each hold; `shard` may cut the model up."""
+    from holdfast import Anchor
+    from holdfast.importance import compute_prior
+    from holdfast.tasks import Encoder, toy_tokenizer
+    from holdfast.tasks.encode import Template, collate
+
+    tokenizer, found = toy_tokenizer(), {}
+    encoded = Encoder(tokenizer, Template(), encoder_decoder=False).many(rows(4, "june"))
+    batch = collate(encoded, tokenizer.pad_token_id, encoder_decoder=False, side="left")
+    for name, (importance, options) in HOLDS.items():
+        model = tiny_model("llama").double()
+        prior = compute_prior(model, encoded, importance, pad_id=tokenizer.pad_token_id)
+        if shard is not None:
+            shard(model)
+            assert all(map(world.is_sharded, model.parameters()))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        handle = Anchor(prior, **options).attach(model, optimizer)
+        for _ in range(3):
+            optimizer.zero_grad()
+            logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+            torch.nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
+            ).backward()
+            optimizer.step()
+        weights = {n: world.whole(p.detach()).clone() for n, p in model.named_parameters()}
+        if importance == "inputs":
+            weights["drift"] = torch.tensor(handle.drift().total)
+        handle.remove()
+        found[name] = weights
+    return found
+
+
+def fully_sharded(model: Any) -> None:
+    """Cut a Llama up over the processes, as FSDP2 does."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (world.size(),))
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+# compared to 1e-10; in the others something is float32 whatever the model is
+WHOLLY_DOUBLE = ("squares", "relevance", *STRATEGIES, *HOLDS)

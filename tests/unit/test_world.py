@@ -1,0 +1,96 @@
+"""One process is a world of one; what is refused under a launcher is refused by name."""
+
+from __future__ import annotations
+
+import ast
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import holdfast
+from holdfast import world
+from holdfast.cli import app
+from holdfast.errors import ConfigError, ProcessLostError, StorageError
+from holdfast.storage import write_text
+
+ROOT = Path(holdfast.__file__).parent
+
+
+def test_one_process_gets_back_what_it_gives() -> None:
+    tensor = torch.arange(3.0)
+    world.add_up([tensor])
+    assert tensor.tolist() == [0, 1, 2]
+    assert world.gather("a") == ["a"]
+    assert world.part([1, 2, 3]) == world.part_of_batch([1, 2, 3]) == [1, 2, 3]
+    assert world.first(lambda: 5) == 5
+    assert world.union({"b": 1, "a": 2}) == {"b": 1, "a": 2}
+    assert (world.rank(), world.size(), world.leads(), world.any_of(False)) == (0, 1, True, False)
+    assert world.local(tensor) is world.whole(tensor) is world.like(tensor, tensor) is tensor
+
+
+def test_a_batch_smaller_than_the_world_is_seen_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world, "_size", 3)
+    monkeypatch.setattr(world, "_rank", 2)
+    assert world.part_of_batch("ab") == "ab"
+    assert world.part_of_batch("abcdefg") == "cf"
+    assert world.part(range(2)) == range(2, 2, 3)
+
+
+def test_only_rank_0_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world, "_rank", 1)
+    write_text(tmp_path / "x", "text")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_lost_process_is_named_and_other_errors_stay_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    monkeypatch.setattr(world, "_size", 2)
+    host = world.socket.gethostname()
+    monkeypatch.setattr(world, "_peers", [(host, os.getpid()), (host, child.pid)])
+    with pytest.raises(StorageError, match="disk"), world.named_losses():
+        raise StorageError("disk")
+    child.send_signal(signal.SIGKILL)  # a zombie until it is waited for
+    told = rf"^rank 0: lost rank 1 \(process {child.pid} on"
+    with pytest.raises(ProcessLostError, match=told), world.named_losses():
+        raise RuntimeError("Connection closed by peer")
+    child.wait()
+
+
+def test_errors_are_told_with_their_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert world.named_error("error: x") == "error: x"
+    monkeypatch.setattr(world, "_size", 2)
+    assert world.named_error("error: x") == "rank 0: error: x"
+    assert world.named_error("rank 0: lost rank 1") == "rank 0: lost rank 1"
+
+
+def test_a_command_of_one_process_refuses_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = CliRunner().invoke(app, ["list", "orders"])
+    assert result.exit_code == 2
+    assert "runs in one process" in result.stderr
+
+
+@pytest.mark.parametrize(("engine", "allowed"), [("FSDP", "Allowed: DDP "), ("DEEPSPEED", "Allowed: DDP ")])
+def test_a_learner_refuses_what_shards_weights(
+    engine: str, allowed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    with pytest.raises(ConfigError, match=allowed):
+        holdfast.Learner(None, None)
+
+
+def test_only_this_file_names_accelerate_and_process_groups() -> None:
+    """Imports, wherever in a file they stand."""
+    for file in ROOT.rglob("*.py"):
+        tree = ast.parse(file.read_text())
+        named = [a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names]
+        named += [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        found = [n for n in named if n.startswith(("accelerate", "torch.distributed"))]
+        assert bool(found) == (file.name == "world.py"), (file, found)
