@@ -29,7 +29,7 @@ from tiny_models import tiny_model
 from tiny_runs import tiny_run
 
 TRAINING = {"epochs": 2, "batch_size": 8, "learning_rate": 0.1, "optimizer": "sgd", "checkpoint_steps": 2}
-STRONG = {"ewc": {"name": "ewc", "strength": 5.0, "fisher": {"samples": 8}}, "lwf": "lwf"}
+STRONG = {"ewc": {"name": "ewc", "strength": 1.0, "fisher": {"samples": 8}}, "lwf": "lwf"}
 Loop = Callable[[Any, Path], Any]
 
 

@@ -280,7 +280,7 @@ def test_every_strategy_that_says_so_ends_a_task_that_nobody_trained(name: str, 
 
 
 def test_a_rating_of_zeros_holds_nothing_and_is_told_before_training(tmp_path: Path) -> None:
-    """A new LoRA passes on no relevance; Fisher information of its B is there."""
+    """One LoRA for all tasks is new here and passes on no relevance; Fisher information of its B is there."""
     from holdfast.models import LoraOptions, add_lora
 
     def learner(strategy: Any) -> Learner:
@@ -288,7 +288,7 @@ def test_a_rating_of_zeros_holds_nothing_and_is_told_before_training(tmp_path: P
         return Learner(model, toy_tokenizer(), strategy, protect_base=BASE, training={"max_steps": 1})
 
     with pytest.raises(ConfigError, match=r"made zeros alone, .*importance=fisher"):
-        learn(learner(INPUTS))
+        learn(learner({**INPUTS, "merge_lora": "none"}))
     held = learner({"name": "attribution", "importance": {"name": "fisher", "samples": 4}})
     learn(held)
     assert held.base_task.told

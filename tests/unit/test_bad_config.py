@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.cells import cell_len
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -24,6 +25,7 @@ from holdfast.runner import RunConfig
 from holdfast.runner.table import listing, metrics_table
 from holdfast.training.options import TrainingOptions
 
+METRICS = "'exact_match', 'rouge_l', 'options', 'choice', 'edit_similarity', 'sari' or 'perplexity'"
 BASE: dict[str, Any] = {
     "output": "r",
     "model": {"toy": True},
@@ -159,10 +161,13 @@ def test_a_logging_integration_that_is_not_installed_is_told() -> None:
     [
         (
             "tasks.metric=bleu",
-            "tasks.metric: Input should be 'exact_match', 'rouge_l' or 'options'. Or: Input should be a "
+            f"tasks.metric: Input should be {METRICS}. Or: Input should be a "
             "mapping of keys to values (got 'bleu').",
         ),
-        ("tasks.metric={a: bleu}", "tasks.metric.a: Input should be 'exact_match', 'rouge_l' or 'options'"),
+        (
+            "tasks.metric={a: bleu}",
+            f"tasks.metric.a: Input should be {METRICS}",
+        ),
         ("tasks.order=[73]", "tasks.order.0: YAML read this name as 73"),
         ("tasks.columns.prompt=5", "tasks.columns.prompt: Input should be a text (got 5)"),
         ("strategy.x=1", "strategy.x: unknown key. Allowed here: fisher, gamma"),
@@ -223,7 +228,7 @@ LISTS = ["strategies", "tasks", "orders", "importances", "metrics", "mechanisms"
 def test_lists_fit_forty_columns_and_cut_no_word(what: str) -> None:
     text = rendered(listing(what), 40)
     assert "…" not in text
-    assert max(map(len, text.splitlines())) <= 40
+    assert max(map(cell_len, text.splitlines())) <= 40
     for word in " ".join(str(cell) for row in listing(what).rows for cell in row).split():
         assert word in text
 

@@ -13,7 +13,7 @@ from holdfast.runner import RunConfig, load_config
 CONFIGS = sorted(
     path
     for path in Path(__file__).parents[2].joinpath("configs").rglob("*.yaml")
-    if path.parent.name != "compare"
+    if path.parent.name not in ("compare", "accelerate")  # grids, and configurations of a launcher
 )
 
 

@@ -132,9 +132,9 @@ def test_trl_makes_its_own_batches() -> None:
 
 
 def test_general_text_is_its_share_of_all_rows_from_the_first_task_on(tmp_path: Path) -> None:
-    rows, texts = [Example(str(i), "x") for i in range(90)], [Example("", c, text=True) for c in "abc"]
+    rows, texts = [Example(str(i), "x") for i in range(90)], [Example.text(c) for c in "abc"]
     mixed = with_texts(rows, texts, 0.1, "s")
-    assert (len(mixed), sum(row.text for row in mixed)) == (100, 10)
+    assert (len(mixed), sum(row.raw for row in mixed)) == (100, 10)
     assert mixed == with_texts(rows, texts, 0.1, "s")
     file = tmp_path / "general.txt"
     file.write_text("abc def\n\nhead over\n")
@@ -150,15 +150,14 @@ def test_general_text_is_its_share_of_all_rows_from_the_first_task_on(tmp_path: 
 def test_a_text_is_learned_whole_and_without_a_frame() -> None:
     template = Template(prompt="{bos}{prompt}=", max_prompt_tokens=4, max_completion_tokens=3)
     ids = TOKENIZER.encode("abcdefgh", add_special_tokens=False)
-    row = Encoder(TOKENIZER, template, encoder_decoder=False)(Example("", "abcdefgh", text=True))
+    row = Encoder(TOKENIZER, template, encoder_decoder=False)(Example.text("abcdefgh"))
     assert (row.prompt_ids, row.completion_ids) == ([TOKENIZER.bos_token_id], ids[:7])
     assert row.completion_cut == len(ids) - 7
-    both = Encoder(TOKENIZER, template, encoder_decoder=True)(Example("", "abcdefgh", text=True))
-    assert both.prompt_ids == [*ids[:3], TOKENIZER.eos_token_id]
-    assert both.completion_ids == ids[3:7]
+    both = Encoder(TOKENIZER, template, encoder_decoder=True)(Example.text("abcdefgh"))
+    assert both.completion_ids == ids[:7]
     assert tiny_t5(TOKENIZER).config.is_encoder_decoder
-    again = Example.of_record(Example("", "a", text=True).record())
-    assert again.text
+    again = Example.of_record(Example.text("a").record())
+    assert again.raw
     assert "text" not in Example("a", "b").record()
 
 

@@ -206,7 +206,7 @@ def test_a_broken_labels_file_is_named(folder, labels):
         ({"source": "jsonl"}, "Field required"),
         ({"source": "json", "path": "x"}, "'cl_benchmark', 'hub', 'jsonl', 'toy'"),
         ({"source": "jsonl", "path": "x", "train_rows": 0}, "greater than or equal to 1"),
-        ({"source": "jsonl", "path": "x", "metric": "bleu"}, "'rouge_l', 'options' or 'perplexity'"),
+        ({"source": "jsonl", "path": "x", "metric": "bleu"}, "'sari' or 'perplexity'"),
         ({"source": "toy", "path": "x"}, "Extra inputs are not permitted"),
     ],
 )

@@ -48,10 +48,17 @@ def sources(folder: Path) -> list[dict[str, object]]:
     labelled = [{"sentence": f"p {i}", "label": "x"} for i in range(30)]
     (bench / "train.json").write_text(json.dumps(labelled))
     (bench / "test.json").write_text("broken")
+    trace = folder / "trace" / "FOMC"
+    trace.mkdir(parents=True)
+    for part in ("train", "eval"):
+        data = [{"prompt": f"{part} {i}", "answer": "A"} for i in range(30)]
+        (trace / f"{part}.json").write_text(json.dumps(data))
+    (trace / "test.json").write_text("broken")
     return [
         {"source": "jsonl", "path": str(folder / "jsonl")},
         {"source": "cl_benchmark", "path": str(folder / "bench")},
         {"source": "hub", "tasks": {"one": {"path": str(jsonl / "train.jsonl"), "test": "no_such_split"}}},
+        {"source": "trace", "path": str(folder / "trace"), "order": ["FOMC"]},
         {"source": "toy", "order": ["copy"], "size": 4},
     ]
 

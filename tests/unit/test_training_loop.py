@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from contexts import verbs
 from holdfast.errors import ConfigError
+from holdfast.hold import Handle
 from holdfast.models import LoraOptions, add_lora, tiny_llama
 from holdfast.tasks import Encoded, Encoder, Example, Template, collate, toy_suite, toy_tokenizer
 from holdfast.training.bridge import completion_loss
@@ -296,7 +297,7 @@ def test_what_a_strategy_gathers_is_in_each_checkpoint_and_comes_back(tmp_path: 
 def test_handles_are_attached_once_and_removed_even_if_training_fails(tmp_path: Path) -> None:
     events: list[str] = []
 
-    class Counted:
+    class Counted(Handle):
         def remove(self) -> None:
             events.append("removed")
 

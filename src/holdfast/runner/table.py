@@ -202,7 +202,7 @@ def _mechanisms() -> Rows:
     rows = []
     for name, (options, cls) in MECHANISMS.items():
         keys = [key for key in options.model_fields if key != "name"]
-        rows.append((name, _first_line(cls), ", ".join(keys) or "–"))
+        rows.append((name, _first_line(cls), " ".join(keys) or "–"))
     return Rows(("mechanism", "what it does", "options"), rows, caption="strategy.mechanism")
 
 

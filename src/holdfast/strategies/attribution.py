@@ -152,8 +152,10 @@ class Attribution(Strategy):
         """The prior, and what acts on it; and the models of one task each."""
         alone = [(len(task.train), None) for task in stream if self.options.prior_from == "single_task"]
         costs = prior_costs(model, self.options.importance)
-        if self._merged is not None:
-            costs += merged_costs(model, self._merged.form, len(stream) - 1)
+        inputs = self.options.kind == "inputs"
+        form = form_for(model, self.options.merge_lora, self.options.name) if inputs else None
+        if form is not None:
+            costs += merged_costs(model, form, len(stream) - 1)
         return Estimate(costs, further=alone)
 
     def prepare(self, context: Context) -> None:
