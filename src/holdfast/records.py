@@ -89,7 +89,7 @@ class RunMetrics(Record):
     tasks : list of str
         In the order in which they are learned.
     matrix : list of list of float or None
-        Scores in percent, (T + 1) × T: a[j][i] on task i after j tasks; row 0 is before any training.
+        Scores in percent, (T + 1) × T: ``a[j][i]`` on task i after j tasks; row 0 is before any training.
     ap, fwt, bwt, forgetting, learning_accuracy : float or None
         What `holdfast.evaluation.metrics` makes of the matrix; None where an entry is missing.
     seconds : dict

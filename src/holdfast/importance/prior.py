@@ -191,6 +191,9 @@ class ImportancePrior:
     ) -> ImportancePrior:
         """Summarise the priors of several tasks in one.
 
+        Warns where they were computed with different importances and not scaled to one unit
+        (`mean_normalised`): the numbers of one may drown those of another.
+
         Parameters
         ----------
         others : prior or sequence of priors
@@ -198,9 +201,6 @@ class ImportancePrior:
         how : {"max", "sum", "mean"}, optional
             Default: see `default_merge`. ``max``: the element-wise maximum clipped at 0 (A, eq. 12). ``sum``
             is what EWC does with its Fisher matrices. Neither ``sum`` nor ``mean`` clips.
-
-        Warns where they were computed with different importances and not scaled to one unit
-        (`mean_normalised`): the numbers of one may drown those of another.
 
         Raises
         ------
