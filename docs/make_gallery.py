@@ -34,6 +34,7 @@ SECTIONS = {
     "agreement": ("#agreement", 900),
     "faithfulness": ("#faithfulness", 700),
     "forgotten": ("#forgotten .run", 800),
+    "moved": ("#moved", 900),
 }
 MARGIN = 16  # pixels around a section
 

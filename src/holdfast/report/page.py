@@ -20,7 +20,7 @@ from holdfast.report.facts import common, costs, details, flat
 from holdfast.report.first_task import first_task_panel
 from holdfast.report.forgotten import forgotten
 from holdfast.report.headline import faithfulness_sentence, headline
-from holdfast.report.importance_map import ImportanceMap, importance_map
+from holdfast.report.importance_map import ImportanceMap, importance_map, kind_of
 from holdfast.report.moved_figures import moved_panels
 from holdfast.report.panels import Panel, column
 from holdfast.report.read import AttributionRecord, ComparisonRecord, Folder, RunRecord, StageRecord
@@ -245,10 +245,13 @@ def _held(stage: StageRecord) -> str:
     gate = stage.gate
     if gate is None:
         return ""
-    options = ", ".join(f"{key} {value}" for key, value in gate.mechanism.items() if key != "name")
+    options = ", ".join(
+        f"{key} {value}" for key, value in gate.mechanism.items() if key != "name" and value is not None
+    )
     name = str(gate.mechanism.get("name", "protection"))
     control = f"; control: {gate.control}" if gate.control != "none" else ""
-    held = f"; {rounded(100 * gate.held)} % of the weights can’t move at all" if gate.held else ""
+    what = "weights" if stage.prior is None or kind_of(stage.prior) == "weights" else "directions"
+    held = f"; {rounded(100 * gate.held)} % of the {what} can’t move at all" if gate.held else ""
     return f"{name}{f' ({options})' if options else ''}{control}{held}"
 
 
