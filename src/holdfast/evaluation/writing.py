@@ -265,12 +265,7 @@ def _sound_prompts(
         prompt = opening.prompt(encoder.text_of(body))
         row = encoder(Example(prompt, "?"))
         key = tuple(row.prompt_ids)
-        if key in known:
-            written.copied += 1
-        elif key in seen:
-            written.repeated += 1
-        else:
-            seen.add(key)
+        if _is_new(key, seen, known, written):
             yield Example(prompt, ""), row
 
 
@@ -292,13 +287,25 @@ def _sound_texts(
         else:
             row = encoder(Example.text(text))
             key = tuple(row.completion_ids)
-            if key in known:
-                written.copied += 1
-            elif key in seen:
-                written.repeated += 1
-            else:
-                seen.add(key)
+            if _is_new(key, seen, known, written):
                 yield Example.text(text), row
+
+
+def _is_new(
+    key: tuple[int, ...],
+    seen: set[tuple[int, ...]],
+    known: Collection[tuple[int, ...]],
+    written: Written,
+) -> bool:
+    """Whether it is neither copied nor written before, which are counted; it is then seen."""
+    if key in known:
+        written.copied += 1
+    elif key in seen:
+        written.repeated += 1
+    else:
+        seen.add(key)
+        return True
+    return False
 
 
 def _find(ids: Sequence[int], closing: Sequence[int]) -> int | None:

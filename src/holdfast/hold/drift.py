@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from holdfast import world
 from holdfast.errors import ConfigError, PriorMismatchError
-from holdfast.hold.inputs import outputs_first
+from holdfast.hold.inputs import outputs_first, square_lengths
 from holdfast.importance.prior import ImportancePrior, parameters_by_name
 from holdfast.models import input_dims
 
@@ -121,7 +121,7 @@ class Rotated:
         return self._moment(outputs_first(self.reference, self.dim).to(self.basis_II.dtype))
 
     def _moment(self, weight_OI: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(weight_OI @ self.basis_II, dim=0).square() @ self.values_I
+        return square_lengths(weight_OI @ self.basis_II) @ self.values_I
 
 
 class Meter:
