@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from holdfast.hold.operator import Rate
+from holdfast.precision import products_for
 
 
 class Inputs:
@@ -126,6 +127,7 @@ class Coordinates:
         self._maps = [(p, outputs_first(ref, dim), u, dim) for p, ref, u, dim in rows]
         self._origins = [ref_OI.to(u.dtype) @ u for _, ref_OI, u, _ in self._maps]
         self._changes = [torch.empty_like(origin_OI) for origin_OI in self._origins]
+        self._dtypes = {parameter.dtype for parameter in parameters}
         # pages that are new at each step cost more than what is written to them
         sizes = {(o.device, o.dtype): 0 for o in self._origins}
         for o in self._origins:
@@ -138,6 +140,10 @@ class Coordinates:
 
     def enter(self) -> None:
         """Before the step: W becomes W U, and its gradient G U."""
+        with products_for(self._dtypes):
+            self._enter()
+
+    def _enter(self) -> None:
         rows = zip(self._maps, self._origins, self._changes, strict=True)
         for (parameter, ref_OI, basis_II, dim), origin_OI, change_OI in rows:
             weight_OI, room_OI = outputs_first(parameter, dim), self._room_for(origin_OI)
@@ -168,6 +174,10 @@ class Coordinates:
 
     def leave(self, passed: Sequence[Tensor] | None) -> None:
         """Multiply Z's columns by `passed`, if there is any, and return to weights."""
+        with products_for(self._dtypes):
+            self._leave(passed)
+
+    def _leave(self, passed: Sequence[Tensor] | None) -> None:
         factors = [None] * len(self._maps) if passed is None else passed
         rows = zip(self._maps, self._changes, factors, strict=True)
         for (parameter, ref_OI, basis_II, dim), change_OI, passed_I in rows:

@@ -44,8 +44,7 @@ class Spectrum:
             return cls(prior, prior.tensors, {})
         values, bases = {}, {}
         for name, c_II in prior.mean_normalised().tensors.items():
-            # a copy: the last bits of a decomposition may depend on how a file's memory is aligned
-            c_I, bases[name] = torch.linalg.eigh(c_II.double())
+            c_I, bases[name] = eigenvectors(c_II)
             values[name] = c_I.clamp(min=0).float()
         # directions of equal weight are arbitrary, and all processes must step in the same
         world.agree([*values.values(), *bases.values()])
@@ -102,6 +101,17 @@ class Spectrum:
 
         sharded = any(p is not o for c in chunks for p, o in zip(c.parameters, c.owners, strict=True))
         return Meter(maps, sharded)
+
+
+def eigenvectors(c_II: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (I,), ascending, and U (I, I) of a symmetric matrix: made in float64 on the GPU where there is one.
+
+    Both are returned on the matrix's own device.
+    """
+    device = "cuda" if torch.cuda.is_available() else c_II.device
+    # a copy: the last bits of a decomposition may depend on how a file's memory is aligned
+    values_I, basis_II = torch.linalg.eigh(c_II.to(device, torch.float64, copy=True))
+    return values_I.to(c_II.device), basis_II.to(c_II.device)
 
 
 def _below_one(exact: Tensor, placed: Tensor) -> Tensor:
