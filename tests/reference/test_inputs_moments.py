@@ -130,8 +130,8 @@ def test_relevance_is_the_lrp_gradient_times_the_output() -> None:
                 self.seen[name] = (weight.clone(), grad_S.clone())  # type: ignore[assignment]
 
     class Tokens(Recorder):
-        def take_tokens(self, name: str, weight: Tensor, x: Tensor, lam: Tensor, real: Tensor) -> None:
-            self.seen[name] = (x.clone(), lam.clone(), weight.clone())
+        def take_tokens(self, name: str, x: Tensor, lam: Tensor, passed: Tensor, real: Tensor) -> None:
+            self.seen[name] = (x.clone(), lam.clone(), passed.clone())
 
     options = AttributionOptions(rules="attnlrp", halves="none")
     maps, tokens = Recorder(), Tokens()
@@ -139,9 +139,9 @@ def test_relevance_is_the_lrp_gradient_times_the_output() -> None:
         attribute_batches(double("llama"), ROWS, options=options, fold=fold, pad_id=0, correct_only=False)
     prior = compute_prior(double("llama"), ROWS, {"name": "inputs", "correct_only": False}, pad_id=0)
     for name, (weight, grad_S) in maps.seen.items():  # type: ignore[misc]
-        x_STI, lam_STO, weight_OI = tokens.seen[name]
+        x_STI, lam_STO, passed_ST = tokens.seen[name]
         torch.testing.assert_close(torch.einsum("sto,sti->soi", lam_STO, x_STI), grad_S)
-        assert torch.equal(weight_OI, weight)
+        torch.testing.assert_close((lam_STO * (x_STI @ weight.t())).sum(-1), passed_ST)
         expected = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64)
         for s in range(len(ROWS)):
             r = torch.stack([(lam @ (weight @ x)).abs() for lam, x in zip(lam_STO[s], x_STI[s], strict=True)])

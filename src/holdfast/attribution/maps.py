@@ -49,7 +49,7 @@ class TokenFold(Fold, Protocol):
     """A fold that takes what a linear map's relevance is made of, instead of the map of its weight."""
 
     def take_tokens(
-        self, name: str, weight_OI: Tensor, x_STI: Tensor, lam_STO: Tensor, real_ST: Tensor
+        self, name: str, x_STI: Tensor, lam_STO: Tensor, passed_ST: Tensor, real_ST: Tensor
     ) -> None:
         """Take the inputs of a map and the Lambda at its outputs, for the selected samples of a batch.
 
@@ -59,10 +59,11 @@ class TokenFold(Fold, Protocol):
         ----------
         name : str
             Canonical name of the weight.
-        weight_OI : Tensor
-            Its value, detached, outputs first whatever the layout of the module.
         x_STI, lam_STO : Tensor
             The memory is the engine's: not to be kept or changed.
+        passed_ST : Tensor
+            The relevance that passes through the map at each token, λ · W x, at least float32. It is taken as
+            x · Wᵀλ: the way back has Wᵀλ already.
         real_ST : Tensor of bool
             False at padding.
         """
@@ -72,9 +73,9 @@ class _TokenUse(NamedTuple):
     """One use of a map in a batch."""
 
     parameter: nn.Parameter
-    weight_OI: Tensor
     x_STI: Tensor
     lam_STO: Tensor
+    passed_ST: Tensor
     real_ST: Tensor
 
 
@@ -210,8 +211,9 @@ class WeightMaps:
         out_first: bool,
         ledger: Ledger | None,
         rows: Tensor | None = None,
+        back: Tensor | None = None,
     ) -> None:
-        """Make the maps factor * x^T lam of a weight.
+        """Make the maps factor * x^T lam of a weight, or hand over its tokens.
 
         Parameters
         ----------
@@ -221,9 +223,14 @@ class WeightMaps:
         lam : Tensor, same leading shape, (..., O)
         rows : Tensor, shape (N,), optional
             The sample that each row is of.
+        back : Tensor, shape of x
+            Lambda at the inputs, before anything is halved. Needed by tokens alone.
         """
         if self.by_token:
-            self._take_tokens(weight, self._select(x), self._select(lam).to(x.dtype), out_first, ledger)
+            assert back is not None
+            self._take_tokens(
+                weight, self._select(x), self._select(lam), self._select(back), out_first, ledger
+            )
             return
         self._take(weight, self._maker(x, lam, out_first, rows), x.dtype, ledger)
 
@@ -313,7 +320,13 @@ class WeightMaps:
         return self._scratch[key][:count].view(shape)
 
     def _take_tokens(
-        self, weight: Tensor, x_STI: Tensor, lam_STO: Tensor, out_first: bool, ledger: Ledger | None
+        self,
+        weight: Tensor,
+        x_STI: Tensor,
+        lam_STO: Tensor,
+        back_STI: Tensor,
+        out_first: bool,
+        ledger: Ledger | None,
     ) -> None:
         parameter = self.source(weight)
         assert parameter is not None
@@ -322,24 +335,24 @@ class WeightMaps:
                 f"{self.names[id(parameter)]}: the model uses parts of this weight apart, so its inputs "
                 "can't be told as one. Take an importance by weight, such as 'fisher'."
             )
-        weight_OI = parameter.detach() if out_first else parameter.detach().t()
-        if ledger is not None:
-            ledger.maps += self.factor * relevance(x_STI @ weight_OI.t(), lam_STO)
+        if ledger is not None:  # by the outputs, where what is expected goes by the inputs
+            weight_IO = parameter.detach().t() if out_first else parameter.detach()
+            ledger.maps += self.factor * relevance(x_STI @ weight_IO, lam_STO)
+        wide = torch.promote_types(x_STI.dtype, torch.float32)
+        passed_ST = torch.linalg.vecdot(x_STI.to(wide), back_STI.to(wide))
         real = (mask for mask in self.real if mask.shape[1] == x_STI.shape[1])
         real_ST = next(real, torch.ones(self.samples, x_STI.shape[1], dtype=torch.bool, device=x_STI.device))
         uses = self._tokens.setdefault(id(parameter), [])
-        uses.append(_TokenUse(parameter, weight_OI, x_STI, lam_STO, self._select(real_ST[..., None])[..., 0]))
+        uses.append(_TokenUse(parameter, x_STI, lam_STO, passed_ST, self._select(real_ST[..., None])[..., 0]))
         if len(uses) == self._uses[id(parameter)]:
             self._emit_tokens(self._tokens.pop(id(parameter)))
 
     def _emit_tokens(self, uses: list[_TokenUse]) -> None:
         name = self.names[id(uses[0].parameter)]
         self.reached.add(name)
-        x_STI, lam_STO, real_ST = (
-            values[0] if len(values) == 1 else torch.cat(values, dim=1)
-            for values in ([u.x_STI for u in uses], [u.lam_STO for u in uses], [u.real_ST for u in uses])
-        )
-        self.fold.take_tokens(name, uses[0].weight_OI, x_STI, lam_STO, real_ST)  # type: ignore[attr-defined]
+        _, *values = zip(*uses, strict=True)
+        joined = [value[0] if len(uses) == 1 else torch.cat(value, dim=1) for value in values]
+        self.fold.take_tokens(name, *joined)  # type: ignore[attr-defined]
 
     def _take(
         self, weight: Tensor, make: Callable[[slice], Tensor], dtype: torch.dtype, ledger: Ledger | None

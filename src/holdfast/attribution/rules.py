@@ -308,9 +308,13 @@ def linear_map(
         return (torch.matmul(x, weight) if bias is None else torch.addmm(bias, x, weight)), (x,)
 
     def backward(lam: Tensor, x: Tensor) -> tuple[Tensor]:
-        _maps_of(trace, ledger, weight, bias, x, lam, out_first, rows)
         lam_R, matrix_OI = lam.reshape(-1, lam.shape[-1]).to(x.dtype), weight if out_first else weight.t()
         lam_x = torch.addmm(lam_R.new_empty(1), lam_R, matrix_OI, beta=0, alpha=half).view(x.shape)
+        if maps.wants(parameter):
+            back = (lam_x if half == 1 else lam_x / half) if maps.by_token else None
+            maps.weight(weight, x, lam, out_first, ledger, rows, back)
+        if bias is not None and maps.wants(maps.source(bias)):
+            maps.bias(bias, lam, ledger, rows)
         if ledger is not None:
             through = relevance(x, lam_x) / half * maps.factor  # of sum (P W) * Lambda the weight's part
             _book_linear(trace, ledger, weight, bias, through, 0.0 if bias is None else relevance(bias, lam))
@@ -379,23 +383,6 @@ def _rows(trace: Trace, name: str, x: Tensor, weights: Sequence[Tensor | None]) 
     if wanted and rows is None and not maps.holds_samples(x):
         raise trace.mixed(name, x.shape)
     return rows
-
-
-def _maps_of(
-    trace: Trace,
-    ledger: Ledger | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    x: Tensor,
-    lam: Tensor,
-    out_first: bool,
-    rows: Tensor | None,
-) -> None:
-    maps = trace.maps
-    if maps.wants(maps.source(weight)):
-        maps.weight(weight, x, lam, out_first, ledger, rows)
-    if bias is not None and maps.wants(maps.source(bias)):
-        maps.bias(bias, lam, ledger, rows)
 
 
 def _book_linear(

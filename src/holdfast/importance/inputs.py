@@ -33,6 +33,7 @@ _FORWARD_ONLY = ("uniform", "answer")
 # Added to the sum that r is scaled by: where nothing passes through a map (the keys' and queries' where there
 # is one key), rounding noise would be scaled up to weights like any other's. Relevance is in units of logits.
 EPSILON = 1e-8
+ROW_BLOCKS = 4  # a symmetric sum is made right of its diagonal, in blocks of rows: 5/8 of the products
 
 
 class InputsOptions(Options):
@@ -82,6 +83,7 @@ class InputMoments:
     Notes
     -----
     Memory: I² values a map, float32 (float64 for a float64 model). r and the sum are computed in that type.
+    Of a sum only what is right of the diagonal counts until `result`.
     """
 
     def __init__(self, weighting: Weighting, shuffled: int | None = None) -> None:
@@ -93,16 +95,12 @@ class InputMoments:
         """Of a map that no sample reached: nothing to add."""
 
     def take_tokens(
-        self, name: str, weight_OI: Tensor, x_STI: Tensor, lam_STO: Tensor, real_ST: Tensor
+        self, name: str, x_STI: Tensor, lam_STO: Tensor, passed_ST: Tensor, real_ST: Tensor
     ) -> None:
         """Take a map's inputs and Lambda of some samples, see `holdfast.attribution.TokenFold`."""
-        wide = torch.promote_types(x_STI.dtype, torch.float32)
-        x_STI, lam_STO = x_STI.to(wide), lam_STO.to(wide)
-        if self.weighting == "loss_gradient":
-            weight_ST = lam_STO.square().sum(-1)
-        else:
-            weight_ST = (lam_STO * (x_STI @ weight_OI.to(wide).t())).sum(-1).abs()
-        self.add(name, x_STI, weight_ST, real_ST)
+        squares = self.weighting == "loss_gradient"
+        weight_ST = lam_STO.to(passed_ST.dtype).square().sum(-1) if squares else passed_ST.abs()
+        self.add(name, x_STI.to(passed_ST.dtype), weight_ST, real_ST)
 
     def add(self, name: str, x_STI: Tensor, weight_ST: Tensor, real_ST: Tensor) -> None:
         """Add Σ_s Σ_t r_st x_st x_stᵀ, r being `weight_ST` scaled to sum 1 over a sample's real tokens."""
@@ -111,10 +109,16 @@ class InputMoments:
             weight_ST = self._shuffle(name, weight_ST, real_ST)
         total_S1 = weight_ST.sum(-1, keepdim=True)
         share_ST = weight_ST / (total_S1 + (EPSILON**2 if self.weighting == "loss_gradient" else EPSILON))
-        y_NI = (x_STI * share_ST.sqrt()[..., None]).reshape(-1, x_STI.shape[-1])
+        x_NI, share_N, size = x_STI.flatten(0, 1), share_ST.flatten(), x_STI.shape[-1]
+        at_N = share_N.nonzero().flatten()
+        if len(at_N) < len(share_N):  # padding, prompts: they add nothing
+            x_NI, share_N = x_NI[at_N], share_N[at_N]
+        y_NI = x_NI * share_N.sqrt()[:, None]
         if name not in self._sums:
-            self._sums[name] = y_NI.new_zeros(y_NI.shape[1], y_NI.shape[1])
-        self._sums[name].addmm_(y_NI.t(), y_NI)
+            self._sums[name] = y_NI.new_zeros(size, size)
+        total_II, width = self._sums[name], -(-size // ROW_BLOCKS)
+        for i in range(0, size, width):
+            total_II[i : i + width, i:].addmm_(y_NI[:, i : i + width].t(), y_NI[:, i:])
         self._counts[name] += len(x_STI)
 
     def _shuffle(self, name: str, weight_ST: Tensor, real_ST: Tensor) -> Tensor:
@@ -166,7 +170,8 @@ class InputMoments:
             if total_II is None:
                 found[name] = torch.zeros(size, size)
             else:
-                found[name] = ((total_II + total_II.t()) / (2 * max(samples, 1))).float()
+                upper_II = total_II.triu() / max(samples, 1)
+                found[name] = (upper_II + upper_II.triu(1).t()).float()
         return found
 
 
