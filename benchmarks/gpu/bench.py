@@ -2,10 +2,11 @@
 
     python benchmarks/gpu/bench.py [--shapes 1b 3b] [--out benchmarks/gpu/result.json]
 
-Random weights of the real shapes, 8 sequences of 512 tokens. Each figure is a median over rounds in which the
-sides take turns (a held step comes after the free ones), between two synchronisations of the device:
+Random weights of the real shapes, batches of 8 sequences of 512 tokens. Each figure is a median over rounds
+in which the sides take turns (a held step comes after the free ones), between two synchronisations of the
+device:
 
-* `plain`: forward and backward of all tokens' cross-entropy, gradients of the blocks' weights.
+* `plain`: forward and backward of two batches' cross-entropy, gradients of the blocks' weights.
 * `moments`, `moments_uniform`: second moments of inputs, tokens by relevance and alike, over `plain`.
 * `attribution`: by weight, mean of squares (its fold keeps one value a weight), over `plain`.
 * `step_by_weight`, `step_by_inputs`: a training step (`plain` and AdamW) with the anchor over one without. By
@@ -44,7 +45,7 @@ from holdfast.importance.registry import Inputs as Rated
 from holdfast.models import block_parameters, input_dims
 from holdfast.tasks.encode import Encoded
 
-ROUNDS, SEQUENCES, TOKENS, ANSWER = 5, 8, 512, 16
+ROUNDS, BATCHES, SEQUENCES, TOKENS, ANSWER = 4, 2, 8, 512, 16
 SHAPES = {
     "1b": {
         "hidden_size": 2048,
@@ -108,20 +109,22 @@ def measure(shape: str) -> dict[str, Any]:
     model = build(shape)
     weights = block_parameters(model)
     generator = torch.Generator().manual_seed(1)
-    ids_BT = torch.randint(3, model.config.vocab_size, (SEQUENCES, TOKENS), generator=generator)
-    on_device_BT = ids_BT.to(DEVICE)
+    count = BATCHES * SEQUENCES
+    ids_BT = torch.randint(3, model.config.vocab_size, (count, TOKENS), generator=generator)
+    batch_BT = ids_BT[:SEQUENCES].to(DEVICE)
     rows = [Encoded(ids[:-ANSWER].tolist(), ids[-ANSWER:].tolist()) for ids in ids_BT]
 
     def plain() -> None:
-        model(input_ids=on_device_BT, labels=on_device_BT).loss.backward()
+        model(input_ids=batch_BT, labels=batch_BT).loss.backward()
 
-    def plain_alone() -> None:
-        plain()
-        model.zero_grad()
+    def plain_batches() -> None:
+        for _ in range(BATCHES):
+            plain()
+            model.zero_grad()
 
     def moments(weighting: str) -> Callable[[], None]:
         every = {"correct_only": False} if weighting == "relevance" else {}
-        options = InputsOptions(weighting=weighting, samples=SEQUENCES, batch_size=SEQUENCES, **every)
+        options = InputsOptions(weighting=weighting, samples=count, batch_size=SEQUENCES, **every)
         return lambda: moments_of_inputs(Rated(model, rows, weights, pad_id=0), options)
 
     def attribution() -> None:
@@ -140,7 +143,7 @@ def measure(shape: str) -> dict[str, Any]:
 
     result: dict[str, Any] = {"weights": sum(p.numel() for p in weights.values())}
     parts = {
-        "plain": plain_alone,
+        "plain": plain_batches,
         "moments": moments("relevance"),
         "moments_uniform": moments("uniform"),
         "attribution": attribution,

@@ -12,7 +12,7 @@ import torch
 def products_for(dtypes: Collection[torch.dtype]) -> Iterator[None]:
     """Inside the block, float32 products are as exact as these types deserve.
 
-    Where all are 16-bit, a GPU rounds the factors to TF32 (10 bits, of which bfloat16 has 7 and float16 10), at
+    Where all are 16-bit, a GPU rounds the factors to TF32 (10 bits; bfloat16 has 7 and float16 10), at
     several times the speed; sums stay float32. Otherwise, and on a CPU, nothing changes.
     """
     if not torch.cuda.is_available() or any(dtype.itemsize > 2 for dtype in dtypes):

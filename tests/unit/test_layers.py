@@ -32,7 +32,7 @@ LAYERS = [  # from the top down; those in one line may import each other
     {"names", "config", "records", "resume", "progress", "folder", "environment", "places"},
     {"manifest"},
     {"tables"},
-    {"storage", "quantities"},
+    {"storage", "quantities", "precision"},
     {"world"},
     {"errors"},
 ]

@@ -104,9 +104,9 @@ class Spectrum:
 
 
 def eigenvectors(c_II: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (I,), ascending, and U (I, I) of a symmetric matrix: made in float64 on the GPU where there is one.
+    """Eigenvalues (I,), ascending, and U (I, I) of a symmetric matrix, in float64, on the matrix's device.
 
-    Both are returned on the matrix's own device.
+    They are made on the GPU where there is one.
     """
     device = "cuda" if torch.cuda.is_available() else c_II.device
     # a copy: the last bits of a decomposition may depend on how a file's memory is aligned

@@ -25,6 +25,7 @@ from holdfast.importance.right_rows import of_right_rows
 from holdfast.importance.seeding import sample, seed_for
 from holdfast.models import evaluating, input_dims, linear_modules
 from holdfast.names import canonical_name
+from holdfast.precision import products_for
 from holdfast.resume import State
 from holdfast.tasks.encode import IGNORED
 
@@ -100,7 +101,7 @@ class InputMoments:
         """Take a map's inputs and Lambda of some samples, see `holdfast.attribution.TokenFold`."""
         squares = self.weighting == "loss_gradient"
         weight_ST = lam_STO.to(passed_ST.dtype).square().sum(-1) if squares else passed_ST.abs()
-        self.add(name, x_STI.to(passed_ST.dtype), weight_ST, real_ST)
+        self.add(name, x_STI, weight_ST, real_ST)
 
     def add(self, name: str, x_STI: Tensor, weight_ST: Tensor, real_ST: Tensor) -> None:
         """Add Σ_s Σ_t r_st x_st x_stᵀ, r being `weight_ST` scaled to sum 1 over a sample's real tokens."""
@@ -113,12 +114,13 @@ class InputMoments:
         at_N = share_N.nonzero().flatten()
         if len(at_N) < len(share_N):  # padding, prompts: they add nothing
             x_NI, share_N = x_NI[at_N], share_N[at_N]
-        y_NI = x_NI * share_N.sqrt()[:, None]
+        y_NI = x_NI.to(share_N.dtype) * share_N.sqrt()[:, None]
         if name not in self._sums:
             self._sums[name] = y_NI.new_zeros(size, size)
         total_II, width = self._sums[name], -(-size // ROW_BLOCKS)
-        for i in range(0, size, width):
-            total_II[i : i + width, i:].addmm_(y_NI[:, i : i + width].t(), y_NI[:, i:])
+        with products_for({x_STI.dtype}):
+            for i in range(0, size, width):
+                total_II[i : i + width, i:].addmm_(y_NI[:, i : i + width].t(), y_NI[:, i:])
         self._counts[name] += len(x_STI)
 
     def _shuffle(self, name: str, weight_ST: Tensor, real_ST: Tensor) -> Tensor:
@@ -271,12 +273,12 @@ def _watched(
         def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             samples = len(masks[0][0])
             x_STI = args[0].detach().reshape(samples, -1, args[0].shape[-1])
-            x_STI = x_STI.to(torch.promote_types(x_STI.dtype, torch.float32))
             length = x_STI.shape[1]
             fitting = ((w, real) for real, w in masks if real.shape[1] == length)
             every = torch.ones(samples, length, dtype=torch.bool, device=x_STI.device)
             weight_ST, real_ST = next(fitting, (every, every))
-            seen.setdefault(name, []).append((x_STI, weight_ST.to(x_STI.dtype), real_ST))
+            wide = torch.promote_types(x_STI.dtype, torch.float32)
+            seen.setdefault(name, []).append((x_STI, weight_ST.to(wide), real_ST))
 
         return before
 
