@@ -12,7 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from holdfast.errors import PriorMismatchError
 from holdfast.hold.attach import Bound, Chunk, Handle, chunks_of
-from holdfast.importance.prior import ImportancePrior, parameters_by_name, some
+from holdfast.importance.prior import FREE, ImportancePrior, parameters_by_name, some
 
 _HELD: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter to how many attached mechanisms hold it
 
@@ -23,6 +23,7 @@ class Unheld:
     A weight that the prior rates and that the optimizer begins to train (by ``add_param_group``, or because
     it is unfrozen) is handed to the mechanism. Of all else that is trained and not held one warning tells how
     many tensors, their share of the trained weights, and their names; of what joins later, another one.
+    Weights that the prior leaves free on purpose (``meta["free"]``) are nothing to tell of.
 
     Parameters
     ----------
@@ -47,6 +48,7 @@ class Unheld:
         self.chunks, self.take = chunks, take
         self.names: list[str] = []  # of what is trained and not held, as far as it was told
         self._parameters = parameters_by_name(model)
+        self._free = set(prior.meta.get(FREE, ()))
         self._held = {id(p) for chunk in chunks for p in chunk.owners}
         self._counted: list[Tensor] = []
         self._count(chunks)
@@ -77,7 +79,7 @@ class Unheld:
                 self.take(chunks)
             self.chunks.extend(chunks)
             self._count(chunks)
-        told = {*self.names, *(n for n, _ in rated)}
+        told = {*self.names, *self._free, *(n for n, _ in rated)}
         self._tell([n for n, _ in late if n not in told], "from this step on, ")
         self._tell(self._elsewhere(group_of), "by another optimizer, ")
 
@@ -98,14 +100,14 @@ class Unheld:
         return [
             n
             for n, p in self._parameters.items()
-            if id(p) in group and p.requires_grad and id(p) not in self._held
+            if id(p) in group and p.requires_grad and id(p) not in self._held and n not in self._free
         ]
 
     def _elsewhere(self, mine: Mapping[int, int]) -> list[str]:
         """What has changed since it was attached though this optimizer doesn't train it."""
         found = []
         for name, p in self._parameters.items():
-            if not p.requires_grad or id(p) in mine or name in self.names:
+            if not p.requires_grad or id(p) in mine or name in self._free or name in self.names:
                 continue
             if p._version != self._versions.get(name, p._version) and not _HELD.get(p, 0):
                 found.append(name)

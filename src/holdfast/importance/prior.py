@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 TENSORS = "prior.safetensors"
 META = "prior.json"
+FREE = "free"  # in a prior's meta: weights that are not rated, and that nobody need hear of as not held
 Kind = Literal["weights", "inputs"]
 How = Literal["max", "sum", "mean"]
 _SHOWN = 5  # names listed in a message; a wrong model can differ in hundreds

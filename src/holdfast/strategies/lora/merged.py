@@ -23,6 +23,7 @@ from holdfast.hold import Handle, Protection
 from holdfast.hold.cost import Cost
 from holdfast.hold.drift import Drift
 from holdfast.importance import ImportancePrior
+from holdfast.importance.prior import FREE
 from holdfast.models import input_dims
 from holdfast.records import AdapterRanks
 from holdfast.strategies.lora.grown import Grown, grown_cost
@@ -78,14 +79,14 @@ def of_whole_maps(prior: ImportancePrior, model: nn.Module) -> ImportancePrior:
 
 
 def held_rows(prior: ImportancePrior, model: nn.Module) -> ImportancePrior:
-    """A prior of whole maps as one of their A, whose inputs are the map's; B is free."""
-    layers = lora_layers(model)
-    found = {
-        f"{name.removesuffix('.weight')}.lora_A.weight": prior.tensors[name]
-        for name in layers
-        if name in prior.tensors
-    }
-    return ImportancePrior(found, {key: value for key, value in prior.meta.items() if key != "weights"})
+    """A prior of whole maps as one of their A, whose inputs are the map's; B is free on purpose.
+
+    What A passes on is what earlier inputs leave free, whatever B makes of it.
+    """
+    maps = [name.removesuffix(".weight") for name in lora_layers(model) if name in prior.tensors]
+    found = {f"{path}.lora_A.weight": prior.tensors[f"{path}.weight"] for path in maps}
+    meta = {key: value for key, value in prior.meta.items() if key != "weights"}
+    return ImportancePrior(found, {**meta, FREE: [f"{path}.lora_B.weight" for path in maps]})
 
 
 class Merged:
