@@ -36,6 +36,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from holdfast.attribution import AttributionOptions, attribute_batches
 from holdfast.hold import Anchor
 from holdfast.hold.attach import hook
+from holdfast.hold.basis import Whole
 from holdfast.hold.inputs import Coordinates, Inputs
 from holdfast.hold.spectrum import eigenvectors
 from holdfast.importance.aggregate import SquareMean
@@ -206,7 +207,7 @@ def by_inputs(
             bases[size] = torch.linalg.qr(torch.randn(size, size, device=p.device)).Q
         rows.append(bases[size].clone())  # each map has its own in use
     shares = [torch.rand(len(u), device=u.device) for u in rows]
-    operator = Inputs(shares, rows, [dims[name] for name in weights])
+    operator = Inputs(shares, [Whole(u) for u in rows], [dims[name] for name in weights])
     references = [p.detach().clone() for p in weights.values()]
     coordinates = Coordinates(list(weights.values()), references, operator)
 

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from holdfast.errors import ConfigError, PriorMismatchError
 from holdfast.hold import Anchor, Gate, Penalty, Project, apply_control, tell_total_rate
+from holdfast.hold.basis import Whole
 from holdfast.hold.drift import drift
 from holdfast.hold.inputs import Inputs
 from holdfast.importance.prior import ImportancePrior
@@ -246,17 +247,18 @@ def test_clipping_before_the_step_meets_the_norm_that_the_optimizer_gets() -> No
     assert 0.9 * 0.5e-2 < moved <= 0.5e-2 * (1 + 1e-6)  # one step, pulled by 1 % in the mean
 
 
-@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize(("every", "rank"), [(1, None), (1, 2), (3, None)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("coordinates", ["inputs", "weights"])
 @pytest.mark.parametrize("strength", [{"pull": 2.0}, {"strength": "auto"}], ids=["pull", "auto"])
 def test_killed_training_goes_on_bit_for_bit(
-    strength: Any, coordinates: Any, dtype: torch.dtype, every: int
+    strength: Any, coordinates: Any, dtype: torch.dtype, every: int, rank: Any
 ) -> None:
     def begin(model: nn.Module, reference: dict[str, Tensor]) -> torch.optim.Optimizer:
         optim = torch.optim.AdamW(model.parameters(), lr=1e-2)
         tell_total_rate(optim, None, 10)
-        hold = Anchor(moments(), **strength, every=every, coordinates=coordinates, reference=reference)
+        how = {**strength, "every": every, "rank": rank, "coordinates": coordinates}
+        hold = Anchor(moments(), **how, reference=reference)
         hold.attach(model, optim)
         return optim
 
@@ -633,7 +635,7 @@ def test_blend_is_between_its_ends_and_reduce_is_blend_towards_zero(
     generator = torch.Generator().manual_seed(seed)
     u, _ = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
     share = torch.rand(size, generator=generator, dtype=torch.float64)
-    operator = Inputs([share], [u], [1])
+    operator = Inputs([share], [Whole(u)], [1])
     value = torch.randn(outputs, size, generator=generator, dtype=torch.float64)
     zero, blended, reduced, times = torch.zeros_like(value), value.clone(), value.clone(), value.clone()
     operator.blend_([blended], [zero])

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from holdfast.config import validate
 from holdfast.errors import ConfigError
+from holdfast.hold import Anchor
 from holdfast.hold.cost import prior_costs, trained_bytes
 from holdfast.importance import ImportancePrior, compute_prior
+from holdfast.importance.inputs import InputsOptions
 from holdfast.importance.lrp import LrpOptions
 from holdfast.models import LoraOptions, add_lora, block_parameters, tiny_llama
 from holdfast.runner import RunConfig, run
@@ -31,6 +33,23 @@ STREAM = toy_suite(["copy", "flip", "head", "tail"], 8, 2)
 def model(lora: bool = False) -> Any:
     made = tiny_llama(toy_tokenizer(), hidden=16, layers=1, heads=2)
     return add_lora(made, LoraOptions(r=4)) if lora else made
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_eigenvectors_are_what_the_hold_keeps_of_them(rank: int | None) -> None:
+    made = model()
+    names = block_parameters(made)
+    prior = ImportancePrior(
+        {n: torch.eye(p.shape[1]) + torch.ones(p.shape[1], p.shape[1]) for n, p in names.items()},
+        {"kind": "inputs"},
+    )
+    anchor = Anchor(prior, strength=1.0, rank=rank)
+    anchor.attach(made, torch.optim.SGD(names.values(), lr=0.1))
+    kept = held_by(anchor.spectrum.directions.values())
+    costs = {cost.what: cost.size for cost in prior_costs(made, InputsOptions(), rank=rank)}
+    (size,) = (size for what, size in costs.items() if "eigenvectors" in what)
+    wide = 1.5 if rank is None else 2.0  # in float32: the matrix, or two of K columns
+    assert size == kept * wide
 
 
 def held_by(tensors: Any) -> int:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from holdfast.hold.spectrum import Rank
 from holdfast.importance.registry import REGISTRY
 from holdfast.models import block_parameters, input_dims
 
@@ -57,7 +58,7 @@ def trained_bytes(model: nn.Module, each: int | None = None) -> int:
     return sum(p.numel() * (each or p.element_size()) for p in trained)
 
 
-def prior_costs(model: nn.Module, options: Any, kept: int = 1) -> list[Cost]:
+def prior_costs(model: nn.Module, options: Any, kept: int = 1, rank: Rank | None = None) -> list[Cost]:
     """Of computing priors and protecting weights by them.
 
     Parameters
@@ -66,9 +67,11 @@ def prior_costs(model: nn.Module, options: Any, kept: int = 1) -> list[Cost]:
         Of an importance.
     kept : int
         How many priors act at the same time, each with a mechanism of its own.
+    rank : int or "auto", optional
+        How many directions of a map the mechanism tells apart; how few ``auto`` needs is not known before.
     """
     if REGISTRY[options.name].kind == "inputs":
-        return _inputs_costs(model, kept)
+        return _inputs_costs(model, kept, rank)
     weights = list(REGISTRY[options.name].rated(model).values())
     if not weights:
         return []
@@ -96,7 +99,7 @@ def prior_costs(model: nn.Module, options: Any, kept: int = 1) -> list[Cost]:
     return costs
 
 
-def _inputs_costs(model: nn.Module, kept: int) -> list[Cost]:
+def _inputs_costs(model: nn.Module, kept: int, rank: Rank | None) -> list[Cost]:
     dims, weights = input_dims(model), block_parameters(model)
     maps = [(p.shape[dims[name]], p) for name, p in weights.items() if name in dims]
     squares = sum(inputs * inputs for inputs, _ in maps)
@@ -107,6 +110,16 @@ def _inputs_costs(model: nn.Module, kept: int) -> list[Cost]:
         Cost(
             "prior (one matrix a linear map, float32, on the CPU)", kept * squares * 4, note if free else ""
         ),
-        Cost("its eigenvectors (float64 on the CPU, float32 beside the weights)", kept * squares * 12),
+        Cost(
+            "its eigenvectors (float64 on the CPU, float32 beside the weights)",
+            kept * sum(_basis_bytes(inputs, rank) for inputs, _ in maps),
+        ),
         Cost("hold (reference, and the change in rotated coordinates)", kept * 4 * 3 * elements),
     ]
+
+
+def _basis_bytes(inputs: int, rank: Rank | None) -> int:
+    """K directions in float64, and what multiplies by them in float32: the matrix, or two of K columns."""
+    if not isinstance(rank, int) or 2 * rank >= inputs:
+        return inputs * inputs * (8 + 4)
+    return inputs * rank * (8 + 2 * 4)

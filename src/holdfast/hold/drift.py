@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from holdfast import world
 from holdfast.errors import ConfigError, PriorMismatchError
+from holdfast.hold.basis import Basis
 from holdfast.hold.inputs import outputs_first, square_lengths
 from holdfast.importance.prior import ImportancePrior, parameters_by_name
 from holdfast.models import input_dims
@@ -104,13 +105,13 @@ class Rotated:
     name: str
     weight: Tensor
     reference: Tensor
-    basis_II: Tensor
+    basis: Basis
     values_I: Tensor
     dim: int
 
     def change(self) -> Tensor:
         """tr(Δ C Δᵀ) = Σ_j c_j |(ΔU)_j|², a scalar on the device."""
-        wide = self.basis_II.dtype
+        wide = self.basis.dtype
         change = outputs_first(self.weight, self.dim).to(wide) - outputs_first(self.reference, self.dim).to(
             wide
         )
@@ -118,10 +119,10 @@ class Rotated:
 
     def whole(self) -> Tensor:
         """tr(W* C W*ᵀ)."""
-        return self._moment(outputs_first(self.reference, self.dim).to(self.basis_II.dtype))
+        return self._moment(outputs_first(self.reference, self.dim).to(self.basis.dtype))
 
     def _moment(self, weight_OI: Tensor) -> Tensor:
-        return square_lengths(weight_OI @ self.basis_II) @ self.values_I
+        return square_lengths(self.basis.into(weight_OI)) @ self.values_I
 
 
 class Meter:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from holdfast.hold.basis import Basis
 from holdfast.hold.operator import Rate
 from holdfast.precision import products_for
 
@@ -22,8 +23,8 @@ class Inputs:
     ----------
     shares : list of Tensor (I,)
         h of each map's directions. Only with a rate may they exceed 1.
-    bases : list of Tensor (I, I)
-        U, directions in columns, in at least float32; all products are made in that type.
+    bases : list of Basis
+        U, directions in columns; all products are made in its type.
     dims : list of int
         Which dimension of the weight is the input: 1 in `torch.nn.Linear`, 0 in transformers' Conv1D.
 
@@ -35,7 +36,7 @@ class Inputs:
     float32). Where u is a coordinate axis it is exact.
     """
 
-    def __init__(self, shares: list[Tensor], bases: list[Tensor], dims: list[int]) -> None:
+    def __init__(self, shares: list[Tensor], bases: Sequence[Basis], dims: list[int]) -> None:
         self.shares, self.bases, self.dims = shares, bases, dims
 
     def passed(self, rate: Rate | None) -> list[Tensor]:
@@ -49,18 +50,18 @@ class Inputs:
     def scale_(self, values: Sequence[Tensor], towards: Sequence[Tensor], passed: Sequence[Tensor]) -> None:
         """values ← towards + Δ U diag(passed) Uᵀ, Δ = values − towards."""
         rows = zip(values, towards, passed, self.bases, self.dims, strict=True)
-        for value, target, passed_I, basis_II, dim in rows:
-            target_OI = outputs_first(target, dim).to(basis_II.dtype)
-            change_OI = outputs_first(value, dim).to(basis_II.dtype) - target_OI
-            outputs_first(value, dim).copy_(target_OI + _along(change_OI, basis_II, passed_I))
+        for value, target, passed_I, basis, dim in rows:
+            target_OI = outputs_first(target, dim).to(basis.dtype)
+            change_OI = outputs_first(value, dim).to(basis.dtype) - target_OI
+            outputs_first(value, dim).copy_(target_OI + _along(change_OI, basis, passed_I))
 
     def squares(self, values: Sequence[Tensor], towards: Sequence[Tensor]) -> list[Tensor]:
         """|(ΔU)_j|² of each map's directions, Δ = values − towards."""
         found = []
-        for value, target, basis_II, dim in zip(values, towards, self.bases, self.dims, strict=True):
-            wide = basis_II.dtype
+        for value, target, basis, dim in zip(values, towards, self.bases, self.dims, strict=True):
+            wide = basis.dtype
             change_OI = outputs_first(value, dim).to(wide) - outputs_first(target, dim).to(wide)
-            found.append(square_lengths(change_OI @ basis_II))
+            found.append(square_lengths(basis.into(change_OI)))
         return found
 
     def reduce_(self, changes: Sequence[Tensor | None]) -> None:
@@ -74,14 +75,14 @@ class Inputs:
     def energy(self, changes: Sequence[Tensor]) -> Tensor:
         """See `Operator.energy`."""
         rows = zip(changes, self.shares, self.bases, self.dims, strict=True)
-        parts = [((outputs_first(c, dim).to(u.dtype) @ u) ** 2 * h).sum() for c, h, u, dim in rows]
+        parts = [(u.into(outputs_first(c, dim).to(u.dtype)) ** 2 * h).sum() for c, h, u, dim in rows]
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
     def _scale(self, changes: Sequence[Tensor | None], factors: list[Tensor]) -> None:
-        for change, factor_I, basis_II, dim in zip(changes, factors, self.bases, self.dims, strict=True):
+        for change, factor_I, basis, dim in zip(changes, factors, self.bases, self.dims, strict=True):
             if change is not None:
                 change_OI = outputs_first(change, dim)
-                change_OI.copy_(_along(change_OI.to(basis_II.dtype), basis_II, factor_I))
+                change_OI.copy_(_along(change_OI.to(basis.dtype), basis, factor_I))
 
 
 def outputs_first(weight: Tensor, dim: int) -> Tensor:
@@ -94,9 +95,9 @@ def square_lengths(change_OI: Tensor) -> Tensor:
     return torch.linalg.vector_norm(change_OI, dim=0).square()
 
 
-def _along(change_OI: Tensor, basis_II: Tensor, factor_I: Tensor) -> Tensor:
+def _along(change_OI: Tensor, basis: Basis, factor_I: Tensor) -> Tensor:
     """Δ U diag(factor) Uᵀ."""
-    return (change_OI @ basis_II).mul_(factor_I) @ basis_II.t()
+    return basis.back(basis.into(change_OI).mul_(factor_I))
 
 
 class Coordinates:
@@ -118,14 +119,14 @@ class Coordinates:
     -----
     Z is made anew from W and W* at each step, so it is part of no checkpoint, and a killed training that
     goes on is the same bit for bit. After the step ``.grad`` is that in the rotated coordinates. Three
-    products of O by I with I by I a map and step. Memory, in float32: W* U and Z, and room for one map.
+    products of O by I with U a map and step. Memory, in float32: W* U and Z, and room for one map.
     """
 
     def __init__(self, parameters: list[Tensor], references: list[Tensor], operator: Inputs) -> None:
         self.operator = operator
         rows = zip(parameters, references, operator.bases, operator.dims, strict=True)
         self._maps = [(p, outputs_first(ref, dim), u, dim) for p, ref, u, dim in rows]
-        self._origins = [ref_OI.to(u.dtype) @ u for _, ref_OI, u, _ in self._maps]
+        self._origins = [u.into(ref_OI.to(u.dtype)) for _, ref_OI, u, _ in self._maps]
         self._changes = [torch.empty_like(origin_OI) for origin_OI in self._origins]
         self._dtypes = {parameter.dtype for parameter in parameters}
         # pages that are new at each step cost more than what is written to them
@@ -145,17 +146,17 @@ class Coordinates:
 
     def _enter(self) -> None:
         rows = zip(self._maps, self._origins, self._changes, strict=True)
-        for (parameter, ref_OI, basis_II, dim), origin_OI, change_OI in rows:
+        for (parameter, ref_OI, basis, dim), origin_OI, change_OI in rows:
             weight_OI, room_OI = outputs_first(parameter, dim), self._room_for(origin_OI)
             if weight_OI.dtype == room_OI.dtype:  # one pass where 16 bits take two
-                torch.mm(torch.sub(weight_OI, ref_OI, out=room_OI), basis_II, out=change_OI)
+                basis.into(torch.sub(weight_OI, ref_OI, out=room_OI), out=change_OI)
                 torch.add(origin_OI, change_OI, out=weight_OI)
             else:
-                torch.mm(room_OI.copy_(weight_OI).sub_(ref_OI), basis_II, out=change_OI)
+                basis.into(room_OI.copy_(weight_OI).sub_(ref_OI), out=change_OI)
                 weight_OI.copy_(torch.add(origin_OI, change_OI, out=room_OI))
             if parameter.grad is not None:
                 gradient_OI = outputs_first(parameter.grad, dim)
-                gradient_OI.copy_(torch.mm(gradient_OI.to(basis_II.dtype), basis_II, out=room_OI))
+                gradient_OI.copy_(basis.into(gradient_OI.to(basis.dtype), out=room_OI))
 
     def stepped(self) -> None:
         """After the step: take what it changed into Z."""
@@ -180,11 +181,11 @@ class Coordinates:
     def _leave(self, passed: Sequence[Tensor] | None) -> None:
         factors = [None] * len(self._maps) if passed is None else passed
         rows = zip(self._maps, self._changes, factors, strict=True)
-        for (parameter, ref_OI, basis_II, dim), change_OI, passed_I in rows:
+        for (parameter, ref_OI, basis, dim), change_OI, passed_I in rows:
             weight_OI = outputs_first(parameter, dim)
             if passed_I is not None:
                 change_OI *= passed_I
             if weight_OI.dtype == change_OI.dtype:
-                torch.addmm(ref_OI, change_OI, basis_II.t(), out=weight_OI)
+                basis.back(change_OI, ref_OI, out=weight_OI)
             else:
-                weight_OI.copy_(torch.addmm(ref_OI.to(basis_II.dtype), change_OI, basis_II.t()))
+                weight_OI.copy_(basis.back(change_OI, ref_OI.to(basis.dtype)))

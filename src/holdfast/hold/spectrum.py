@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +12,16 @@ from torch.optim import Optimizer
 
 from holdfast import world
 from holdfast.hold.attach import Chunk, bind, place
+from holdfast.hold.basis import basis_of
 from holdfast.hold.drift import Meter, Rotated
 from holdfast.hold.elementwise import Elementwise
 from holdfast.hold.inputs import Inputs
 from holdfast.hold.operator import Operator
 from holdfast.importance.prior import ImportancePrior
 from holdfast.models import input_dims
+
+Rank = int | Literal["auto"]
+_KEPT = 0.99  # of a map's trace, by `auto`
 
 
 @dataclass(frozen=True)
@@ -28,27 +33,35 @@ class Spectrum:
     prior : ImportancePrior
     values : dict of str to Tensor
         By canonical name. Of a prior by weight its tensors. Of the kind ``inputs`` the eigenvalues (I,) of C,
-        ascending, scaled to mean 1.
-    bases : dict of str to Tensor
-        Of the kind ``inputs``: U (I, I), float64, eigenvectors in columns. Otherwise empty.
+        scaled to mean 1: ascending; with a rank the K largest, descending, and then the mean of the others.
+    directions : dict of str to Tensor
+        Of the kind ``inputs``: eigenvectors in columns, float64: all (I, I), or the K largest ones'.
+        Otherwise empty.
     """
 
     prior: ImportancePrior
     values: dict[str, Tensor]
-    bases: dict[str, Tensor]
+    directions: dict[str, Tensor]
 
     @classmethod
-    def of(cls, prior: ImportancePrior) -> Spectrum:
-        """The prior as it is; matrices are scaled to mean eigenvalue 1 and decomposed, in float64."""
+    def of(cls, prior: ImportancePrior, rank: Rank | None = None) -> Spectrum:
+        """The prior as it is; matrices are scaled to mean eigenvalue 1 and decomposed, in float64.
+
+        Parameters
+        ----------
+        rank : int or "auto", optional
+            Of the kind ``inputs``: how many directions of a map are told apart, see `leading`.
+        """
         if prior.kind == "weights":
             return cls(prior, prior.tensors, {})
-        values, bases = {}, {}
+        values, directions = {}, {}
         for name, c_II in prior.mean_normalised().tensors.items():
-            c_I, bases[name] = eigenvectors(c_II)
-            values[name] = c_I.clamp(min=0).float()
+            c_I, basis_II = eigenvectors(c_II)
+            c_I, directions[name] = leading(c_I.clamp(min=0), basis_II, rank)
+            values[name] = c_I.float()
         # directions of equal weight are arbitrary, and all processes must step in the same
-        world.agree([*values.values(), *bases.values()])
-        return cls(prior, values, bases)
+        world.agree([*values.values(), *directions.values()])
+        return cls(prior, values, directions)
 
     def bind(self, model: nn.Module, optimizer: Optimizer) -> tuple[Optimizer, list[Chunk]]:
         """Find the weights in the model and in the optimizer, see `holdfast.hold.attach.bind`."""
@@ -67,7 +80,7 @@ class Spectrum:
             Keep a share below 1 below 1, where a 16-bit dtype would round it up and freeze the weight.
         """
         pairs = list(zip(chunk.names, chunk.parameters, strict=True))
-        if not self.bases:
+        if not self.directions:
             owners = list(zip(chunk.names, chunk.owners, strict=True))
             shares = [place(values[name], owner) for name, owner in owners]
             if partial:
@@ -78,7 +91,10 @@ class Spectrum:
         kinds = [(p.device, torch.promote_types(p.dtype, torch.float32)) for _, p in pairs]
         return Inputs(
             [values[n].to(*kind, copy=True) for (n, _), kind in zip(pairs, kinds, strict=True)],
-            [self.bases[n].to(*kind, copy=True) for (n, _), kind in zip(pairs, kinds, strict=True)],
+            [
+                basis_of(self.directions[n], device=device, dtype=dtype)
+                for (n, _), (device, dtype) in zip(pairs, kinds, strict=True)
+            ],
             [dims[name] for name, _ in pairs],
         )
 
@@ -86,7 +102,7 @@ class Spectrum:
         self, chunks: Sequence[Chunk], operators: Sequence[Operator], references: Sequence[list[Tensor]]
     ) -> Meter | None:
         """How far old outputs have moved from the references; None of a prior by weight."""
-        if not self.bases:
+        if not self.directions:
             return None
 
         def maps() -> list[Rotated]:
@@ -96,11 +112,41 @@ class Spectrum:
                 rows = zip(
                     chunk.names, chunk.parameters, reference, operator.bases, operator.dims, strict=True
                 )
-                found += [Rotated(n, p, r, u, self.values[n].to(u), dim) for n, p, r, u, dim in rows]
+                found += [
+                    Rotated(n, p, r, u, self.values[n].to(p.device, u.dtype), dim) for n, p, r, u, dim in rows
+                ]
             return found
 
         sharded = any(p is not o for c in chunks for p, o in zip(c.parameters, c.owners, strict=True))
         return Meter(maps, sharded)
+
+
+def leading(c_I: Tensor, basis_II: Tensor, rank: Rank | None) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors, the smaller ones' values replaced by their mean.
+
+    Parameters
+    ----------
+    c_I, basis_II : Tensor
+        Ascending, and in columns.
+    rank : int or "auto", optional
+        K. ``auto``: as few as have 99 % of the trace. A map for which K is half of its inputs or more keeps
+        all, which costs no more.
+
+    Returns
+    -------
+    Tensor (I,), Tensor (I, K)
+        The K largest, descending, and then the mean of the others; or all, as they were.
+    """
+    size = len(c_I)
+    if rank == "auto":
+        beyond_I = c_I.cumsum(0)  # of the smallest 1, 2, ...
+        rank = size - int((beyond_I <= (1 - _KEPT) * beyond_I[-1]).sum())
+    if rank is None or 2 * rank >= size:
+        return c_I, basis_II
+    mean = c_I[: size - rank].mean()
+    return torch.cat([c_I[size - rank :].flip(0), mean.expand(size - rank)]), basis_II[:, size - rank :].flip(
+        1
+    )
 
 
 def eigenvectors(c_II: Tensor) -> tuple[Tensor, Tensor]:

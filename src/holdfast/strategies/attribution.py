@@ -151,7 +151,8 @@ class Attribution(Strategy):
     def estimate(self, model: nn.Module, stream: TaskStream) -> Estimate:
         """The prior, and what acts on it; and the models of one task each."""
         alone = [(len(task.train), None) for task in stream if self.options.prior_from == "single_task"]
-        costs = prior_costs(model, self.options.importance)
+        rank = getattr(self.options.mechanism, "rank", None)
+        costs = prior_costs(model, self.options.importance, rank=rank)
         inputs = self.options.kind == "inputs"
         form = form_for(model, self.options.merge_lora, self.options.name) if inputs else None
         if form is not None:
