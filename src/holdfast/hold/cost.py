@@ -58,7 +58,13 @@ def trained_bytes(model: nn.Module, each: int | None = None) -> int:
     return sum(p.numel() * (each or p.element_size()) for p in trained)
 
 
-def prior_costs(model: nn.Module, options: Any, kept: int = 1, rank: Rank | None = None) -> list[Cost]:
+def prior_costs(
+    model: nn.Module,
+    options: Any,
+    kept: int = 1,
+    rank: Rank | None = None,
+    weights: Sequence[nn.Parameter] | None = None,
+) -> list[Cost]:
     """Of computing priors and protecting weights by them.
 
     Parameters
@@ -69,15 +75,20 @@ def prior_costs(model: nn.Module, options: Any, kept: int = 1, rank: Rank | None
         How many priors act at the same time, each with a mechanism of its own.
     rank : int or "auto", optional
         How many directions of a map the mechanism tells apart; how few ``auto`` needs is not known before.
+    weights : sequence of Parameter, optional
+        What is rated weight by weight, beside another prior; by default all that the importance can.
     """
     if REGISTRY[options.name].kind == "inputs":
         return _inputs_costs(model, kept, rank)
-    weights = list(REGISTRY[options.name].rated(model).values())
+    beside = weights is not None
+    if weights is None:
+        weights = list(REGISTRY[options.name].rated(model).values())
     if not weights:
         return []
     elements, largest = sum(p.numel() for p in weights), max(p.numel() for p in weights)
-    unrated = trained_bytes(model, each=1) - elements
+    unrated = 0 if beside else trained_bytes(model, each=1) - elements
     several = "" if kept == 1 else f", {kept} of them"
+    several += " of what is no linear map" if beside else ""
     costs = [
         Cost(
             f"prior (float32, on the CPU){several}",
@@ -104,12 +115,8 @@ def _inputs_costs(model: nn.Module, kept: int, rank: Rank | None) -> list[Cost]:
     maps = [(p.shape[dims[name]], p) for name, p in weights.items() if name in dims]
     squares = sum(inputs * inputs for inputs, _ in maps)
     elements = sum(p.numel() for _, p in maps)
-    free = trained_bytes(model, each=1) - elements
-    note = f"{free:,} trained parameters (biases, embeddings, norms, head) are not held by their inputs."
     return [
-        Cost(
-            "prior (one matrix a linear map, float32, on the CPU)", kept * squares * 4, note if free else ""
-        ),
+        Cost("prior (one matrix a linear map, float32, on the CPU)", kept * squares * 4),
         Cost(
             "its eigenvectors (float64 on the CPU, float32 beside the weights)",
             kept * sum(_basis_bytes(inputs, rank) for inputs, _ in maps),

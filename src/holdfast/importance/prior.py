@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 TENSORS = "prior.safetensors"
 META = "prior.json"
+BESIDE = "beside"  # in a prior's meta: by weight, and linear maps are another's, of the kind `inputs`
 FREE = "free"  # in a prior's meta: weights that are not rated, and that nobody need hear of as not held
 Kind = Literal["weights", "inputs"]
 How = Literal["max", "sum", "mean"]
@@ -269,6 +270,8 @@ class ImportancePrior:
         """
         all_shapes = {name: p.shape for name, p in parameters_by_name(model).items()}
         needed = set(block_parameters(model))
+        if self.meta.get(BESIDE):
+            needed = set()
         if self.kind == "inputs":
             dims = input_dims(model)
             all_shapes = {n: torch.Size([all_shapes[n][d]] * 2) for n, d in dims.items()}
@@ -277,6 +280,10 @@ class ImportancePrior:
         expected = {name: s for name, s in all_shapes.items() if name in needed or name in self.tensors}
         _compare(self.tensors, expected, "the prior", f"the model ({type(model).__name__})")
         self._check_values(model)
+
+    def covers(self, name: str) -> bool:
+        """Whether a weight of this canonical name is rated, by itself or as a factor of LoRA by its map."""
+        return name in self.tensors or self._has_its_map(name)
 
     def _has_its_map(self, name: str) -> bool:
         """Whether this is a factor of LoRA whose map, or whose A, has a matrix here."""
@@ -436,6 +443,7 @@ def _merged_meta(metas: Sequence[dict[str, Any]], how: str) -> dict[str, Any]:
     merged: dict[str, Any] = {
         **({"kind": "inputs"} if metas[0].get("kind") == "inputs" else {}),
         **({"whole_maps": True} if all(m.get("whole_maps") for m in metas) else {}),
+        **({BESIDE: True} if all(m.get(BESIDE) for m in metas) else {}),
         "importance": "+".join(dict.fromkeys(str(m["importance"]) for m in metas if "importance" in m)),
         "merge": how,
         "tasks": [task for meta in metas for task in meta.get("tasks", [])],

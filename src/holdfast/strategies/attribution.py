@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from holdfast.config import Options, named_or
+from holdfast.config import Options, named, named_or
 from holdfast.errors import ConfigError, HoldfastError, PriorMismatchError
 from holdfast.hold import AnchorOptions, Control, MechanismOptions, apply_control, build_mechanism
 from holdfast.hold.attach import Handle, Protection
@@ -19,10 +19,13 @@ from holdfast.hold.cost import Estimate, prior_costs
 from holdfast.hold.drift import Drift
 from holdfast.hold.reference import weights_of
 from holdfast.importance import ImportanceOptions, ImportancePrior
+from holdfast.importance.fisher import FisherOptions
 from holdfast.importance.inputs import InputsOptions
-from holdfast.importance.prior import Kind, default_merge
+from holdfast.importance.prior import FREE, Kind, default_merge, parameters_by_name
 from holdfast.importance.registry import REGISTRY
+from holdfast.models import block_parameters, input_dims
 from holdfast.records import ProtectionSummary
+from holdfast.strategies.beside import Beside, left_to_rate
 from holdfast.strategies.lora.merged import (
     Merged,
     export_merged,
@@ -36,6 +39,7 @@ from holdfast.strategies.protocol import Context, Stage, Strategy, register
 from holdfast.tasks.task import TaskStream
 
 PULL = 5.0  # by which a new LoRA is kept out of old inputs where the mechanism's strength has another unit
+_BESIDE = "beside"  # in the state, before the names of weights that are held one by one
 _UNDER = "under."  # in the state, before the names of weights under the adapter
 
 
@@ -61,6 +65,11 @@ class AttributionStrategyOptions(Options):
     balance: bool = Field(
         True,
         description="scale each task's prior to mean 1 before joining, so that none outweighs the others",
+    )
+    others: Annotated[ImportanceOptions, BeforeValidator(named)] | Literal["none"] | None = Field(
+        None,
+        description="importance `inputs` only: by what else that is trained is rated, and held weight by "
+        "weight: experts, embeddings, norms, biases, which are no linear maps (default: fisher; none)",
     )
     merge_lora: Literal["adapters", "weights", "none"] | None = Field(
         None,
@@ -90,7 +99,16 @@ class AttributionStrategyOptions(Options):
                 f"`merge_lora: {self.merge_lora}` begins and holds each task's LoRA by the inputs of earlier "
                 f"ones, which `importance: {self.importance.name}` doesn't know; take `importance: inputs`"
             )
+        if self.others is not None and self.kind != "inputs":
+            raise ValueError(
+                f"`others` is for what `importance: inputs` can't rate; `{self.importance.name}` rates every "
+                "weight by itself. Leave it out."
+            )
+        if isinstance(self.others, Options) and REGISTRY[self.others.name].kind != "weights":  # type: ignore[attr-defined]
+            raise ValueError("`others` takes an importance by weight, such as fisher or lrp; or none")
         changed: dict[str, Any] = {"merge": self.merge or default_merge(self.kind)}
+        if self.kind == "inputs" and self.others is None:
+            changed["others"] = FisherOptions()
         if isinstance(self.mechanism, AnchorOptions):
             try:
                 changed["mechanism"] = self.mechanism.resolved(self.kind)
@@ -124,6 +142,7 @@ class Attribution(Strategy):
         self._protection: Protection | None = None
         self._handle = Handle()
         self._merged: Merged | None = None  # a LoRA for each task; None: what is trained is held as it is
+        self._beside = Beside(options.others) if isinstance(options.others, Options) else None
         self._under: dict[str, Tensor] = {}  # with `weights`, what all LoRAs so far were added to
 
     def check(self, model: nn.Module) -> None:
@@ -153,6 +172,16 @@ class Attribution(Strategy):
         alone = [(len(task.train), None) for task in stream if self.options.prior_from == "single_task"]
         rank = getattr(self.options.mechanism, "rank", None)
         costs = prior_costs(model, self.options.importance, rank=rank)
+        if self.options.kind == "inputs":
+            dims = input_dims(model)
+            maps = ImportancePrior({n: p.data for n, p in block_parameters(model).items() if n in dims})
+            every = FisherOptions() if self._beside is None else self._beside.options
+            left = list(left_to_rate(model, every, maps).values())
+            if self._beside is not None:
+                costs += prior_costs(model, every, weights=left)
+            elif left:
+                free = f"{sum(p.numel() for p in left):,} trained parameters are no linear maps"
+                costs[0] = costs[0]._replace(note=f"{free} and not held; strategy.others=fisher holds them.")
         inputs = self.options.kind == "inputs"
         form = form_for(model, self.options.merge_lora, self.options.name) if inputs else None
         if form is not None:
@@ -176,18 +205,24 @@ class Attribution(Strategy):
         if self._held is not None:
             prior = self._held if self._merged is None else held_rows(self._held, context.model)
             reference = weights_of(context.model, prior.tensors)
+            if self._beside is not None:
+                every = [n for n, _ in parameters_by_name(context.model).items() if self._held.covers(n)]
+                self._beside.begin(context.model, self.options.control, context.seed, every)
+                free = [*prior.meta.get(FREE, ()), *self._beside.names]
+                prior = ImportancePrior(prior.tensors, {**prior.meta, FREE: free})
             self._protection = build_mechanism(self.options.mechanism, prior, reference)
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
         """Hold the weights from the first step on."""
+        beside = [] if self._beside is None else self._beside.attach(model, optimizer)
         if self._merged is not None:
             handles = self._merged.attach(model, optimizer, self._protection, self._held)
             self._handle = handles[0]
-            return handles
+            return [*handles, *beside]
         if self._protection is None:
             return ()
         self._handle = self._protection.attach(model, optimizer)
-        return (self._handle,)
+        return (self._handle, *beside)
 
     def drift(self) -> Drift:
         """How far the outputs of earlier tasks have moved since this one began; priors by input only."""
@@ -209,6 +244,8 @@ class Attribution(Strategy):
             model = context.base_model()
             context.fit(model, task.train, f"single-task model of {task.name}")
         prior = context.importance(task, self.options.importance, model, whole=self._merged is not None)
+        if self._beside is not None:
+            self._beside.end(context, task, model, prior)
         if self._merged is not None:
             self._merged.summary().write(context.folder / "adapters.json")
             self._merged.end(context.model)
@@ -224,15 +261,29 @@ class Attribution(Strategy):
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The joined prior; and the weights that LoRAs were added to."""
-        under = {f"{_UNDER}{name}": weight.detach() for name, weight in self._under.items()}
-        return (under, {}) if self.prior is None else ({**self.prior.tensors, **under}, dict(self.prior.meta))
+        tensors = {f"{_UNDER}{name}": weight.detach() for name, weight in self._under.items()}
+        values: dict[str, Any] = {}
+        if self.prior is not None:
+            tensors, values = {**self.prior.tensors, **tensors}, dict(self.prior.meta)
+        if self._beside is not None and self._beside.prior is not None:
+            others, values[_BESIDE] = self._beside.state_dict()
+            tensors |= {f"{_BESIDE}.{name}": tensor for name, tensor in others.items()}
+        return tensors, values
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Take them back."""
-        under = {n.removeprefix(_UNDER): t for n, t in tensors.items() if n.startswith(_UNDER)}
+        rest, meta = dict(tensors), dict(values)
+        under = _taken(rest, _UNDER)
         with torch.no_grad():
             for name, weight in under.items():
                 self._under.setdefault(name, weight).copy_(weight)
-        prior = {name: tensor for name, tensor in tensors.items() if not name.startswith(_UNDER)}
-        if prior:
-            self.prior = ImportancePrior(prior, dict(values))
+        others, of_others = _taken(rest, f"{_BESIDE}."), meta.pop(_BESIDE, {})
+        if self._beside is not None:
+            self._beside.load_state_dict(others, of_others)
+        if rest:
+            self.prior = ImportancePrior(rest, meta)
+
+
+def _taken(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those whose names begin so, without it; they are taken out."""
+    return {n.removeprefix(prefix): tensors.pop(n) for n in list(tensors) if n.startswith(prefix)}

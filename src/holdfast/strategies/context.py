@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from holdfast.adapters import whole_maps
 from holdfast.importance import ImportancePrior, compute_prior
@@ -71,18 +73,29 @@ class Context:
     write: Write
 
     def importance(
-        self, task: Task, options: Any, model: Any = None, *, whole: bool = False
+        self,
+        task: Task,
+        options: Any,
+        model: Any = None,
+        *,
+        whole: bool = False,
+        parameters: Mapping[str, nn.Parameter] | None = None,
+        folder: str = "prior",
     ) -> ImportancePrior:
-        """The prior of a model (by default the run's) for a task, saved in ``<folder>/prior``.
+        """The prior of a model (by default the run's) for a task, saved in the stage's folder.
 
         Parameters
         ----------
         whole : bool
             Of the maps that an adapter adapts, each with its adapter merged, in place of what is trained.
+        parameters : mapping of str to Parameter, optional
+            What to rate; by default all that the importance can.
+        folder : str
+            Its name below the stage's.
         """
         rows, model = self.encoder.many(task.train), self.model if model is None else model
-        maps = whole_maps(model) if whole else nullcontext()
-        with self.progress.bar(f"importance of {task.name}", total=len(rows)) as bar, maps as parameters:
+        maps = whole_maps(model) if whole else nullcontext(parameters)
+        with self.progress.bar(f"importance of {task.name}", total=len(rows)) as bar, maps as rated:
             prior = compute_prior(
                 model,
                 rows,
@@ -90,10 +103,10 @@ class Context:
                 pad_id=self.tokenizer.pad_token_id,
                 seed=self.seed,
                 task=task.name,
-                parameters=parameters,
+                parameters=rated,
                 progress=bar,
             )
         if whole:  # of the weights as they stand beside their adapter
             prior.meta |= {"whole_maps": True, "model_digest": digest(model), "weights": fingerprints(model)}
-        prior.save(self.folder / "prior")
+        prior.save(self.folder / folder)
         return prior
