@@ -196,6 +196,31 @@ def test_resumed_training_returns_to_the_first_weights_not_to_the_checkpoint(
         assert torch.equal(parameter, block_parameters(resumed.model)[name]), name
 
 
+@pytest.mark.parametrize("saved", [True, False])
+def test_trainer_made_with_the_checkpoints_weights_returns_to_the_first_ones_or_refuses(
+    saved: bool, tmp_path: Path
+) -> None:
+    def trainer(model: Any, folder: Path, *more: TrainerCallback) -> Trainer:
+        callback = ProtectCallback(half_prior(model), strength=10.0)
+        args = arguments(folder, save_strategy="steps", save_steps=3)
+        return Trainer(model, args, train_dataset=rows(), callbacks=[callback, *more])
+
+    whole = trainer(tiny_model(), tmp_path / "whole")
+    whole.train()
+    trainer(tiny_model(), tmp_path / "parts", StopAt(3)).train()
+    checkpoint = tmp_path / "parts" / "checkpoint-3"
+    if not saved:
+        (checkpoint / "reference.safetensors").unlink()
+    resumed = trainer(LlamaForCausalLM.from_pretrained(checkpoint), tmp_path / "parts")
+    if not saved:
+        with pytest.raises(ConfigError, match="without reference.safetensors.*the checkpoint's own weights"):
+            resumed.train(resume_from_checkpoint=True)
+        return
+    resumed.train(resume_from_checkpoint=True)
+    for name, parameter in block_parameters(whole.model).items():
+        assert torch.equal(parameter, block_parameters(resumed.model)[name]), name
+
+
 def test_callback_added_late_refuses_to_resume_without_a_reference(tmp_path: Path) -> None:
     args = arguments(tmp_path, save_strategy="steps", save_steps=3)
     model = tiny_model()
