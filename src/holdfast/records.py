@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
+from holdfast.config import place_of
 from holdfast.errors import DataError
 from holdfast.storage import write_json
 
@@ -58,7 +59,7 @@ class Record(BaseModel):
         except TypeError as error:
             raise DataError(f"{source}: {error}. {advice}".rstrip()) from error
         except ValidationError as error:
-            raise DataError(f"{source}: {_problems(error)}. {advice}".rstrip()) from error
+            raise DataError(f"{source}: {_problems(error, data)}. {advice}".rstrip()) from error
 
     @classmethod
     def again(cls) -> str:
@@ -70,9 +71,9 @@ class Record(BaseModel):
         write_json(path, self.model_dump(mode="json"))
 
 
-def _problems(error: ValidationError) -> str:
+def _problems(error: ValidationError, data: Any) -> str:
     return "; ".join(
-        f"{'.'.join(map(str, item['loc'])) or 'top level'}: {item['msg'].removeprefix('Value error, ')}"
+        f"{'.'.join(map(str, place_of(item, data))) or 'top level'}: {item['msg'].removeprefix('Value error, ')}"
         for item in error.errors(include_url=False)[:5]
     )
 
