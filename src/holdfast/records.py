@@ -72,10 +72,11 @@ class Record(BaseModel):
 
 
 def _problems(error: ValidationError, data: Any) -> str:
-    return "; ".join(
-        f"{'.'.join(map(str, place_of(item, data))) or 'top level'}: {item['msg'].removeprefix('Value error, ')}"
-        for item in error.errors(include_url=False)[:5]
-    )
+    said = []
+    for item in error.errors(include_url=False)[:5]:
+        where = ".".join(map(str, place_of(item, data))) or "top level"
+        said.append(f"{where}: {item['msg'].removeprefix('Value error, ')}")
+    return "; ".join(said)
 
 
 class RunMetrics(Record):

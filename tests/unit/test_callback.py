@@ -213,7 +213,9 @@ def test_trainer_made_with_the_checkpoints_weights_returns_to_the_first_ones_or_
         (checkpoint / "reference.safetensors").unlink()
     resumed = trainer(LlamaForCausalLM.from_pretrained(checkpoint), tmp_path / "parts")
     if not saved:
-        with pytest.raises(ConfigError, match="without reference.safetensors.*the checkpoint's own weights"):
+        with pytest.raises(
+            ConfigError, match=r"without reference\.safetensors.*the checkpoint's own weights"
+        ):
             resumed.train(resume_from_checkpoint=True)
         return
     resumed.train(resume_from_checkpoint=True)

@@ -5,11 +5,12 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from report_runs import stream_matrix, write_attribution, write_json, write_run
+from report_runs import figures_of, stream_matrix, write_attribution, write_json, write_run
 
 from holdfast.errors import DataError, StorageError
 from holdfast.evaluation.predictions import predictions_file
 from holdfast.report import write_report
+from holdfast.report.packed import plotly, unpack
 
 JOINT = [[4.0] * 4, [None] * 4, [None] * 4, [None] * 4, [97.0] * 4]
 
@@ -23,7 +24,7 @@ class Page(HTMLParser):
         self.words: list[str] = []
         self.inside = ""
         # plotly's own code is no part of what is checked, and slow to parse
-        self.feed(re.sub(r"<script>.*?</script>", "", html, flags=re.DOTALL))
+        self.feed(re.sub(r"<script[^>]*>.*?</script>", "", html, flags=re.DOTALL))
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
@@ -50,9 +51,7 @@ class Page(HTMLParser):
 def page(tmp_path):
     def make(*runs, title=None) -> tuple[Page, dict, str]:
         html = write_report(runs, tmp_path / "out" / "report.html", title).read_text(encoding="utf-8")
-        found = re.search(r'id="figures">(.*?)</script>', html, re.DOTALL)
-        assert found
-        return Page(html), json.loads(found[1]), html
+        return Page(html), figures_of(html), html
 
     return make
 
@@ -127,8 +126,20 @@ def test_the_page_asks_for_nothing_from_outside(tmp_path, page):
         if attrs.get(key) and not str(attrs[key]).startswith(("#", "data:"))
     ]
     assert loads == []
-    assert html.count("plotly.js v") == 1
+    assert "plotly.js v" in unpack(*plotly())
+    assert html.count(plotly().text) == 1
     assert "default-src 'none'" in html
+
+
+def test_a_page_is_less_than_2_mb_and_has_one_title(tmp_path, page):
+    runs = [
+        write_run(tmp_path / f"{method}-{seed}", f"method {method}", "attribution", protected=True, seed=seed)
+        for method in range(3)
+        for seed in range(2)
+    ]
+    shown, _, html = page(*runs)
+    assert len(html.encode()) < 2_000_000
+    assert [tag for tag, _ in shown.tags if tag in ("title", "h1")] == ["title", "h1"]
 
 
 def test_an_unfinished_run_is_shown_and_marked(tmp_path, page):

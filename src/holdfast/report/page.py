@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from holdfast.report.forgotten import forgotten
 from holdfast.report.headline import faithfulness_sentence, headline
 from holdfast.report.importance_map import ImportanceMap, importance_map, kind_of
 from holdfast.report.moved_figures import moved_panels
+from holdfast.report.packed import pack, plotly
 from holdfast.report.panels import Panel, column
 from holdfast.report.read import AttributionRecord, ComparisonRecord, Folder, RunRecord, StageRecord
 from holdfast.report.summary import (
@@ -54,7 +56,6 @@ class WeightBlock:
 def build(records: Sequence[Folder], title: str | None) -> str:
     """The page's HTML for what was read."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from plotly.offline import get_plotlyjs
 
     sweeps = [r for r in records if isinstance(r, ComparisonRecord)]
     given = [r for r in records if isinstance(r, RunRecord)] + [run for r in sweeps for run in r.runs]
@@ -99,8 +100,8 @@ def build(records: Sequence[Folder], title: str | None) -> str:
         "attributions": [(a, flat(a.meta.meta)) for a in attributions if a.meta],
         "column": column,
         "number": number,
-        "figures": figures,
-        "plotly": get_plotlyjs(),
+        "figures": pack(json.dumps(figures, ensure_ascii=False, separators=(",", ":"))),
+        "plotly": plotly(),
         "style": (_HERE / "style.css").read_text(encoding="utf-8"),
         "script": (_HERE / "report.js").read_text(encoding="utf-8"),
     }
