@@ -38,6 +38,7 @@
     place.closest(".panel")?.classList.toggle("without", !figure);
     if (!figure) return;
     const { data, layout } = painted(figure, getComputedStyle(document.documentElement));
+    place.setAttribute("aria-description", layout.meta);
     Plotly.react(place, data, layout, config);
   };
   const drawAll = () => document.querySelectorAll(".plot").forEach(draw);
