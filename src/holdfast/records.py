@@ -415,6 +415,8 @@ class PriorMeta(Record):
         Of the model's weights when it was computed.
     conservation_max_relative_error : float or None
         Of `lrp`, on the first batch.
+    first_token : int or None
+        With which all its rows begin, where they share one.
     seed : int or None
         Draws the samples.
     merge : str or None
@@ -446,6 +448,7 @@ class PriorMeta(Record):
     seconds: float | None = None
     model_digest: str | None = None
     conservation_max_relative_error: float | None = None
+    first_token: int | None = None
     seed: int | None = None
     merge: str | None = None
     parts: int = 1

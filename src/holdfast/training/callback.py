@@ -27,6 +27,7 @@ from holdfast.hold.drift import MOVED, Drift
 from holdfast.hold.reference import weights_of
 from holdfast.importance.prior import ImportancePrior
 from holdfast.storage import write_tensors
+from holdfast.training.beginning import warn_of_other_beginning
 
 REFERENCE = "reference.safetensors"  # in a checkpoint: the weights that training began with
 
@@ -136,6 +137,12 @@ class ProtectCallback(TrainerCallback):
         self.protection, self._mean = build_mechanism(self.mechanism, self.prior, reference), None
         tell_total_rate(kwargs["optimizer"], kwargs.get("lr_scheduler"), state.max_steps)
         self._handle = self.protection.attach(kwargs["model"], kwargs["optimizer"])
+        if "first_token" in self.prior.meta:
+            rows, first = (
+                getattr(kwargs.get("train_dataloader"), "dataset", None),
+                self.prior.meta["first_token"],
+            )
+            warn_of_other_beginning(rows, kwargs.get("processing_class"), first, "the prior's rows")
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
