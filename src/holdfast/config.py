@@ -260,7 +260,7 @@ def _explanations(error: ValidationError, section: type[Options], data: Any) -> 
     found: dict[str, list[str]] = {}
     forms: set[str] = set()  # places where only one of several forms was looked at
     for item in error.errors(include_url=False):
-        parts = _place(item, data)
+        parts = place_of(item, data)
         where = ".".join(map(str, parts)) or "(top level)"
         found.setdefault(where, []).append(_explain(item, section))
         if item["loc"] and (not parts or item["loc"][-1] != parts[-1]):
@@ -269,8 +269,8 @@ def _explanations(error: ValidationError, section: type[Options], data: Any) -> 
     return [f"  {where}: {_either(said)}" for where, said in found.items() if where not in inner]
 
 
-def _place(item: Any, data: Any) -> list[Any]:
-    """Where in the data an error is: pydantic's location without the names of unions' members."""
+def place_of(item: Any, data: Any) -> list[Any]:
+    """Where in the data pydantic's error is: its location without the names of unions' members."""
     parts, node, last = [], data, len(item["loc"]) - 1
     for index, part in enumerate(item["loc"]):
         keys: Any = node if isinstance(node, Mapping) else ()

@@ -48,7 +48,9 @@ class LoraOptions(Options):
 class ModelOptions(Options):
     """Which model is fine-tuned, and which of its weights may change."""
 
-    path: str | None = Field(None, description="folder or hub id of a causal or encoder-decoder model")
+    path: str | None = Field(
+        None, description="folder, GGUF file or hub id of a causal or encoder-decoder model"
+    )
     toy: bool = Field(False, description="a tiny Llama with a character tokenizer, made on the spot")
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     trainable: Literal["blocks", "all"] | None = Field(

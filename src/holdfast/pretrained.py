@@ -14,6 +14,8 @@ from holdfast.errors import ModelError
 from holdfast.names import layer_of
 from holdfast.places import is_local, local_path, near
 
+GGUF = ".gguf"
+
 _SHOWN = 5
 
 
@@ -23,7 +25,7 @@ def load_pretrained(path: str, dtype: torch.dtype, *, random_init: bool, seed: i
     Parameters
     ----------
     path : str
-        Folder or hub id.
+        Folder, GGUF file or hub id. What a GGUF stores in blocks becomes plain floats.
     random_init : bool
         Take the architecture alone, with weights drawn by `seed`.
 
@@ -35,12 +37,10 @@ def load_pretrained(path: str, dtype: torch.dtype, *, random_init: bool, seed: i
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-    local = is_local(path, (".gguf",))
-    source = str(local_path(path)) if local else path
-    if local:
-        _see_folder(path, Path(source))
+    local = is_local(path, (GGUF,))
+    source, reading = _see_folder(path) if local else (path, {})
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, **reading)
         auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         loading: Mapping[str, Any] = {}
         if random_init:
@@ -48,8 +48,15 @@ def load_pretrained(path: str, dtype: torch.dtype, *, random_init: bool, seed: i
                 torch.manual_seed(seed)
                 model = auto.from_config(config, dtype=dtype)
         else:
-            model, loading = auto.from_pretrained(source, dtype=dtype, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+            how = {**reading, **_unpacked()} if reading else {}
+            model, loading = auto.from_pretrained(source, dtype=dtype, output_loading_info=True, **how)
+            if reading:
+                model = _plain(model, path)
+        if reading and (Path(source) / "tokenizer.json").is_file():
+            reading = {}  # the tokenizer itself, not what a GGUF tells of it
+        tokenizer = AutoTokenizer.from_pretrained(source, **reading)
+        if reading:
+            _drop_foreign(tokenizer, model.get_input_embeddings().weight.shape[0])
     except Exception as error:  # damaged files fail in a dozen ways below
         raise ModelError(_explained(path, local, error)) from error
     if problem := _problem(config, model, loading, tokenizer):
@@ -59,24 +66,75 @@ def load_pretrained(path: str, dtype: torch.dtype, *, random_init: bool, seed: i
     return model, tokenizer
 
 
-def _see_folder(path: str, folder: Path) -> None:
+def _see_folder(path: str) -> tuple[str, dict[str, Any]]:
+    """The folder that a path means, and how transformers is told of a GGUF file that holds the weights."""
+    given = local_path(path)
     try:
-        if (folder / "config.json").is_file():
-            return
-        there = folder.exists()
+        there, files = given.exists(), _gguf(given)
+        if there and not files and (given / "config.json").is_file():
+            return str(given), {}
     except OSError as error:
         raise ModelError(f"model.path: '{path}' can't be read ({error.strerror or error}).") from error
-    if folder.suffix.lower() == ".gguf" and there:
-        raise ModelError(
-            f"model.path: '{path}' is a GGUF file, which is made for inference; give the folder of "
-            "safetensors that it was made from."
-        )
+    if len(files) > 1:
+        names = _named([file.name for file in files])
+        raise ModelError(f"model.path: '{path}' holds {len(files)} GGUF files: {names}. Give one of them.")
+    if files:
+        return str(files[0].parent), _of_gguf(path, files[0].name)
     what = "no config.json there" if there else "nothing is there"
-    hint = "" if there else near(folder)
+    hint = "" if there else near(given)
     raise ModelError(
         f"model.path: no Hugging Face model at '{path}' ({what}). Give a folder written by save_pretrained, "
-        f"or a hub id such as 'meta-llama/Llama-3.2-1B'.{hint}"
+        f"a GGUF file, or a hub id such as 'meta-llama/Llama-3.2-1B'.{hint}"
     )
+
+
+def _gguf(path: Path) -> list[Path]:
+    """The GGUF files that a path means: itself, or those of a folder without weights of another kind."""
+    if path.is_file():
+        return [path] if path.suffix.lower() == GGUF else []
+    others = any(True for kind in ("*.safetensors", "*.bin") for _ in path.glob(kind))
+    return [] if others else sorted(file for file in path.glob(f"*{GGUF}") if file.is_file())
+
+
+def _of_gguf(path: str, name: str) -> dict[str, Any]:
+    from transformers.utils import is_gguf_available
+
+    if not is_gguf_available():
+        raise ModelError(
+            f"model.path: '{path}' is a GGUF model, and the package that reads these is not installed: "
+            "pip install gguf"
+        )
+    return {"gguf_file": name}
+
+
+def _unpacked() -> dict[str, Any]:
+    import transformers
+
+    if hasattr(transformers, "GgufConfig"):  # else all versions unpack
+        return {"quantization_config": transformers.GgufConfig(dequantize=True)}
+    return {}
+
+
+def _plain(quantised: Any, path: str) -> Any:
+    """The same model as any other: what came from a GGUF, transformers refuses to train and to save."""
+    config = quantised.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.name_or_path = path  # where an adapter finds its base again; a GGUF says a title here
+    model = type(quantised)(config).to(quantised.dtype)
+    model.load_state_dict(quantised.state_dict())
+    model.tie_weights()
+    model.generation_config = quantised.generation_config
+    return model.eval()
+
+
+def _drop_foreign(tokenizer: Any, rows: int) -> None:
+    """Take out tokens without an embedding: transformers adds GPT-2's end token to every GGUF of its kind."""
+    from tokenizers import Tokenizer
+
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < rows]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
 
 
 def _problem(config: Any, model: Any, loading: Mapping[str, Any], tokenizer: Any) -> str | None:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
+from holdfast.config import place_of
 from holdfast.errors import DataError
 from holdfast.storage import write_json
 
@@ -58,7 +59,7 @@ class Record(BaseModel):
         except TypeError as error:
             raise DataError(f"{source}: {error}. {advice}".rstrip()) from error
         except ValidationError as error:
-            raise DataError(f"{source}: {_problems(error)}. {advice}".rstrip()) from error
+            raise DataError(f"{source}: {_problems(error, data)}. {advice}".rstrip()) from error
 
     @classmethod
     def again(cls) -> str:
@@ -70,11 +71,12 @@ class Record(BaseModel):
         write_json(path, self.model_dump(mode="json"))
 
 
-def _problems(error: ValidationError) -> str:
-    return "; ".join(
-        f"{'.'.join(map(str, item['loc'])) or 'top level'}: {item['msg'].removeprefix('Value error, ')}"
-        for item in error.errors(include_url=False)[:5]
-    )
+def _problems(error: ValidationError, data: Any) -> str:
+    said = []
+    for item in error.errors(include_url=False)[:5]:
+        where = ".".join(map(str, place_of(item, data))) or "top level"
+        said.append(f"{where}: {item['msg'].removeprefix('Value error, ')}")
+    return "; ".join(said)
 
 
 class RunMetrics(Record):
@@ -413,6 +415,8 @@ class PriorMeta(Record):
         Of the model's weights when it was computed.
     conservation_max_relative_error : float or None
         Of `lrp`, on the first batch.
+    first_token : int or None
+        With which all its rows begin, where they share one.
     seed : int or None
         Draws the samples.
     merge : str or None
@@ -444,6 +448,7 @@ class PriorMeta(Record):
     seconds: float | None = None
     model_digest: str | None = None
     conservation_max_relative_error: float | None = None
+    first_token: int | None = None
     seed: int | None = None
     merge: str | None = None
     parts: int = 1

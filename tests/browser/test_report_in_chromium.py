@@ -109,6 +109,34 @@ def test_every_figure_renders_and_the_page_never_scrolls_sideways(opened, report
     assert set(state["kinds"]) == expected
 
 
+def test_figures_are_described_and_the_description_follows_the_selector(opened, reports):
+    page = opened(reports["full"])
+    described = page.locator(".plot").evaluate_all(
+        "plots => plots.filter(p => p.offsetHeight).map(p => p.getAttribute('aria-description'))"
+    )
+    assert all(described)
+    block = page.locator("#block-w0, #block-w1").first
+    plot = block.locator(".plot").first
+    block.locator("select").select_option(index=1)
+    before = plot.get_attribute("aria-description")
+    block.locator("select").select_option(index=2)
+    assert plot.get_attribute("aria-description") != before
+
+
+def test_the_first_printed_page_is_full(opened, reports, tmp_path):
+    """What can't be broken is lower than a page, and what is longer than one may be."""
+    page = opened(reports["long"])
+    page.emulate_media(media="print")
+    whole = page.evaluate(
+        """() => [...document.querySelectorAll('#results *')].filter(e => {
+            const style = getComputedStyle(e);
+            return e.offsetHeight > 1000 && (style.breakInside === 'avoid' || style.overflowX !== 'visible');
+        }).map(e => e.className)"""
+    )
+    page.emulate_media(media="screen")
+    assert whole == []
+
+
 def test_figures_follow_the_theme(opened, reports):
     page = opened(reports["full"])
     colour = "() => getComputedStyle(document.querySelector('.plot .xtick text')).fill"

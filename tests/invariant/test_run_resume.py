@@ -20,7 +20,8 @@ from holdfast.config import validate
 from holdfast.errors import RunDirectoryError
 from holdfast.progress import Progress
 from holdfast.runner import RunConfig, run
-from kills import Killed, kill_when
+from holdfast.training.bridge import Bridge
+from kills import Killed, dying, kill_when
 
 FISHER = {
     "name": "attribution",
@@ -41,6 +42,12 @@ def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], list[Any], list[str]
     return load_file(weights), metrics["matrix"], predictions
 
 
+def logged(folder: Path) -> list[dict[str, Any]]:
+    """What each stage logged of its training: losses, rates and old outputs' movement."""
+    found = [json.loads(file.read_text()) for file in sorted((folder / "tasks").glob("*/training.json"))]
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in found]
+
+
 def assert_same_outcome(a: Path, b: Path) -> None:
     weights_a, matrix_a, predictions_a = outcome(a)
     weights_b, matrix_b, predictions_b = outcome(b)
@@ -49,6 +56,7 @@ def assert_same_outcome(a: Path, b: Path) -> None:
     assert weights_a.keys() == weights_b.keys()
     for name, tensor in weights_a.items():
         assert torch.equal(tensor, weights_b[name]), name
+    assert logged(a) == logged(b)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +83,26 @@ def test_killed_run_ends_bit_identical(
     assert not (tmp_path / "broken" / "tasks" / "03-head").exists()
     run(broken)
     assert_same_outcome(tmp_path / "whole", tmp_path / "broken")
+
+
+@pytest.mark.parametrize(("trainer", "step"), [("auto", 3), ("auto", 4), ("auto", 6), ("sft", 5)])
+def test_losses_logged_are_the_same_whatever_step_a_run_was_killed_at(
+    trainer: str, step: int, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logged at 3 and 6, saved at 2, 4 and 6; a step has two batches."""
+    training = {"max_steps": 6, "batch_size": 4, "gradient_accumulation": 2, "trainer": trainer}
+    training = {**training, "log_steps": 3, "checkpoint_steps": 2, "learning_rate": 3e-3}
+    tasks = {"source": "toy", "order": ["copy"], "train_rows": 32, "test_rows": 2}
+    sections = {"training": training, "tasks": tasks, "model": {"toy": True, "hidden": 16, "layers": 1}}
+    run(config_of(tiny(tmp_path / "whole", **sections)))
+    broken = config_of(tiny(tmp_path / "broken", **sections))
+    with monkeypatch.context() as patch:
+        patch.setattr(Bridge, "training_step", dying(Bridge.training_step, 2 * step))
+        with pytest.raises(Killed):
+            run(broken)
+    run(broken)
+    assert len(logged(tmp_path / "whole")[0]["loss"]) == 2
+    assert logged(tmp_path / "whole") == logged(tmp_path / "broken")
 
 
 @pytest.mark.parametrize("strategy", ["sequential", "osf", "prog-prompt", "ema", "kif"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 
 from holdfast.evaluation.metrics import summarise
 from holdfast.evaluation.predictions import file_safe, predictions_file
+from holdfast.report.packed import unpack
 from holdfast.storage import sha256
 
 TASKS = ("copy", "reverse", "count", "lookup")
@@ -175,3 +177,10 @@ def _write_protection(path: Path) -> None:
         "control": "none",
     }
     write_json(path, summary)
+
+
+def figures_of(html: str) -> dict[str, Any]:
+    """The figures of a page by their keys."""
+    found = re.search(r'id="figures" data-bytes="(\d+)">(.*?)</script>', html, re.DOTALL)
+    assert found
+    return json.loads(unpack(found[2], int(found[1])))

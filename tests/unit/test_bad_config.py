@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 from rich.cells import cell_len
 from rich.console import Console
 from typer.testing import CliRunner
 
 from holdfast.cli import app
-from holdfast.config import MAX_SEED, override, read_yaml, validate
+from holdfast.config import MAX_SEED, _models_in, override, read_yaml, validate
 from holdfast.errors import ConfigError
 from holdfast.progress import Progress
 from holdfast.records import RunMetrics
@@ -183,6 +186,43 @@ def test_a_problem_is_named_once_by_the_keys_that_the_user_wrote(assignment: str
     assert text.startswith("config: 1 problem in the configuration:\n  ")
     assert line in text
     assert not re.search(r"\[|literal|dict|tuple|jsonl", text.splitlines()[1].split(": ")[0])
+
+
+JUNK: list[Any] = [5, "x", [1], {"a": 1}, {"name": "x"}, {"name": 5}, None]
+
+
+def keys_of(model: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for name, field in model.model_fields.items():
+        yield (*above, name)
+        if len(above) < 2:
+            for inner in _models_in(field.annotation):
+                yield from keys_of(inner, (*above, name))
+
+
+def is_there(where: str, data: Any) -> bool:
+    """Whether a place's last key or the section above it is in the data, and all above that."""
+    *above, last = where.split(".")
+    for part in above:
+        data = data[int(part)] if isinstance(data, list) else data[part]
+    return isinstance(data, dict) or int(last) < len(data)
+
+
+def test_whatever_stands_at_any_key_is_told_by_keys_of_the_configuration_alone() -> None:
+    refused = 0
+    for key in sorted(set(keys_of(RunConfig))):
+        for junk in JUNK:
+            data = override(BASE, [f"{'.'.join(key)}={json.dumps(junk)}"])
+            try:
+                validate(RunConfig, data, "config")
+            except ConfigError as error:
+                for line in str(error).splitlines()[1:]:
+                    where, _, said = line.strip().partition(": ")
+                    assert where == "(top level)" or is_there(where, data), line
+                    assert not re.search(
+                        r"(tagged|literal|dict|tuple|union)\W?\[|Options\b|NoneType", said
+                    ), line
+                refused += 1
+    assert refused > 1000
 
 
 # what is said

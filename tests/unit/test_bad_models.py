@@ -169,9 +169,24 @@ def test_what_may_be_a_hub_id_names_the_folder_that_was_looked_for_too() -> None
     assert "as a hub id it could not be loaded" in said
 
 
-def test_a_gguf_file_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_damaged_gguf_file_is_told(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
-    assert "is a GGUF file, which is made for inference" in refusal(tmp_path / "m.gguf")
+    assert f"'{tmp_path / 'm.gguf'}' could not be loaded" in refusal(tmp_path / "m.gguf")
+
+
+def test_a_gguf_file_without_the_package_that_reads_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.utils.is_gguf_available", lambda: False)
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    assert "is not installed: pip install gguf" in refusal(tmp_path / "m.gguf")
+
+
+def test_a_folder_of_several_gguf_files_asks_which(tmp_path: Path) -> None:
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    assert "holds 2 GGUF files: a.gguf, b.gguf. Give one of them." in refusal(tmp_path)
 
 
 def test_a_home_folder_that_nobody_has_is_told() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,33 @@ def test_resumed_training_returns_to_the_first_weights_not_to_the_checkpoint(
         assert torch.equal(parameter, block_parameters(resumed.model)[name]), name
 
 
+@pytest.mark.parametrize("saved", [True, False])
+def test_trainer_made_with_the_checkpoints_weights_returns_to_the_first_ones_or_refuses(
+    saved: bool, tmp_path: Path
+) -> None:
+    def trainer(model: Any, folder: Path, *more: TrainerCallback) -> Trainer:
+        callback = ProtectCallback(half_prior(model), strength=10.0)
+        args = arguments(folder, save_strategy="steps", save_steps=3)
+        return Trainer(model, args, train_dataset=rows(), callbacks=[callback, *more])
+
+    whole = trainer(tiny_model(), tmp_path / "whole")
+    whole.train()
+    trainer(tiny_model(), tmp_path / "parts", StopAt(3)).train()
+    checkpoint = tmp_path / "parts" / "checkpoint-3"
+    if not saved:
+        (checkpoint / "reference.safetensors").unlink()
+    resumed = trainer(LlamaForCausalLM.from_pretrained(checkpoint), tmp_path / "parts")
+    if not saved:
+        with pytest.raises(
+            ConfigError, match=r"without reference\.safetensors.*the checkpoint's own weights"
+        ):
+            resumed.train(resume_from_checkpoint=True)
+        return
+    resumed.train(resume_from_checkpoint=True)
+    for name, parameter in block_parameters(whole.model).items():
+        assert torch.equal(parameter, block_parameters(resumed.model)[name]), name
+
+
 def test_callback_added_late_refuses_to_resume_without_a_reference(tmp_path: Path) -> None:
     args = arguments(tmp_path, save_strategy="steps", save_steps=3)
     model = tiny_model()
@@ -308,3 +336,32 @@ def test_log_history_has_the_figures_of_the_hold_beside_the_loss(mechanism: str,
         assert entry["holdfast/held"] > 0
         assert entry["holdfast/not_held"] == 7  # embeddings and norms
     assert [e["holdfast/held"] for e in told if "loss" in e] == [e["holdfast/held"] for e in losses]
+
+
+@pytest.mark.parametrize(("frame", "told"), [("{bos}{prompt}", True), ("{prompt}", False)])
+def test_rows_that_begin_otherwise_than_the_prior_s_are_told(frame: str, told: bool, tmp_path: Path) -> None:
+    """TRL puts no begin token before a text where the tokenizer itself puts none."""
+    import holdfast
+
+    pytest.importorskip("trl")
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    texts = [{"prompt": f"{c} a", "completion": c} for c in "abcd"]
+    model, tokenizer = tiny_model(), character_tokenizer()
+    prior = holdfast.attribute(
+        model, tokenizer, texts, importance="fisher", template={"prompt": frame}, progress=False
+    )
+    args = SFTConfig(str(tmp_path), max_steps=1, report_to="none", use_cpu=True, bf16=False)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        SFTTrainer(
+            model,
+            args,
+            train_dataset=Dataset.from_list(texts),
+            processing_class=tokenizer,
+            callbacks=[ProtectCallback(prior)],
+        ).train()
+    found = [str(w.message) for w in said if "begin with '<bos>'" in str(w.message)]
+    assert len(found) == told
+    assert not told or found[0].startswith("the prior's rows begin with '<bos>' and the trainer's don't")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from holdfast.errors import ConfigError
 from holdfast.hold import Anchor, Gate, Penalty, tell_total_rate
 from holdfast.importance.prior import ImportancePrior
 from small_network import graded, network
@@ -54,6 +55,34 @@ def test_the_advised_strength_means_the_same_whatever_the_size_of_the_importance
         (message,) = said(Penalty(fisher(size), strength=1e-9 / size))
         found.append(float(re.search(r"strength=(\S+) is a whole", message)[1]) * size)  # type: ignore[index]
     assert found[0] == pytest.approx(found[1], rel=0.2)  # one digit is shown
+
+
+@pytest.mark.parametrize("size", [1e-7, 1e-2])
+def test_a_penalty_s_pull_means_the_same_whatever_the_size_of_the_importance(size: float) -> None:
+    """Under SGD, without a gradient of its own, a weight of mean importance keeps exp(-pull) of its way."""
+    values = {n: torch.full_like(t, size) for n, t in fisher().tensors.items()}
+    model = network()
+    reference = {n: p.detach().clone() for n, p in model.named_parameters() if n in values}
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    tell_total_rate(optimizer, None, 100)
+    Penalty(ImportancePrior(values), pull=2.0, reference=reference).attach(model, optimizer)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    for _ in range(100):
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    for name, before in reference.items():
+        left = dict(model.named_parameters())[name].detach() - before
+        assert torch.allclose(left, torch.full_like(left, (1 - 2.0 / 100) ** 100), rtol=1e-3), name
+
+
+def test_a_penalty_s_pull_needs_the_rates_and_no_strength_beside_it() -> None:
+    with pytest.raises(ConfigError, match="sum of its learning rates is not known"):
+        said(Penalty(fisher(), pull=5.0), steps=None)
+    with pytest.raises(ConfigError, match="not both"):
+        Penalty(fisher(), pull=5.0, strength=1.0)
 
 
 def test_a_prior_that_rates_nothing_says_so() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -206,3 +207,19 @@ def test_every_registered_importance_is_a_word_in_the_config(name: str) -> None:
     assert adapter.validate_python(options.model_dump()) == options  # the resolved config can be read again
     with pytest.raises(ValidationError):
         adapter.validate_python({"name": name, "unknown": 1})
+
+
+@pytest.mark.parametrize("name", ["lrp", "inputs", "fisher", "taylor"])
+@pytest.mark.filterwarnings("ignore:attribution. the model is in bfloat16")
+def test_importances_of_16_bit_weights_rank_as_those_of_float64(name: str) -> None:
+    """Both of the same rounded weights: sums are float32 at least, and only the passes are of 16 bits."""
+    options = {} if name in ("fisher", "taylor") else {"correct_only": False}
+    rounded = tiny_model().bfloat16()
+    narrow, wide = (
+        compute_prior(model, rows(), {"name": name, **options}, pad_id=0).tensors
+        for model in (rounded, copy.deepcopy(rounded).double())
+    )
+    for key, exact in wide.items():
+        ranks = torch.stack([t.abs().flatten().argsort().argsort().float() for t in (narrow[key], exact)])
+        if ranks.shape[1] > 30:
+            assert torch.corrcoef(ranks)[0, 1] > 0.95, key

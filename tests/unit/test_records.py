@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +121,15 @@ def test_chat_is_one_text_with_a_line_a_message() -> None:
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
     row = {**LEAST[Prediction], "prompt": chat}
     assert Prediction(**row).question == "system: Be brief.\nuser: hi"
+
+
+@pytest.mark.parametrize("record", LEAST, ids=lambda record: record.__name__)
+def test_a_problem_is_told_by_the_keys_of_the_file(record: type[Record]) -> None:
+    for key in record.model_fields:
+        for junk in (5, "x", [["x"]], {"a": {"b": "x"}}, {"a": 5}, None):
+            try:
+                record.of({key: junk}, "file.json")
+            except DataError as error:
+                for said in str(error).removeprefix("file.json: ").split("; "):
+                    assert "[" not in said.partition(":")[0], said
+                    assert not re.search(r"\.(str|int|float|bool|dict|list)\b", said.partition(":")[0]), said

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from report_runs import write_run
+from report_runs import figures_of, write_run
 from report_sweeps import write_sweep
 
 from holdfast.errors import DataError
@@ -34,7 +34,7 @@ def test_a_sweep_is_its_runs_and_their_paired_differences(tmp_path):
     assert "plain reference" in text
     assert "no [room]" in text
     assert "<b>x</b>" not in page.replace("&lt;b&gt;", "")
-    figures = json.loads(re.search(r'id="figures"[^>]*>(.*?)</script>', page, re.DOTALL).group(1))
+    figures = figures_of(page)
     curve, point = figures["tradeoff-0-test"]["data"]
     assert len(curve["x"]) == 2
     assert (curve["name"], point["name"]) == ("ewc", "plain")

@@ -193,7 +193,7 @@ def test_costs_scale_to_the_slowest_run_and_drop_phases_that_no_run_had(run):
 
 
 def test_forgotten_answers_are_those_right_after_learning_and_wrong_at_the_end(run):
-    found = forgotten(run("x", matrix=stream_matrix(100, 0.5)))
+    found = forgotten([run("x", matrix=stream_matrix(100, 0.5))])
     # 40 questions: all right when learned; at the end 4 + 96 / 8, / 4, / 2 percent of them are
     assert [(task.task, task.right, task.lost) for task in found] == [
         ("copy", 40, 34), ("reverse", 40, 29), ("count", 40, 19)
@@ -207,7 +207,7 @@ def test_nothing_is_called_forgotten_when_the_test_sets_differ(run):
     record = run("x", matrix=stream_matrix(100, 0.5))
     file = record.path / "tasks/04-lookup/predictions/copy.jsonl"
     file.write_text(file.read_text().replace("copy: ", "other: "))
-    assert [task.task for task in forgotten(record)] == ["reverse", "count"]
+    assert [task.task for task in forgotten([record])] == ["reverse", "count"]
 
 
 def test_importance_map_is_the_mean_over_all_weights_of_a_module(tmp_path):

@@ -5,11 +5,12 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from report_runs import stream_matrix, write_attribution, write_json, write_run
+from report_runs import figures_of, stream_matrix, write_attribution, write_json, write_run
 
 from holdfast.errors import DataError, StorageError
 from holdfast.evaluation.predictions import predictions_file
 from holdfast.report import write_report
+from holdfast.report.packed import plotly, unpack
 
 JOINT = [[4.0] * 4, [None] * 4, [None] * 4, [None] * 4, [97.0] * 4]
 
@@ -23,7 +24,7 @@ class Page(HTMLParser):
         self.words: list[str] = []
         self.inside = ""
         # plotly's own code is no part of what is checked, and slow to parse
-        self.feed(re.sub(r"<script>.*?</script>", "", html, flags=re.DOTALL))
+        self.feed(re.sub(r"<script[^>]*>.*?</script>", "", html, flags=re.DOTALL))
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
@@ -50,9 +51,7 @@ class Page(HTMLParser):
 def page(tmp_path):
     def make(*runs, title=None) -> tuple[Page, dict, str]:
         html = write_report(runs, tmp_path / "out" / "report.html", title).read_text(encoding="utf-8")
-        found = re.search(r'id="figures">(.*?)</script>', html, re.DOTALL)
-        assert found
-        return Page(html), json.loads(found[1]), html
+        return Page(html), figures_of(html), html
 
     return make
 
@@ -127,8 +126,65 @@ def test_the_page_asks_for_nothing_from_outside(tmp_path, page):
         if attrs.get(key) and not str(attrs[key]).startswith(("#", "data:"))
     ]
     assert loads == []
-    assert html.count("plotly.js v") == 1
+    assert "plotly.js v" in unpack(*plotly())
+    assert html.count(plotly().text) == 1
     assert "default-src 'none'" in html
+
+
+def test_seeds_are_one_line_of_a_figure_and_one_entry_of_a_list(tmp_path, page):
+    runs = [
+        write_run(tmp_path / str(s), "plain", "ewc", matrix=stream_matrix(90, kept), seed=s, protected=True)
+        for s, kept in enumerate((0.5, 0.7))
+    ]
+    shown, figures, html = page(*runs)
+    (curve,) = figures["curve-0-1"]["data"]
+    matrices = [json.loads((run / "metrics.json").read_text())["matrix"] for run in runs]
+    assert curve["y"] == pytest.approx([(a[1] + b[1]) / 2 for a, b in zip(*matrices, strict=True)])
+    assert len(figures["loss-0"]["data"]) == 1
+    assert html.count("configuration and versions") == html.count("right answers lost") == 1
+    assert "0, 1" in shown.text  # the seeds
+    assert re.search(r'id="block-w0".*?lookup · seed 0<.*?lookup · seed 1<', html, re.DOTALL)
+    assert 'id="block-w1"' not in html
+    body = html.partition('<table class="costs">')[2].partition("</table>")[0]
+    assert body.count('<th scope="row">') == 1
+
+
+def test_labels_are_whole_and_in_lines(tmp_path, page):
+    name = "a_task_with_a_long_name and more words than fit"
+    runs = [write_run(tmp_path / str(i), f"{name} {i}", tasks=[name, "b"], artefacts=False) for i in range(2)]
+    _, figures, _ = page(*runs)
+    for key, axis in (("overview", "yaxis"), ("matrix-0-0", "xaxis"), ("first-0", "xaxis")):
+        labels = figures[key]["layout"][axis]["ticktext"]
+        assert any(name in label.replace("<br>", " ").replace("_ ", "_") for label in labels), key
+        assert max(len(line) for label in labels for line in label.split("<br>")) <= 28
+        assert not any("…" in label for label in labels)
+
+
+def test_every_figure_has_role_title_and_description(tmp_path, page):
+    shown, figures, _ = page(
+        write_run(tmp_path / "s", "sequential"),
+        write_run(tmp_path / "g", "gate", "attribution", matrix=stream_matrix(97, 0.9), protected=True),
+        write_attribution(tmp_path / "prior"),
+    )
+    plots = [attrs for _, attrs in shown.tags if attrs.get("class") == "plot"]
+    assert plots
+    assert all(plot["role"] == "img" and plot["aria-label"] for plot in plots)
+    assert all(figure["layout"]["meta"] for figure in figures.values())
+    assert figures["loss-0"]["layout"]["meta"].startswith("sequential: 3.2 at first, ")
+    assert figures["matrix-1-0"]["layout"]["meta"].endswith(
+        "Last row, + lookup: copy 71.8, reverse 79.3, count 87.7, lookup 97.0."
+    )
+
+
+def test_a_page_is_less_than_2_mb_and_has_one_title(tmp_path, page):
+    runs = [
+        write_run(tmp_path / f"{method}-{seed}", f"method {method}", "attribution", protected=True, seed=seed)
+        for method in range(3)
+        for seed in range(2)
+    ]
+    shown, _, html = page(*runs)
+    assert len(html.encode()) < 2_000_000
+    assert [tag for tag, _ in shown.tags if tag in ("title", "h1")] == ["title", "h1"]
 
 
 def test_an_unfinished_run_is_shown_and_marked(tmp_path, page):
@@ -171,10 +227,10 @@ def test_one_method_has_one_colour_in_every_figure(tmp_path, page):
     _, figures, _ = page(*runs)
     for key in ("curve-0-1", "loss-0"):
         colours = [trace["line"]["color"] for trace in figures[key]["data"]]
-        assert colours == ["var(--run-0)", "var(--run-0)", "var(--run-1)"]
+        assert colours == ["var(--run-0)", "var(--run-1)"]
     colours = [trace["line"]["color"] for trace in figures["first-0"]["data"]]
     assert colours == ["var(--run-0)"] * 3 + ["var(--run-1)"]  # two seeds and their mean; one seed
-    assert figures["gate-w2-s1"]["data"][0]["marker"]["color"] == "var(--run-1)"
+    assert figures["gate-w1-s1"]["data"][0]["marker"]["color"] == "var(--run-1)"
 
 
 def test_the_first_task_is_drawn_once_with_the_mean_of_the_seeds(tmp_path, page):

@@ -7,12 +7,12 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from holdfast.config import Options, validate
-from holdfast.errors import HoldfastError, PriorMismatchError
+from holdfast.errors import ConfigError, HoldfastError, PriorMismatchError
 from holdfast.hold.attach import (
     Chunk,
     Handle,
@@ -22,17 +22,33 @@ from holdfast.hold.attach import (
     reference_weights,
 )
 from holdfast.hold.operator import Operator
+from holdfast.hold.schedule import TOTAL
 from holdfast.hold.spectrum import Spectrum
 from holdfast.hold.strength import mean_of, warn_if_pull_is_faint
 from holdfast.hold.unheld import Unheld
 from holdfast.importance.prior import ImportancePrior, parameters_by_name
+
+_STRENGTH = 3e3
 
 
 class PenaltyOptions(Options):
     """Add λ/2 Σ I (θ − θ*)² to the loss, as its gradient."""
 
     name: Literal["penalty"] = "penalty"
-    strength: float = Field(3e3, ge=0, description="λ; the importance is taken as it is, not normalised")
+    strength: float | None = Field(
+        None, ge=0, description="λ (default 3000); the importance is taken as it is, not normalised"
+    )
+    pull: float | None = Field(
+        None,
+        ge=0,
+        description="λ · mean importance · Σ η over a task, in place of `strength`: the same on every model",
+    )
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> PenaltyOptions:
+        if self.strength is not None and self.pull is not None:
+            raise ValueError("give `strength` (λ) or `pull` (a whole task's, of mean importance), not both")
+        return self
 
 
 class Penalty:
@@ -43,8 +59,12 @@ class Penalty:
     prior : ImportancePrior
         I, as it is; negative values count as 0. EWC takes Fisher's diagonal, summed over tasks. Of the kind
         ``inputs`` the term is λ/2 tr(Δ C Δᵀ), Δ = θ − θ*, C scaled to mean eigenvalue 1.
-    strength : float
-        λ.
+    strength : float, optional
+        λ; 3000 where nothing is given.
+    pull : float, optional
+        In place of it: λ · mean importance · Σ_t η_t over the task (`holdfast.hold.tell_total_rate`), so that
+        it means the same whatever the size of the importance. It is of the gradient: Adam divides that by its
+        own size, which an anchor's pull doesn't go through.
     reference : mapping of str to Tensor, optional
         θ*, by canonical name; copies of the weights at `attach` when omitted.
 
@@ -60,11 +80,12 @@ class Penalty:
         self,
         prior: ImportancePrior,
         *,
-        strength: float = 3e3,
+        strength: float | None = None,
+        pull: float | None = None,
         reference: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.prior = prior
-        self.options = validate(PenaltyOptions, {"strength": strength}, "Penalty")
+        self.options = validate(PenaltyOptions, {"strength": strength, "pull": pull}, "Penalty")
         self.reference = reference
 
     @cached_property
@@ -72,9 +93,32 @@ class Penalty:
         """The prior, in the frame in which it is a number for each coordinate."""
         return Spectrum.of(self.prior)
 
-    def _scaled(self, name: str) -> Tensor:
+    def _scaled(self, name: str, strength: float) -> Tensor:
         # λ·I before the cast: Fisher alone (1e-9) would underflow float16
-        return self.spectrum.values[name].clamp(min=0) * self.options.strength
+        return self.spectrum.values[name].clamp(min=0) * strength
+
+    @cached_property
+    def _mean(self) -> float:
+        return mean_of(self.spectrum.values.values())
+
+    def _strength(self, rates: float | None) -> float:
+        """λ where the task's learning rates add up to `rates`.
+
+        Raises
+        ------
+        ConfigError
+            `pull` was given, and the sum is not known.
+        """
+        if self.options.pull is None:
+            return _STRENGTH if self.options.strength is None else self.options.strength
+        if rates is None:
+            raise ConfigError(
+                f"penalty: pull={self.options.pull:g} is of a whole task, but the sum of its learning rates "
+                "is not known. Call holdfast.hold.tell_total_rate(optimizer, scheduler, steps) before it is "
+                "attached, or give `strength` (λ itself)."
+            )
+        whole = self._mean * rates
+        return self.options.pull / whole if whole else 0.0
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> Handle:
         """Add the penalty's gradient at every step of this optimizer until the handle is removed.
@@ -83,18 +127,23 @@ class Penalty:
         ------
         PriorMismatchError
             The prior or the reference doesn't fit the model, or the optimizer holds none of the weights.
+        ConfigError
+            `pull` was given, and the sum of the task's learning rates is not known.
         """
         inner, chunks = self.spectrum.bind(model, optimizer)
         operators: list[Operator] = []
         references: list[list[Tensor]] = []
 
         def take(more: list[Chunk]) -> None:
-            operators.extend(self._operator(chunk, model) for chunk in more)
+            for chunk in more:
+                strength = self._strength(inner.param_groups[chunk.group].get(TOTAL))
+                operators.append(self._operator(chunk, model, strength))
             references.extend(reference_weights(chunk, self.reference, "penalty") for chunk in more)
 
         take(chunks)
         mean = mean_of(self.spectrum.values[name] for chunk in chunks for name in chunk.names)
-        warn_if_pull_is_faint("penalty", self.options.strength, mean, inner, chunks)
+        strongest = max(self._strength(inner.param_groups[chunk.group].get(TOTAL)) for chunk in chunks)
+        warn_if_pull_is_faint("penalty", strongest, mean, inner, chunks)
         watch = Unheld("penalty", self.prior, model, inner, chunks, take)
 
         def add() -> None:
@@ -113,8 +162,9 @@ class Penalty:
         handle.meter = self.spectrum.meter(chunks, operators, references)
         return handle
 
-    def _operator(self, chunk: Chunk, model: nn.Module) -> Operator:
-        return self.spectrum.operator(chunk, model, {name: self._scaled(name) for name in chunk.names})
+    def _operator(self, chunk: Chunk, model: nn.Module, strength: float) -> Operator:
+        values = {name: self._scaled(name, strength) for name in chunk.names}
+        return self.spectrum.operator(chunk, model, values)
 
     def loss(self, model: nn.Module) -> Tensor:
         """λ/2 Σ I (θ − θ*)² as a differentiable scalar (), for a training loop that adds it to its loss.
@@ -123,6 +173,8 @@ class Penalty:
         ------
         HoldfastError
             No `reference` was given: without it there is nothing to measure the distance from.
+        ConfigError
+            `pull` was given: here no learning rates are known.
         PriorMismatchError
             The prior or the reference doesn't fit the model.
         """
@@ -138,12 +190,17 @@ class Penalty:
             if name not in self.reference:
                 raise PriorMismatchError(f"penalty.loss: the reference lacks '{name}'.")
             away = parameter - place(self.reference[name], parameter)
-            operator = self._operator(Chunk(0, [name], [parameter]), model)
+            operator = self._operator(Chunk(0, [name], [parameter]), model, self._strength(None))
             total = total.to(parameter.device) + 0.5 * operator.energy([away])
         return total
 
     def summary(self) -> dict[str, Any]:
-        """Distribution of λ·I in 20 logarithmic bins below its maximum; nothing is ever fully held."""
+        """Distribution of λ·I in 20 logarithmic bins below its maximum; nothing is ever fully held.
+
+        With `pull` it is that of λ·I·Σ η, the pull over the task.
+        """
+        what = "penalty weight" if self.options.pull is None else "pull over the task"
+        strength = self._strength(1.0)
         return logarithmic_summary(
-            lambda: (self._scaled(name) for name in self.prior.tensors), "penalty weight"
+            lambda: (self._scaled(name, strength) for name in self.prior.tensors), what
         )

@@ -21,7 +21,7 @@ from holdfast.importance.prior import ImportancePrior
 from holdfast.importance.registry import REGISTRY, Inputs, Progress
 from holdfast.models import digest, fingerprints, unwrapped
 from holdfast.resume import Partial
-from holdfast.tasks.encode import Encoded
+from holdfast.tasks.encode import Encoded, first_token
 
 for _module in pkgutil.iter_modules(__path__):  # each file registers its own: there is no list to keep
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -119,6 +119,7 @@ def compute_prior(
             "kind": importance.kind,
             "options": values,
             "tasks": [task] if task else [],
+            **({"first_token": first_token(rows)} if importance.needs_data else {}),
             **computed.record,
             "seed": seed,
             "seconds": round(before + time.perf_counter() - start, 3),

@@ -451,6 +451,9 @@ def _merged_meta(metas: Sequence[dict[str, Any]], how: str) -> dict[str, Any]:
     }
     if "weights" in metas[-1]:
         merged["weights"] = metas[-1]["weights"]
+    if all("first_token" in meta for meta in metas):
+        firsts = {meta["first_token"] for meta in metas}
+        merged["first_token"] = firsts.pop() if len(firsts) == 1 else None
     options = [meta["options"] for meta in metas if "options" in meta]
     if options:
         merged["options"] = options[0] if all(o == options[0] for o in options) else options

@@ -18,8 +18,9 @@ from holdfast.hold.drift import Drift
 from holdfast.learner.config import LearnerConfig
 from holdfast.models import is_encoder_decoder
 from holdfast.strategies import STRATEGIES, Context, Stage, Strategy
-from holdfast.tasks.encode import Encoded
+from holdfast.tasks.encode import Encoded, first_token
 from holdfast.tasks.task import Example
+from holdfast.training.beginning import warn_of_other_beginning
 from holdfast.training.beside import Beside
 from holdfast.training.bridge import bridged, is_trl
 from holdfast.training.loop import Collator, Rows, train
@@ -185,6 +186,8 @@ class Learning:
         if ours:
             trainer.model_accepts_loss_kwargs = True
         self._steps.append(steps)
+        ours_begin = first_token(self.rows)
+        warn_of_other_beginning(trainer.train_dataset, context.tokenizer, ours_begin, "the learner's rows")
         return trainer
 
     def _data(self, cls: Any) -> dict[str, Any]:

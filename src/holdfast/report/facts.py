@@ -58,25 +58,22 @@ def costs(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
     return rows
 
 
-def details(index: int, run: RunRecord) -> dict[str, Any]:
-    m = run.metrics
+def details(index: int, runs: Sequence[RunRecord]) -> dict[str, Any]:
+    """What a method was: all folders and seeds, and of the first the configuration and versions."""
+    first = runs[0]
+    m = first.metrics
     facts = {
-        "folder": str(run.path),
+        "folder": ", ".join(str(run.path) for run in runs),
         "strategy": m.strategy,
-        "seed": m.seed,
+        "seed": ", ".join(str(run.metrics.seed) for run in runs if run.metrics.seed is not None) or None,
         "parameters": m.parameters,
         "trainable parameters": m.trainable,
     }
-    shown = {
-        k: count(v) if isinstance(v, int) and k != "seed" else str(v)
-        for k, v in facts.items()
-        if v is not None
-    }
     return {
         "run": index,
-        "facts": shown,
-        "config": run.config,
-        "environment": flat(run.environment.model_dump(exclude_unset=True)),
+        "facts": {k: count(v) if isinstance(v, int) else v for k, v in facts.items() if v is not None},
+        "config": first.config,
+        "environment": flat(first.environment.model_dump(exclude_unset=True)),
     }
 
 

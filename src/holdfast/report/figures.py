@@ -5,7 +5,8 @@ from __future__ import annotations
 import html
 import json
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from holdfast.quantities import number
@@ -23,6 +24,8 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "triangle-
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Liberation Sans", sans-serif'
 _MOST_POINTS = 300  # of one loss curve; the eye can't tell more in a small panel
 _HIGH = 68.0  # from here on a cell is dark enough for light text (and the reverse in the dark theme)
+_PARTS = re.compile(r"[^\s_/.:-]*[\s_/.:-]+|[^\s_/.:-]+")  # of a name that is too long for a line
+_PAGE = 700  # px of a printed page for the overview
 HEAT = [[i / 4, f"var(--heat-{i})"] for i in range(5)]
 
 
@@ -37,11 +40,31 @@ def style_of(group: int, joint: bool) -> Json:
     }
 
 
-def text(value: str, longest: int = 0) -> str:
-    """Text for plotly, which reads a few HTML tags: escaped, and cut to `longest` characters."""
-    if longest and len(value) > longest:
-        value = value[: longest - 1] + "…"
-    return html.escape(value)
+def text(value: str, width: int = 0) -> str:
+    """Text for plotly, which reads a few HTML tags: escaped, and in lines of at most `width` characters."""
+    return "<br>".join(html.escape(line) for line in _wrapped(value, width)) if width else html.escape(value)
+
+
+def _wrapped(value: str, width: int) -> list[str]:
+    """Lines broken behind spaces and signs, and within a part only where it is longer than a line."""
+    lines = [""]
+    for part in _PARTS.findall(value):
+        if lines[-1] and len(lines[-1] + part.rstrip()) > width:
+            lines.append("")
+        lines[-1] += part
+        while len(lines[-1].rstrip()) > width:
+            lines[-1:] = [lines[-1][:width], lines[-1][width:]]
+    return [line.strip() for line in lines]
+
+
+def line_count(labels: Iterable[str]) -> int:
+    """The most lines that `text` made of one of these."""
+    return max((label.count("<br>") + 1 for label in labels), default=1)
+
+
+def longest_line(labels: Iterable[str]) -> int:
+    """Characters of the longest line that `text` made of these."""
+    return max((len(html.unescape(line)) for label in labels for line in label.split("<br>")), default=0)
 
 
 def overview(groups: Sequence[Group]) -> Json | None:
@@ -88,10 +111,12 @@ def overview(groups: Sequence[Group]) -> Json | None:
                     x=x, y=row, text=value, showarrow=False, xshift=shift,
                     font={"size": size, "color": f"var(--{look})"},
                 )  # fmt: skip
-    frame(figure, height=44 * len(shown) + 34, left=8, top=4, bottom=24)
+    labels = [text(group.label, 26) for _, group in shown]
+    high = max(16 * line_count(labels) + 4, min(44, _PAGE // len(shown)))
+    frame(figure, height=high * len(shown) + 34, left=8, top=4, bottom=24)
     figure.update_xaxes(range=[-6, 108], tickvals=[0, 25, 50, 75, 100], showgrid=True)
     figure.update_yaxes(
-        tickvals=list(range(len(shown))), ticktext=[text(g.label, 26) for _, g in shown],
+        tickvals=list(range(len(shown))), ticktext=labels,
         range=[len(shown) - 0.4, -0.6], automargin=True, ticklen=6,
         tickfont={"size": 14, "color": "var(--ink)"},
     )  # fmt: skip
@@ -132,12 +157,14 @@ def matrix(rows: Matrix, tasks: Sequence[str], joint: bool) -> Json:
                 type="rect", x0=j - 1.47, x1=j - 0.53, y0=row - 0.46, y1=row + 0.46,
                 line={"color": "var(--ink)", "width": 2.5},
             )  # fmt: skip
-    longest = max((min(len(t), 16) for t in tasks), default=0)
+    above = [text(task, 16) for task in tasks]
+    longest, more = longest_line(above), 12 * (line_count(above) - 1)
     slanted = longest * len(tasks) > 30
-    top = 14 + round(longest * 4.6) if slanted else 28
-    frame(figure, height=34 * len(stages) + top + 8, left=8, top=top, bottom=6, right=14 + 14 * slanted)
+    top = 14 + round(longest * 4.6) + more if slanted else 28 + more
+    high = max(34, 14 * line_count(short) + 4)
+    frame(figure, height=high * len(stages) + top + 8, left=8, top=top, bottom=6, right=14 + 14 * slanted)
     figure.update_xaxes(
-        side="top", tickvals=list(range(len(tasks))), ticktext=[text(t, 16) for t in tasks],
+        side="top", tickvals=list(range(len(tasks))), ticktext=above,
         tickangle=-35 if slanted else 0, range=[-0.5, len(tasks) - 0.5], showline=False, ticks="",
     )  # fmt: skip
     figure.update_yaxes(
@@ -250,7 +277,7 @@ def frame(figure: go.Figure, *, height: int, left: int, top: int, bottom: int, r
         paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
         font={"family": FONT, "size": 12, "color": "var(--muted)"},
         hoverlabel={"bgcolor": "var(--ink)", "bordercolor": "var(--ink)",
-                    "font": {"color": "var(--paper)", "family": FONT, "size": 12}, "namelength": 28},
+                    "font": {"color": "var(--paper)", "family": FONT, "size": 12}, "namelength": -1},
     )  # fmt: skip
     for update in (figure.update_xaxes, figure.update_yaxes):
         update(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from holdfast.quantities import number
-from holdfast.report.figures import Json, finish, frame, style_of, text
+from holdfast.report.figures import Json, finish, frame, line_count, longest_line, style_of, text
 from holdfast.report.panels import Panel
 from holdfast.report.summary import Group
 
@@ -29,7 +29,7 @@ def first_task_panel(
         return None
     figures[key] = figure
     names = _names(tasks)
-    step = 40 if _slanted(names) else 8 + round(6.6 * max(map(len, names)))
+    step = 40 if _slanted(names) else 8 + round(6.6 * longest_line(names))
     return Panel(key, tasks[0], min_width=60 + step * len(names), note=_note(members, tasks))
 
 
@@ -68,7 +68,8 @@ def _figure(members: Sequence[tuple[int, Group]], tasks: Sequence[str]) -> Json 
     if not figure.data:
         return None
     slanted = _slanted(names)
-    bottom = 22 + round(4.8 * max(map(len, names))) if slanted else 30
+    more = 12 * (line_count(names) - 1)
+    bottom = more + (22 + round(4.8 * longest_line(names)) if slanted else 30)
     frame(figure, height=270 + bottom, left=34, top=8, bottom=bottom)
     figure.update_xaxes(
         tickvals=list(range(first, len(names))), ticktext=names[first:], ticklabelstandoff=4,
@@ -83,7 +84,7 @@ def _names(tasks: Sequence[str]) -> list[str]:
 
 
 def _slanted(names: Sequence[str]) -> bool:
-    return max(map(len, names)) * len(names) > 90
+    return longest_line(names) * len(names) > 90
 
 
 def _trajectory(group: Group) -> list[float | None]:

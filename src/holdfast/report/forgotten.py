@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -33,16 +34,27 @@ class ForgottenTask:
     examples: tuple[Example, ...]
 
 
-def forgotten(run: RunRecord) -> list[ForgottenTask]:
+def forgotten(runs: Sequence[RunRecord]) -> list[ForgottenTask]:
     """Compare each task's answers right after it was learned with those after the last stage.
 
-    Tasks of which nothing was lost, and runs that kept no predictions, are left out.
+    Several runs are those of one method: they are counted together, and the first shows examples. Tasks of
+    which nothing was lost, and runs that kept no predictions, are left out.
     """
-    if run.joint or len(run.stages) < 2:
-        return []
-    last = run.stages[-1]
-    found = [_compare(stage, last) for stage in run.stages[:-1]]
-    return [task for task in found if task.lost]
+    found: dict[str, list[ForgottenTask]] = {}
+    for run in runs:
+        for stage in run.stages[:-1] if not run.joint else ():
+            task = _compare(stage, run.stages[-1])
+            found.setdefault(task.task, []).append(task)
+    return [
+        ForgottenTask(
+            name,
+            sum(task.right for task in tasks),
+            sum(task.lost for task in tasks),
+            next(task.examples for task in tasks if task.lost),
+        )
+        for name, tasks in found.items()
+        if any(task.lost for task in tasks)
+    ]
 
 
 def _compare(stage: StageRecord, last: StageRecord) -> ForgottenTask:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +17,15 @@ from holdfast.report import figures as draw
 from holdfast.report import weight_figures as weights
 from holdfast.report.agreement_figures import agreement_block
 from holdfast.report.comparison import comparison_blocks
+from holdfast.report.describe import describe
 from holdfast.report.facts import common, costs, details, flat
 from holdfast.report.first_task import first_task_panel
 from holdfast.report.forgotten import forgotten
 from holdfast.report.headline import faithfulness_sentence, headline
 from holdfast.report.importance_map import ImportanceMap, importance_map, kind_of
+from holdfast.report.lines import Line, lines_of
 from holdfast.report.moved_figures import moved_panels
+from holdfast.report.packed import pack, plotly
 from holdfast.report.panels import Panel, column
 from holdfast.report.read import AttributionRecord, ComparisonRecord, Folder, RunRecord, StageRecord
 from holdfast.report.summary import (
@@ -54,15 +58,15 @@ class WeightBlock:
 def build(records: Sequence[Folder], title: str | None) -> str:
     """The page's HTML for what was read."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from plotly.offline import get_plotlyjs
 
     sweeps = [r for r in records if isinstance(r, ComparisonRecord)]
     given = [r for r in records if isinstance(r, RunRecord)] + [run for r in sweeps for run in r.runs]
     runs = distinct(list({run.path.resolve(): run for run in given}.values()))
     attributions = [r for r in records if isinstance(r, AttributionRecord)]
     groups = grouped(runs)
-    index = {id(run): i for i, g in enumerate(groups) for run in g.runs}
-    styled = [(run, draw.style_of(index[id(run)], run.joint)) for run in runs]
+    lines = lines_of(groups)
+    styled = [(line.record, draw.style_of(line.group, line.record.joint)) for line in lines]
+    each = [(run, look) for line, (_, look) in zip(lines, styled, strict=True) for run in line.runs]
     figures: dict[str, draw.Json] = {}
     map_of = functools.cache(importance_map)  # two sections look at each prior
     units, measured = unit_panels(figures, groups, map_of)
@@ -72,7 +76,7 @@ def build(records: Sequence[Folder], title: str | None) -> str:
         "headline": sentence,
         "facts": common(runs),
         "made": f"{datetime.datetime.now():%-d %B %Y, %H:%M}",
-        "runs": [{"name": run.name, **style, "record": run} for run, style in styled],
+        "runs": [{"name": run.name, **style} for run, style in styled],
         "legend": [{"name": g.label, **draw.style_of(i, g.joint)} for i, g in enumerate(groups)],
         "columns": COLUMNS,
         "rows": table(groups) if groups else [],
@@ -82,28 +86,30 @@ def build(records: Sequence[Folder], title: str | None) -> str:
         "firsts": _firsts(figures, groups),
         "curves": _curves(figures, styled),
         "matrices": _matrices(figures, groups),
-        "weights": _weights(figures, styled, attributions, map_of),
+        "weights": _weights(figures, lines, attributions, map_of),
         "units": units,
         "measured": measured,
         "agreement": agreement_block(figures, task_agreements(groups, attributions)),
         "sample": SAMPLE,
         "width": WIDTH,
-        "faithfulness": _faithfulness(figures, runs, attributions),
-        "moved": moved_panels(figures, styled),
-        "forgotten": [(i, tasks) for i, run in enumerate(runs) if (tasks := forgotten(run))],
+        "faithfulness": _faithfulness(figures, lines, attributions),
+        "moved": moved_panels(figures, each),
+        "forgotten": [(i, tasks) for i, line in enumerate(lines) if (tasks := forgotten(line.runs))],
         "losses": _losses(figures, styled),
         "general": _general(figures, styled),
-        "harness": [(i, _before_and_after(run)) for i, run in enumerate(runs) if run.metrics.harness],
-        "costs": costs(runs),
-        "details": [details(i, run) for i, run in enumerate(runs)],
+        "harness": [(i, _before_and_after(run)) for i, (run, _) in enumerate(styled) if run.metrics.harness],
+        "costs": costs([run for run, _ in styled]),
+        "details": [details(i, line.runs) for i, line in enumerate(lines)],
         "attributions": [(a, flat(a.meta.meta)) for a in attributions if a.meta],
         "column": column,
         "number": number,
-        "figures": figures,
-        "plotly": get_plotlyjs(),
+        "plotly": plotly(),
         "style": (_HERE / "style.css").read_text(encoding="utf-8"),
         "script": (_HERE / "report.js").read_text(encoding="utf-8"),
     }
+    for figure in figures.values():
+        figure["layout"]["meta"] = describe(figure)
+    context["figures"] = pack(json.dumps(figures, ensure_ascii=False, separators=(",", ":")))
     environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -197,22 +203,28 @@ def _matrices(figures: dict[str, draw.Json], groups: Sequence[Group]) -> list[Pa
 
 def _weights(
     figures: dict[str, draw.Json],
-    styled: Styled,
+    lines: Sequence[Line],
     attributions: Sequence[AttributionRecord],
     map_of: Callable[[Path], ImportanceMap],
 ) -> list[WeightBlock]:
     blocks = []
-    for i, (run, style) in enumerate(styled):
-        block = WeightBlock(f"w{i}", i, run.name, [])
-        maps = _maps(figures, block, [(stage.prior, f"s{n}") for n, stage in enumerate(run.stages)], map_of)
-        for n, stage in enumerate(run.stages):
-            key, gate = f"s{n}", None
+    for i, line in enumerate(lines):
+        block = WeightBlock(f"w{i}", i, line.record.name, [])
+        stages = {
+            f"{f'r{r}' if r else ''}s{n}": (stage, f"{stage.task}{line.of(run)}")
+            for r, run in enumerate(line.runs)
+            for n, stage in enumerate(run.stages)
+        }
+        maps = _maps(figures, block, [(stage.prior, key) for key, (stage, _) in stages.items()], map_of)
+        colour = draw.style_of(line.group, line.record.joint)["colour"]
+        for key, (stage, name) in stages.items():
+            gate = None
             if stage.gate is not None:
-                gate = weights.gate_histogram(stage.gate, style["colour"])
+                gate = weights.gate_histogram(stage.gate, colour)
                 block.notes[key] = _held(stage)
             block.gate |= bool(_add(figures, f"gate-{block.key}-{key}", gate))
             if gate or key in maps:
-                block.stages.append((key, stage.task))
+                block.stages.append((key, name))
         if block.stages:
             blocks.append(block)
     for i, record in enumerate(attributions):
@@ -256,11 +268,12 @@ def _held(stage: StageRecord) -> str:
 
 
 def _faithfulness(
-    figures: dict[str, draw.Json], runs: Sequence[RunRecord], attributions: Sequence[AttributionRecord]
+    figures: dict[str, draw.Json], lines: Sequence[Line], attributions: Sequence[AttributionRecord]
 ) -> list[Panel]:
     found: list[tuple[str, Faithfulness, int | None]] = [
-        (f"{stage.faithfulness.task or stage.task}", stage.faithfulness, i)
-        for i, run in enumerate(runs)
+        (f"{stage.faithfulness.task or stage.task}{line.of(run)}", stage.faithfulness, i)
+        for i, line in enumerate(lines)
+        for run in line.runs
         for stage in run.stages
         if stage.faithfulness
     ]

@@ -103,7 +103,7 @@ class Group:
         if any(run.metrics.tasks != first.tasks for run in self.runs):
             return None
         return [
-            [_mean([run.metrics.matrix[j][i] for run in self.runs]) for i in range(len(first.tasks))]
+            [mean_of([run.metrics.matrix[j][i] for run in self.runs]) for i in range(len(first.tasks))]
             for j in range(len(first.matrix))
         ]
 
@@ -131,7 +131,8 @@ class Row:
     note: str = ""
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def mean_of(values: Sequence[float | None]) -> float | None:
+    """The mean, if all of them are known."""
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if len(known) == len(values) else None
 

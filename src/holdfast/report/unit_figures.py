@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from holdfast.importance.skill_units import normalised
-from holdfast.report.figures import HEAT, Json, finish, frame, text
+from holdfast.report.figures import HEAT, Json, finish, frame, line_count, text
 from holdfast.report.importance_map import ImportanceMap, block_labels
 from holdfast.report.panels import Panel
 from holdfast.report.summary import Group
@@ -19,7 +19,7 @@ from holdfast.report.weight_figures import short_modules
 
 _UNIT, _LAYER = 3, 26  # px that a column and a layer's label need at least; below that the figure scrolls
 _NUMBERED = re.compile(r"^layer\.\d+\.")
-_LONGEST = 16  # characters of a task's name
+_LONGEST = 16  # characters of a line of a task's name
 _LABELS = 24  # px above the cells for the layers' numbers
 _NAMED = 12  # modules that a note names
 _SHADES = [  # most scores are small: theirs are the finer steps
@@ -59,7 +59,8 @@ def unit_map(table: UnitTable, rows: Rows) -> Json:
 
     parts = _parts(table.units)
     labels, scaled = unit_labels(table.units), [_scaled(row) for row in rows]
-    cell = 26 if len(table.tasks) <= 8 else 19
+    names = [text(task, _LONGEST) for task in table.tasks]
+    cell = max(26 if len(table.tasks) <= 8 else 19, 14 * line_count(names) + 4)
     high = cell * len(table.tasks)
     whole = len(parts) * high + (len(parts) - 1) * (_LABELS + 14)
     figure = go.Figure()
@@ -97,7 +98,7 @@ def unit_map(table: UnitTable, rows: Rows) -> Json:
                 f"yaxis{axis}": {
                     "domain": domain, "anchor": f"x{axis}", "tickmode": "array",
                     "tickvals": list(range(len(table.tasks))),
-                    "ticktext": [text(task, _LONGEST) for task in table.tasks],
+                    "ticktext": names,
                     "range": [len(table.tasks) - 0.5, -0.5], "ticklabelstandoff": 4,
                 },
             }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -93,6 +93,12 @@ class Encoded:
     completion_ids: list[int]
     cut: int = 0
     completion_cut: int = 0
+
+
+def first_token(rows: Iterable[Encoded]) -> int | None:
+    """The token with which all of some rows begin; None where they don't share one."""
+    firsts = {row.prompt_ids[0] for row in rows if row.prompt_ids}
+    return firsts.pop() if len(firsts) == 1 else None
 
 
 class Encoder:

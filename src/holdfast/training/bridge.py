@@ -16,10 +16,10 @@ from holdfast import world
 from holdfast.errors import TrainingDivergedError
 from holdfast.hold.drift import MOVED, Drift
 from holdfast.models import accepts, is_encoder_decoder, unwrapped
-from holdfast.storage import atomic_write, save_tensors
+from holdfast.storage import atomic_write, save_tensors, write_tensors
 from holdfast.training.losses import TokenLoss
 from holdfast.training.prompt_loss import PromptLoss
-from holdfast.training.steps import OBSERVED
+from holdfast.training.steps import OBSERVED, UNLOGGED
 from holdfast.training.verbs import Verbs, has, model_inputs
 
 
@@ -79,6 +79,9 @@ class Bridge:
     drift: Callable[[], Drift | None] | None = None
     whole_batches: bool = False
     bad_batch: Path
+    _tr_loss: Tensor | None = None  # transformers' own sum of losses since the last that was logged
+    _globalstep_last_logged: int = 0
+    _unlogged: tuple[Tensor, int] | None = None  # the same, of the checkpoint that training goes on from
 
     def get_train_dataloader(self) -> Any:
         loader = super().get_train_dataloader()  # type: ignore[misc]
@@ -117,6 +120,8 @@ class Bridge:
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        if self._unlogged is not None:  # transformers drops what a checkpoint had not logged yet
+            (self._tr_loss, self._globalstep_last_logged), self._unlogged = self._unlogged, None
         with world.named_losses():
             loss = super().training_step(model, *args, **kwargs)  # type: ignore[misc]
         accelerator = self.accelerator  # type: ignore[attr-defined]
@@ -133,11 +138,21 @@ class Bridge:
             logs[MOVED] = drift.percent
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+        if self._tr_loss is not None:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"  # type: ignore[attr-defined]
+            since = torch.tensor(self._globalstep_last_logged)
+            write_tensors(folder / UNLOGGED, {"loss": world.stacked(self._tr_loss).mean(0), "since": since})
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
-        gathered = Path(resume_from_checkpoint) / OBSERVED
+        gathered, unlogged = (Path(resume_from_checkpoint) / name for name in (OBSERVED, UNLOGGED))
         if gathered.exists():
             self.verbs.load_stage_state_dict(load_file(gathered))
+        if unlogged.exists():
+            read = load_file(unlogged)
+            self._unlogged = read["loss"].to(self.args.device), int(read["since"])  # type: ignore[attr-defined]
 
     def _completion_loss(self, model: nn.Module, batch: dict[str, Any], count: Any) -> tuple[Tensor, Any]:
         labels = batch["labels"]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -23,6 +26,10 @@ from holdfast.hold import (
 from holdfast.hold.drift import MOVED, Drift
 from holdfast.hold.reference import weights_of
 from holdfast.importance.prior import ImportancePrior
+from holdfast.storage import write_tensors
+from holdfast.training.beginning import warn_of_other_beginning
+
+REFERENCE = "reference.safetensors"  # in a checkpoint: the weights that training began with
 
 
 class ProtectCallback(TrainerCallback):
@@ -32,7 +39,8 @@ class ProtectCallback(TrainerCallback):
     growing adapters, rating the new task afterwards, one task after another) is `holdfast.Learner`.
 
     Pass it in the trainer's ``callbacks=[...]``. The weights to return to are those that the model has
-    when the trainer is made, not those of a checkpoint that training resumes from.
+    when the trainer is made. They are saved with each checkpoint, and a training that resumes from one
+    returns to these, whatever model its trainer was made with.
 
     Parameters
     ----------
@@ -117,21 +125,32 @@ class ProtectCallback(TrainerCallback):
         Raises
         ------
         ConfigError
-            Training resumes from a checkpoint, and the weights before it were never seen.
+            Training resumes from a checkpoint, and the weights before it are not known.
         """
-        if self._needs_reference and self._captured is None:
+        if self._needs_reference:
             if state.global_step > 0:
-                raise ConfigError(
-                    "ProtectCallback: training resumes from a checkpoint, but the callback was added after "
-                    "the trainer was made, so the weights to return to are unknown. Pass the callback in "
-                    "Trainer(callbacks=[...]), or give it `reference=`."
-                )
-            self._capture(kwargs["model"])
+                self._recall(_checkpoint(args, state) / REFERENCE, kwargs["model"])
+            elif self._captured is None:
+                self._capture(kwargs["model"])
         self._handle.remove()  # a training that failed left without on_train_end
         reference = self.given if self.given is not None else self._captured
         self.protection, self._mean = build_mechanism(self.mechanism, self.prior, reference), None
         tell_total_rate(kwargs["optimizer"], kwargs.get("lr_scheduler"), state.max_steps)
         self._handle = self.protection.attach(kwargs["model"], kwargs["optimizer"])
+        if "first_token" in self.prior.meta:
+            rows, first = (
+                getattr(kwargs.get("train_dataloader"), "dataset", None),
+                self.prior.meta["first_token"],
+            )
+            warn_of_other_beginning(rows, kwargs.get("processing_class"), first, "the prior's rows")
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Save the weights to return to with the checkpoint."""
+        if self._captured is not None and _checkpoint(args, state).is_dir():
+            whole = {name: world.whole(weight) for name, weight in self._captured.items()}
+            write_tensors(_checkpoint(args, state) / REFERENCE, whole)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -181,3 +200,24 @@ class ProtectCallback(TrainerCallback):
     def _capture(self, model: nn.Module) -> None:
         if self._needs_reference:
             self._captured = weights_of(model, self.prior.tensors)
+
+    def _recall(self, file: Path, model: nn.Module) -> None:
+        """Take the weights to return to from a checkpoint; where it has none, those that were captured."""
+        if file.is_file():
+            self._captured = load_file(file)
+            return
+        if self._captured is None:
+            why = "the callback was added after the trainer was made"
+        elif all(torch.equal(t, self._captured[n]) for n, t in weights_of(model, self._captured).items()):
+            why = "the trainer was made with the checkpoint's own weights"
+        else:
+            return
+        raise ConfigError(
+            f"ProtectCallback: training resumes from a checkpoint without {REFERENCE}, and {why}, so the "
+            "weights to return to are unknown. Make the trainer with the model that training began with and "
+            "pass the callback in Trainer(callbacks=[...]), or give it `reference=`."
+        )
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"

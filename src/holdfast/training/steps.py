@@ -18,6 +18,7 @@ from holdfast.training.checkpoints import seal_checkpoint
 from holdfast.training.verbs import Verbs, has
 
 OBSERVED = "strategy.safetensors"  # in a checkpoint: what the method has gathered up to this step
+UNLOGGED = "unlogged.safetensors"  # in a checkpoint: the losses since the last that was logged
 
 
 @dataclass
