@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from holdfast import world
 from learning_data import rows_of
@@ -24,21 +27,37 @@ STRATEGIES: dict[str, tuple[str, Any]] = {
 TRAINING = {"epochs": 1, "batch_size": 4, "learning_rate": 1e-3}
 
 
-def results(folder: Path, dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
+def results(folder: Path, dtype: torch.dtype, shard: Any = None) -> dict[str, dict[str, Tensor]]:
     """Each case's tensors by name."""
     torch.set_num_threads(1)
-    found = {**folds(dtype)}
-    for name, (kind, strategy) in STRATEGIES.items():
-        found[name] = learned(folder / name, tiny_model(kind).to(dtype), strategy)
-    found["callback"] = with_callback(folder / "callback", dtype)
-    return found
+    with wholly_double():
+        found = {**folds(dtype)}
+        for name, (kind, strategy) in STRATEGIES.items():
+            found[name] = learned(folder / name, tiny_model(kind).to(dtype), strategy)
+        found["callback"] = with_callback(folder / "callback", dtype)
+        return {**found, **sharded(shard)}
+
+
+@contextmanager
+def wholly_double() -> Iterator[None]:
+    """Let a Llama's norms be float64 where the model is: transformers' are float32, whatever the model.
+
+    A gradient in float32 that is scaled by 3, the number of processes, and divided by it again is another.
+    """
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm as Norm
+
+    own = Norm.forward
+    Norm.forward = lambda self, x: F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
+    try:
+        yield
+    finally:
+        Norm.forward = own
 
 
 def each_rank(folder: str, dtype: str) -> None:
     """The same in one of several processes, whose results are saved by rank; and under FSDP2."""
     world.start()
-    found = results(Path(folder), getattr(torch, dtype))
-    torch.save({**found, **sharded(fully_sharded)}, f"{folder}/rank{world.rank()}.pt")
+    torch.save(results(Path(folder), getattr(torch, dtype), fully_sharded), f"{folder}/rank{world.rank()}.pt")
 
 
 def rows(count: int, name: str = "may") -> list[Any]:
@@ -102,12 +121,12 @@ def with_callback(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     from holdfast.training.loop import Collator, Rows
 
     model, tokenizer = tiny_model("llama").to(dtype), toy_tokenizer()
-    encoded = Encoder(tokenizer, Template(), encoder_decoder=False).many(rows(8, "june"))
+    encoded = Encoder(tokenizer, Template(), encoder_decoder=False).many(rows(12, "june"))
     prior = compute_prior(model, encoded, {"name": "inputs"}, pad_id=tokenizer.pad_token_id)
     collate = Collator(model, tokenizer)
     arguments = TrainingArguments(
         str(folder),
-        per_device_train_batch_size=4 // world.size(),
+        per_device_train_batch_size=6 // world.size(),
         num_train_epochs=1,
         learning_rate=1e-3,
         use_cpu=True,

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import ranks
-from processes import launched
+from learning_data import SHORT, TOY, data_sets, weights_in
+from processes import holdfast, launched
 
 
 def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -17,11 +22,11 @@ def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float
     return max(float((one[n] - other[n]).norm() / one[n].norm().clamp(min=1e-12)) for n in one)
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_several_processes_find_and_learn_what_one_does(tmp_path: Path, processes: int) -> None:
     (tmp_path / "more").mkdir()
     ended = launched(processes, ranks.each_rank, [str(tmp_path / "more"), "float64"], tmp_path)
-    one = {**ranks.results(tmp_path / "one", torch.float64), **ranks.sharded(None)}
+    one = ranks.results(tmp_path / "one", torch.float64)
     for rank in ended():
         assert rank.code == 0, rank.err
     found = [torch.load(tmp_path / "more" / f"rank{rank}.pt") for rank in range(processes)]
@@ -32,3 +37,44 @@ def test_several_processes_find_and_learn_what_one_does(tmp_path: Path, processe
     differences = {case: apart(expected, found[0][case]) for case, expected in one.items()}
     limits = {case: 1e-10 if case in ranks.WHOLLY_DOUBLE else 1e-5 for case in one}
     assert not {case: d for case, d in differences.items() if d > limits[case]}, differences
+
+
+EWC = ("--strategy", "ewc", "strategy.fisher.samples=8")
+LEARN = ("learn", "may.jsonl", "--skills", "s", *EWC, *TOY, *SHORT)
+
+
+def test_a_killed_process_is_named_by_the_others_and_the_same_command_continues(tmp_path: Path) -> None:
+    data_sets(tmp_path, "may")
+    die = {1: ("holdfast.training.bridge.completion_loss", 4)}  # after a checkpoint
+    told, killed = launched(2, None, LEARN, tmp_path, die)()
+    assert (told.code, killed.code) == (2, -signal.SIGKILL), (told.err, killed.err)
+    assert "rank 0: lost rank 1 (process " in told.err
+    assert "Traceback" not in told.err
+    begun = next(tmp_path.glob("s/tasks/*may*/**/checkpoint-2"))
+    for rank in launched(2, None, LEARN, tmp_path)():
+        assert rank.code == 0, rank.err
+    assert not begun.exists()
+    (tmp_path / "one").mkdir()
+    data_sets(tmp_path / "one", "may")
+    ended = holdfast(*LEARN, cwd=tmp_path / "one")
+    assert ended.code == 0, ended.err
+    weights = [weights_in(folder / "s" / "tasks" / "01-may") for folder in (tmp_path, tmp_path / "one")]
+    assert apart(*weights) < 1e-5
+
+
+@pytest.mark.slow
+def test_the_launcher_of_accelerate_learns_what_one_process_does(tmp_path: Path) -> None:
+    config = Path(__file__).parents[2] / "configs" / "accelerate" / "ddp.yaml"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    weights = []
+    for name, line in (("one", [sys.executable]), ("more", [*launch, "--num_processes", "2"])):
+        (tmp_path / name).mkdir()
+        data_sets(tmp_path / name, "may", "june")
+        for command in (LEARN, ("learn", "june.jsonl", "--skills", "s")):
+            ended = subprocess.run(
+                [*line, "-m", "holdfast", *command], cwd=tmp_path / name, env=environment, capture_output=True
+            )
+            assert ended.returncode == 0, ended.stderr.decode()
+        weights.append(weights_in(tmp_path / name / "s" / "tasks" / "02-june"))
+    assert apart(*weights) < 1e-5
