@@ -8,7 +8,9 @@ from typing import Any
 from torch import nn
 
 from holdfast.attribution import AttributionOptions
-from holdfast.importance import ImportancePrior, compute_prior
+from holdfast.errors import ConfigError
+from holdfast.importance import ImportancePrior, chosen_importance, compute_prior
+from holdfast.importance.beside import as_beside, left_to_rate
 from holdfast.importance.explanation import Explanation, explain_answer
 from holdfast.models import is_encoder_decoder
 from holdfast.progress import Progress
@@ -70,6 +72,7 @@ def attribute(
     dataset: Iterable[Example | Mapping[str, Any]],
     *,
     importance: Any = "inputs",
+    beside: ImportancePrior | None = None,
     template: Template | Mapping[str, Any] | None = None,
     seed: int = 0,
     task: str = "",
@@ -89,6 +92,9 @@ def attribute(
         ``"inputs"`` (default): of each linear map the directions of its inputs where relevance went, which is
         what kept most. ``"lrp"``, ``"fisher"``, ...: a number for each weight. Or with options:
         ``{"name": "lrp", "rules": "paper"}``.
+    beside : ImportancePrior, optional
+        A prior of this model: rate, by weight, only what is trained and that one leaves out (experts,
+        embeddings, norms, biases, where it is of the kind ``inputs``), for `ProtectCallback`'s ``beside``.
     template : Template or mapping, optional
         The frame around prompts and completions; it must be the one that the model is trained with.
 
@@ -102,9 +108,25 @@ def attribute(
     HoldfastError
         Bad rows, no sample that the model answers correctly, an operation without a rule, ...
     """
+    chosen, parameters = chosen_importance(importance), None
+    if beside is not None and not (parameters := left_to_rate(model, chosen, beside)):
+        raise ConfigError(
+            f"attribute: importance '{chosen.name}' rates nothing that `beside` leaves out; there is no need "
+            "for a second prior."
+        )
     frame = template if isinstance(template, Template) else Template(**(template or {}))
     encoder = Encoder(tokenizer, frame, encoder_decoder=is_encoder_decoder(model))
     rows = encoder.many(as_examples(dataset))
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with Progress(quiet=not progress) as bars, bars.bar("importance", total=len(rows)) as bar:
-        return compute_prior(model, rows, importance, pad_id=pad_id, seed=seed, task=task, progress=bar)
+        prior = compute_prior(
+            model,
+            rows,
+            chosen,
+            pad_id=pad_id,
+            seed=seed,
+            task=task,
+            parameters=parameters,
+            progress=bar,
+        )
+    return prior if beside is None else as_beside(prior)

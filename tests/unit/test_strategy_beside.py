@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import Trainer, TrainingArguments
 
+import holdfast
 from holdfast.config import validate
 from holdfast.errors import ConfigError
-from holdfast.models import save_model
+from holdfast.models import save_model, tiny_llama
 from holdfast.runner import RunConfig, run
 from holdfast.runner.findings import check
 from holdfast.tasks import toy_tokenizer
@@ -130,3 +132,46 @@ def test_check_counts_what_the_others_take_or_says_that_they_are_free(tmp_path: 
 def test_others_that_make_no_sense_are_refused(tmp_path: Path, strategy: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config_of(tmp_path, strategy=strategy)
+
+
+def test_in_a_trainer_of_ones_own_the_callback_holds_both_and_resumes_the_same(tmp_path: Path) -> None:
+    """What the first prior leaves out is rated by a second; a checkpoint has the weights of both."""
+    tokenizer = toy_tokenizer()
+    rows = [{"prompt": f"copy {x}=", "completion": x} for x in ("abc", "hfa", "dea", "gbc")]
+    ids = [{"input_ids": t, "labels": t} for t in (tokenizer("copy abc=abc").input_ids,) * 8]
+
+    def made() -> Any:
+        torch.manual_seed(0)
+        return tiny_llama(tokenizer, hidden=16, layers=1, heads=2)
+
+    prior = holdfast.attribute(made(), tokenizer, rows, progress=False)
+    beside = holdfast.attribute(made(), tokenizer, rows, importance="fisher", beside=prior, progress=False)
+    assert EMBEDDINGS in beside.tensors
+    assert not beside.tensors.keys() & prior.tensors.keys()
+
+    def train(out: str, strength: float, resume: Any = None) -> Any:
+        model = made()
+        hold = holdfast.ProtectCallback(prior, beside=beside.save(tmp_path / "beside"), strength=strength)
+        args = TrainingArguments(
+            str(tmp_path / out),
+            max_steps=4,
+            save_steps=2,
+            per_device_train_batch_size=2,
+            learning_rate=1e-2,
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*not held")
+            Trainer(model, args, train_dataset=ids, callbacks=[hold]).train(resume_from_checkpoint=resume)
+        return dict(model.named_parameters())
+
+    whole = train("whole", 100.0)
+    again = train("whole", 100.0, resume=str(tmp_path / "whole" / "checkpoint-2"))
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    start = dict(made().named_parameters())
+    moved = {name: float((whole[name] - start[name]).norm()) for name in (EMBEDDINGS, "model.norm.weight")}
+    assert all(size > 0 for size in moved.values())
+    with pytest.raises(ConfigError, match="rates nothing that `beside` leaves out"):
+        holdfast.attribute(made(), tokenizer, rows, importance="lrp", beside=prior, progress=False)

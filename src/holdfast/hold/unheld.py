@@ -145,3 +145,21 @@ class Unheld:
         for chunk in self.chunks:
             while chunk.removers:
                 chunk.removers.pop()()
+
+
+def apart(
+    prior: ImportancePrior, beside: ImportancePrior, model: nn.Module
+) -> tuple[ImportancePrior, ImportancePrior]:
+    """Two priors that hold one training together: neither warns of what the other holds.
+
+    Parameters
+    ----------
+    beside : ImportancePrior
+        Rates what `prior` doesn't; the names of both are those of `model`.
+    """
+    held = [name for name in parameters_by_name(model) if prior.covers(name)]
+    free = [*prior.meta.get(FREE, ()), *beside.tensors]
+    return (
+        ImportancePrior(prior.tensors, {**prior.meta, FREE: free}),
+        ImportancePrior(beside.tensors, {**beside.meta, FREE: held}),
+    )

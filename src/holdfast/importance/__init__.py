@@ -87,8 +87,8 @@ def compute_prior(
     Where a model answers none of the samples right, `lrp` and `inputs` rate all of them, say so, and record
     it (``none_right``).
     """
-    chosen, model = _options(options), unwrapped(model)
-    importance = REGISTRY[chosen.name]  # type: ignore[attr-defined]
+    chosen, model = chosen_importance(options), unwrapped(model)
+    importance = REGISTRY[chosen.name]
     if parameters is None:
         parameters = importance.rated(model)
     if not parameters:
@@ -97,7 +97,7 @@ def compute_prior(
             "Unfreeze them, or pass `parameters=` (canonical name to parameter)."
         )
     if importance.needs_data and not rows:
-        raise DataError(f"importance '{chosen.name}': the data set is empty.")  # type: ignore[attr-defined]
+        raise DataError(f"importance '{chosen.name}': the data set is empty.")
     start = time.perf_counter()
     values, model_digest = chosen.model_dump(), digest(model)
     if partial is not None:
@@ -129,7 +129,14 @@ def compute_prior(
     )
 
 
-def _options(options: Options | Mapping[str, Any] | str) -> Options:
+def chosen_importance(options: Options | Mapping[str, Any] | str) -> Any:
+    """The options model of an importance: itself, or of a name, or of a name with options.
+
+    Raises
+    ------
+    ConfigError
+        No such importance, or an option that it doesn't have.
+    """
     if isinstance(options, Options):
         return options
     values = dict(named(options))

@@ -19,13 +19,14 @@ from holdfast.hold.cost import Estimate, prior_costs
 from holdfast.hold.drift import Drift
 from holdfast.hold.reference import weights_of
 from holdfast.importance import ImportanceOptions, ImportancePrior
+from holdfast.importance.beside import left_to_rate
 from holdfast.importance.fisher import FisherOptions
 from holdfast.importance.inputs import InputsOptions
-from holdfast.importance.prior import FREE, Kind, default_merge, parameters_by_name
+from holdfast.importance.prior import Kind, default_merge
 from holdfast.importance.registry import REGISTRY
 from holdfast.models import block_parameters, input_dims
 from holdfast.records import ProtectionSummary
-from holdfast.strategies.beside import Beside, left_to_rate
+from holdfast.strategies.beside import Beside
 from holdfast.strategies.lora.merged import (
     Merged,
     export_merged,
@@ -206,10 +207,7 @@ class Attribution(Strategy):
             prior = self._held if self._merged is None else held_rows(self._held, context.model)
             reference = weights_of(context.model, prior.tensors)
             if self._beside is not None:
-                every = [n for n, _ in parameters_by_name(context.model).items() if self._held.covers(n)]
-                self._beside.begin(context.model, self.options.control, context.seed, every)
-                free = [*prior.meta.get(FREE, ()), *self._beside.names]
-                prior = ImportancePrior(prior.tensors, {**prior.meta, FREE: free})
+                prior = self._beside.begin(context.model, self.options.control, context.seed, prior)
             self._protection = build_mechanism(self.options.mechanism, prior, reference)
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:

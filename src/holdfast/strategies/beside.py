@@ -12,19 +12,13 @@ from holdfast.config import Options
 from holdfast.hold import Anchor, Control, apply_control
 from holdfast.hold.attach import Handle
 from holdfast.hold.reference import weights_of
+from holdfast.hold.unheld import apart
 from holdfast.importance import ImportancePrior
-from holdfast.importance.prior import BESIDE, FREE
-from holdfast.importance.registry import REGISTRY
+from holdfast.importance.beside import as_beside, left_to_rate
 from holdfast.strategies.context import Context
 from holdfast.tasks.task import Task
 
 FOLDER = "prior_beside"
-
-
-def left_to_rate(model: nn.Module, options: Options, maps: ImportancePrior) -> dict[str, nn.Parameter]:
-    """Canonical name to parameter, of what is trained and an importance by weight rates, unlike `maps`."""
-    rated = REGISTRY[options.name].rated(model)  # type: ignore[attr-defined]
-    return {name: p for name, p in rated.items() if not maps.covers(name)}
 
 
 class Beside:
@@ -41,18 +35,14 @@ class Beside:
         self.prior: ImportancePrior | None = None
         self._anchor: Anchor | None = None
 
-    @property
-    def names(self) -> list[str]:
-        """Canonical names of what it holds."""
-        return [] if self.prior is None else list(self.prior.tensors)
-
-    def begin(self, model: nn.Module, control: Control, seed: int, held: list[str]) -> None:
-        """Return to the weights as they are now. `held`: the names that are held by something else."""
+    def begin(self, model: nn.Module, control: Control, seed: int, maps: ImportancePrior) -> ImportancePrior:
+        """Return to the weights as they are now, while `maps`, which comes back, holds the others."""
         self._anchor = None
-        if self.prior is not None:
-            prior = apply_control(self.prior, control, seed=seed)
-            prior = ImportancePrior(prior.tensors, {**prior.meta, FREE: held})
-            self._anchor = Anchor(prior, reference=weights_of(model, prior.tensors))
+        if self.prior is None:
+            return maps
+        maps, prior = apart(maps, apply_control(self.prior, control, seed=seed), model)
+        self._anchor = Anchor(prior, reference=weights_of(model, prior.tensors))
+        return maps
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> list[Handle]:
         """Hold from the first step on."""
@@ -64,7 +54,7 @@ class Beside:
         if not left:
             return
         prior = context.importance(task, self.options, model, parameters=left, folder=FOLDER)
-        prior = ImportancePrior(prior.tensors, {**prior.meta, BESIDE: True}).mean_normalised()
+        prior = as_beside(prior).mean_normalised()
         self.prior = prior if self.prior is None else self.prior.merge(prior)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

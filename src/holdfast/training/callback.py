@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from holdfast import world
 from holdfast.errors import ConfigError
 from holdfast.hold import (
+    Anchor,
     Control,
     Handle,
     Protection,
@@ -25,6 +26,7 @@ from holdfast.hold import (
 )
 from holdfast.hold.drift import MOVED, Drift
 from holdfast.hold.reference import weights_of
+from holdfast.hold.unheld import apart
 from holdfast.importance.prior import ImportancePrior
 from holdfast.storage import write_tensors
 from holdfast.training.beginning import warn_of_other_beginning
@@ -54,6 +56,9 @@ class ProtectCallback(TrainerCallback):
         Of the control.
     reference : mapping of str to Tensor, optional
         The weights to return to, by canonical name, if not those at the start.
+    beside : ImportancePrior or path, optional
+        A prior by weight of what `prior` leaves out, from ``holdfast.attribute(..., importance="fisher",
+        beside=prior)``: held too, by an anchor at its default strength.
     **options
         Of the mechanism: ``strength`` for anchor and penalty; ``pull``, ``bound``, ``every`` and
         ``coordinates`` for the anchor; ``on``, ``shape``, ``quantile`` and ``fraction`` for the gate;
@@ -90,15 +95,16 @@ class ProtectCallback(TrainerCallback):
         control: Control = "none",
         seed: int = 0,
         reference: Mapping[str, Tensor] | None = None,
+        beside: ImportancePrior | str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> None:
-        loaded = prior if isinstance(prior, ImportancePrior) else ImportancePrior.load(prior)
-        self.prior = apply_control(loaded, control, seed)
+        self.prior = apply_control(_loaded(prior), control, seed)
+        self.beside = None if beside is None else apply_control(_loaded(beside), control, seed)
         self.mechanism = mechanism_options(mechanism, "ProtectCallback", **options)
         self.given = reference
         self.protection: Protection | None = None
         self._captured: dict[str, Tensor] | None = None
-        self._handle = Handle()
+        self._handle, self._handle_beside = Handle(), Handle()
         self._mean: float | None = None  # of the summary, which goes through all weights
 
     def on_init_end(
@@ -114,7 +120,8 @@ class ProtectCallback(TrainerCallback):
             The launcher chose DeepSpeed.
         """
         world.refuse_engine("ProtectCallback", "DEEPSPEED")
-        self.prior.check_fits(kwargs["model"])
+        for prior in self._priors:
+            prior.check_fits(kwargs["model"])
         self._capture(kwargs["model"])
 
     def on_train_begin(
@@ -132,11 +139,15 @@ class ProtectCallback(TrainerCallback):
                 self._recall(_checkpoint(args, state) / REFERENCE, kwargs["model"])
             elif self._captured is None:
                 self._capture(kwargs["model"])
-        self._handle.remove()  # a training that failed left without on_train_end
+        self._detach()  # a training that failed left without on_train_end
         reference = self.given if self.given is not None else self._captured
-        self.protection, self._mean = build_mechanism(self.mechanism, self.prior, reference), None
-        tell_total_rate(kwargs["optimizer"], kwargs.get("lr_scheduler"), state.max_steps)
-        self._handle = self.protection.attach(kwargs["model"], kwargs["optimizer"])
+        model, optimizer, prior = kwargs["model"], kwargs["optimizer"], self.prior
+        tell_total_rate(optimizer, kwargs.get("lr_scheduler"), state.max_steps)
+        if self.beside is not None:
+            prior, beside = apart(prior, self.beside, model)
+            self._handle_beside = Anchor(beside, reference=reference).attach(model, optimizer)
+        self.protection, self._mean = build_mechanism(self.mechanism, prior, reference), None
+        self._handle = self.protection.attach(model, optimizer)
         if "first_token" in self.prior.meta:
             rows, first = (
                 getattr(kwargs.get("train_dataloader"), "dataset", None),
@@ -156,7 +167,11 @@ class ProtectCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Detach."""
+        self._detach()
+
+    def _detach(self) -> None:
         self._handle.remove()
+        self._handle_beside.remove()
 
     def on_log(
         self,
@@ -194,12 +209,16 @@ class ProtectCallback(TrainerCallback):
         return self._handle.drift()
 
     @property
+    def _priors(self) -> list[ImportancePrior]:
+        return [self.prior] if self.beside is None else [self.prior, self.beside]
+
+    @property
     def _needs_reference(self) -> bool:
-        return self.mechanism.name != "gate" and self.given is None
+        return (self.mechanism.name != "gate" or self.beside is not None) and self.given is None
 
     def _capture(self, model: nn.Module) -> None:
         if self._needs_reference:
-            self._captured = weights_of(model, self.prior.tensors)
+            self._captured = weights_of(model, [name for prior in self._priors for name in prior.tensors])
 
     def _recall(self, file: Path, model: nn.Module) -> None:
         """Take the weights to return to from a checkpoint; where it has none, those that were captured."""
@@ -217,6 +236,10 @@ class ProtectCallback(TrainerCallback):
             "weights to return to are unknown. Make the trainer with the model that training began with and "
             "pass the callback in Trainer(callbacks=[...]), or give it `reference=`."
         )
+
+
+def _loaded(prior: ImportancePrior | str | os.PathLike[str]) -> ImportancePrior:
+    return prior if isinstance(prior, ImportancePrior) else ImportancePrior.load(prior)
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
