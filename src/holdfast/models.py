@@ -146,12 +146,17 @@ def block_parameters(model: nn.Module, trainable_only: bool = True) -> dict[str,
 def input_dims(model: nn.Module) -> dict[str, int]:
     """Canonical name of each weight of a linear map inside the transformer blocks to its input dimension.
 
-    1 for `torch.nn.Linear`, whose weight is (O, I); 0 for transformers' Conv1D, whose weight is (I, O).
+    1 for `torch.nn.Linear`, whose weight is (O, I); 0 for transformers' Conv1D, where it is (I, O). PEFT's
+    LoRA on parameters (experts) has linear layers too, but multiplies their weights: no input goes into them.
     """
+    from peft.tuners.lora.layer import ParamWrapper
+
+    wrappers = [name for name, module in model.named_modules() if isinstance(module, ParamWrapper)]
+    multiplied = tuple(f"{name}.lora_{factor}." for name in wrappers for factor in "AB")
     return {
         canonical_name(f"{name}.weight"): int(isinstance(module, nn.Linear))
         for name, module in linear_modules(model)
-        if layer_of(f"{name}.") is not None
+        if layer_of(f"{name}.") is not None and not name.startswith(multiplied)
     }
 
 
@@ -378,7 +383,8 @@ def add_lora(model: Any, options: LoraOptions, seed: int = 0) -> Any:
         except ValueError as error:
             names = sorted({name.rsplit(".", 1)[-1] for name, _ in linear_modules(model)})
             raise ModelError(
-                f"model.lora.target_modules: {error} Linear modules here: {', '.join(names)}."
+                f"model.lora.target_modules: {error} Linear modules here: {', '.join(names)}; all-linear "
+                "takes all but the head."
             ) from error
 
 

@@ -87,7 +87,8 @@ def test_killed_while_it_rates_the_others_a_run_ends_the_same(
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
 
 
-def test_experts_of_a_mixture_are_held(tmp_path: Path) -> None:
+def mixture(folder: Path) -> dict[str, str]:
+    """A tiny random Mixtral in a folder, as ``model:`` has it."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     tokenizer = toy_tokenizer()
@@ -102,13 +103,30 @@ def test_experts_of_a_mixture_are_held(tmp_path: Path) -> None:
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=tokenizer.bos_token_id,
     )
-    save_model(MixtralForCausalLM(config), tokenizer, tmp_path / "base")
+    save_model(MixtralForCausalLM(config), tokenizer, folder)
+    return {"path": str(folder)}
+
+
+def test_experts_of_a_mixture_are_held(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*not held")
-        run(config_of(tmp_path / "run", tasks=3, model={"path": str(tmp_path / "base")}))
+        run(config_of(tmp_path / "run", tasks=3, model=mixture(tmp_path / "base")))
     held = {name: count for name, count in unmoved(tmp_path / "run").items() if ".experts." in name}
     assert held
     assert all(count > 0 for count in held.values())
+
+
+def test_lora_on_experts_is_rated_beside_the_maps_and_no_matrix_is_empty(tmp_path: Path) -> None:
+    """PEFT multiplies its factors into the experts: no input ever goes through them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*not held")
+        lora = {"r": 2, "target_modules": "all-linear"}
+        run(config_of(tmp_path / "run", model={**mixture(tmp_path / "base"), "lora": lora}))
+    state = load_file(tmp_path / "run" / "tasks" / "02-flip" / "strategy.safetensors")
+    beside = {name.removeprefix("beside.") for name in state if name.startswith("beside.")}
+    assert sum(".experts." in name for name in beside) == 4
+    assert not any(".experts." in name for name in state.keys() - {f"beside.{n}" for n in beside})
+    assert all(tensor.any() for tensor in state.values())
 
 
 def test_check_counts_what_the_others_take_or_says_that_they_are_free(tmp_path: Path) -> None:
