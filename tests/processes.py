@@ -27,7 +27,9 @@ class Ended:
     err: str
 
 
-def holdfast(*arguments: Any, cwd: Path, die: tuple[str, int] | None = None) -> Ended:
+def holdfast(
+    *arguments: Any, cwd: Path, die: tuple[str, int] | None = None, after: float | None = None
+) -> Ended:
     """Run the command line in a process of its own.
 
     Parameters
@@ -35,16 +37,21 @@ def holdfast(*arguments: Any, cwd: Path, die: tuple[str, int] | None = None) -> 
     die : (str, int), optional
         A function of a module and the number of a call to it: there the process gets SIGKILL, before the
         function does anything.
+    after : float, optional
+        Seconds after which it gets SIGKILL from outside, wherever it is.
     """
     out, err = cwd / ".stdout", cwd / ".stderr"
     arguments = tuple(str(argument) for argument in arguments)
     process = SERVER.Process(target=_main, args=(arguments, str(cwd), str(out), str(err), die))
     process.start()
-    process.join(timeout=200)
+    process.join(timeout=200 if after is None else after)
+    if after is not None and process.is_alive():
+        process.kill()
+        process.join()
     assert process.exitcode is not None, "it hangs"
-    told = Ended(process.exitcode, out.read_text(), err.read_text())
-    out.unlink()
-    err.unlink()
+    told = Ended(process.exitcode, *(file.read_text() if file.exists() else "" for file in (out, err)))
+    out.unlink(missing_ok=True)
+    err.unlink(missing_ok=True)
     return told
 
 

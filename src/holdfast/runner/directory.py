@@ -114,7 +114,13 @@ def _order(config: RunConfig) -> tuple[str, ...]:
 
 def _recorded(path: Path) -> tuple[Any, RunConfig | None]:
     """A recorded configuration with the defaults of options that are newer than it; raw where it is none."""
-    recorded = yaml.safe_load(path.read_text())
+    try:
+        recorded = yaml.safe_load(path.read_text())
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RunDirectoryError(
+            f"{path}: damaged ({' '.join(str(error).split())}). It is the run's configuration: put it "
+            "back from a copy, or choose a new folder with output=DIR."
+        ) from error
     try:
         config = RunConfig.model_validate(recorded)
     except ValidationError:  # then its differences tell why

@@ -1,0 +1,67 @@
+"""Does a run survive? Fifty random SIGKILLs, and every file of a run damaged in four ways.
+
+    python benchmarks/soak/bench.py [--kills 50] [--seed 0] [--only kills|damage]
+
+A tiny run (two toy tasks, default hold by inputs, a memory that the model writes) is killed at random: at
+a step, while a file is put in its place, while a stage is committed, at a checkpoint, in evaluation,
+attribution, generation, a report, or after random seconds wherever it is; then the same command goes on.
+Every run that ends must have what one that was never killed has, file by file. Then a run that died in
+its second task gets each of its files truncated, a byte flipped, deleted, or replaced by another run's:
+the same command must end with the same files, or name what is wrong.
+
+The last line is one JSON object. It stops at the first run that ends as another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))  # run as a file; the tests have the short form
+from soak import damaged, soaked
+
+
+def main() -> None:
+    """Run, write result.json beside this file, and print it as the last line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=["kills", "damage"])
+    options = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    start = time.perf_counter()
+    killed: Counter[str] = Counter()
+    told: dict[str, str] = {}
+
+    def tell(killed: Counter[str]) -> None:
+        print(dict(killed), file=sys.stderr, flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        if options.only != "damage":
+            killed = soaked(Path(folder) / "kills", options.kills, options.seed, tell)
+        if options.only != "kills":
+            told = damaged(Path(folder) / "damage")
+    for what, became in told.items():
+        print(f"{what}: {became}", file=sys.stderr)
+    result = {
+        "kills": dict(sorted(killed.items())),
+        "total": killed.total(),
+        "damages": len(told),
+        "refused": sum(became.startswith("error") for became in told.values()),
+        "seconds": round(time.perf_counter() - start),
+    }
+    if options.only is None:
+        Path(__file__).with_name("result.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

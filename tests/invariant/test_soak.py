@@ -1,0 +1,19 @@
+"""The short form of benchmarks/soak: random kills, and the files of a run damaged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from soak import damaged, soaked
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_ends_as_one_that_never_was(tmp_path: Path) -> None:
+    assert soaked(tmp_path, kills=6, seed=1).total() >= 6
+
+
+@pytest.mark.slow
+def test_a_damaged_configuration_of_a_run_is_named_or_does_no_harm(tmp_path: Path) -> None:
+    assert damaged(tmp_path, ["config.yaml"])

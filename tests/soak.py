@@ -1,0 +1,209 @@
+"""A run through random kills, and with damaged files: it ends as if nothing was, or names what is wrong."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.torch import load_file
+
+from processes import Ended, holdfast
+from tiny_runs import tiny_run
+
+# Where a process dies: before one of the first so many calls of a function.
+MOMENTS: dict[str, tuple[str, int]] = {
+    "step": ("holdfast.training.bridge.completion_loss", 40),
+    "save": ("os.replace", 60),
+    "commit": ("os.rename", 3),
+    "checkpoint": ("holdfast.training.steps.seal_checkpoint", 4),
+    "evaluation": ("holdfast.evaluation.answers.collate_prompts", 10),
+    "attribution": ("holdfast.attribution.passes.initial_lambda", 6),
+    "generation": ("holdfast.evaluation.writing.greedy", 4),
+}
+OF_TIME = re.compile(r"seconds|date|time$|started|_at$|versions?$|environment|git|host")
+
+
+def written(output: Path) -> Path:
+    """The configuration of a run that attributes, writes old rows and replays them; a few seconds."""
+    values = tiny_run(output, replay={"memory": {"sampling": "generated", "count": 6}})
+    values["tasks"] = {**values["tasks"], "order": ["head", "copy"]}
+    # a logged loss is the mean since the last, or since the checkpoint that was gone on from
+    steps = {"checkpoint_steps": 5, "log_steps": 5}
+    values["training"] = {"epochs": 6, "batch_size": 8, "learning_rate": 3e-3, **steps}
+    values["strategy"] = {"name": "attribution", "importance": {"name": "inputs", "samples": 16}}
+    file = output.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+def contents(run: Path) -> dict[str, Any]:
+    """Every file of a run, without what tells times, and the temporary one that a kill in writing leaves."""
+    found: dict[str, Any] = {}
+    for file in sorted(p for p in run.rglob("*") if p.is_file() and p.suffix != ".tmp"):
+        name = str(file.relative_to(run))
+        if file.suffix == ".safetensors":
+            found[name] = {key: tensor.tolist() for key, tensor in load_file(file).items()}
+        elif file.name == "manifest.json":
+            found[name] = sorted(json.loads(file.read_text()))
+        elif file.suffix == ".json" and name != "environment.json":  # that tells of each start
+            found[name] = _timeless(json.loads(file.read_text()))
+        elif file.suffix == ".jsonl":
+            found[name] = file.read_text()
+        elif file.suffix != ".yaml":  # has its own folder in it
+            found[name] = None
+    return found
+
+
+def _timeless(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _timeless(item) for key, item in value.items() if not OF_TIME.search(key)}
+    return [_timeless(item) for item in value] if isinstance(value, list) else value
+
+
+def soaked(folder: Path, kills: int, seed: int = 0, tell: Any = None) -> Counter[str]:
+    """Kill runs at random until so many kills are done, and let each end: it must be as one that lived.
+
+    Returns
+    -------
+    Counter
+        Kills by moment; `anywhere` is after random seconds, from outside.
+
+    Raises
+    ------
+    AssertionError
+        A run failed, or ended as another.
+    """
+    draw = random.Random(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = folder / "whole"
+    lived, seconds = _run(written(whole), folder)
+    assert lived.code == 0, lived.err
+    expected, killed, run = contents(whole), Counter[str](), folder / "killed"
+    while True:
+        done = killed.total() >= kills
+        moment = None if done else draw.choice([*MOMENTS, "anywhere"])
+        ended, _ = _run(written(run), folder, moment, draw, seconds)
+        if ended.code == -signal.SIGKILL:
+            killed[str(moment)] += 1
+            if tell is not None:
+                tell(killed)
+            continue
+        assert ended.code == 0, (moment, ended.err)
+        _same(contents(run), expected)
+        killed["report"] += _report(run, folder)
+        shutil.rmtree(run)
+        if done:
+            return killed
+
+
+def _run(
+    config: Path, cwd: Path, moment: str | None = None, draw: Any = None, seconds: float = 0.0
+) -> tuple[Ended, float]:
+    """How the run ended, and after what time."""
+    die = after = None
+    if moment == "anywhere":
+        after = draw.uniform(0.3, max(seconds, 1))
+    elif moment is not None:
+        function, calls = MOMENTS[moment]
+        die = (function, draw.randint(1, calls))
+    start = time.monotonic()
+    return holdfast("run", config, cwd=cwd, die=die, after=after), time.monotonic() - start
+
+
+def _report(run: Path, cwd: Path) -> int:
+    """Kill a report while it is written: there is none, and the next is whole."""
+    page = cwd / "report.html"
+    page.unlink(missing_ok=True)
+    ended = holdfast("report", run, "--out", page, cwd=cwd, die=("os.replace", 1))
+    assert ended.code == -signal.SIGKILL, ended.err
+    assert not page.exists()
+    ended = holdfast("report", run, "--out", page, cwd=cwd)
+    assert ended.code == 0, ended.err
+    assert page.read_text().rstrip().endswith("</html>")
+    return 1
+
+
+def _same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+    other = [name for name, value in expected.items() if found[name] != value]
+    assert not other, other
+
+
+DAMAGES = ("truncated", "flipped", "deleted", "another's")
+
+
+def damaged(folder: Path, files: Sequence[str] | None = None) -> dict[str, str]:
+    """Damage each file of a run whose second task was killed, in each way, and start it again.
+
+    Returns
+    -------
+    dict
+        By damage and file: `as if nothing had been`, or the line in which the command says what is wrong.
+
+    Raises
+    ------
+    AssertionError
+        A run ended as another, or failed without naming the file or its folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    whole, other, begun = folder / "whole", folder / "other", folder / "begun"
+    for output in (whole, other):
+        config = written(output)
+        if output == other:
+            config.write_text(config.read_text().replace("seed: 0", "seed: 1"))
+        ended = holdfast("run", config, cwd=folder)
+        assert ended.code == 0, ended.err
+    for output in (begun, folder / "other begun"):
+        config = written(output)
+        if output != begun:
+            config.write_text(config.read_text().replace("seed: 0", "seed: 1"))
+        ended = holdfast("run", config, cwd=folder, die=("holdfast.strategies.context.compute_prior", 2))
+        assert ended.code == -signal.SIGKILL, ended.err
+    expected, found = contents(whole), {}
+    names = [str(p.relative_to(begun)) for p in sorted(begun.rglob("*")) if p.is_file()]
+    for name in names if files is None else [n for n in names if n in files]:
+        for how in DAMAGES:
+            run = folder / "run"
+            shutil.rmtree(run, ignore_errors=True)
+            shutil.copytree(begun, run)
+            if not _damage(run / name, folder / "other begun" / name, how):
+                continue
+            ended = holdfast("run", written(run), cwd=folder)
+            if ended.code == 0:
+                _same(contents(run), expected)
+                found[f"{how} {name}"] = "as if nothing had been"
+            else:
+                assert ended.code == 2, (how, name, ended.err)
+                assert "Traceback" not in ended.err, (how, name, ended.err)
+                told = " ".join(ended.err.split())
+                assert Path(name).name in told or f"{run}" in told, (how, name, told)
+                found[f"{how} {name}"] = told[told.index("error:") :][:160]
+    return found
+
+
+def _damage(file: Path, other: Path, how: str) -> bool:
+    """Whether the file is another now."""
+    before = file.read_bytes()
+    if how == "deleted":
+        file.unlink()
+        return True
+    if how == "another's":
+        if not other.is_file():
+            return False
+        file.write_bytes(other.read_bytes())
+    elif how == "truncated":
+        file.write_bytes(before[: len(before) // 2])
+    else:
+        middle = len(before) // 2
+        turned = bytes(byte ^ 255 for byte in before[middle : middle + 1])
+        file.write_bytes(before[:middle] + turned + before[middle + 1 :])
+    return file.read_bytes() != before
