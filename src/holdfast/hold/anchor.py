@@ -178,8 +178,9 @@ class Anchor:
 
     @cached_property
     def spectrum(self) -> Spectrum:
-        """The prior, scaled to mean 1."""
-        return Spectrum.of(self.prior.mean_normalised(), self.options.rank)
+        """The prior, scaled to mean 1; matrices are scaled on the way, without a copy of all of them."""
+        prior = self.prior if self.prior.kind == "inputs" else self.prior.mean_normalised()
+        return Spectrum.of(prior, self.options.rank)
 
     @property
     def _scale(self) -> float:

@@ -17,7 +17,7 @@ from holdfast.hold.drift import Meter, Rotated
 from holdfast.hold.elementwise import Elementwise
 from holdfast.hold.inputs import Inputs
 from holdfast.hold.operator import Operator
-from holdfast.importance.prior import ImportancePrior
+from holdfast.importance.prior import ImportancePrior, mean_eigenvalue_one
 from holdfast.models import input_dims
 
 Rank = int | Literal["auto"]
@@ -55,8 +55,8 @@ class Spectrum:
         if prior.kind == "weights":
             return cls(prior, prior.tensors, {})
         values, directions = {}, {}
-        for name, c_II in prior.mean_normalised().tensors.items():
-            c_I, basis_II = eigenvectors(c_II)
+        for name, c_II in prior.tensors.items():
+            c_I, basis_II = eigenvectors(mean_eigenvalue_one(c_II))
             c_I, directions[name] = leading(c_I.clamp(min=0), basis_II, rank)
             values[name] = c_I.float()
         # directions of equal weight are arbitrary, and all processes must step in the same

@@ -169,7 +169,7 @@ class ImportancePrior:
         however many others are merged with it.
         """
         if self.kind == "inputs":
-            scaled = {name: _mean_eigenvalue_one(c_II) for name, c_II in self.tensors.items()}
+            scaled = {name: mean_eigenvalue_one(c_II) for name, c_II in self.tensors.items()}
             return ImportancePrior(scaled, {**self.meta, "unit": "mean"})
         if self.meta.get("unit") == "mean":
             return self
@@ -403,7 +403,8 @@ def default_merge(kind: Kind) -> Literal["max", "sum"]:
     return "sum" if kind == "inputs" else "max"
 
 
-def _mean_eigenvalue_one(c_II: Tensor) -> Tensor:
+def mean_eigenvalue_one(c_II: Tensor) -> Tensor:
+    """A second moment scaled to mean eigenvalue 1; of zeros it comes back as it is."""
     trace = c_II.diagonal().sum(dtype=torch.float64).item()
     return (c_II.double() * (len(c_II) / trace)).float() if trace > 0 else c_II
 
