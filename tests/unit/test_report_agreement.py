@@ -49,11 +49,12 @@ def test_single_task_and_sequential_priors_are_drawn_together_and_told_apart(tmp
     block = agreement_block(figures, found)
     assert block is not None
     assert [look["name"] for look in block.curves] == [
-        "gate, single-task", "gate, sequential"
-    ]  # fmt: skip
+        "gate · prior_from=sequential, sequential",
+        "gate · prior_from=single_task, single-task",
+    ]
     assert len({look["dash"] for look in block.curves}) == 2
     assert [meaning.split(":")[0] for meaning in block.meanings] == ["single-task", "sequential"]
-    single, sequential = (trace["y"] for trace in figures["correlation-all"]["data"])
+    sequential, single = (trace["y"] for trace in figures["correlation-all"]["data"])
     assert len(single) == 4
     assert max(single) < min(sequential)
 

@@ -12,6 +12,7 @@ from holdfast.report.facts import costs
 from holdfast.report.forgotten import forgotten
 from holdfast.report.headline import headline
 from holdfast.report.importance_map import importance_map
+from holdfast.report.lines import lines_of
 from holdfast.report.read import AttributionRecord, RunRecord, read
 from holdfast.report.summary import distinct, grouped, table
 from holdfast.report.weight_figures import short_modules
@@ -244,3 +245,16 @@ def test_a_torn_prior_is_named(tmp_path):
 def test_module_names_are_shortened_only_while_they_stay_distinct():
     assert short_modules(["self_attn.q_proj", "mlp.up_proj"]) == ["q_proj", "up_proj"]
     assert short_modules(["attn.c_proj", "mlp.c_proj"]) == ["attn.c_proj", "mlp.c_proj"]
+
+
+def test_runs_of_one_label_and_another_setting_are_two_methods_and_say_in_what(run):
+    def held(pull, seed):
+        made = run("hold", matrix=two(50.0), tasks="ab", seed=seed)
+        return replace(
+            made, config=f"seed: {seed}\nstrategy: {{mechanism: {{name: anchor, pull: {pull}}}}}\n"
+        )
+
+    weak, strong = grouped(distinct([held(5, 0), held(24, 0), held(5, 1)]))
+    assert [weak.label, strong.label] == ["hold · pull=5", "hold · pull=24"]
+    assert [len(weak.runs), len(strong.runs)] == [2, 1]
+    assert [line.record.name for line in lines_of([weak, strong])] == ["hold · pull=5", "hold · pull=24"]

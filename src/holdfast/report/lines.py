@@ -36,7 +36,7 @@ class Line:
 
     def of(self, run: RunRecord) -> str:
         """What tells one of its runs from the others: its seed or folder; nothing where it is alone."""
-        return run.name.removeprefix(self.record.name) if len(self.runs) > 1 else ""
+        return run.name.removeprefix(run.metrics.label) if len(self.runs) > 1 else ""
 
 
 def lines_of(groups: Sequence[Group]) -> list[Line]:
@@ -52,7 +52,7 @@ def lines_of(groups: Sequence[Group]) -> list[Line]:
 
 def _mean_run(group: Group) -> RunRecord:
     if len(group.runs) == 1:
-        return group.runs[0]
+        return replace(group.runs[0], name=group.label)
     metrics = [run.metrics for run in group.runs]
     update = {
         "matrix": group.mean_matrix(),

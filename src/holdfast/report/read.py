@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
 
@@ -54,6 +55,17 @@ class StageRecord:
         return read_predictions(self.path, task)
 
 
+_METHOD = ("model", "template", "training", "strategy", "replay", "protect_base")  # what makes a method
+
+
+def _flat(value: Any, path: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, json.dumps(value, default=str, ensure_ascii=False).strip('"')
+
+
 @dataclass(frozen=True)
 class RunRecord:
     """One run as far as it got.
@@ -77,6 +89,17 @@ class RunRecord:
     def joint(self) -> bool:
         """Whether all tasks were learned at once (the upper bound), so that nothing can be forgotten."""
         return self.metrics.strategy == "multitask"
+
+    @property
+    def setting(self) -> dict[str, str]:
+        """What makes its method: model, training, strategy and replay, key to value; empty if unrecorded."""
+        try:
+            config = yaml.safe_load(self.config) or {}
+        except yaml.YAMLError:
+            return {}
+        if not isinstance(config, dict):
+            return {}
+        return dict(_flat({key: config[key] for key in _METHOD if config.get(key)}, ""))
 
     @property
     def prior_from(self) -> str:

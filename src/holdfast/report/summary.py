@@ -56,9 +56,12 @@ COLUMNS = (
 )  # fmt: skip
 
 
+_TOLD = 3  # of the settings in which two methods of one label differ
+
+
 @dataclass(frozen=True)
 class Group:
-    """Runs with the same label: one method, several seeds."""
+    """Runs with the same label and setting: one method, several seeds."""
 
     label: str
     runs: tuple[RunRecord, ...]
@@ -162,9 +165,26 @@ def distinct(runs: Sequence[RunRecord]) -> list[RunRecord]:
 
 
 def grouped(runs: Sequence[RunRecord]) -> list[Group]:
-    """Runs by label, in the order in which the labels first appear."""
-    labels = dict.fromkeys(run.metrics.label for run in runs)
-    return [Group(label, tuple(r for r in runs if r.metrics.label == label)) for label in labels]
+    """Runs of one label and one setting, in the order in which they first appear.
+
+    Where runs of one label differ in more than seed, order and place, what they differ in is added to it.
+    """
+    found: dict[str, list[tuple[dict[str, str], list[RunRecord]]]] = {}
+    for run in runs:
+        kinds, setting = found.setdefault(run.metrics.label, []), run.setting
+        same = next((members for known, members in kinds if known == setting), None)
+        if same is None:
+            kinds.append((setting, [run]))
+        else:
+            same.append(run)
+    groups = []
+    for label, kinds in found.items():
+        keys = dict.fromkeys(key for setting, _ in kinds for key in setting)
+        differing = [key for key in keys if len({setting.get(key) for setting, _ in kinds}) > 1]
+        for setting, members in kinds:
+            told = [f"{key.rpartition('.')[2]}={setting[key]}" for key in differing if key in setting]
+            groups.append(Group(" · ".join([label, *told[:_TOLD]]), tuple(members)))
+    return groups
 
 
 def table(groups: Sequence[Group]) -> list[Row]:
@@ -192,7 +212,7 @@ def table(groups: Sequence[Group]) -> list[Row]:
         rows.append(Row(group.label, index, tuple(cells), group.finished, tags=group.tags, note=note))
         for run in group.runs if many else ():
             alone = tuple(Cell(_print(column, value_of(run, column.key))) for column in COLUMNS)
-            name = run.name.removeprefix(f"{group.label} · ")
+            name = run.name.removeprefix(f"{run.metrics.label} · ")
             rows.append(Row(name, index, alone, run.metrics.finished, True, note=_progress(run)))
     return rows
 
