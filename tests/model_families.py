@@ -18,7 +18,11 @@ import transformers as tf
 from attribution_models import ROWS
 from holdfast.attribution import AttributionOptions, attribute_batches, per_sample_gradients
 from holdfast.errors import HoldfastError
+from holdfast.importance import compute_prior
 from holdfast.importance.aggregate import AbsoluteMean, SquareMean
+from holdfast.importance.beside import left_to_rate
+from holdfast.importance.fisher import FisherOptions
+from holdfast.importance.inputs import InputsOptions
 from holdfast.models import block_parameters, is_encoder_decoder
 from holdfast.names import layer_of
 from holdfast.tasks.encode import IGNORED, collate
@@ -273,6 +277,8 @@ class Measured:
         Share of the weights inside the blocks that have an importance.
     reached : float
         Share of those that relevance reaches (0 where it refuses).
+    by_inputs : float or None
+        Share of the rated that the default holds by inputs; None where it refuses.
     note : str
         Why `lrp` refuses, or why samples go one by one.
     """
@@ -281,6 +287,7 @@ class Measured:
     gradient: float
     rated: float
     reached: float
+    by_inputs: float | None
     note: str
 
 
@@ -339,7 +346,23 @@ def measure(name: str) -> Measured:
         for key, e in expected.items()
     )
     weights = sum(p.numel() for p in kept.values())
-    return Measured(relevance, worst, weights / inside, reached / weights, note)
+    by_inputs = None if relevance is None else held_by_inputs(single) / weights
+    return Measured(relevance, worst, weights / inside, reached / weights, by_inputs, note)
+
+
+def held_by_inputs(model: Any) -> int:
+    """How many weights the default holds by inputs; all others that are rated it holds beside.
+
+    Raises
+    ------
+    AssertionError
+        A rated weight is held by neither.
+    """
+    kept = block_parameters(model)
+    prior = compute_prior(model, ROWS, InputsOptions(correct_only=False), pad_id=0)
+    left = left_to_rate(model, FisherOptions(), prior)
+    assert kept.keys() <= prior.tensors.keys() | left.keys()
+    return sum(p.numel() for name, p in kept.items() if name in prior.tensors)
 
 
 _HEAD = """# Model families
@@ -354,9 +377,11 @@ float64, no line of code about any of them.
   rates and the like.
 * **Reached**: the share of those that relevance reaches in a text of a few tokens (an expert that is a module
   of its own and was not chosen is not reached; a stack of experts is, as a whole).
+* **By inputs**: the share of the rated that the default holds by the inputs of linear maps. All else that
+  is rated (experts, biases, convolutions) it holds beside them, weight by weight.
 
-| family | LRP error | gradient error | rated | reached | |
-|---|---|---|---|---|---|
+| family | LRP error | gradient error | rated | reached | by inputs | |
+|---|---|---|---|---|---|---|
 """
 
 
@@ -366,7 +391,9 @@ def table() -> str:
     for name in sorted(EXTRA):
         m = measure(name)
         error = "refused" if m.relevance is None else f"{m.relevance:.0e}"
-        lines.append(f"| {name} | {error} | {m.gradient:.0e} | {m.rated:.1%} | {m.reached:.1%} | {m.note} |")
+        held = "–" if m.by_inputs is None else f"{m.by_inputs:.1%}"
+        shares = f"{m.rated:.1%} | {m.reached:.1%} | {held}"
+        lines.append(f"| {name} | {error} | {m.gradient:.0e} | {shares} | {m.note} |")
         print(lines[-1], file=sys.stderr, flush=True)
     return _HEAD + "\n".join(lines) + "\n"
 

@@ -15,7 +15,7 @@ from holdfast.errors import UnruledOperationError
 from holdfast.importance.aggregate import AbsoluteMean
 from holdfast.models import block_parameters, unwrapped
 from holdfast.tasks.encode import Encoded
-from model_families import EXTRA, family, measure
+from model_families import EXTRA, family, held_by_inputs, measure
 
 TABLE = Path(__file__).parents[2] / "docs" / "model-families.md"
 MIXTURES = ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "llama4_text", "granitemoe"]
@@ -234,20 +234,28 @@ def test_the_table_in_the_docs_has_every_family_and_no_leak() -> None:
     assert len(table) >= 60
     refused = {name for name, (error, *_) in table.items() if error == "refused"}
     assert refused == {"recurrent_gemma", "rwkv"}
-    for name, (error, gradient, rated, _, note) in table.items():
+    for name, (error, gradient, rated, _, _, note) in table.items():
         assert float(gradient) < 1e-5, name
         assert float(rated.rstrip("%")) > 90, name
         if name not in refused:
             assert float(error) < (1e-5 if note == "float32" else 1e-9), name
 
 
+@pytest.mark.parametrize("name", ["gpt2", "gpt_oss", "mamba", "mixtral", "qwen3_next"])
+def test_what_the_default_does_not_hold_by_inputs_it_holds_beside(name: str) -> None:
+    model = family(name, torch.float32)
+    share = held_by_inputs(model) / sum(p.numel() for p in block_parameters(model).values())
+    assert f"{share:.1%}" == rows_of_table()[name][4]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(EXTRA))
 def test_the_table_in_the_docs_is_what_is_measured(name: str) -> None:
-    error, _, rated, reached, note = rows_of_table()[name]
+    error, _, rated, reached, by_inputs, note = rows_of_table()[name]
     measured = measure(name)
     assert (measured.relevance is None) == (error == "refused")
     assert (f"{measured.rated:.1%}", f"{measured.reached:.1%}", measured.note) == (rated, reached, note)
+    assert by_inputs == ("–" if measured.by_inputs is None else f"{measured.by_inputs:.1%}")
     assert measured.gradient < 1e-5
     assert measured.relevance is None or measured.relevance < (1e-5 if note == "float32" else 1e-9)
     assert re.fullmatch(r"[\d.]+%", reached)
