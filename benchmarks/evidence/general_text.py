@@ -29,7 +29,7 @@ LONGEST = 64
 
 def read(data: Path, rows: int) -> list[Task]:
     """The tasks, with so many test rows each."""
-    return list(build_stream(JsonlSource(path=data, test_rows=rows, train_rows=1)))
+    return list(build_stream(JsonlSource(path=data, test_rows=rows, train_rows=1, bad_rows="skip")))
 
 
 def ask(model: object, learner: Learner, tasks: list[Task]) -> dict[str, float]:
