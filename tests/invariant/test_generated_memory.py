@@ -71,9 +71,9 @@ def outcome(folder: Path) -> dict[str, Any]:
         ("llama", "holdfast.training.bridge.completion_loss", 60),  # in task 2, which replays
         ("llama", "holdfast.evaluation.writing.log_likelihoods", 2),  # while rows of a task are written
         ("llama-lora", "holdfast.learner.learner.write_rows", 2),
-        ("t5", "holdfast.evaluation.writing.greedy", 2),
+        pytest.param("t5", "holdfast.evaluation.writing.greedy", 2, marks=pytest.mark.slow),
         pytest.param("t5", "os.rename", 3, marks=pytest.mark.slow),  # everything written, not committed
-        ("llama-lora", "os.rename", 3),
+        pytest.param("llama-lora", "os.rename", 3, marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_run_writes_the_same_rows_and_ends_bit_identical(

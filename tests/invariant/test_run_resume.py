@@ -132,9 +132,9 @@ def test_run_killed_after_a_training_that_ended_inside_an_epoch_trains_no_furthe
     [
         ("kif-lora-m", 18),  # in the replay after task 2
         ({"name": "kif", "fusion": {"name": "online", "every": 2}}, 13),
-        ("ema", 13),
+        pytest.param("ema", 13, marks=pytest.mark.slow),
         ("lwf", 13),
-        ({"name": "ewc", "variant": "separate"}, 13),
+        pytest.param({"name": "ewc", "variant": "separate"}, 13, marks=pytest.mark.slow),
         ({"name": "ewc", "variant": "online"}, 13),
         ({"strategy": "ewc", "replay": {"memory": {"sampling": "reservoir", "count": 9}}}, 13),
     ],

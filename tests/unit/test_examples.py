@@ -46,6 +46,7 @@ def test_example_has_at_most_60_lines_and_teaches_its_call(file: Path) -> None:
     assert "from_pretrained" in text, "it must say what to change for a real model"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
 def test_example_runs_and_keeps_something(file: Path, tmp_path: Path) -> None:
     if file.stem == "trl_sft":
