@@ -1,4 +1,4 @@
-"""The shapes that the benchmarks share: those of base-4m, a small Llama, with random weights."""
+"""The models that the benchmarks share: random Llamas of several shapes, base-4m's among them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,39 @@ def base_4m_shapes(**options: Any) -> LlamaForCausalLM:
     **options
         Further ones of `LlamaConfig`, such as special tokens.
     """
+    return llama(192, 6, intermediate=512, heads=6, key_value_heads=3, vocabulary=VOCABULARY, **options)
+
+
+def llama(
+    hidden: int,
+    blocks: int,
+    *,
+    intermediate: int | None = None,
+    heads: int | None = None,
+    key_value_heads: int | None = None,
+    vocabulary: int = 512,
+    **options: Any,
+) -> LlamaForCausalLM:
+    """A Llama with random weights, the same at each call.
+
+    Parameters
+    ----------
+    intermediate : int, optional
+        Default: 8/3 of `hidden`, a multiple of 64.
+    heads, key_value_heads : int, optional
+        Default: of 64 each; as many as heads.
+    **options
+        Further ones of `LlamaConfig`.
+    """
     torch.manual_seed(0)
+    heads = heads or hidden // 64
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        num_key_value_heads=3,
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=intermediate or hidden * 8 // 3 // 64 * 64,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads or heads,
         tie_word_embeddings=True,
         **options,
     )

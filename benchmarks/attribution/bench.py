@@ -30,29 +30,17 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from holdfast.attribution import AttributionOptions, attribute_batches
 from holdfast.importance.aggregate import TopKMean
 from holdfast.models import block_parameters
 from holdfast.tasks.encode import IGNORED, Encoded, collate
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file
+from shapes import llama
+
 ROUNDS, SEQUENCES, TOKENS, ANSWER, K = 7, 8, 128, 8, 8
-
-
-def build() -> LlamaForCausalLM:
-    """12.4 M parameters in the blocks."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=384,
-        intermediate_size=1280,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        num_key_value_heads=6,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 def rows(count: int) -> list[Encoded]:
@@ -109,7 +97,7 @@ def compare(model: LlamaForCausalLM, count: int, rounds: int) -> dict[str, tuple
 def main() -> None:
     """Run, write result.json beside this file, and print it as the last line."""
     torch.set_num_threads(1)
-    model = build()
+    model = llama(384, 6, intermediate=1280, heads=6).eval()  # 12.4 M parameters in the blocks
     one, streaming = compare(model, SEQUENCES, ROUNDS), compare(model, 4 * SEQUENCES, 2)
     result = {
         "ratio": round(one["attribution"][0] / one["plain"][0], 3),

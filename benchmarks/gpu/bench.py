@@ -24,6 +24,7 @@ import argparse
 import gc
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +32,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from holdfast.attribution import AttributionOptions, attribute_batches
 from holdfast.hold import Anchor
@@ -46,38 +47,24 @@ from holdfast.importance.registry import Inputs as Rated
 from holdfast.models import block_parameters, input_dims
 from holdfast.tasks.encode import Encoded
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file
+from shapes import llama, train_blocks_only
+
 ROUNDS, BATCHES, SEQUENCES, TOKENS, ANSWER = 4, 2, 8, 512, 16
 SHAPES = {
-    "1b": {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-    },
-    "3b": {
-        "hidden_size": 3072,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 24,
-    },
-    "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8},
+    "1b": {"hidden": 2048, "blocks": 16, "intermediate": 8192, "heads": 32},
+    "3b": {"hidden": 3072, "blocks": 28, "intermediate": 8192, "heads": 24},
+    "tiny": {"hidden": 128, "blocks": 2, "intermediate": 256, "heads": 8},
 }
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def build(shape: str) -> LlamaForCausalLM:
     """The model, in evaluation mode (there is no dropout), its blocks' matrices alone trained."""
-    torch.manual_seed(0)
     vocabulary = 512 if shape == "tiny" else 128_256
-    config = LlamaConfig(
-        vocab_size=vocabulary, num_key_value_heads=8, tie_word_embeddings=True, **SHAPES[shape]
-    )
     with torch.device(DEVICE):
-        model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
-    model.requires_grad_(False)
-    for parameter in block_parameters(model, trainable_only=False).values():
-        parameter.requires_grad_(True)
-    return model
+        model = llama(**SHAPES[shape], key_value_heads=8, vocabulary=vocabulary).to(torch.bfloat16)
+    return train_blocks_only(model).eval()
 
 
 def synchronize() -> None:

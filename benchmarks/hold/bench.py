@@ -27,14 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from holdfast.hold import Anchor
 from holdfast.importance.prior import ImportancePrior
 from holdfast.models import block_parameters, input_dims
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file
-from shapes import base_4m_shapes, train_blocks_only
+from shapes import base_4m_shapes, llama, train_blocks_only
 
 HOLDS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -43,21 +43,6 @@ HOLDS: dict[str, dict[str, Any]] = {
     "by inputs, on the weights": {"strength": 100, "coordinates": "weights"},
     "by inputs, on the weights, every 8": {"strength": 100, "coordinates": "weights", "every": 8},
 }
-
-
-def hidden_512() -> LlamaForCausalLM:
-    """12 M weights in 4 blocks."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=512,
-        intermediate_size=1344,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config)
 
 
 def prior_for(model: LlamaForCausalLM, hold: str) -> ImportancePrior:
@@ -133,7 +118,7 @@ def main() -> None:
     torch.set_num_threads(1)
     of = {
         "base-4m, 2048 tokens": compare(base_4m_shapes, 16, steps),
-        "hidden 512, 1024 tokens": compare(hidden_512, 8, steps),
+        "hidden 512, 1024 tokens": compare(lambda: llama(512, 4), 8, steps),
     }
     result = {
         "ratio": of["base-4m, 2048 tokens"]["by inputs"]["ratio"],

@@ -27,29 +27,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from holdfast.importance import compute_prior
 from holdfast.models import block_parameters
 from holdfast.tasks.encode import IGNORED, Encoded, collate
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file
+from shapes import llama
+
 SEQUENCES, TOKENS, ANSWER = 8, 128, 8
 SHAPES = ((512, 4, 6), (1024, 8, 3))  # hidden, blocks, batches
-
-
-def build(hidden: int, blocks: int) -> LlamaForCausalLM:
-    """A Llama with random weights."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=hidden,
-        intermediate_size=hidden * 8 // 3 // 64 * 64,
-        num_hidden_layers=blocks,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 64,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 class InTurn:
@@ -82,8 +69,10 @@ def compare(hidden: int, blocks: int, batches: int, weighting: str) -> dict[str,
     options: dict[str, Any] = {"name": "inputs", "weighting": weighting, "samples": len(rows)}
     if weighting == "relevance":
         options["correct_only"] = False
-    model = build(hidden, blocks)
-    turns = InTurn(build(hidden, blocks), rows)  # a copy: while a model is traced its weights are frozen
+    model = llama(hidden, blocks).eval()
+    turns = InTurn(
+        llama(hidden, blocks).eval(), rows
+    )  # a copy: while a model is traced its weights are frozen
     compute_prior(model, rows, options, pad_id=0, progress=turns)
     moments, plain = statistics.median(turns.moments[1:]), statistics.median(turns.plain[1:])
     return {

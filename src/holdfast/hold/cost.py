@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from holdfast.hold.spectrum import Rank
+from holdfast.hold.spectrum import Rank, columns
 from holdfast.importance.registry import REGISTRY
 from holdfast.models import block_parameters, input_dims
 
@@ -127,6 +127,5 @@ def _inputs_costs(model: nn.Module, kept: int, rank: Rank | None) -> list[Cost]:
 
 def _basis_bytes(inputs: int, rank: Rank | None) -> int:
     """K directions in float64, and what multiplies by them in float32: the matrix, or two of K columns."""
-    if not isinstance(rank, int) or 2 * rank >= inputs:
-        return inputs * inputs * (8 + 4)
-    return inputs * rank * (8 + 2 * 4)
+    kept = columns(inputs, rank if isinstance(rank, int) else None)
+    return inputs * kept * (8 + 4 if kept == inputs else 8 + 2 * 4)

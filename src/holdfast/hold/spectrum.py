@@ -121,6 +121,11 @@ class Spectrum:
         return Meter(maps, sharded)
 
 
+def columns(inputs: int, rank: int | None) -> int:
+    """How many directions of a map are told apart: K, or all where K is half of them or more."""
+    return inputs if rank is None or 2 * rank >= inputs else rank
+
+
 def leading(c_I: Tensor, basis_II: Tensor, rank: Rank | None) -> tuple[Tensor, Tensor]:
     """Eigenvalues and eigenvectors, the smaller ones' values replaced by their mean.
 
@@ -141,7 +146,8 @@ def leading(c_I: Tensor, basis_II: Tensor, rank: Rank | None) -> tuple[Tensor, T
     if rank == "auto":
         beyond_I = c_I.cumsum(0)  # of the smallest 1, 2, ...
         rank = size - int((beyond_I <= (1 - _KEPT) * beyond_I[-1]).sum())
-    if rank is None or 2 * rank >= size:
+    rank = columns(size, rank)
+    if rank == size:
         return c_I, basis_II
     mean = c_I[: size - rank].mean()
     return torch.cat([c_I[size - rank :].flip(0), mean.expand(size - rank)]), basis_II[:, size - rank :].flip(

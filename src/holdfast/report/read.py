@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -90,7 +91,7 @@ class RunRecord:
         """Whether all tasks were learned at once (the upper bound), so that nothing can be forgotten."""
         return self.metrics.strategy == "multitask"
 
-    @property
+    @cached_property
     def setting(self) -> dict[str, str]:
         """What makes its method: model, training, strategy and replay, key to value; empty if unrecorded."""
         try:

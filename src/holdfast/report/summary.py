@@ -169,21 +169,17 @@ def grouped(runs: Sequence[RunRecord]) -> list[Group]:
 
     Where runs of one label differ in more than seed, order and place, what they differ in is added to it.
     """
-    found: dict[str, list[tuple[dict[str, str], list[RunRecord]]]] = {}
+    found: dict[str, dict[frozenset[tuple[str, str]], list[RunRecord]]] = {}
     for run in runs:
-        kinds, setting = found.setdefault(run.metrics.label, []), run.setting
-        same = next((members for known, members in kinds if known == setting), None)
-        if same is None:
-            kinds.append((setting, [run]))
-        else:
-            same.append(run)
+        kinds = found.setdefault(run.metrics.label, {})
+        kinds.setdefault(frozenset(run.setting.items()), []).append(run)
     groups = []
     for label, kinds in found.items():
-        keys = dict.fromkeys(key for setting, _ in kinds for key in setting)
-        differing = [key for key in keys if len({setting.get(key) for setting, _ in kinds}) > 1]
-        for setting, members in kinds:
-            told = [f"{key.rpartition('.')[2]}={setting[key]}" for key in differing if key in setting]
-            groups.append(Group(" · ".join([label, *told[:_TOLD]]), tuple(members)))
+        shared = frozenset.intersection(*kinds)
+        for members in kinds.values():
+            own = [pair for pair in members[0].setting.items() if pair not in shared]
+            told = [f"{key.rpartition('.')[2]}={value}" for key, value in own[:_TOLD]]
+            groups.append(Group(" · ".join([label, *told]), tuple(members)))
     return groups
 
 

@@ -183,10 +183,9 @@ class Attribution(Strategy):
             elif left:
                 free = f"{sum(p.numel() for p in left):,} trained parameters are no linear maps"
                 costs[0] = costs[0]._replace(note=f"{free} and not held; strategy.others=fisher holds them.")
-        inputs = self.options.kind == "inputs"
-        form = form_for(model, self.options.merge_lora, self.options.name) if inputs else None
-        if form is not None:
-            costs += merged_costs(model, form, len(stream) - 1)
+            form = form_for(model, self.options.merge_lora, self.options.name)
+            if form is not None:
+                costs += merged_costs(model, form, len(stream) - 1)
         return Estimate(costs, further=alone)
 
     def prepare(self, context: Context) -> None:
@@ -263,8 +262,9 @@ class Attribution(Strategy):
         values: dict[str, Any] = {}
         if self.prior is not None:
             tensors, values = {**self.prior.tensors, **tensors}, dict(self.prior.meta)
-        if self._beside is not None and self._beside.prior is not None:
-            others, values[_BESIDE] = self._beside.state_dict()
+        others, of_others = ({}, {}) if self._beside is None else self._beside.state_dict()
+        if others:
+            values[_BESIDE] = of_others
             tensors |= {f"{_BESIDE}.{name}": tensor for name, tensor in others.items()}
         return tensors, values
 

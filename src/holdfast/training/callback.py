@@ -149,10 +149,8 @@ class ProtectCallback(TrainerCallback):
         self.protection, self._mean = build_mechanism(self.mechanism, prior, reference), None
         self._handle = self.protection.attach(model, optimizer)
         if "first_token" in self.prior.meta:
-            rows, first = (
-                getattr(kwargs.get("train_dataloader"), "dataset", None),
-                self.prior.meta["first_token"],
-            )
+            rows = getattr(kwargs.get("train_dataloader"), "dataset", None)
+            first = self.prior.meta["first_token"]
             warn_of_other_beginning(rows, kwargs.get("processing_class"), first, "the prior's rows")
 
     def on_save(
