@@ -36,6 +36,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "model": {"toy": True, "hidden": 32, "layers": 2, "lora": {"r": 16}},
         "training": {**TRAINING, "learning_rate": 5e-2},
     },
+    "llama-logits": {"replay": {**REPLAY, "targets": "logits"}},
     "t5": {"template": {"prompt": "{prompt}{eos}"}},
 }
 
@@ -68,7 +69,7 @@ def outcome(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("kind", "where", "call"),
     [
-        ("llama", "holdfast.training.bridge.completion_loss", 60),  # in task 2, which replays
+        ("llama-logits", "holdfast.training.soft_targets.divergence", 20),  # in task 2, which replays
         ("llama", "holdfast.evaluation.writing.log_likelihoods", 2),  # while rows of a task are written
         ("llama-lora", "holdfast.learner.learner.write_rows", 2),
         pytest.param("t5", "holdfast.evaluation.writing.greedy", 2, marks=pytest.mark.slow),

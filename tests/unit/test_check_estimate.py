@@ -24,8 +24,8 @@ from holdfast.models import LoraOptions, add_lora, block_parameters, tiny_llama
 from holdfast.runner import RunConfig, run
 from holdfast.runner.findings import check
 from holdfast.strategies import STRATEGIES, Stage, build_strategy
-from holdfast.strategies.lwf import Teacher
 from holdfast.tasks import toy_suite, toy_tokenizer
+from holdfast.training.teacher import Teacher
 
 STREAM = toy_suite(["copy", "flip", "head", "tail"], 8, 2)
 

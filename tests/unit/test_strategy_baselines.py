@@ -21,10 +21,10 @@ from holdfast.importance.prior import parameters_by_name
 from holdfast.models import ModelOptions, block_parameters, load_model
 from holdfast.runner import RunConfig, run
 from holdfast.strategies import STRATEGIES, Stage, Strategy, build_strategy
-from holdfast.strategies.lwf import Teacher, distillation
 from holdfast.strategies.masks.units import OutputMask, linear_maps, lowest
 from holdfast.tasks import Encoder, Template, toy_suite, toy_tokenizer
 from holdfast.tasks.encode import collate
+from holdfast.training.teacher import Teacher, distillation
 from tiny_models import tiny_model
 from tiny_runs import tiny_run
 

@@ -11,8 +11,8 @@ import torch
 from contexts import context_of
 from holdfast.models import digest, is_encoder_decoder
 from holdfast.strategies.generation import whole_rows, writing_loss
-from holdfast.strategies.lwf import distillation
 from holdfast.tasks.task import Example
+from holdfast.training.teacher import distillation
 from prompt_cases import PAD, TOKENIZER, batch_of, model_of, stage_of, strategy_of, trace
 
 END = TOKENIZER.eos_token_id

@@ -104,6 +104,16 @@ class LearnerConfig(Options):
             )
         return self
 
+    @model_validator(mode="after")
+    def _one_loss(self) -> LearnerConfig:
+        targets = getattr(self.strategy if self.replay is None else self.replay, "targets", "text")
+        if targets == "logits" and self.training.trainer == "sft":
+            raise ValueError(
+                "`targets: logits` of a memory doesn't combine with `training.trainer: sft`, which has a "
+                "loss of its own; use `trainer: auto`"
+            )
+        return self
+
     @property
     def memory(self) -> Literal["none", "kept", "generated"]:
         """What is trained on for earlier tasks' sake: nothing, examples of theirs, or the model's own."""

@@ -48,6 +48,7 @@ from holdfast.tasks.options import subsample
 from holdfast.tasks.task import Example, MetricName, Task
 from holdfast.training.beside import Beside
 from holdfast.training.loop import save_record, train
+from holdfast.training.soft_targets import SoftTargets
 from holdfast.training.verbs import Verbs
 
 
@@ -382,9 +383,10 @@ class Learner:
                 examples = self.replay.mixed(examples, self.config.seed)
             rehearsal = self.replay or self.strategy.rehearsal
             beside = None if rehearsal is None else Beside.of(rehearsal, self.encoder, self.config.seed)
+            soft = SoftTargets.of(rehearsal, self.model, examples)
             said = description or f"learn {stage.name}"
             learning = Learning(
-                self.context, self.strategy, self.config, self.base, stage, examples, said, beside
+                self.context, self.strategy, self.config, self.base, stage, examples, said, beside, soft
             )
             try:
                 yield learning

@@ -27,6 +27,7 @@ from holdfast.training.loop import Collator, Rows, train
 from holdfast.training.losses import TokenLoss
 from holdfast.training.options import TrainingOptions
 from holdfast.training.prompt_loss import PromptLoss
+from holdfast.training.soft_targets import SoftTargets
 from holdfast.training.steps import Steps, TrainingRecord
 from holdfast.training.verbs import Batch
 
@@ -60,6 +61,7 @@ class Learning:
         examples: Sequence[Example],
         description: str,
         beside: Beside | None = None,
+        soft_targets: SoftTargets | None = None,
     ) -> None:
         self.context, self.strategy, self.config, self.base = context, strategy, config, base
         self.stage, self.examples, self.folder = stage, list(examples), context.folder
@@ -69,7 +71,7 @@ class Learning:
         self.options = _with_lm_weight(context, config, stage)
         self.record.lm_weight = self.options.lm_weight or 0.0
         self.prompt_loss = PromptLoss.of(self.options, context.tokenizer)
-        self._description, self._beside = description, beside
+        self._description, self._beside, self._soft_targets = description, beside, soft_targets
         self._handles: list[Handle] = []
         self._steps: list[Steps] = []
 
@@ -121,6 +123,7 @@ class Learning:
             progress=context.progress,
             description=self._description,
             beside=self._beside,
+            soft_targets=self._soft_targets,
         )
         self.trained = True
         return self.record
@@ -141,7 +144,7 @@ class Learning:
         ConfigError
             ``model`` or ``peft_config`` is given, a ``data_collator`` without a ``train_dataset``, a
             ``train_dataset`` where the strategy replays rows of earlier tasks, which that data set lacks, or
-            `training.loss` is set and the trainer has its own.
+            `training.loss` or `targets: logits` of a memory is set and the trainer has its own loss.
         """
         from transformers import Seq2SeqTrainer, Trainer
 
@@ -168,12 +171,12 @@ class Learning:
                 "which this train_dataset lacks. Leave train_dataset out, or give stage.dataset."
             )
         ours = cls.compute_loss is Trainer.compute_loss and isinstance(arguments["train_dataset"], Rows)
-        loss = self.config.training.loss
-        if not ours and loss.name != "cross_entropy":
+        loss, special = self.config.training.loss, self._special_loss()
+        if not ours and special:
             raise ConfigError(
-                f"stage.trainer: training.loss is '{loss.name}', and {cls.__name__} computes a loss of its "
-                "own (so does any Trainer on a train_dataset of yours). Use stage.train() or a plain Trainer "
-                "on the stage's rows, or leave training.loss out."
+                f"stage.trainer: {special}, and {cls.__name__} computes a loss of its own (so does any "
+                "Trainer on a train_dataset of yours). Use stage.train() or a plain Trainer on the stage's "
+                "rows, or leave it out."
             )
         steps = Steps(self.strategy, self.record)
         arguments.setdefault("processing_class", context.tokenizer)
@@ -181,7 +184,7 @@ class Learning:
         trainer = bridged(cls, own_loss=ours)(model=context.model, callbacks=callbacks, **arguments)
         trainer.verbs, trainer.drift = self.strategy, steps.drift
         trainer.prompt_loss = self.prompt_loss
-        trainer.token_loss = TokenLoss.of(loss, self.base)
+        trainer.token_loss, trainer.soft_targets = TokenLoss.of(loss, self.base), self._soft_targets
         trainer.bad_batch = Path(trainer.args.output_dir) / "bad_batch.safetensors"
         if ours:
             trainer.model_accepts_loss_kwargs = True
@@ -189,6 +192,13 @@ class Learning:
         ours_begin = first_token(self.rows)
         warn_of_other_beginning(trainer.train_dataset, context.tokenizer, ours_begin, "the learner's rows")
         return trainer
+
+    def _special_loss(self) -> str:
+        """What only our own loss of a token does; empty where it is plain cross-entropy."""
+        loss = self.config.training.loss.name
+        if loss != "cross_entropy":
+            return f"training.loss is '{loss}'"
+        return "" if self._soft_targets is None else "replayed rows are answered by logits (targets: logits)"
 
     def _data(self, cls: Any) -> dict[str, Any]:
         """What a trainer needs to train on `rows`."""
@@ -215,13 +225,12 @@ class Learning:
         Raises
         ------
         ConfigError
-            `training.loss` is set: a loop of your own has a loss of its own.
+            `training.loss` or `targets: logits` of a memory is set: a loop of your own has its own loss.
         """
-        loss = self.config.training.loss.name
-        if loss != "cross_entropy":
+        if special := self._special_loss():
             raise ConfigError(
-                f"stage.attach: training.loss is '{loss}', and a loop of your own computes its own loss. Use "
-                "stage.train(), or leave training.loss out."
+                f"stage.attach: {special}, and a loop of your own computes its own loss. Use stage.train(), "
+                "or leave it out."
             )
         if steps is not None:
             tell_total_rate(optimizer, scheduler, steps)

@@ -162,6 +162,8 @@ def _estimate(
     ]
     if config.training.loss.name == "kl_to_base" and config.model.lora is None:
         findings.estimate.append(("copy of the base (training.loss: kl_to_base)", mebibytes(total * size)))
+    if getattr(config.replay or config.strategy, "targets", "text") == "logits":
+        findings.estimate.append(("copy of what is trained (targets: logits)", mebibytes(learned * size)))
     for cost in estimate.costs:
         findings.estimate.append((cost.what, mebibytes(cost.size)))
         findings.remarks += [cost.note] if cost.note else []

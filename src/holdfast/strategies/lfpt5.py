@@ -21,7 +21,6 @@ from holdfast.strategies.generation import (
     whole_rows,
     writing_loss,
 )
-from holdfast.strategies.lwf import Teacher
 from holdfast.strategies.prompts.soft import (
     Prompt,
     Prompted,
@@ -32,6 +31,7 @@ from holdfast.strategies.prompts.soft import (
 )
 from holdfast.strategies.protocol import Strategy, register
 from holdfast.tasks.task import Example, TaskStream
+from holdfast.training.teacher import Teacher
 
 
 class Lfpt5Options(GenerationOptions):

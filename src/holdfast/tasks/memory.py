@@ -102,9 +102,20 @@ class RehearsalOptions(Options):
         description="rows: old ones are shuffled among the new; batches: each batch of new rows gets its "
         "share of old ones beside it, drawn anew",
     )
+    targets: Literal["text", "logits"] = Field(
+        "text",
+        description="what replayed answers are learned from. text: their tokens; logits: what the model "
+        "before the task would put there, each token's probability (one copy more of the trained weights)",
+    )
     general: GeneralOptions | None = Field(
         None, description="general text in a stated share of the rows, from the first task on"
     )
+
+    @model_validator(mode="after")
+    def _has_rows(self) -> RehearsalOptions:
+        if self.targets == "logits" and self.memory.sampling == "none":
+            raise ValueError("`targets: logits` is for replayed rows, and `sampling: none` keeps none")
+        return self
 
     @property
     def share(self) -> float:
@@ -237,7 +248,7 @@ class Rehearsal:
 
     def __init__(self, options: RehearsalOptions) -> None:
         self.ratio, self.memory, self.mixing = options.share, Memory(options.memory), options.mixing
-        self.general = options.general
+        self.general, self.targets = options.general, options.targets
         self._texts = [] if options.general is None else read_texts(options.general.file)
 
     def mixed(self, new: Sequence[Example], seed: int) -> list[Example]:
@@ -250,6 +261,11 @@ class Rehearsal:
     def beside(self) -> list[Example]:
         """Old rows that each batch of new ones gets a share of."""
         return self.memory.examples if self.mixing == "batches" else []
+
+    def replayed(self, rows: Sequence[Example]) -> list[int]:
+        """Which of the rows that `mixed` gave come from the memory."""
+        old = {id(example) for example in self.memory.examples}
+        return [number for number, row in enumerate(rows) if id(row) in old]
 
     def learned(self, tasks: Sequence[Task], seed: int, write: Write | None = None) -> None:
         """Take in the tasks of a stage that has just been trained; `write` as of `Memory.add`."""

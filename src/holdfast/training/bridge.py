@@ -19,8 +19,9 @@ from holdfast.models import accepts, is_encoder_decoder, unwrapped
 from holdfast.storage import atomic_write, save_tensors, write_tensors
 from holdfast.training.losses import TokenLoss
 from holdfast.training.prompt_loss import PromptLoss
+from holdfast.training.soft_targets import SoftTargets
 from holdfast.training.steps import OBSERVED, UNLOGGED
-from holdfast.training.verbs import Verbs, has, model_inputs
+from holdfast.training.verbs import ROWS, Verbs, has, model_inputs
 
 
 def completion_loss(logits_BTV: Tensor, labels_BT: Tensor, count: Tensor | int | None = None) -> Tensor:
@@ -55,6 +56,8 @@ class Bridge:
         them gets a forward pass of its own.
     token_loss : TokenLoss, optional
         What takes the place of each token's cross-entropy where the loss is ours.
+    soft_targets : SoftTargets, optional
+        What takes its place on replayed rows, where the loss is ours.
     prompt_loss : PromptLoss, optional
         Added to either.
     drift : callable, optional
@@ -75,6 +78,7 @@ class Bridge:
     own_loss: bool = True
     without_logits: bool = False
     token_loss: TokenLoss | None = None
+    soft_targets: SoftTargets | None = None
     prompt_loss: PromptLoss | None = None
     drift: Callable[[], Drift | None] | None = None
     whole_batches: bool = False
@@ -94,7 +98,7 @@ class Bridge:
         bare = unwrapped(model)
         verbs.watch(bare, batch)
         if self.own_loss:
-            loss, outputs = self._completion_loss(model, model_inputs(batch), num_items_in_batch)
+            loss, outputs = self._completion_loss(model, batch, num_items_in_batch)
             of_all = num_items_in_batch is not None and self.args.average_tokens_across_devices  # type: ignore[attr-defined]
             if of_all and world.size() > 1:
                 loss = loss * world.size()
@@ -155,12 +159,13 @@ class Bridge:
             self._unlogged = read["loss"].to(self.args.device), int(read["since"])  # type: ignore[attr-defined]
 
     def _completion_loss(self, model: nn.Module, batch: dict[str, Any], count: Any) -> tuple[Tensor, Any]:
-        labels = batch["labels"]
+        rows_S, batch = batch.get(ROWS), model_inputs(batch)
+        labels, by_token = batch["labels"], self.token_loss or self.soft_targets
         if is_encoder_decoder(model):
             outputs = model(**batch)
             logits = outputs.logits
-            if self.token_loss is not None:
-                return self._weighed(model, batch, logits, labels, count), outputs
+            if by_token is not None:
+                return self._weighed(model, batch, logits, labels, rows_S, count), outputs
             total = F.cross_entropy(
                 logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1), reduction="sum"
             )
@@ -172,18 +177,29 @@ class Bridge:
         extra = {"logits_to_keep": keep} if accepts(unwrapped(model), "logits_to_keep") else {}
         inputs = {**{k: v for k, v in batch.items() if k != "labels"}, "use_cache": False, **extra}
         outputs = model(**inputs)
-        if self.token_loss is not None:  # position i predicts token i + 1; the last one predicts nothing here
+        if by_token is not None:  # position i predicts token i + 1; the last one predicts nothing here
             following = F.pad(labels[:, 1:], (0, 1), value=-100)[:, -keep:]
-            return self._weighed(model, inputs, outputs.logits[:, -keep:], following, count), outputs
+            return self._weighed(model, inputs, outputs.logits[:, -keep:], following, rows_S, count), outputs
         return completion_loss(outputs.logits[:, -keep:], labels[:, -keep:], count), outputs
 
     def _weighed(
-        self, model: nn.Module, inputs: dict[str, Any], logits_SLV: Tensor, targets_SL: Tensor, count: Any
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        logits_SLV: Tensor,
+        targets_SL: Tensor,
+        rows_S: Tensor | None,
+        count: Any,
     ) -> Tensor:
         """As `completion_loss`, with the loss of each token that the options ask for."""
-        assert self.token_loss is not None
         place_SL = targets_SL != -100
-        losses_N = self.token_loss(model, inputs, logits_SLV[place_SL], targets_SL[place_SL], place_SL)
+        logits_NV, targets_N = logits_SLV[place_SL], targets_SL[place_SL]
+        if self.token_loss is not None:
+            losses_N = self.token_loss(model, inputs, logits_NV, targets_N, place_SL)
+        else:
+            losses_N = F.cross_entropy(logits_NV.float(), targets_N, reduction="none")
+        if self.soft_targets is not None and rows_S is not None:
+            losses_N = self.soft_targets.put_into(losses_N, model, inputs, logits_NV, place_SL, rows_S)
         total: Tensor = losses_N.sum()
         return total / (count if count is not None else place_SL.sum().clamp(min=1))
 

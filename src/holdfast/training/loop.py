@@ -27,6 +27,7 @@ from holdfast.training.checkpoints import latest_checkpoint
 from holdfast.training.losses import TokenLoss
 from holdfast.training.options import TrainingOptions
 from holdfast.training.prompt_loss import PromptLoss
+from holdfast.training.soft_targets import SoftTargets
 from holdfast.training.steps import Steps, TrainingRecord
 from holdfast.training.verbs import ROWS, Verbs
 
@@ -89,6 +90,7 @@ def train(
     progress: Progress | None = None,
     description: str = "train",
     beside: Beside | None = None,
+    soft_targets: SoftTargets | None = None,
 ) -> TrainingRecord:
     """Fine-tune a model on encoded rows; continues from the newest sound checkpoint in `folder`.
 
@@ -109,6 +111,8 @@ def train(
         What ``loss: kl_to_base`` stays close to.
     beside : Beside, optional
         Old rows that each batch gets a share of.
+    soft_targets : SoftTargets, optional
+        How replayed rows are answered.
 
     Raises
     ------
@@ -159,6 +163,7 @@ def train(
         trainer.verbs, trainer.drift, trainer.whole_batches = steps.verbs, steps.drift, True
         trainer.prompt_loss = PromptLoss.of(options, tokenizer)
         trainer.token_loss = TokenLoss.of(options.loss, base)
+        trainer.soft_targets = soft_targets
         trainer.bad_batch = folder.parent / "bad_batch.safetensors"
         if trainer.own_loss:
             trainer.model_accepts_loss_kwargs = True  # our loss divides by the step's token count itself
