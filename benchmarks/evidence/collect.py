@@ -2,8 +2,9 @@
 
     python benchmarks/evidence/collect.py GRID RUN...
 
-GRID is the file's name, such as fifteen_base4m.yaml; a RUN is a cell's folder, wherever it was run. A run that is in the
-file already is replaced. `holdfast compare GRID` writes a whole grid's results itself; this is for cells that were run alone.
+GRID is the file's name, such as fifteen_base4m.yaml; a RUN is a cell's folder, wherever it was run. A run that
+is in the file already is replaced. `holdfast compare GRID` writes a whole grid's results itself; this is for
+cells that were run alone.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ KEYS = ("grid", "row", "seed", "rows", "order")
 
 
 def record(grid: str, folder: Path) -> dict[str, Any]:
-    """What is kept of a run: metrics, the part of the rows they are of, old outputs' movement, and where it ran."""
+    """What is kept of a run: metrics, of which rows, old outputs' movement, and where it ran."""
     run = read(folder)
     assert isinstance(run, RunRecord)
     config = yaml.safe_load((folder / "config.yaml").read_text())
