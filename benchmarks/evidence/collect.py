@@ -2,9 +2,9 @@
 
     python benchmarks/evidence/collect.py GRID RUN...
 
-GRID is the file's name, such as fifteen_base4m.yaml; a RUN is a cell's folder, wherever it was run. A run that
-is in the file already is replaced. `holdfast compare GRID` writes a whole grid's results itself; this is for
-cells that were run alone.
+GRID is the file's name, such as fifteen_base4m.yaml; a RUN is a cell's folder, wherever it was run. A run
+that is in the file already is replaced. `holdfast compare GRID` writes a whole grid's results itself; this is
+for cells that were run alone.
 """
 
 from __future__ import annotations

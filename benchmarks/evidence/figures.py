@@ -6,8 +6,8 @@
 * how far old outputs moved against what was forgotten: each earlier task of each run held by relevance;
 * the first of fifteen tasks after each later one.
 
-`--pictures` photographs each into docs/pictures (needs playwright and an installed Chromium, in CHROMIUM or on the PATH).
-The page is for the browser; the last line printed is the rank correlation of the second figure.
+`--pictures` photographs each into docs/pictures (needs playwright and an installed Chromium, in CHROMIUM or
+on the PATH). The page is for the browser; the last line printed is the rank correlation of the second figure.
 """
 
 from __future__ import annotations
@@ -102,8 +102,9 @@ def first_task() -> go.Figure | None:
     for run in found:
         i = rows.index(run["row"])
         figure.add_scatter(
-            x=list(range(1, 1 + len(run["scores"]))), y=run["scores"], name=f"{run['row']}, seed {run['seed']}",
-            mode="lines+markers", marker=style(i), line={"color": style(i)["color"]},
+            x=list(range(1, 1 + len(run["scores"]))), y=run["scores"],
+            name=f"{run['row']}, seed {run['seed']}", mode="lines+markers", marker=style(i),
+            line={"color": style(i)["color"]},
         )  # fmt: skip
     return figure
 

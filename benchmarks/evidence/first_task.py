@@ -2,8 +2,8 @@
 
     python benchmarks/evidence/first_task.py RUN... [--task NAME]
 
-With `evaluation.scope: needed` a run asks each task right after it and at the end alone; its folder has the model after every
-stage, so the rest can be asked later. One line a run, put into results/first_task.json.
+With `evaluation.scope: needed` a run asks each task right after it and at the end alone; its folder has the
+model after every stage, so the rest can be asked later. One line a run, put into results/first_task.json.
 """
 
 from __future__ import annotations
