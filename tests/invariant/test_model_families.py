@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from attribution_models import ROWS, Keep
+from holdfast import Learner
 from holdfast.attribution import AttributionOptions, attribute_batches, per_sample_gradients
 from holdfast.attribution.options import AttributionReport
 from holdfast.errors import UnruledOperationError
 from holdfast.importance.aggregate import AbsoluteMean
 from holdfast.models import block_parameters, unwrapped
+from holdfast.tasks import Example, toy_tokenizer
 from holdfast.tasks.encode import Encoded
 from model_families import EXTRA, family, held_by_inputs, measure
 
@@ -198,6 +200,17 @@ def test_what_has_no_rule_is_refused_by_name_and_what_is_advised_works(name: str
     with pytest.raises(UnruledOperationError, match=rf"'{operation}' has no attribution rule.*'fisher'"):
         relevance(family(name))
     assert per_sample_gradients(family(name), ROWS, fold=AbsoluteMean(), pad_id=0).samples_used == len(ROWS)
+
+
+def test_the_default_is_refused_before_any_training_where_an_operation_has_no_rule(tmp_path: Path) -> None:
+    learner = Learner(family("rwkv"), toy_tokenizer(), folder=tmp_path / "skills")
+    rows = [Example(f"q{i}=", "ab") for i in range(8)]
+    with (
+        pytest.raises(UnruledOperationError, match=r"'linear' has no attribution rule.*'fisher'"),
+        learner.task("one", rows) as stage,
+    ):
+        stage.train()
+    assert not list((tmp_path / "skills").rglob("checkpoint-*")), "nothing was trained"
 
 
 def test_wrapped_and_compiled_models_are_attributed_as_what_they_wrap() -> None:

@@ -196,6 +196,8 @@ class Attribution(Strategy):
     def begin(self, context: Context, stage: Stage) -> None:
         """Build the protection; its reference is the weights that this stage starts from."""
         self._protection, self._held = None, None
+        if stage.first:
+            context.check_rateable(stage.tasks[0], self.options.importance, whole=self._merged is not None)
         if self.prior is not None:
             self._held = apply_control(self.prior, self.options.control, seed=context.seed)
         if self._merged is not None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from holdfast.adapters import whole_maps
+from holdfast.errors import DataError, NoCorrectSampleError
 from holdfast.importance import ImportancePrior, compute_prior
 from holdfast.models import digest, fingerprints
 from holdfast.progress import Progress
@@ -71,6 +73,27 @@ class Context:
     base_model: Callable[[], Any]
     fit: Callable[..., None]
     write: Write
+
+    def check_rateable(self, task: Task, options: Any, *, whole: bool = False) -> None:
+        """Rate one row of a task, so that a model whose operations have no rule is refused before training.
+
+        Raises
+        ------
+        ModelError
+            The importance is not defined for this model.
+        """
+        maps = whole_maps(self.model) if whole else nullcontext()
+        few = (DataError, NoCorrectSampleError)  # one row may say too little; here only the model counts
+        with maps as rated, suppress(*few), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            compute_prior(
+                self.model,
+                self.encoder.many(task.train[:1]),
+                options,
+                pad_id=self.tokenizer.pad_token_id,
+                seed=self.seed,
+                parameters=rated,
+            )
 
     def importance(
         self,
