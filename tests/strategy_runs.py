@@ -17,6 +17,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "attribution": {"importance": FISHER},
     "ewc": {"fisher": {"samples": 8}},
     "ewc-lora": {"fisher": {"samples": 8}},
+    "kfac": {"fisher": {"samples": 8}},
     "inf-lora": {"samples": 8},
     "fisher-mask": {"fisher": {"samples": 8}},
     "replay": {"memory": {"count": 4}},

@@ -73,8 +73,9 @@ def test_sequential_changes_weights_at_every_task(finished: Any) -> None:
         ({**options_of("attribution"), "mechanism": {"name": "gate", "shape": "top"}}, "gate"),
         ({**options_of("attribution"), "mechanism": {"name": "penalty", "strength": 100.0}}, "penalty"),
         ({**options_of("ewc"), "strength": 1e6}, "penalty"),
+        ({**options_of("kfac"), "strength": 1e6}, "penalty"),
     ],
-    ids=["anchor", "gate", "penalty", "ewc"],
+    ids=["anchor", "gate", "penalty", "ewc", "kfac"],
 )
 def test_protection_acts_from_the_second_task_on_and_keeps_weights_near(
     strategy: dict[str, Any], mechanism: str, finished: Any
