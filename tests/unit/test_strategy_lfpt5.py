@@ -42,7 +42,7 @@ def test_loss_is_the_answers_the_whole_rows_and_the_kl_on_written_ones(kind: str
     whole = whole_rows(batch, is_encoder_decoder(model))[1]
     tokens = strategy._tokens.rows[[1, 0]][:, None]  # the new task's, that of the written row
     in_front = torch.cat([strategy._new.rows.expand(2, -1, -1), tokens], dim=1)
-    expected = 1.0 + 0.1 * writing_loss(model, in_front, whole, PAD, END)
+    expected = 1.0 + 0.25 * writing_loss(model, in_front, whole, PAD, END)
     with torch.no_grad():
         moved = strategy._new.rows.clone()
         strategy._new.rows.copy_(strategy.prompt)
@@ -54,7 +54,7 @@ def test_loss_is_the_answers_the_whole_rows_and_the_kl_on_written_ones(kind: str
     end = outputs.logits.shape[1] - shift
     kl = distillation(outputs.logits[1, :end][answer], before[1, :end][answer], 1.0)
     assert float(kl.detach()) > 1e-4
-    torch.testing.assert_close(loss, expected + 0.03 * kl)
+    torch.testing.assert_close(loss, expected + 0.01 * kl)
 
 
 def test_the_prompt_alone_is_trained_and_the_model_left_as_it_was(tmp_path: Path) -> None:

@@ -30,14 +30,14 @@ def test_clusters_are_those_of_separate_clouds_whatever_the_seed() -> None:
             torch.testing.assert_close(centres[next(iter(group))], cloud.mean(0))
 
 
-def test_as_many_of_each_cluster_are_chosen_those_nearest_to_its_centre_first() -> None:
+def test_each_cluster_gives_its_share_those_nearest_to_its_centre_first() -> None:
     large = torch.tensor([[0.0], [0.1], [0.2], [0.3], [0.4], [0.5]])
-    small = torch.tensor([[9.0], [9.6]])
+    small = torch.tensor([[9.0], [9.6], [9.1]])
     features = torch.cat([large, small])
     chosen = selected(features, 2, 4, 0)
-    assert [i for i in chosen if i > 5] == [6, 7], "two of four, though it has a quarter of the rows"
-    assert [i for i in chosen if i < 6] == [2, 3]
-    assert selected(features, 2, 8, 0) == list(range(8))
+    assert [i for i in chosen if i > 5] == [8], "a third of four, as it has a third of the rows"
+    assert [i for i in chosen if i < 6] == [1, 2, 3]
+    assert selected(features, 2, 9, 0) == list(range(9))
     assert selected(torch.zeros(5, 2), 3, 2, 0) == [0, 1], "all in one place"
 
 

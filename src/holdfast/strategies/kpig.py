@@ -65,9 +65,10 @@ class Kpig(Strategy):
     before each task the gain of all kept rows is measured anew, and what is replayed is drawn in proportion
     to exp(-gain / temperature). In training the divergence, which is bounded by ln 2, is pushed up.
 
-    From memory of the paper, whose key parts are marked by GPT-4 in rewritten instructions, and which replays
-    whole tasks of least gain: the key part by common beginning, the draw by rows, weight and temperature are
-    ours. A forward pass more in each micro-batch. Extra state: 2 % of each task's rows.
+    The paper's code and hyperparameters were not found. Its key parts are marked by GPT-4 in rewritten
+    instructions, and it replays whole tasks of least gain: the key part by common beginning, the draw by
+    rows, weight and temperature are ours. A forward pass more in each micro-batch. Extra state: 2 % of each
+    task's rows.
     """
 
     name = "kpig"

@@ -29,12 +29,21 @@ _ROWS = 32  # rows whose features are taken at once; no effect on what is chosen
 _TOGETHER = 8  # rows that are written behind the same demonstrations
 
 
+class SynthesisOptions(WritingOptions):
+    """How the base writes in context."""
+
+    temperature: float = Field(0.9, gt=0, description="of the prompts; answers are always greedy")
+    top_p: float = Field(
+        0.6, gt=0, le=1, description="prompts are drawn from the likeliest tokens up to this"
+    )
+
+
 class SsrOptions(Options):
     """How rows are written, and which of them are rehearsed."""
 
     name: Literal["ssr"] = "ssr"
     demonstrations: int = Field(
-        16, ge=1, description="rows of a task that the base is shown, a few at a time"
+        20, ge=1, description="rows of a task that the base is shown, a few at a time"
     )
     shots: int = Field(2, ge=1, description="demonstrations in front of each written row")
     candidates: int = Field(200, ge=1, description="rows of each earlier task that are written")
@@ -43,7 +52,7 @@ class SsrOptions(Options):
     ratio: float = Field(
         0.2, gt=0, lt=1, description="share of a later task's training rows that are written"
     )
-    writing: WritingOptions = Field(default_factory=WritingOptions)
+    writing: SynthesisOptions = Field(default_factory=SynthesisOptions)
 
 
 def clustered(features_MK: Tensor, clusters: int, seed: int, rounds: int = 50) -> tuple[Tensor, Tensor]:
@@ -71,20 +80,20 @@ def clustered(features_MK: Tensor, clusters: int, seed: int, rounds: int = 50) -
 
 
 def selected(features_MK: Tensor, clusters: int, count: int, seed: int) -> list[int]:
-    """`count` rows, as many of each cluster as it has, those nearest to its centre first; in order."""
+    """`count` rows, of each cluster in proportion to its size, those nearest to its centre; in order."""
     if len(features_MK) <= count:
         return list(range(len(features_MK)))
     centres_CK, nearest = clustered(features_MK, clusters, seed)
     away = (features_MK - centres_CK[nearest]).norm(dim=1)
-    queues = [
-        sorted((nearest == c).nonzero()[:, 0].tolist(), key=lambda i: (float(away[i]), i))
-        for c in range(len(centres_CK))
-    ]
+    shares = [count * int((nearest == c).sum()) / len(nearest) for c in range(len(centres_CK))]
+    wanted = [int(share) for share in shares]
+    most_cut = sorted(range(len(shares)), key=lambda c: (wanted[c] - shares[c], c))
+    for c in most_cut[: count - sum(wanted)]:
+        wanted[c] += 1
     found: list[int] = []
-    while len(found) < count:
-        for queue in queues:
-            if queue and len(found) < count:
-                found.append(queue.pop(0))
+    for c, number in enumerate(wanted):
+        rows = (nearest == c).nonzero()[:, 0].tolist()
+        found += sorted(rows, key=lambda i: (float(away[i]), i))[:number]
     return sorted(found)
 
 
@@ -95,10 +104,14 @@ class Ssr(Strategy):
     Of each task a few demonstrations are kept. Before each later task the model from before the first one is
     shown `shots` of them at a time and writes more prompts (in-context learning); the latest model answers
     these, so that a row says what it still can; k-means on the base's features (mean last hidden state over
-    the question) makes C clusters, and of each the rows nearest to its centre are rehearsed. The
-    demonstrations themselves are not trained on again. Two shots and C 20 are the paper's (from memory).
+    the question) makes C clusters, and of each, in proportion to its size, the rows nearest to its centre are
+    rehearsed. The demonstrations themselves are not trained on again. The authors' scripts (custom/icl_gen):
+    two shots of 20 demonstrations (1 % of a task), temperature 0.9, top-p 0.6, C 20, 200 rows rehearsed (10 %
+    of a task, as 100 of 1000 are).
 
     Deviations: the base's own answers, which the paper lets the latest model refine, are not written at all.
+    The authors write three times behind each of 380 pairs of demonstrations, with a penalty on repetitions
+    (1.2), and cluster the embeddings of SimCSE.
     What fails the format, repeats, or copies a demonstration is left out and counted in the ``memory.json``
     files under ``written``. The base must write prompts of a form that it sees twice; where it can't, little
     is kept, and it is said. An encoder-decoder model's decoder goes on from the demonstrations. Needs the

@@ -40,9 +40,9 @@ class CLora(Strategy):
     P_a (input, k) and P_b (output, k) are drawn once and stay: inputs in the span of P_a fall into the null
     space of B A, and no output of B A has a part in P_b, so the change of the output is smaller at the same
     rank. Squared Frobenius norms. That P is fixed and that both sides are bound is from the paper's abstract
-    and reviews; that it is random and orthonormal, and the squares, are from memory, and its k (up to half of
-    the width) and lambda too. It holds no task in particular: the subspaces know nothing of the data. The
-    term is in the loss, once per optimizer step. Extra state: none, P is drawn again from the run's seed.
+    and reviews; its code, k and lambda were not found. That P is random and orthonormal, the squares, and
+    both values are ours. It holds no task in particular: the subspaces know nothing of the data. The term is
+    in the loss, once per optimizer step. Extra state: none, P is drawn again from the run's seed.
     """
 
     name = "c-lora"

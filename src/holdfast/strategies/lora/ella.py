@@ -34,10 +34,10 @@ class Ella(Strategy):
     dW_t = alpha/r B_t A_t. The importance of an entry of a weight is thus the square of what earlier tasks
     together changed in it, (w - w_0)^2: no data, no gradient, and also a control for importances that take
     both. Entries that nothing changed are free, unlike under `o-lora`. From the abstract and reviews of the
-    paper (the element-wise product of the new with the aggregated past update); its lambda could not be
-    looked up. It merges earlier LoRAs into one matrix; here they stay as frozen ranks of one adapter, whose
-    product is that matrix, so nothing but ranks is kept. The term is in the loss, once per optimizer step.
-    In training: W_past^2 of each adapted weight. Extra state: r more ranks a task.
+    paper (the element-wise product of the new with the aggregated past update); its lambda was not found. It
+    merges earlier LoRAs into one matrix; here they stay as frozen ranks of one adapter, whose product is that
+    matrix, so nothing but ranks is kept. The term is in the loss, once per optimizer step. In training:
+    W_past^2 of each adapted weight. Extra state: r more ranks a task.
     """
 
     name = "ella"

@@ -41,10 +41,10 @@ class EwcLora(Strategy):
     F is the diagonal Fisher of the adapted weights W themselves, per sample and of the true answers, summed
     over tasks (or decaying by `gamma`): the gradient by dW is the gradient by W. A Fisher of A and of B would
     not see that they act as a product, and would rate A as zero while B is. One LoRA is trained on and on, so
-    neither the adapter nor the state grows. The paper's equations could not be looked up: the penalty is
-    written from its abstract and reviews, which name these parts. Its Fisher is estimated through the
-    low-rank factors in some way; ours is exact for the samples. The authors' configuration for ImageNet-A
-    (a ViT) has lambda 1e7, gamma 1, rank 10 and 5e-4.
+    neither the adapter nor the state grows. The paper's equations were not found: the penalty is written from
+    its abstract and reviews, which name these parts. Its Fisher is estimated through the low-rank factors in
+    some way; ours is exact for the samples. The authors' configuration for ImageNet-A (a ViT) has lambda 1e7,
+    gamma 1, rank 10 and 5e-4.
 
     The term is in the loss, once per optimizer step, before clipping. Extra state: one value for each entry
     of the adapted weights (as large as the weights that LoRA adapts, in float32).

@@ -63,9 +63,9 @@ class InfLora(Strategy):
     The authors' threshold grows with the task up to a second value, where tasks are counted beforehand; ours
     is constant, so that nobody need count. Their code squares the singular values of H Hᵀ, fourth powers of
     inputs; ours are energies of H, as GPM writes them: the same threshold holds more here. They keep M or its
-    complement, whichever is smaller (DualGPM); a projector is the same M. From memory: r 10, 0.98. A ViT
-    there, keys and values; here what ``model.lora`` adapts. Once M holds all that a task brings, the task
-    can't be learned.
+    complement, whichever is smaller (DualGPM); a projector is the same M. Their configs: r 10, 0.98
+    (ImageNet-R; CIFAR-100: 0.95) growing to 1, Adam at 5e-4. A ViT there, keys and values; here what
+    ``model.lora`` adapts. Once M holds all that a task brings, the task can't be learned.
 
     Extra state: a square matrix for each adapted layer, as wide as its input, and r more ranks a task.
     ``adapters.json`` of each task says what share of all input directions is held.

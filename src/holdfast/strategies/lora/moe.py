@@ -88,9 +88,8 @@ class LoraMoe(Strategy):
     each. In a stream a row's kind is not known: here it is its task's number modulo `types`. By its equation
     the constraint is least where experts of the row's kind get (1 - delta) / (1 + delta) of the others'
     share, whatever the name says. Authors' script: 8 experts of rank 4, alpha 32, the three maps of the
-    feed-forward layers, 2e-4, dropout 0.05, beta and delta 0; 0.1 is ours. Their code has the same
-    var / mean^2; the paper (from memory) var / mean. Extra state: the routers, which the adapter's folder
-    lacks.
+    feed-forward layers, 2e-4, dropout 0.05, beta and delta 0; 0.1 is ours. Their code has the same var /
+    mean^2. Extra state: the routers, which the adapter's folder lacks.
     """
 
     name = "lora-moe"

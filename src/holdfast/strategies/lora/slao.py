@@ -38,7 +38,7 @@ class Slao(Strategy):
     QR is of A_{i-1}ᵀ, the last task's trained A, and B_{i-1} is the last task's trained B, not the merged
     B_m, which is what answers between tasks. QR's signs are free; ours keep each row on its side. The first
     task is plain LoRA. From reviews of the paper and its abstract; it says that A's are alike across tasks
-    while B's are not, which is why B alone is averaged. Its ranks and learning rates could not be looked up.
+    while B's are not, which is why B alone is averaged. Its ranks and learning rates were not found.
     A start of norm-1 rows is larger than PEFT's by √3. Extra state: the last task's B.
     """
 

@@ -36,11 +36,18 @@ class SaptLora(Strategy):
     Task t trains B_t A_t, its key k_t and the network of the query q; earlier LoRAs and keys are frozen
     (shared attentive learning and selection). So that the network still sends rows of earlier tasks where
     they belong, loss + lambda KL(a when the task was learned || a now) on some of their rows (attentive
-    reflection). The task is never told. Network of two layers (100 wide), lambda 1 and T 1 are from memory.
+    reflection). The task is never told. The authors' scripts (gen_script_*.py) have a network of two layers,
+    100 wide, T 1, lambda 1 and 2 for Llama-2, 0.5 and 0.1 for T5 (SuperNI, long sequences), LoRA of rank 4
+    (8 on T5's long sequences), alpha 32, on queries and values, 3e-4 (Llama-2: 5e-5).
 
-    The paper lets a generator of each task write those rows (2 % of its data); here they are kept (2 %), or
-    with `memory: generated` written by the model. They are used for the KL alone, all at each step; a row's
-    own weights are remembered, with 0 for later tasks. Extra state: r ranks, a key and the rows a task.
+    Their code (src/t5_prompt.py) differs from this in the query: the largest value of each embedding
+    dimension over the positions, where ours is the mean; SiLU behind both layers, ours between them; keys
+    drawn from U(-1, 1), ours from N(0, 1). It remembers one mean a for all rows of a task, ours each row's.
+
+    It lets a generator of each task write those rows, and takes a batch of each task at each step; here they
+    are kept (2 %), or with `memory: generated` written by the model. They are used for the KL alone, all at
+    each step; a row's own weights are remembered, with 0 for later tasks. Extra state: r ranks, a key and the
+    rows a task.
     """
 
     name = "sapt-lora"

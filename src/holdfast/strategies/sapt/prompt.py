@@ -32,9 +32,10 @@ class SaptPrompt(Strategy):
 
     As `sapt-lora` with prompts of L vectors for LoRAs, in front of a frozen model: task t trains P_t, its key
     and the network of the query, with attentive reflection on rows of earlier tasks. The task is never told,
-    and the input grows by L vectors whatever the number of tasks. L 10 is from memory. Set a learning rate
-    that suits prompts (0.3 for T5-large in prompt tuning; 1e-2 to 1e-1 on the toy suite). Prompts start
-    from embeddings of random tokens. Extra state: a prompt, a key and the rows a task.
+    and the input grows by L vectors whatever the number of tasks. L 10 is the default of the authors'
+    run_t5.py; their scripts for prompts are not published. Set a learning rate that suits prompts (0.3 for
+    T5-large in prompt tuning; 1e-2 to 1e-1 on the toy suite). Prompts start from embeddings of random tokens.
+    Extra state: a prompt, a key and the rows a task.
     """
 
     name = "sapt-prompt"
