@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -13,12 +14,13 @@ from typing import IO
 from holdfast import world
 from holdfast.errors import RunDirectoryError, StorageError
 from holdfast.manifest import problem_of, write_manifest
-from holdfast.storage import is_disk_error
+from holdfast.storage import is_disk_error, sha256, write_json, write_text
 
 PARTIAL = ".partial"
 MANIFEST = "manifest.json"
 LOCK = "run.lock"
 GONE = ".gone"
+THINNED = "not-kept.txt"  # in a part some files of which were deleted on purpose
 
 
 class Folder:
@@ -84,6 +86,11 @@ class Folder:
 
         The first one that is torn, and everything after it, is deleted so that it is redone; what was found
         is told in `notes`.
+
+        Raises
+        ------
+        RunDirectoryError
+            It can't be redone, as the part before it is `thinned`; nothing is deleted.
         """
         count, self.notes = world.first(lambda: (self._completed(parts), self.notes))
         return count
@@ -98,10 +105,44 @@ class Folder:
                 self.notes.append(f"{self.path / part}: {problem}; this stage is redone.")
                 break
             count += 1
-        for part in parts[count:]:
-            if (self.path / part).exists():
-                shutil.rmtree(self.path / part)
+        torn = [part for part in parts[count:] if (self.path / part).exists()]
+        if torn and count and self.thinned(parts[count - 1]):
+            what = self.notes[-1].partition(";")[0] if self.notes else f"{self.path / parts[count]}: missing"
+            raise RunDirectoryError(
+                f"{what}. What it began with is not kept ({self.path / parts[count - 1] / THINNED}), so it "
+                "can't be redone. Bring it back from a backup, or choose a new folder."
+            )
+        for part in torn:
+            shutil.rmtree(self.path / part)
         return count
+
+    def thin(self, part: str, heavy: Callable[[str], bool], why: str) -> None:
+        """Delete files of a committed part; its manifest vouches for the others, and a note says why.
+
+        Parameters
+        ----------
+        heavy : callable
+            From a file's path within the part to whether it goes.
+        """
+        world.first(lambda: self._thin(self.path / part, heavy, why))
+
+    def _thin(self, path: Path, heavy: Callable[[str], bool], why: str) -> None:
+        try:
+            named = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return  # torn, which is told where the part is needed
+        if not (path / THINNED).exists():
+            write_text(path / THINNED, why + "\n")
+        left = {file: digest for file, digest in named.items() if not heavy(file)}
+        left[THINNED] = sha256(path / THINNED)
+        if left != named:
+            write_json(path / MANIFEST, left)  # from here on nothing misses them, whenever they go
+        for file in [p for p in path.rglob("*") if p.is_file() and heavy(str(p.relative_to(path)))]:
+            file.unlink()
+
+    def thinned(self, part: str) -> bool:
+        """Whether files of a part were deleted by `thin`."""
+        return (self.path / part / THINNED).exists()
 
     def remove(self, part: str) -> None:
         """Take a part away as a whole, committed or not: a kill leaves it as it was, or gone."""

@@ -75,6 +75,12 @@ class LearnerConfig(Options):
         "task that was learned",
     )
     evaluation: EvaluationOptions = Field(default_factory=EvaluationOptions)
+    keep: Literal["all", "last"] = Field(
+        "all",
+        description="on disk. last: of all tasks but the last two the weights, priors and states are deleted "
+        "(scores, answers and records stay), so that a folder doesn't grow by a model with each task; no "
+        "further back than to the last but one can then be gone",
+    )
 
     @model_validator(mode="after")
     def _base_can_be_held(self) -> LearnerConfig:

@@ -32,6 +32,7 @@ from holdfast.learner.card import model_card, push, write_card
 from holdfast.learner.config import CONFIG, STAGES, LearnerConfig, recorded_config
 from holdfast.learner.general import General
 from holdfast.learner.harness import Harness, check_askable
+from holdfast.learner.keep import thin
 from holdfast.learner.known import read_about, read_task, write_task
 from holdfast.learner.learning import Learning
 from holdfast.learner.ownership import began_new, claim, rebuilt
@@ -247,6 +248,11 @@ class Learner:
                 f"this task back (`holdfast skills {self.folder.path} --undo`) and learn it again."
             )
         last = self.folder.path / parts[-1]
+        if self.folder.thinned(parts[-1]):
+            raise RunDirectoryError(
+                f"{last}: its weights are not kept (`keep: last` keeps those of the last two tasks), so the "
+                "learner can't be had as it was then."
+            )
         try:
             load_weights(self.model, last / "model")
         except (RuntimeError, ValueError, KeyError) as error:
@@ -422,6 +428,7 @@ class Learner:
             self._save_state(folder)
         self._broken = ""
         self.learned.append(stage.name)
+        thin(self.folder, STAGES, self.config.keep)
 
     @contextmanager
     def _given_up_if_broken(self) -> Iterator[None]:

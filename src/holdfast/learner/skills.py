@@ -186,8 +186,8 @@ def undo(path: str | Path) -> str:
     Raises
     ------
     RunDirectoryError
-        There is no learner in the folder, another process works in it, nothing was learned, or the last
-        task is one of a run, whose configuration says what is in it.
+        There is no learner in the folder, another process works in it, nothing was learned, the weights
+        before the last task are not kept, or it is one of a run, whose configuration says what is in it.
     """
     root = Path(path).expanduser()
     if not (root / CONFIG).is_file():
@@ -202,6 +202,13 @@ def undo(path: str | Path) -> str:
             raise RunDirectoryError(
                 f"{root}: the last task is one of a run, which is what its configuration says. Take tasks "
                 "out of tasks.order and run that in a directory of its own."
+            )
+        before = [part for part in folder.parts(STAGES) if part != begun[-1]][-1:]
+        if before and folder.thinned(before[0]):
+            last = begun[-1].rpartition("/")[2]
+            raise RunDirectoryError(
+                f"{root}: the weights before '{last}' are not kept (`keep: last` keeps those of the last two "
+                "tasks), so it can't be taken back. Nothing was changed."
             )
         folder.remove(begun[-1])
         if not any((root / STAGES).iterdir()):

@@ -132,5 +132,5 @@ def _differences(a: Any, b: Any, where: str = "") -> Iterator[str]:
     if isinstance(a, dict) and isinstance(b, dict):
         for key in sorted({*a, *b}):
             yield from _differences(a.get(key), b.get(key), f"{where}.{key}" if where else key)
-    elif a != b and where != "output":
+    elif a != b and where not in ("output", "keep"):
         yield f"{where} ({b!r} there, {a!r} here)"

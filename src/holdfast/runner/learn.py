@@ -29,7 +29,7 @@ DEFAULT = {"name": "attribution"}
 KEPT_SHARE, KEPT_MOST = 0.1, 200  # of each data set, for testing what becomes of it
 LONG_ANSWER = 6  # words; from here on answers are compared by ROUGE-L
 SMALL = 30_000_000  # parameters; larger models are fine-tuned at a lower rate
-CHANGEABLE = ("training", "evaluation", "threads")  # from task to task
+CHANGEABLE = ("training", "evaluation", "threads", "keep")  # from task to task
 
 
 def learn_data(

@@ -124,7 +124,11 @@ class _Run:
         for stages, part, tasks in rows:
             asked = scores_of(self.directory.path, part)
             missing = [task for task in tasks if task.name not in asked]
-            if missing:
+            if missing and stages and self.directory.thinned(part):
+                names = ", ".join(task.name for task in missing)
+                gone = "its weights are not kept (keep: last)"
+                self.progress.say(f"{part}: {gone}, so it isn't asked {names}.")
+            elif missing:
                 then = self._learner(stages)
                 for task in missing:
                     with self.directory.part(later(part, task.name)) as folder:
