@@ -319,11 +319,13 @@ def harness_command(
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     chat: Annotated[bool, typer.Option("--chat", help="ask through the tokenizer's chat template")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON for a program")] = False,
+    csv: Csv = None,
+    latex: Latex = None,
 ) -> None:
-    """General ability by EleutherAI's lm-eval: before anything was learned, and now.
+    r"""General ability by EleutherAI's lm-eval: before anything was learned, and now.
 
-    Needs lm-eval (pip install 'holdfast[harness]'). The results are kept in harness.json of the folder, where
-    `holdfast report` finds them. With evaluation.harness=[arc_easy] a run asks after each task by itself.
+    Needs lm-eval (pip install 'holdfast\[harness]'). The results are kept in harness.json of the folder,
+    where `holdfast report` finds them. With evaluation.harness=\[arc_easy] a run asks after each task itself.
 
     Examples:
 
@@ -345,16 +347,20 @@ def harness_command(
         }
         values |= {"include_path": include_path, "batch_size": batch_size, "chat": chat}
         found = harness_folder(folder, validate(HarnessOptions, values, "holdfast harness"), progress)
+        shown = harness_table(courses([found.base, found.now]))
+        _write_tables(csv, latex, shown.csv(), shown.latex())
         if as_json:
             print(json.dumps(found.model_dump(mode="json"), ensure_ascii=False, indent=2))
         else:
-            Console().print(harness_table(courses([found.base, found.now])))
+            Console().print(shown)
 
 
 @app.command("run")
 def run_command(
     config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="what to run")],
     overrides: Overrides = None,
+    csv: Csv = None,
+    latex: Latex = None,
 ) -> None:
     """Learn a task stream under a strategy. Killed and started again, it continues.
 
@@ -377,7 +383,9 @@ def run_command(
         metrics = RunMetrics.model_validate(run(loaded, progress))
         if not world.leads():
             return
-        Console().print(metrics_table([metrics]))
+        shown = metrics_table([metrics])
+        _write_tables(csv, latex, shown.csv(), shown.latex())
+        Console().print(shown)
         if metrics.harness:
             Console().print(harness_table(metrics.harness))
         progress.say(f"Run directory: {loaded.output}   Report: holdfast report {loaded.output}")

@@ -67,6 +67,12 @@ def test_help_of_every_command_shows_an_example(command: str) -> None:
     assert re.search(rf"holdfast {command} \S", result.output.split("Usage:")[1].split("\n", 1)[1])
 
 
+def test_help_does_not_lose_what_stands_in_brackets() -> None:
+    shown = holdfast_cli("harness", "--help").output
+    assert "pip install 'holdfast[harness]'" in shown
+    assert "evaluation.harness=[arc_easy]" in shown
+
+
 def test_no_arguments_show_the_help() -> None:
     assert "holdfast check configs/toy.yaml" in holdfast_cli().output
 
@@ -206,8 +212,10 @@ def test_run_with_overrides_and_the_table_at_the_end(tiny: Any, tmp_path: Path) 
     file = config_file(tmp_path, tiny(tmp_path / "r"))
     other = tmp_path / "other"
     overrides = [f"output={other}", "label=mine", "strategy=ewc", "strategy.strength=1e4", "seed=3"]
-    result = holdfast_cli("run", file, *overrides, "tasks.order=[copy, flip]", "training.max_steps=2")
+    overrides += ["tasks.order=[copy, flip]", "training.max_steps=2", f"--csv={tmp_path / 'table.csv'}"]
+    result = holdfast_cli("run", file, *overrides)
     assert result.exit_code == 0, result.output
+    assert (tmp_path / "table.csv").read_text().splitlines()[1].startswith("mine,")
     assert "learning accuracy" in result.output
     assert "mine" in result.output
     assert f"Run directory: {other}   Report: holdfast report {other}" in result.output

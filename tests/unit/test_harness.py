@@ -110,7 +110,7 @@ def test_the_command_asks_the_base_and_the_model_as_it_stands(tasks: Path, tmp_p
     values["tasks"] = {**values["tasks"], "order": ["copy"]}
     run(validate(RunConfig, values, "test"))
     command = ["harness", str(tmp_path / "run"), "--tasks", "tiny_choice", "--include-path", str(tasks)]
-    shown = CliRunner().invoke(app, command)
+    shown = CliRunner().invoke(app, [*command, "--csv", str(tmp_path / "harness.csv")])
     assert shown.exit_code == 0, shown.output
     found = json.loads((tmp_path / "run/harness.json").read_text())
     from holdfast.models import load_model
@@ -123,6 +123,7 @@ def test_the_command_asks_the_base_and_the_model_as_it_stands(tasks: Path, tmp_p
         assert found["now"]["tiny_choice"]["acc,none"] == pytest.approx(by_hand(learner.model))
     assert found["learned"] == ["copy"]
     assert "tiny_choice acc" in shown.output
+    assert "tiny_choice acc" in (tmp_path / "harness.csv").read_text()
     assert "tiny_choice acc" in write_report([tmp_path / "run"], tmp_path / "r.html", None).read_text()
 
 
