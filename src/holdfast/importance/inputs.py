@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
@@ -27,13 +27,14 @@ from holdfast.models import evaluating, input_dims, linear_modules
 from holdfast.names import canonical_name
 from holdfast.precision import products_for
 from holdfast.resume import State
-from holdfast.tasks.encode import IGNORED
+from holdfast.tasks.encode import IGNORED, Encoded
 
 Weighting = Literal["relevance", "uniform", "answer", "gradient", "loss_gradient"]
 _FORWARD_ONLY = ("uniform", "answer")
 # Added to the sum that r is scaled by: where nothing passes through a map (the keys' and queries' where there
 # is one key), rounding noise would be scaled up to weights like any other's. Relevance is in units of logits.
 EPSILON = 1e-8
+FULL_PASS = 1024  # tokens; a pass of fewer costs mostly the calls of its operations
 ROW_BLOCKS = 4  # a symmetric sum is made right of its diagonal, in blocks of rows: 5/8 of the products
 
 
@@ -50,7 +51,12 @@ class InputsOptions(Options):
         "none", description="shuffled-relevance: each sample's token weights given to other tokens of it"
     )
     samples: int = Field(128, ge=1, description="examples looked at, drawn by the run's seed")
-    batch_size: int = Field(8, ge=1, description="examples a pass; no effect on the result but rounding")
+    batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="examples a pass (default: 8, or as many more as have 1,024 tokens); no effect on the "
+        "result but rounding",
+    )
     correct_only: bool | None = Field(
         None,
         description="relevance and gradient only: examples that the model answers right (default; all if "
@@ -201,7 +207,7 @@ def moments_of_inputs(inputs: Inputs, options: InputsOptions) -> Computed:
     common: dict[str, Any] = {
         "fold": fold,
         "parameters": parameters,
-        "batch_size": options.batch_size,
+        "batch_size": _batch_size(rows, options),
         "pad_id": inputs.pad_id,
         "progress": inputs.progress,
         "partial": inputs.partial,
@@ -224,6 +230,12 @@ def moments_of_inputs(inputs: Inputs, options: InputsOptions) -> Computed:
     return Computed(fold.result(sizes, report.samples_used), record)
 
 
+def _batch_size(rows: Sequence[Encoded], options: InputsOptions) -> int:
+    """Samples of a pass."""
+    longest = max(len(row.prompt_ids) + len(row.completion_ids) for row in rows)
+    return options.batch_size or max(8, FULL_PASS // longest)
+
+
 @torch.no_grad()
 def _forward_only(
     inputs: Inputs,
@@ -235,9 +247,10 @@ def _forward_only(
     device = next(inputs.model.parameters()).device
     model: Any = inputs.model
     with evaluating(model), _watched(model, parameters) as (watch, seen):
-        starts = range(0, len(rows), options.batch_size)
+        size = _batch_size(rows, options)
+        starts = range(0, len(rows), size)
         for start in world.part(starts) if fold.any_order else starts:
-            part = rows[start : start + options.batch_size]
+            part = rows[start : start + size]
             watch.clear()
             batch = make_batch(model, part, inputs.pad_id, device, "left", apart=True)
             watch += [(real_ST, _counted(batch, real_ST, options.weighting)) for real_ST in batch.real]
