@@ -283,6 +283,50 @@ def test_killed_training_goes_on_bit_for_bit(
         assert torch.equal(a, b)
 
 
+def test_hold_attached_to_a_loaded_optimizer_goes_on_bit_for_bit() -> None:
+    model = Net(torch.float32)
+    start = weights(model)
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    Anchor(moments(), strength=10.0, reference=start).attach(model, optim)
+    stepped(optim, model, steps=5)
+    saved = copy.deepcopy((model.state_dict(), optim.state_dict()))
+    assert saved[1]["param_groups"][0]["holdfast_changes"].keys() == NAMES.keys()
+    stepped(optim, model, steps=2)
+    again = Net(torch.float32)
+    again.load_state_dict(saved[0])
+    optim = torch.optim.AdamW(again.parameters(), lr=1e-2)
+    optim.load_state_dict(saved[1])
+    Anchor(moments(), strength=10.0, reference=start).attach(again, optim)
+    stepped(optim, again, steps=2)
+    assert "holdfast_changes" not in optim.param_groups[0]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("how", ["in place", "by .data", "replaced", "another reference"])
+def test_weights_that_somebody_sets_between_steps_are_gone_on_from(how: str) -> None:
+    model = Net()
+    optim = torch.optim.SGD(model.parameters(), lr=1e-2)
+    handle = Anchor(moments(), strength=0.0).attach(model, optim)
+    stepped(optim, model, steps=3)
+    weight: Any = model.h[0]["a"].weight  # type: ignore[index]
+    with torch.no_grad():
+        if how == "in place":
+            weight.mul_(1.5)
+        elif how == "by .data":
+            weight.data.clamp_(-0.1, 0.1)
+        elif how == "replaced":
+            weight.data = weight.data.flip(0) + 1
+        else:  # what was kept beside other weights says nothing
+            optim.load_state_dict(copy.deepcopy(optim.state_dict()))
+            handle.remove()
+            Anchor(moments(), strength=0.0).attach(model, optim)
+    plain = copy.deepcopy(model)
+    stepped(optim, model, steps=3)
+    stepped(torch.optim.SGD(plain.parameters(), lr=1e-2), plain, steps=3)
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
 def test_every_third_step_pulls_by_the_three_rates_together() -> None:
     model = Net()
     prior, start = moments(), weights(model)

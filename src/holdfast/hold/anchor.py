@@ -35,6 +35,7 @@ _STRENGTH = 600.0  # of priors by weight
 _PULL = 5.0  # of priors by input
 _BOUND = 1.0  # percent, of `strength: auto`
 _PULLED = "holdfast_pulled"  # in the first parameter group: the sum of the pulls that `auto` chose
+_CHANGES = "holdfast_changes"  # in the first group of a state dict: Z of each weight, by name
 _WAITED = "holdfast_waited"  # in each parameter group: steps, and their rates, since the last pull
 
 
@@ -211,7 +212,11 @@ class Anchor:
                 operator = self.spectrum.operator(chunk, model, scaled)
                 reference = reference_weights(chunk, self.reference, "anchor")
                 if rotate:
-                    rotated.append(Coordinates(chunk.parameters, reference, cast(Inputs, operator)))
+                    # a part of a weight has no place of its own in a checkpoint, which is of whole ones
+                    whole = all(p is o for p, o in zip(chunk.parameters, chunk.owners, strict=True))
+                    rotated.append(
+                        Coordinates(chunk.parameters, reference, cast(Inputs, operator), carried=whole)
+                    )
                 operators.append(operator)
                 references.append(reference)
 
@@ -317,11 +322,23 @@ class Anchor:
             pairs = zip(rotated, rates, strict=True)
             return [None if rate is None else c.operator.passed(rate) for c, rate in pairs]
 
+        def save(_: Optimizer, state: dict[str, Any]) -> None:
+            pairs = zip(chunks, rotated, strict=True)
+            changes = [row for chunk, c in pairs for row in zip(chunk.names, c.state(), strict=True)]
+            state["param_groups"][0][_CHANGES] = {name: z_OI for name, z_OI in changes if z_OI is not None}
+
+        def load() -> None:
+            kept = inner.param_groups[0].pop(_CHANGES, None)
+            if kept is not None:
+                for chunk, coordinates in zip(chunks, rotated, strict=True):
+                    coordinates.load_state([kept.get(name) for name in chunk.names])
+
         inside = False  # torch runs the hooks twice where an optimizer's step calls its parent's
 
         def enter() -> None:
             nonlocal inside
             if not inside:
+                load()
                 for coordinates in rotated:
                     coordinates.enter()
             inside = True
@@ -335,7 +352,9 @@ class Anchor:
                     coordinates.leave(passed)
             inside = False
 
-        return hook(inner, enter, leave, "anchor with coordinates 'inputs'", watch.attach)
+        handle = hook(inner, enter, leave, "anchor with coordinates 'inputs'", watch.attach)
+        handle.removers.append(inner.register_state_dict_post_hook(save).remove)
+        return handle
 
     def _due(self, inner: Optimizer) -> bool:
         """Whether this step is an n-th one, of ``auto``."""

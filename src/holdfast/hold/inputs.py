@@ -11,6 +11,8 @@ from holdfast.hold.basis import Basis
 from holdfast.hold.operator import Rate
 from holdfast.precision import products_for
 
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+
 
 class Inputs:
     """A share for each direction of a map's inputs, whatever its outputs.
@@ -106,28 +108,34 @@ class Coordinates:
     Adam divides by each weight's own history, so what a hold takes away along a direction of inputs, Adam on
     the weights gives back along mixtures of directions. Between `enter` and `leave` each parameter holds
     W U, and its gradient is G U: moments, weight decay, and whatever looks at a weight's norm (which the
-    rotation keeps) act there. The step's change, W* and the change before it then give the new
-    Z = (W − W*) U; its columns are pulled, and W = W* + Z Uᵀ.
+    rotation keeps) act there. Z = (W − W*) U takes the step's change; its columns are pulled, and
+    W = W* + Z Uᵀ.
 
     Parameters
     ----------
     parameters, references : list of Tensor
         W and W* of each map. W* must not change meanwhile.
     operator : Inputs
+    carried : bool
+        Whether Z goes on from step to step: two products of O by I with U a map and step. Otherwise it is
+        made of W at each, which takes a third. So it is where W is not as `leave` left it: somebody has set
+        weights, or a training goes on whose Z was not kept (`state`).
 
     Notes
     -----
-    Z is made anew from W and W* at each step, so it is part of no checkpoint, and a killed training that
-    goes on is the same bit for bit. After the step ``.grad`` is that in the rotated coordinates. Three
-    products of O by I with U a map and step. Memory, in float32: W* U and Z, and room for one map.
+    After the step ``.grad`` is that in the rotated coordinates. Memory, in float32: W* U and Z, and room for
+    one map. Of 16-bit weights a carried Z keeps what W rounds away.
     """
 
-    def __init__(self, parameters: list[Tensor], references: list[Tensor], operator: Inputs) -> None:
-        self.operator = operator
+    def __init__(
+        self, parameters: list[Tensor], references: list[Tensor], operator: Inputs, *, carried: bool = True
+    ) -> None:
+        self.operator, self.carried = operator, carried
         rows = zip(parameters, references, operator.bases, operator.dims, strict=True)
         self._maps = [(p, outputs_first(ref, dim), u, dim) for p, ref, u, dim in rows]
         self._origins = [u.into(ref_OI.to(u.dtype)) for _, ref_OI, u, _ in self._maps]
         self._changes = [torch.empty_like(origin_OI) for origin_OI in self._origins]
+        self._left: list[int | None] = [None] * len(self._maps)  # how each weight was when Z was right
         self._dtypes = {parameter.dtype for parameter in parameters}
         # pages that are new at each step cost more than what is written to them
         sizes = {(o.device, o.dtype): 0 for o in self._origins}
@@ -139,20 +147,49 @@ class Coordinates:
         """Memory for intermediate results of one map."""
         return self._room[like_OI.device, like_OI.dtype][: like_OI.numel()].view(like_OI.shape)
 
+    def _marks(self) -> list[int]:
+        """Sums of the weights' bits: they tell whether somebody has set weights, even by ``.data``."""
+        sums = [p.view(bits := _BITS[p.element_size()]).sum(dtype=bits) for p, _, _, _ in self._maps]
+        return [int(number) for number in torch.stack(sums).tolist()]
+
+    def state(self) -> list[Tensor | None]:
+        """Z of each map, for `load_state`; None where it would be made of W. It is the memory itself."""
+        if not self.carried:
+            return [None] * len(self._maps)
+        rows = zip(self._changes, self._left, self._marks(), strict=True)
+        return [change_OI if mark == left else None for change_OI, left, mark in rows]
+
+    def load_state(self, changes: Sequence[Tensor | None]) -> None:
+        """Go on from Z of each map, where it gives the weights that are there, bit for bit."""
+        rows = zip(self._maps, self._changes, changes, self._marks(), strict=True)
+        with products_for(self._dtypes):
+            for at, ((parameter, ref_OI, basis, dim), change_OI, kept_OI, mark) in enumerate(rows):
+                self._left[at] = None
+                if self.carried and kept_OI is not None and kept_OI.shape == change_OI.shape:
+                    weight_OI = outputs_first(parameter, dim)
+                    change_OI.copy_(kept_OI)
+                    back_OI = basis.back(change_OI, ref_OI.to(basis.dtype)).to(weight_OI.dtype)
+                    self._left[at] = mark if torch.equal(back_OI, weight_OI) else None
+
     def enter(self) -> None:
         """Before the step: W becomes W U, and its gradient G U."""
         with products_for(self._dtypes):
             self._enter()
 
     def _enter(self) -> None:
-        rows = zip(self._maps, self._origins, self._changes, strict=True)
-        for (parameter, ref_OI, basis, dim), origin_OI, change_OI in rows:
+        known = self.carried and any(left is not None for left in self._left)
+        marks = self._marks() if known else [0] * len(self._maps)
+        rows = zip(self._maps, self._origins, self._changes, self._left, marks, strict=True)
+        for (parameter, ref_OI, basis, dim), origin_OI, change_OI, left, mark in rows:
             weight_OI, room_OI = outputs_first(parameter, dim), self._room_for(origin_OI)
-            if weight_OI.dtype == room_OI.dtype:  # one pass where 16 bits take two
-                basis.into(torch.sub(weight_OI, ref_OI, out=room_OI), out=change_OI)
+            if left is None or left != mark:
+                if weight_OI.dtype == room_OI.dtype:  # one pass where 16 bits take two
+                    basis.into(torch.sub(weight_OI, ref_OI, out=room_OI), out=change_OI)
+                else:
+                    basis.into(room_OI.copy_(weight_OI).sub_(ref_OI), out=change_OI)
+            if weight_OI.dtype == room_OI.dtype:
                 torch.add(origin_OI, change_OI, out=weight_OI)
             else:
-                basis.into(room_OI.copy_(weight_OI).sub_(ref_OI), out=change_OI)
                 weight_OI.copy_(torch.add(origin_OI, change_OI, out=room_OI))
             if parameter.grad is not None:
                 gradient_OI = outputs_first(parameter.grad, dim)
@@ -189,3 +226,5 @@ class Coordinates:
                 basis.back(change_OI, ref_OI, out=weight_OI)
             else:
                 weight_OI.copy_(basis.back(change_OI, ref_OI.to(basis.dtype)))
+        if self.carried:
+            self._left = list(self._marks())
