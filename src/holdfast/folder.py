@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -77,15 +77,15 @@ class Folder:
         found = sorted(folder.glob(f"*{PARTIAL}")) if folder.is_dir() else []
         return [f"{within}/{p.name.removesuffix(PARTIAL)}" for p in found]
 
-    def problem(self, part: str) -> str | None:
-        """What is wrong with a committed part; None where every file is as its manifest says."""
-        return problem_of(self.path / part, MANIFEST)
+    def problem(self, part: str, only: Collection[str] | None = None) -> str | None:
+        """What is wrong with a committed part, or with some of its files; None where they are as written."""
+        return problem_of(self.path / part, MANIFEST, only)
 
     def completed(self, parts: Sequence[str]) -> int:
         """How many of the leading parts are on disk and intact.
 
-        The first one that is torn, and everything after it, is deleted so that it is redone; what was found
-        is told in `notes`.
+        The first one that is torn, and everything after it, finished or only begun, is deleted so that it is
+        redone; what was found is told in `notes`.
 
         Raises
         ------
@@ -105,7 +105,9 @@ class Folder:
                 self.notes.append(f"{self.path / part}: {problem}; this stage is redone.")
                 break
             count += 1
-        torn = [part for part in parts[count:] if (self.path / part).exists()]
+        # what was begun later began from what is redone
+        made = (*parts[count:], *(part + PARTIAL for part in parts[count + 1 :]))
+        torn = [part for part in made if (self.path / part).exists()]
         if torn and count and self.thinned(parts[count - 1]):
             what = self.notes[-1].partition(";")[0] if self.notes else f"{self.path / parts[count]}: missing"
             raise RunDirectoryError(

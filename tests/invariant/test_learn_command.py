@@ -220,7 +220,8 @@ def test_torn_file_of_an_earlier_task_is_named(file: str, there: Path) -> None:
         refused(in_this_process("skills", "s", cwd=there), str(Path("s/tasks/01-may") / file))
     if file != "predictions/may.jsonl":
         refused(
-            holdfast("learn", "july.jsonl", "--skills", "s", cwd=there), "01-may: its files can't be read"
+            holdfast("learn", "july.jsonl", "--skills", "s", cwd=there),
+            f"01-may: {file} is torn or was changed",
         )
 
 

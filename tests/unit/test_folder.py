@@ -91,12 +91,15 @@ def test_missing_or_changed_file_is_named(folder: Folder) -> None:
     assert folder.problem("tasks/01-a") == "deep/file is missing"
 
 
-def test_parts_after_a_torn_one_are_redone_too(folder: Folder) -> None:
+@pytest.mark.parametrize("begun", ["", ".partial"], ids=["finished", "begun"])
+def test_parts_after_a_torn_one_are_redone_too(begun: str, folder: Folder) -> None:
     names = [f"tasks/0{i}-{i}" for i in (1, 2, 3)]
     parts = [write(folder, name) for name in names]
+    last = parts[2].rename(f"{parts[2]}{begun}")
+    assert folder.completed(names[:2]) == 2
     (parts[1] / "deep" / "file").write_text("y")
     assert folder.completed(names) == 1
-    assert [part.exists() for part in parts] == [True, False, False]
+    assert [part.exists() for part in (*parts[:2], last)] == [True, False, False]
 
 
 @pytest.mark.parametrize("committed", [True, False])

@@ -112,7 +112,6 @@ def compute_prior(
     computed = importance.compute(Inputs(model, rows, parameters, pad_id, seed, progress, partial), chosen)
     before = 0.0 if partial is None else partial.seconds
     return ImportancePrior(
-        # in the model's order: a backward pass gives them last to first
         {name: computed.tensors[name] for name in parameters if name in computed.tensors},
         {
             "importance": values.pop("name"),

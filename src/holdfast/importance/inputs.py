@@ -51,11 +51,11 @@ class InputsOptions(Options):
         "none", description="shuffled-relevance: each sample's token weights given to other tokens of it"
     )
     samples: int = Field(128, ge=1, description="examples looked at, drawn by the run's seed")
-    batch_size: int | None = Field(
-        None,
+    batch_size: int = Field(
+        8,
         ge=1,
-        description="examples a pass (default: 8, or as many more as have 1,024 tokens); no effect on the "
-        "result but rounding",
+        description="examples a pass, or as many more as have 1,024 tokens; no effect on the result but "
+        "rounding",
     )
     correct_only: bool | None = Field(
         None,
@@ -233,7 +233,7 @@ def moments_of_inputs(inputs: Inputs, options: InputsOptions) -> Computed:
 def _batch_size(rows: Sequence[Encoded], options: InputsOptions) -> int:
     """Samples of a pass."""
     longest = max(len(row.prompt_ids) + len(row.completion_ids) for row in rows)
-    return options.batch_size or max(8, FULL_PASS // longest)
+    return max(options.batch_size, FULL_PASS // longest)
 
 
 @torch.no_grad()

@@ -67,8 +67,8 @@ class ImportancePrior:
 
     def __post_init__(self) -> None:
         self.tensors = {
-            name: tensor.detach().to("cpu", torch.float32).contiguous()
-            for name, tensor in self.tensors.items()
+            name: self.tensors[name].detach().to("cpu", torch.float32).contiguous()
+            for name in sorted(self.tensors)  # as a file has them: sums over tensors depend on the order
         }
         bad = [name for name, tensor in self.tensors.items() if not torch.isfinite(tensor).all()]
         if bad:

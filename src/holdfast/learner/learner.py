@@ -33,7 +33,7 @@ from holdfast.learner.config import CONFIG, STAGES, LearnerConfig, recorded_conf
 from holdfast.learner.general import General
 from holdfast.learner.harness import Harness, check_askable
 from holdfast.learner.keep import thin
-from holdfast.learner.known import read_about, read_task, write_task
+from holdfast.learner.known import ABOUT, TEST, read_about, read_task, write_task
 from holdfast.learner.learning import Learning
 from holdfast.learner.ownership import began_new, claim, rebuilt
 from holdfast.learner.skills import Skills, read_skills
@@ -266,9 +266,14 @@ class Learner:
         if self.replay is not None:
             self.replay.memory.load_state_dict(json.loads((last / "replay.json").read_text()))
         for part in parts:
-            self._recall(self.folder.path / part)
+            self._recall(part)
 
-    def _recall(self, part: Path) -> None:
+    def _recall(self, name: str) -> None:
+        part = self.folder.path / name
+        known = [ABOUT, TEST] if any((part / file).exists() for file in (ABOUT, TEST)) else []
+        problem = self.folder.problem(name, ["metrics.json", *known])
+        if problem is not None:
+            raise RunDirectoryError(f"{part}: {problem}. Bring the folder back from a backup.")
         try:
             self.learned.append(StageMetrics.read(part / "metrics.json").stage)
             kept = read_task(part)

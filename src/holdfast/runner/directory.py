@@ -58,7 +58,7 @@ class RunDirectory(Folder):
                 "tasks.order that begins with the one there would go on.)"
             )
         if path.exists() and self._has_begun():
-            if not self.conflicts(config):
+            if not self.conflicts(config) and (self.path / "environment.json").exists():
                 return
         else:
             ours = {LOCK, "environment.json", "config.yaml"}  # what a run leaves that never began
