@@ -9,13 +9,14 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from safetensors.torch import load_file
 
+from learning_data import SHORT, TOY, data_sets
 from processes import Ended, holdfast
 from tiny_runs import tiny_run
 
@@ -139,10 +140,44 @@ def _same(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 DAMAGES = ("truncated", "flipped", "deleted", "another's")
+_RATED = "holdfast.strategies.context.compute_prior"  # once a task, when it is trained
 
 
-def damaged(folder: Path, files: Sequence[str] | None = None) -> dict[str, str]:
-    """Damage each file of a run whose second task was killed, in each way, and start it again.
+def _run_to(place: Path, seed: int, die: bool = False) -> Ended:
+    """To the end, or until the second task is trained."""
+    config = written(place)
+    config.write_text(config.read_text().replace("seed: 0", f"seed: {seed}"))
+    return holdfast("run", config, cwd=place.parent, die=(_RATED, 2) if die else None)
+
+
+def _learn_to(place: Path, seed: int, die: bool = False) -> Ended:
+    """The same of a folder of skills, whose first task is learned if nothing is there."""
+    data_sets(place.parent, "may", "june")
+    how = ["--skills", place, *SHORT, "strategy.importance.name=inputs", "strategy.importance.samples=8"]
+    how += ["replay.memory.count=4"]
+    new = [*how, *TOY, f"seed={seed}"]
+    ended = Ended(0, "", "")
+    if not (place / "tasks/01-may").exists() and not (place / "tasks/02-june.partial").exists():
+        ended = holdfast("learn", "may.jsonl", *new, cwd=place.parent)
+    if ended.code == 0:
+        ended = holdfast(
+            "learn", "june.jsonl", *how[:2], *SHORT, cwd=place.parent, die=(_RATED, 1) if die else None
+        )
+    return ended
+
+
+KINDS: dict[str, Callable[..., Ended]] = {"run": _run_to, "skills": _learn_to}
+
+
+def damaged(
+    folder: Path, kind: str = "run", files: Sequence[str] | None = None, tell: Any = None
+) -> dict[str, str]:
+    """Damage each file of what was killed in its second task, in each way, and start it again.
+
+    Parameters
+    ----------
+    kind : str
+        A run directory (`run`), or a folder of `holdfast learn` (`skills`).
 
     Returns
     -------
@@ -152,46 +187,41 @@ def damaged(folder: Path, files: Sequence[str] | None = None) -> dict[str, str]:
     Raises
     ------
     AssertionError
-        A run ended as another, or failed without naming the file or its folder.
+        It ended as another, or failed without naming the file or its folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    whole, other, begun = folder / "whole", folder / "other", folder / "begun"
-    for output in (whole, other):
-        config = written(output)
-        if output == other:
-            config.write_text(config.read_text().replace("seed: 0", "seed: 1"))
-        ended = holdfast("run", config, cwd=folder)
-        assert ended.code == 0, ended.err
-    for output in (begun, folder / "other begun"):
-        config = written(output)
-        if output != begun:
-            config.write_text(config.read_text().replace("seed: 0", "seed: 1"))
-        ended = holdfast("run", config, cwd=folder, die=("holdfast.strategies.context.compute_prior", 2))
+    to, place = KINDS[kind], folder / "here"
+    ended = to(folder / "whole", 0)
+    assert ended.code == 0, ended.err
+    for seed, name in enumerate(("begun", "other")):
+        ended = to(folder / name, seed, die=True)
         assert ended.code == -signal.SIGKILL, ended.err
-    expected, found = contents(whole), {}
+    begun, expected, found = folder / "begun", contents(folder / "whole"), {}
     names = [str(p.relative_to(begun)) for p in sorted(begun.rglob("*")) if p.is_file()]
-    for name in names if files is None else [n for n in names if n in files]:
+    for name in names if files is None else files:
         for how in DAMAGES:
-            run = folder / "run"
-            shutil.rmtree(run, ignore_errors=True)
-            shutil.copytree(begun, run)
-            if not _damage(run / name, folder / "other begun" / name, how):
+            shutil.rmtree(place, ignore_errors=True)
+            shutil.copytree(begun, place)
+            if not damage(place / name, how, folder / "other" / name):
                 continue
-            ended = holdfast("run", written(run), cwd=folder)
+            ended = to(place, 0)
             if ended.code == 0:
-                _same(contents(run), expected)
-                found[f"{how} {name}"] = "as if nothing had been"
+                _same(contents(place), expected)
+                became = "as if nothing had been"
             else:
                 assert ended.code == 2, (how, name, ended.err)
                 assert "Traceback" not in ended.err, (how, name, ended.err)
                 told = " ".join(ended.err.split())
-                assert Path(name).name in told or f"{run}" in told, (how, name, told)
-                found[f"{how} {name}"] = told[told.index("error:") :][:160]
+                assert Path(name).name in told or f"{place}" in told, (how, name, told)
+                became = told[told.index("error:") :][:160]
+            found[f"{how} {name}"] = became
+            if tell is not None:
+                tell(f"{how} {name}: {became}")
     return found
 
 
-def _damage(file: Path, other: Path, how: str) -> bool:
-    """Whether the file is another now."""
+def damage(file: Path, how: str, other: Path) -> bool:
+    """Whether the file is another now; `other` is what may take its place."""
     before = file.read_bytes()
     if how == "deleted":
         file.unlink()

@@ -6,8 +6,8 @@ A tiny run (two toy tasks, default hold by inputs, a memory that the model write
 a step, while a file is put in its place, while a stage is committed, at a checkpoint, in evaluation,
 attribution, generation, a report, or after random seconds wherever it is; then the same command goes on.
 Every run that ends must have what one that was never killed has, file by file. Then a run that died in
-its second task gets each of its files truncated, a byte flipped, deleted, or replaced by another run's:
-the same command must end with the same files, or name what is wrong.
+its second task, and a folder of `holdfast learn`, gets each of its files truncated, a byte flipped, deleted,
+or replaced by another run's: the same command must end with the same files, or name what is wrong.
 
 The last line is one JSON object. It stops at the first run that ends as another.
 """
@@ -24,7 +24,7 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))  # run as a file; the tests have the short form
-from soak import damaged, soaked
+from soak import KINDS, damaged, soaked
 
 
 def main() -> None:
@@ -41,16 +41,16 @@ def main() -> None:
     killed: Counter[str] = Counter()
     told: dict[str, str] = {}
 
-    def tell(killed: Counter[str]) -> None:
-        print(dict(killed), file=sys.stderr, flush=True)
+    def tell(what: object) -> None:
+        print(what, file=sys.stderr, flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
         if options.only != "damage":
             killed = soaked(Path(folder) / "kills", options.kills, options.seed, tell)
         if options.only != "kills":
-            told = damaged(Path(folder) / "damage")
-    for what, became in told.items():
-        print(f"{what}: {became}", file=sys.stderr)
+            for kind in KINDS:
+                of_kind = damaged(Path(folder) / kind, kind, tell=tell)
+                told |= {f"{kind}: {what}": became for what, became in of_kind.items()}
     result = {
         "kills": dict(sorted(killed.items())),
         "total": killed.total(),

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from holdfast.errors import ConfigError
+from holdfast.errors import ConfigError, RunDirectoryError
+from holdfast.storage import write_text
 
 
 class Options(BaseModel):
@@ -64,6 +65,39 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping of sections, got {type(data).__name__}.")
     return data
+
+
+def write_recorded(path: Path, values: Mapping[str, Any]) -> None:
+    """Write what a folder was told, whole or not at all."""
+    text = yaml.safe_dump(
+        dict(values),
+        sort_keys=False,
+        allow_unicode=True,
+        explicit_start=True,  # so that a torn file is known
+        explicit_end=True,
+    )
+    write_text(path, text)
+
+
+def read_recorded(path: Path) -> Any:
+    """What `write_recorded` wrote; files of earlier versions have no end mark.
+
+    Raises
+    ------
+    RunDirectoryError
+        The file is damaged: torn, or no YAML.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        recorded = yaml.safe_load(text)
+        if text.startswith("---") and not text.endswith("...\n"):
+            raise ValueError("its end is missing")
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise RunDirectoryError(
+            f"{path}: damaged ({' '.join(str(error).split())}). It is what this folder was told: put it back "
+            "from a copy, or choose a new folder."
+        ) from error
+    return recorded
 
 
 class _Loader(yaml.SafeLoader):

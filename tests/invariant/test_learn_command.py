@@ -23,6 +23,7 @@ from holdfast.models import ModelOptions, load_model, save_model
 from holdfast.tasks import toy_tokenizer
 from learning_data import SHORT, TOY, bytes_in, data_sets, rows_of, same, weights_in, write_rows
 from processes import Ended, holdfast
+from soak import damage
 
 FISHER = ("--strategy", "ewc", "strategy.fisher.samples=8")
 MAY = ("learn", "may.jsonl", "--skills", "s", *FISHER, *TOY, *SHORT)
@@ -223,6 +224,25 @@ def test_torn_file_of_an_earlier_task_is_named(file: str, there: Path) -> None:
             holdfast("learn", "july.jsonl", "--skills", "s", cwd=there),
             f"01-may: {file} is torn or was changed",
         )
+
+
+@pytest.mark.parametrize(
+    ("file", "how", "named"),
+    [
+        ("config.yaml", "truncated", "s/config.yaml: damaged"),
+        ("config.yaml", "flipped", "s/config.yaml: damaged"),
+        ("tasks/02-june/strategy.safetensors", "flipped", "02-june: strategy.safetensors is torn"),
+        ("tasks/02-june/model/model.safetensors", "another's", "02-june: model/model.safetensors is torn"),
+        ("tasks/02-june/manifest.json", "deleted", "02-june: manifest.json is missing"),
+        ("tasks/01-may/test.jsonl", "another's", "01-may: test.jsonl is torn or was changed"),
+        ("tasks/01-may/task.json", "deleted", "01-may: task.json is missing"),
+    ],
+    ids=lambda value: value.rpartition("/")[2].partition(":")[0],
+)
+def test_damaged_file_of_skills_is_named(file: str, how: str, named: str, there: Path) -> None:
+    other = Path(file.replace("02-june", "01-may") if "02" in file else file.replace("01-may", "02-june"))
+    assert damage(there / "s" / file, how, there / "s" / other)
+    refused(holdfast("learn", "july.jsonl", "--skills", "s", cwd=there), named)
 
 
 # what is told

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from soak import damaged, soaked
+from soak import KINDS, damaged, soaked
 
 
 @pytest.mark.slow
@@ -15,5 +15,6 @@ def test_a_run_killed_at_random_ends_as_one_that_never_was(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_damaged_configuration_of_a_run_is_named_or_does_no_harm(tmp_path: Path) -> None:
-    assert damaged(tmp_path, ["config.yaml"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_damaged_file_is_named_or_what_is_lost_is_redone(kind: str, tmp_path: Path) -> None:
+    assert damaged(tmp_path, kind)

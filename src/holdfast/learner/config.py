@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BeforeValidator, Field, model_validator
 
-from holdfast.config import MAX_SEED, Options, validate
+from holdfast.config import MAX_SEED, Options, read_recorded, validate
 from holdfast.errors import RunDirectoryError
 from holdfast.evaluation.evaluate import EvaluationOptions
 from holdfast.models import ModelOptions
@@ -172,9 +171,9 @@ def recorded_config(path: Path, sections: Mapping[str, Any]) -> LearnerConfig:
         `sections` are wrong.
     """
     try:
-        recorded = yaml.safe_load((path / CONFIG).read_text())
+        recorded = read_recorded(path / CONFIG)
         values = {key: value for key, value in recorded.items() if key in LearnerConfig.model_fields}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError) as error:
+    except AttributeError as error:
         raise RunDirectoryError(f"{path / CONFIG}: can't be read ({error}).") from error
     return validate(LearnerConfig, {**values, **sections}, str(path / CONFIG))
 

@@ -6,15 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from holdfast.config import write_recorded
 from holdfast.environment import describe_environment
 from holdfast.errors import HoldfastError, ModelError, RunDirectoryError
 from holdfast.folder import LOCK, Folder
 from holdfast.learner.config import CONFIG, STAGES, LearnerConfig, recorded_config
 from holdfast.models import load_model, load_saved
 from holdfast.names import canonical_name
-from holdfast.storage import write_json, write_text
+from holdfast.storage import write_json
 from holdfast.tasks import toy_tokenizer
 
 TRAINED = "trained.json"  # of a model that was made in a script: which weights are trained
@@ -44,7 +43,7 @@ def claim(folder: Folder, config: LearnerConfig, model: Any, new_adapter: bool) 
         write_json(path / TRAINED, {"trained": names, "new_adapter": new_adapter})
     write_json(path / "environment.json", describe_environment(config.seed))
     values = config.model_dump(mode="json", include=set(LearnerConfig.model_fields))
-    write_text(path / CONFIG, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    write_recorded(path / CONFIG, values)
 
 
 def began_new(path: Path) -> bool:

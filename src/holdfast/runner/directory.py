@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from holdfast import world
+from holdfast.config import read_recorded, write_recorded
 from holdfast.errors import RunDirectoryError
 from holdfast.folder import LOCK, PARTIAL, Folder
 from holdfast.runner.config import RunConfig
-from holdfast.storage import write_json, write_text
+from holdfast.storage import write_json
 from holdfast.strategies import build_strategy
 from holdfast.tasks import list_orders
 
@@ -69,7 +69,7 @@ class RunDirectory(Folder):
                     f"{', '.join(sorted(strangers)[:5])}). Choose a new or empty folder with output=DIR."
                 )
         write_json(self.path / "environment.json", environment)
-        write_text(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+        write_recorded(path, config.model_dump(mode="json"))
 
     @classmethod
     def conflicts(cls, config: RunConfig) -> list[str]:
@@ -114,13 +114,7 @@ def _order(config: RunConfig) -> tuple[str, ...]:
 
 def _recorded(path: Path) -> tuple[Any, RunConfig | None]:
     """A recorded configuration with the defaults of options that are newer than it; raw where it is none."""
-    try:
-        recorded = yaml.safe_load(path.read_text())
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RunDirectoryError(
-            f"{path}: damaged ({' '.join(str(error).split())}). It is the run's configuration: put it "
-            "back from a copy, or choose a new folder with output=DIR."
-        ) from error
+    recorded = read_recorded(path)
     try:
         config = RunConfig.model_validate(recorded)
     except ValidationError:  # then its differences tell why
