@@ -30,7 +30,7 @@ MOMENTS: dict[str, tuple[str, int]] = {
     "attribution": ("holdfast.attribution.passes.initial_lambda", 6),
     "generation": ("holdfast.evaluation.writing.greedy", 4),
 }
-OF_TIME = re.compile(r"seconds|date|time$|started|_at$|versions?$|environment|git|host")
+OF_TIME = re.compile(r"seconds|date|time$|started|_at$|versions?$|environment|git|host|^learned$")
 
 
 def written(output: Path) -> Path:

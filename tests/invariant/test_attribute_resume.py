@@ -99,6 +99,21 @@ def test_killed_attribution_ends_bit_identical(what: Any, at: int, bench: Bench)
     assert sorted(p.name for p in (bench.folder / "broken").iterdir()) == ["prior.json", "prior.safetensors"]
 
 
+@pytest.mark.parametrize("what", [TOP_K, ABSOLUTE], ids=["topk", "absolute"])
+def test_attribution_in_several_passes_killed_in_any_ends_bit_identical(what: Any, bench: Bench) -> None:
+    importance, options = what
+    one = bench.attribute("one", *what)[0]
+    options = [*options, "memory_budget=4000"]
+    whole = bench.attribute("whole", importance, options)
+    assert whole[0] == one
+    passes, rest = divmod(bench.batches, 6)
+    assert (passes > 2, rest) == (True, 0)
+    for at in (3, 6, 2):  # in the first pass; one that is resumed in its second; one in a later one
+        bench.kill("broken", importance, options, at=at)
+    assert bench.attribute("broken", importance, options) == whole
+    assert any(f"continuing after 2 samples of pass 2 of {passes}" in line for line in bench.said), bench.said
+
+
 def test_other_options_in_the_same_folder_start_over_and_say_so(bench: Bench) -> None:
     whole = bench.attribute("whole", *ABSOLUTE)
     bench.kill("broken", *TOP_K)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from holdfast.attribution.ledger import Ledger
 from holdfast.attribution.maps import Fold
 from holdfast.attribution.options import AttributionOptions, AttributionReport
-from holdfast.attribution.passes import Job, Pass
+from holdfast.attribution.passes import Begun, Job, Pass
 from holdfast.errors import DataError, ModelError
 from holdfast.models import block_parameters, unwrapped
 from holdfast.resume import Partial
@@ -126,7 +127,7 @@ def attribute_one(
     job = Job(chosen.rules, chosen.halves, chosen.target, chosen.of, pad_id, "left", 1, False, 1)
     wanted = dict(block_parameters(model) if parameters is None else parameters)
     report = AttributionReport(samples_seen=1, samples_used=1)
-    once = Pass(model, job, fold, wanted, report, check=True)
+    once = Pass(model, job, fold, wanted, report, first=True)
     ledger, tokens = once.single(row)
     report.unreached = tuple(once.maps.fill_unreached(wanted))
     return ledger, tokens, report
@@ -193,29 +194,78 @@ def _run(
         raise ValueError(
             f"batch_size and max_samples must be at least 1, got {job.batch_size}, {job.max_samples}"
         )
-    if partial is not None and memory_budget is not None:
-        raise ValueError("an attribution in several passes (memory_budget) can't be continued from `partial`")
     started = time.perf_counter()
     groups = _groups(wanted, getattr(fold, "bytes_per_element", 4), memory_budget)
     report = AttributionReport(passes=len(groups))
-    todo: Sequence[Encoded] = rows
-    unreached: list[str] = []
-    for number, group in enumerate(groups):
-        once = Pass(model, job, fold, group, report, check=number == 0 and job.rules != "gradient")
+    now = Progressed()
+    begun = Begun() if partial is None else _resume(partial, fold, wanted, report, now)
+    for number, group in list(enumerate(groups))[now.number :]:
+        once = Pass(model, job, fold, group, report, first=number == 0)
+        todo = rows if number == 0 else [rows[i] for i in now.kept]
 
         def tell(done: int, number: int = number) -> None:
             if progress is not None:
                 progress(number * len(rows) + done, len(groups) * len(rows))
 
-        used = once.run(todo, tell, partial)
-        unreached += once.maps.fill_unreached(group)
+        def save(far: Begun) -> None:
+            if partial is not None and partial.due:
+                _save(partial, fold, report, now, far)
+
+        used = once.run(todo, tell, begun, None if partial is None else save)
+        now.unreached += once.maps.fill_unreached(group)
         getattr(fold, "finish", lambda: None)()
         if number == 0:
-            todo = [todo[i] for i in used]  # later passes see the samples that count, and no others
+            now.kept = used  # later passes see the samples that count, and no others
             report.samples_used = len(used)
-    report.unreached = tuple(unreached)
+        now.number, begun = number + 1, Begun()
+    report.unreached = tuple(now.unreached)
     report.seconds = time.perf_counter() - started
     return report
+
+
+@dataclass
+class Progressed:
+    """How far an attribution of several passes is.
+
+    Attributes
+    ----------
+    number : int
+        Of the pass.
+    kept : list of int
+        Rows that the first pass used.
+    unreached : list of str
+        Parameters that nothing reached in the passes that are done.
+    """
+
+    number: int = 0
+    kept: list[int] = field(default_factory=list)
+    unreached: list[str] = field(default_factory=list)
+
+
+def _save(partial: Partial, fold: Any, report: AttributionReport, now: Progressed, far: Begun) -> None:
+    tensors, folded = fold.state()
+    values = {**far._asdict(), **vars(now), "folded": folded, "report": vars(report)}
+    partial.save(tensors, values)
+
+
+def _resume(
+    partial: Partial,
+    fold: Any,
+    wanted: Mapping[str, nn.Parameter],
+    report: AttributionReport,
+    now: Progressed,
+) -> Begun:
+    """Take back what `_save` kept, into `fold`, `report` and `now`; returns how far the pass was."""
+    state = partial.load()
+    if state is None:
+        return Begun()
+    tensors, values = state
+    fold.load_state(tensors, values["folded"], {name: p.detach() for name, p in wanted.items()})
+    vars(report).update(values["report"])
+    vars(now).update({key: values[key] for key in vars(now) if key in values})
+    passes = f" of pass {now.number + 1} of {report.passes}" if report.passes > 1 else ""
+    partial.say(f"{partial.file}: continuing after {values['done']} samples{passes}.")
+    return Begun(*(values[key] for key in Begun._fields))
 
 
 def _groups(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,6 @@ from holdfast.attribution.options import AttributionReport
 from holdfast.attribution.targets import Batch, correct, initial_lambda, make_batch, module_names
 from holdfast.attribution.trace import RuleSet, SamplesMixedError, Trace
 from holdfast.errors import ConservationError, ModelError, NoCorrectSampleError, UnruledOperationError
-from holdfast.resume import Partial, State
 from holdfast.tasks.encode import Encoded
 
 
@@ -40,11 +39,24 @@ class Job:
     max_samples: int | None
 
 
+class Begun(NamedTuple):
+    """How far a pass is: rows that are done, which of them were used, parameters that were reached."""
+
+    done: int = 0
+    used: Sequence[int] = ()
+    reached: Sequence[str] = ()
+
+
+Save = Callable[[Begun], None]
+
+
 class Pass:
     """One pass over the rows, for one set of parameters.
 
     Attributes
     ----------
+    first : bool
+        Whether it is the first pass, which checks, and finds the samples that count.
     plain : bool
         Take autograd's gradients of one sample at a time, without a map of any layer.
     """
@@ -56,9 +68,10 @@ class Pass:
         fold: Fold,
         wanted: Mapping[str, nn.Parameter],
         report: AttributionReport,
-        check: bool,
+        first: bool,
     ) -> None:
-        self.model, self.job, self.report, self.check = model, job, report, check
+        self.model, self.job, self.report, self.first = model, job, report, first
+        self.check = first and job.rules != "gradient"
         self.wanted, self.plain = dict(wanted), False
         self.maps = WeightMaps(model, wanted, fold, factor=1.0 if job.halves == "none" else 0.5)
         self.weights = {name: parameter.detach() for name, parameter in wanted.items()}
@@ -67,36 +80,48 @@ class Pass:
         self._checked: int | None = None  # where the batch began that was checked
 
     def run(
-        self, rows: Sequence[Encoded], tell: Callable[[int], None], partial: Partial | None = None
+        self,
+        rows: Sequence[Encoded],
+        tell: Callable[[int], None],
+        begun: Begun,
+        save: Save | None = None,
     ) -> list[int]:
-        """Attribute the rows, or those that `partial` leaves; returns the indices of those that were used."""
-        job = self.job
-        first_pass = not self.report.samples_seen
-        begin, used = (0, []) if partial is None else self._resume(partial)
+        """Attribute the rows, or those that are left; returns the indices of those that were used.
+
+        Parameters
+        ----------
+        begun : Begun
+            What a killed pass had done.
+        save : callable, optional
+            Gets the same after each batch.
+        """
+        job, used = self.job, list(begun.used)
+        self.maps.reached = set(begun.reached)
+        self.check = self.check and self.report.conservation_max_relative_error is None
         with torch.inference_mode(False), torch.enable_grad(), attributable(self.model, self.leaves):
             if self.report.one_at_a_time:  # found by an earlier pass, or by the one that this one continues
                 self._one_at_a_time()
-            elif first_pass:
+            elif self.first:
                 self._compare(rows[: job.batch_size])
-            job, shared = self.job, self._shared(partial)
-            starts = range(begin, len(rows), job.batch_size)
+            job, shared = self.job, self._shared(save)
+            starts = range(begun.done, len(rows), job.batch_size)
             for start in world.part(starts) if shared else starts:
                 room = None if job.max_samples is None else job.max_samples - len(used)
                 if room == 0:
                     break
                 part = rows[start : start + job.batch_size]
                 unchecked = self.check
-                used += [start + i for i in self._batch(part, room, first_pass)]
+                used += [start + i for i in self._batch(part, room)]
                 if unchecked and not self.check:
                     self._checked = start
-                if first_pass:
+                if self.first:
                     self.report.samples_seen = start + len(part)
-                if partial is not None and partial.due:
-                    partial.save(*self._state(start + len(part), used))
+                if save is not None:
+                    save(Begun(start + len(part), used, sorted(self.maps.reached)))
                 tell(start + len(part))
             if shared:
                 used = self._unite(used)
-                if first_pass:
+                if self.first:
                     self.report.samples_seen = len(rows)
         if not used:
             raise NoCorrectSampleError(
@@ -130,10 +155,10 @@ class Pass:
             ]
         return ledger, shares
 
-    def _shared(self, partial: Partial | None) -> bool:
+    def _shared(self, save: Save | None) -> bool:
         """Whether each process takes some of the batches."""
         fold: Any = self.maps.fold
-        alone = partial is not None or self.job.max_samples is not None or not hasattr(fold, "unite")
+        alone = save is not None or self.job.max_samples is not None or not hasattr(fold, "unite")
         return world.size() > 1 and not alone and getattr(fold, "any_order", True)
 
     def _unite(self, used: list[int]) -> list[int]:
@@ -230,31 +255,7 @@ class Pass:
             lam = lam * 2  # A starts below the head, R(H^L) = Z: the half that the head takes is given on top
         return batch, logits, lam
 
-    def _state(self, done: int, used: list[int]) -> State:
-        tensors, folded = self.maps.fold.state()  # type: ignore[attr-defined]
-        reached = sorted(self.maps.reached)
-        return tensors, {
-            "done": done,
-            "used": used,
-            "folded": folded,
-            "reached": reached,
-            "report": vars(self.report),
-        }
-
-    def _resume(self, partial: Partial) -> tuple[int, list[int]]:
-        """Take back what `_state` gave; returns where to begin, and the rows that are used already."""
-        state = partial.load()
-        if state is None:
-            return 0, []
-        tensors, values = state
-        self.maps.fold.load_state(tensors, values["folded"], self.weights)  # type: ignore[attr-defined]
-        self.maps.reached = set(values["reached"])
-        vars(self.report).update(values["report"])
-        self.check = self.check and self.report.conservation_max_relative_error is None
-        partial.say(f"{partial.file}: continuing after {values['done']} samples.")
-        return values["done"], values["used"]
-
-    def _batch(self, rows: Sequence[Encoded], room: int | None, choose: bool) -> list[int]:
+    def _batch(self, rows: Sequence[Encoded], room: int | None) -> list[int]:
         if self.plain:
             for name, grad in self._plain_gradients(rows[0]).items():
                 self.maps.reached.add(name)
@@ -263,7 +264,7 @@ class Pass:
         job, ledger = self.job, Ledger() if self.check else None
         batch, logits_STV, lam_STV = self._answer(rows, self.maps, ledger)
         right_S = torch.ones(len(rows), dtype=torch.bool, device=logits_STV.device)
-        if job.correct_only and choose:
+        if job.correct_only and self.first:
             right_S = correct(logits_STV.detach(), batch.answer_ST)
         selected = right_S.nonzero().flatten()[:room]
         if not len(selected):

@@ -105,8 +105,14 @@ def prior_costs(
     ]
     if REGISTRY[options.name].needs_data:
         folded = getattr(options, "folded", 1)
-        maps = options.batch_size * largest + folded * elements
-        costs.append(Cost("per-sample maps (one layer at a time) and fold", maps * 4))
+        fold = folded * elements * 4
+        if budget := getattr(
+            options, "memory_budget", None
+        ):  # of what is not folded yet; then one number each
+            fold = min(fold, budget + elements * 4)
+        costs.append(
+            Cost("per-sample maps (one layer at a time) and fold", options.batch_size * largest * 4 + fold)
+        )
     return costs
 
 

@@ -110,13 +110,15 @@ class TopKMean:
     def state(self) -> State:
         """What is folded so far; the tensors are the fold's own memory."""
         filled = {name: held.slots[: len(held.scales)] for name, held in self._states.items()}
-        return filled, {name: [held.scales, held.merged] for name, held in self._states.items()}
+        values = {name: [held.scales, held.merged] for name, held in self._states.items()}
+        return {**filled, **self._means}, {**values, **dict.fromkeys(self._means)}
 
     def load_state(
         self, tensors: Mapping[str, Tensor], values: Mapping[str, Any], weights: Mapping[str, Tensor]
     ) -> None:
         """Take back what `state` gave; `weights` are the current ones by name."""
-        for name, (scales, merged) in values.items():
+        self._means = {name: tensors[name] for name, held in values.items() if held is None}
+        for name, (scales, merged) in ((n, held) for n, held in values.items() if held is not None):
             filled_KN, weight = tensors[name], weights[name]
             slots = torch.empty((self.k, weight.numel()), dtype=filled_KN.dtype, device=weight.device)
             slots[: len(filled_KN)] = filled_KN
@@ -186,7 +188,9 @@ class _MeanFold:
 
     def state(self) -> State:
         """What is folded so far; the tensors are the fold's own memory."""
-        return {name: s[0] for name, s in self._sums.items()}, {name: s[2] for name, s in self._sums.items()}
+        sums = {name: s[0] for name, s in self._sums.items()}
+        values = {name: s[2] for name, s in self._sums.items()}
+        return {**sums, **self._means}, {**values, **dict.fromkeys(self._means)}
 
     def load_state(
         self, tensors: Mapping[str, Tensor], values: Mapping[str, Any], weights: Mapping[str, Tensor]
@@ -194,6 +198,9 @@ class _MeanFold:
         """Take back what `state` gave; `weights` are the current ones by name."""
         for name, count in values.items():
             weight = weights[name]
+            if count is None:
+                self._means[name] = tensors[name].to(weight.device, copy=True)
+                continue
             self._sums[name] = (tensors[name].to(weight.device, copy=True), weight, count)
 
     def unite(self, weights: Mapping[str, Tensor]) -> None:

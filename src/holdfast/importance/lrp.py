@@ -29,6 +29,9 @@ class LrpOptions(AttributionOptions, _Lrp):
     top_k: int | None = Field(None, ge=1, description="topk only: K of eq. 11 (default 8)")
     samples: int = Field(128, ge=1, description="examples looked at, drawn by the run's seed")
     batch_size: int = Field(8, ge=1, description="examples a pass; no effect on the result")
+    memory_budget: int | None = Field(
+        None, ge=1, description="bytes that the fold may take; more passes over the data stay below it"
+    )
     correct_only: bool = Field(
         True, description="only examples that the model answers right, as A does; all if there are none"
     )
@@ -62,6 +65,7 @@ def lrp(inputs: Inputs, options: LrpOptions) -> Computed:
             fold=fold,
             parameters=inputs.parameters,
             batch_size=options.batch_size,
+            memory_budget=options.memory_budget,
             pad_id=inputs.pad_id,
             correct_only=correct_only,
             progress=inputs.progress,

@@ -35,7 +35,7 @@ from holdfast.learner.harness import Harness, check_askable
 from holdfast.learner.keep import thin
 from holdfast.learner.known import ABOUT, TEST, read_about, read_task, write_task
 from holdfast.learner.learning import Learning
-from holdfast.learner.ownership import began_new, claim, rebuilt
+from holdfast.learner.ownership import FIXED, began_new, check_learned_under, claim, rebuilt
 from holdfast.learner.skills import Skills, read_skills
 from holdfast.models import is_encoder_decoder, load_model, load_weights, save_model
 from holdfast.progress import Progress
@@ -253,6 +253,8 @@ class Learner:
                 f"{last}: its weights are not kept (`keep: last` keeps those of the last two tasks), so the "
                 "learner can't be had as it was then."
             )
+        if settings := read_about(last).get("settings"):
+            check_learned_under(self.config, self.folder.path, last, settings)
         try:
             load_weights(self.model, last / "model")
         except (RuntimeError, ValueError, KeyError) as error:
@@ -340,7 +342,8 @@ class Learner:
             self._longest[name] = self._encoded[name].max_new_tokens
         answers = {"answer_tokens": self._longest.get(name, 0)}
         with self.stage(stage, asked) as learning:
-            write_task(learning.folder, task, {**(about or {}), **known, **answers})
+            settings = {"settings": self.config.model_dump(mode="json", include=set(FIXED))}
+            write_task(learning.folder, task, {**(about or {}), **known, **answers, **settings})
             yield learning
         self.tests.append(Task(name, (), task.test, metric, task.options))
         self.digests[name] = digest

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from holdfast.config import write_recorded
+from holdfast.config import validate, write_recorded
 from holdfast.environment import describe_environment
 from holdfast.errors import HoldfastError, ModelError, RunDirectoryError
 from holdfast.folder import LOCK, Folder
@@ -16,6 +17,8 @@ from holdfast.names import canonical_name
 from holdfast.storage import write_json
 from holdfast.tasks import toy_tokenizer
 
+ENVIRONMENT = "environment.json"
+FIXED = ("strategy", "replay", "protect_base", "template", "seed")  # what can't be another later
 TRAINED = "trained.json"  # of a model that was made in a script: which weights are trained
 
 
@@ -30,6 +33,8 @@ def claim(folder: Folder, config: LearnerConfig, model: Any, new_adapter: bool) 
     path = folder.path
     if begun(path):
         _check_same(recorded_config(path, {}), config, path)
+        if not (path / ENVIRONMENT).exists():
+            write_json(path / ENVIRONMENT, describe_environment(config.seed))
         return
     others = _strangers(path)
     if others:
@@ -41,7 +46,7 @@ def claim(folder: Folder, config: LearnerConfig, model: Any, new_adapter: bool) 
     if config.model is None:
         names = [canonical_name(n) for n, p in model.named_parameters() if p.requires_grad]
         write_json(path / TRAINED, {"trained": names, "new_adapter": new_adapter})
-    write_json(path / "environment.json", describe_environment(config.seed))
+    write_json(path / ENVIRONMENT, describe_environment(config.seed))
     values = config.model_dump(mode="json", include=set(LearnerConfig.model_fields))
     write_recorded(path / CONFIG, values)
 
@@ -55,27 +60,57 @@ def began_new(path: Path) -> bool:
 
 
 def begun(path: Path) -> bool:
-    """Whether anything was begun in a learner's folder; before that another configuration may take it."""
+    """Whether anything was begun in a learner's folder; before that another configuration may take it.
+
+    Raises
+    ------
+    RunDirectoryError
+        Something was, and its configuration is gone.
+    """
     folder = Folder(path)
     stages = folder.parts(STAGES) or folder.partial(STAGES)
+    if stages and not (path / CONFIG).is_file():
+        raise RunDirectoryError(
+            f"{path / CONFIG}: is missing, and {stages[-1]} was learned under what it said. Put it back "
+            "from a copy, or choose another folder."
+        )
     return (path / CONFIG).is_file() and bool(stages or _strangers(path))
 
 
 def _strangers(path: Path) -> list[str]:
     """What lies in a folder beside that which a learner writes before its first task."""
-    ours = {LOCK, CONFIG, TRAINED, STAGES, "environment.json"}
+    ours = {LOCK, CONFIG, TRAINED, STAGES, ENVIRONMENT}
     return sorted(p.name for p in path.iterdir() if p.name[0] != "." and p.name not in ours)
 
 
 def _check_same(recorded: LearnerConfig, config: LearnerConfig, path: Path) -> None:
     """What was begun under one strategy can't go on under another."""
-    for part in ("strategy", "replay", "protect_base", "template", "seed"):
-        before, now = getattr(recorded, part), getattr(config, part)
-        if before != now:
-            raise RunDirectoryError(
-                f"{path}: what was learned here has another {part} ({before!r} there, {now!r} here). Go on "
-                "with the one there (holdfast.Learner.load does), or choose another folder."
-            )
+    for part, before, now in _differing(recorded, config):
+        raise RunDirectoryError(
+            f"{path}: what was learned here has another {part} ({before!r} there, {now!r} here). Go on "
+            "with the one there (holdfast.Learner.load does), or choose another folder."
+        )
+
+
+def check_learned_under(config: LearnerConfig, path: Path, stage: Path, settings: Mapping[str, Any]) -> None:
+    """See that a folder's configuration is still the one that its last task was learned under.
+
+    Raises
+    ------
+    RunDirectoryError
+        It was replaced by another.
+    """
+    for part, before, now in _differing(validate(LearnerConfig, settings, str(stage)), config):
+        raise RunDirectoryError(
+            f"{path / CONFIG}: has another {part} than {stage.name} was learned under ({before!r} then, "
+            f"{now!r} now). Put the right one back from a copy."
+        )
+
+
+def _differing(before: LearnerConfig, now: LearnerConfig) -> Iterator[tuple[str, Any, Any]]:
+    for part in FIXED:
+        if getattr(before, part) != getattr(now, part):
+            yield part, getattr(before, part), getattr(now, part)
 
 
 def rebuilt(path: Path, config: LearnerConfig) -> tuple[Any, Any]:
