@@ -8,9 +8,9 @@ optimizer of its own; all take their steps in turn within one process, and each 
 one beside it: the median (of `every 8` the mean).
 
 Floor of a whole step, W weights of maps with I inputs and T tokens a step; plain 6 W T and what head and
-attention take. By weight 16 bytes a weight. By inputs in its coordinates 6 W I more, on the weights 4 W I
-at each n-th step. So a hold in its coordinates costs I / T of the maps' part of a step: little where T is
-thousands, as in training on GPUs, and much at the second shape (0.77). `floor` counts products alone.
+attention take. By weight 16 bytes a weight. By inputs 4 W I more: in its coordinates at each step, on the
+weights at each n-th. So a hold in its coordinates costs 2 I / 3 T of the maps' part of a step: little where T
+is thousands, as in training on GPUs, and much at the second shape (0.51). `floor` counts products alone.
 
 `ratio` is by inputs in its coordinates (the default), base-4m's shapes. The last line is one JSON object.
 """
@@ -76,7 +76,7 @@ def floors(model: LlamaForCausalLM, tokens: int) -> dict[str, float]:
     weights = sum(p.numel() for p in maps.values())
     weighed = sum(p.numel() * p.shape[dims[n]] for n, p in maps.items())
     plain = 6 * (weights + model.lm_head.weight.numel()) * tokens
-    extra = {"by inputs": 6.0, "by inputs, on the weights": 4, "by inputs, on the weights, every 8": 4 / 8}
+    extra = {"by inputs": 4.0, "by inputs, on the weights": 4, "by inputs, on the weights, every 8": 4 / 8}
     return {hold: round(1 + extra.get(hold, 0) * weighed / plain, 3) for hold in HOLDS}
 
 

@@ -10,8 +10,8 @@ the model writes itself over replay of 100 kept rows a task: as many rows are tr
 learns its prompts too, in order to write them.
 
 Floor. A step has 32 rows of about 20 tokens, T = 640, and maps have I = 190 inputs on average: the
-rotations of the hold's coordinates are I / T = 0.30 of the maps' products, once a step. Samples: 128 of
-2,000 that are trained on, at 0.85 of a pass each, 0.05. With the 500 tokens a row that are usual, both
+two rotations of the hold's coordinates are 2 I / 3 T = 0.20 of the maps' products, once a step. Samples: 128
+of 2,000 that are trained on, at 0.85 of a pass each, 0.05. With the 500 tokens a row that are usual, both
 are 25 times less.
 
 The last line is one JSON object.
