@@ -140,14 +140,14 @@ def _same(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 DAMAGES = ("truncated", "flipped", "deleted", "another's")
-_RATED = "holdfast.strategies.context.compute_prior"  # once a task, when it is trained
+_ASKED = "holdfast.learner.learner.evaluate_encoded"  # once a test set, when a task is trained and rated
 
 
 def _run_to(place: Path, seed: int, die: bool = False) -> Ended:
-    """To the end, or until the second task is trained."""
+    """To the end, or until the second task is trained; the base and the first were asked two sets each."""
     config = written(place)
     config.write_text(config.read_text().replace("seed: 0", f"seed: {seed}"))
-    return holdfast("run", config, cwd=place.parent, die=(_RATED, 2) if die else None)
+    return holdfast("run", config, cwd=place.parent, die=(_ASKED, 5) if die else None)
 
 
 def _learn_to(place: Path, seed: int, die: bool = False) -> Ended:
@@ -161,7 +161,7 @@ def _learn_to(place: Path, seed: int, die: bool = False) -> Ended:
         ended = holdfast("learn", "may.jsonl", *new, cwd=place.parent)
     if ended.code == 0:
         ended = holdfast(
-            "learn", "june.jsonl", *how[:2], *SHORT, cwd=place.parent, die=(_RATED, 1) if die else None
+            "learn", "june.jsonl", *how[:2], *SHORT, cwd=place.parent, die=(_ASKED, 1) if die else None
         )
     return ended
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -62,6 +63,14 @@ def revision_of(folder: Path) -> str | None:
     if changed is None:
         return f"{revision}-unchecked"
     return f"{revision}-dirty" if changed else revision
+
+
+def environment_recorded(file: Path) -> bool:
+    """Whether a file tells of an environment; one that is missing or torn is written anew."""
+    try:
+        return bool(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return False
 
 
 def _git(folder: Path, settings: Mapping[str, str], *arguments: str) -> str | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.config import validate, write_recorded
-from holdfast.environment import describe_environment
+from holdfast.environment import describe_environment, environment_recorded
 from holdfast.errors import HoldfastError, ModelError, RunDirectoryError
 from holdfast.folder import LOCK, Folder
 from holdfast.learner.config import CONFIG, STAGES, LearnerConfig, recorded_config
@@ -33,7 +33,7 @@ def claim(folder: Folder, config: LearnerConfig, model: Any, new_adapter: bool) 
     path = folder.path
     if begun(path):
         _check_same(recorded_config(path, {}), config, path)
-        if not (path / ENVIRONMENT).exists():
+        if not environment_recorded(path / ENVIRONMENT):
             write_json(path / ENVIRONMENT, describe_environment(config.seed))
         return
     others = _strangers(path)

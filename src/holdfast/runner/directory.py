@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from holdfast import world
 from holdfast.config import read_recorded, write_recorded
+from holdfast.environment import environment_recorded
 from holdfast.errors import RunDirectoryError
 from holdfast.folder import LOCK, PARTIAL, Folder
 from holdfast.runner.config import RunConfig
@@ -58,7 +59,7 @@ class RunDirectory(Folder):
                 "tasks.order that begins with the one there would go on.)"
             )
         if path.exists() and self._has_begun():
-            if not self.conflicts(config) and (self.path / "environment.json").exists():
+            if not self.conflicts(config) and environment_recorded(self.path / "environment.json"):
                 return
         else:
             ours = {LOCK, "environment.json", "config.yaml"}  # what a run leaves that never began
