@@ -71,7 +71,8 @@ def test_no_program_that_a_repository_names_is_run(
     (checkout / "a.txt").write_text("two")  # as long as before: git must look into it
     assert revision_of(checkout) == f"{head}-dirty"
     assert not sprung.exists()
-    for command in (["describe", "--always", "--dirty"], ["add", "a.txt"]):  # the first may not write its index
+    # the first alone may not write its index
+    for command in (["describe", "--always", "--dirty"], ["add", "a.txt"]):
         subprocess.run(["git", "-C", str(checkout), *command], check=False)
     assert sprung.exists(), "the trap itself doesn't work"
 
