@@ -11,6 +11,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 from trl import SFTTrainer
 
+from by_hand import answer_logits
 from holdfast import Learner
 from holdfast.config import validate
 from holdfast.errors import ConfigError
@@ -60,13 +61,7 @@ def shaken(model: Any) -> Any:
 
 def log_p(model: Any, row: Encoded) -> torch.Tensor:
     """At the answer's tokens of one row without padding, float64."""
-    if model.config.is_encoder_decoder:
-        decoder = torch.tensor([[model.config.decoder_start_token_id, *row.completion_ids[:-1]]])
-        logits = model(input_ids=torch.tensor([row.prompt_ids]), decoder_input_ids=decoder).logits[0]
-    else:
-        ids = torch.tensor([row.prompt_ids + row.completion_ids])
-        logits = model(input_ids=ids).logits[0, len(row.prompt_ids) - 1 : -1]
-    return logits.double().log_softmax(-1)
+    return answer_logits(model, row).double().log_softmax(-1)
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama-lora", "gpt2", "t5"])

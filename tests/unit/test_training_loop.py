@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from by_hand import answer_logits
 from contexts import verbs
 from holdfast.errors import ConfigError
 from holdfast.hold import Handle
@@ -56,13 +57,7 @@ def loss_by_hand(model: Any, rows: Sequence[Encoded]) -> torch.Tensor:
     """Row by row, no padding: the mean over all answer tokens of minus the log-probability."""
     terms = []
     for row in rows:
-        if model.config.is_encoder_decoder:
-            decoder = torch.tensor([[model.config.decoder_start_token_id, *row.completion_ids[:-1]]])
-            logits = model(input_ids=torch.tensor([row.prompt_ids]), decoder_input_ids=decoder).logits[0]
-        else:
-            ids = torch.tensor([row.prompt_ids + row.completion_ids])
-            logits = model(input_ids=ids).logits[0, len(row.prompt_ids) - 1 : -1]
-        log_probability = logits.log_softmax(-1)
+        log_probability = answer_logits(model, row).log_softmax(-1)
         terms += [-log_probability[t, token] for t, token in enumerate(row.completion_ids)]
     return torch.stack(terms).mean()
 

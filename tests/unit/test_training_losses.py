@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
+from by_hand import answer_logits
 from holdfast import Learner
 from holdfast.base import Base, adapter_is_new
 from holdfast.config import validate
@@ -57,13 +58,7 @@ def base_of(model: Any) -> Base:
 
 def answers(model: Any, row: Encoded) -> torch.Tensor:
     """Log-probabilities at the answer's tokens of one row without padding, float64."""
-    if model.config.is_encoder_decoder:
-        decoder = torch.tensor([[model.config.decoder_start_token_id, *row.completion_ids[:-1]]])
-        logits = model(input_ids=torch.tensor([row.prompt_ids]), decoder_input_ids=decoder).logits[0]
-    else:
-        ids = torch.tensor([row.prompt_ids + row.completion_ids])
-        logits = model(input_ids=ids).logits[0, len(row.prompt_ids) - 1 : -1]
-    return logits.double().log_softmax(-1)
+    return answer_logits(model, row).double().log_softmax(-1)
 
 
 def loss_of_bridge(
