@@ -106,9 +106,8 @@ def prior_costs(
     if REGISTRY[options.name].needs_data:
         folded = getattr(options, "folded", 1)
         fold = folded * elements * 4
-        if budget := getattr(
-            options, "memory_budget", None
-        ):  # of what is not folded yet; then one number each
+        budget = getattr(options, "memory_budget", None)
+        if budget:  # of what is not folded yet; then one number each
             fold = min(fold, budget + elements * 4)
         costs.append(
             Cost("per-sample maps (one layer at a time) and fold", options.batch_size * largest * 4 + fold)
