@@ -39,9 +39,9 @@ from holdfast.hold import Anchor
 from holdfast.hold.attach import hook
 from holdfast.hold.basis import Whole
 from holdfast.hold.inputs import Coordinates, Inputs
-from holdfast.hold.spectrum import eigenvectors
 from holdfast.importance.aggregate import SquareMean
 from holdfast.importance.inputs import InputsOptions, moments_of_inputs
+from holdfast.importance.moments import eigenvectors
 from holdfast.importance.prior import ImportancePrior
 from holdfast.importance.registry import Inputs as Rated
 from holdfast.models import block_parameters, input_dims

@@ -14,7 +14,6 @@ from torch import Tensor
 from holdfast.errors import ConfigError
 from holdfast.hold import Anchor
 from holdfast.hold.basis import Leading, Whole, basis_of
-from holdfast.hold.spectrum import leading
 from holdfast.importance.prior import ImportancePrior
 
 CPU = torch.device("cpu")
@@ -60,26 +59,6 @@ def test_all_directions_are_the_matrix_itself() -> None:
     assert isinstance(basis_of(u_II, device=CPU, dtype=torch.float64), Whole)
 
 
-def test_rank_keeps_the_largest_values_and_the_mean_of_the_others() -> None:
-    c_I, basis_II = torch.tensor([1.0, 2, 3, 4, 30, 60]), drawn(6, 6, 1)
-    kept_I, kept_IK = leading(c_I, basis_II, 2)
-    assert kept_I.tolist() == [60, 30, 2.5, 2.5, 2.5, 2.5]
-    torch.testing.assert_close(kept_IK, basis_II[:, [5, 4]])
-
-
-@pytest.mark.parametrize(("values", "rank"), [([0, 0, 0, 0.5, 0.5, 99], 1), ([0, 0, 0, 0.5, 20, 80], 2)])
-def test_auto_keeps_as_few_as_have_99_percent_of_the_trace(values: list[float], rank: int) -> None:
-    assert leading(torch.tensor(values), drawn(6, 6, 1), "auto")[1].shape == (6, rank)
-
-
-@pytest.mark.parametrize("rank", [3, 6, 9, "auto", None])
-def test_half_of_the_directions_or_more_are_all_of_them(rank: Any) -> None:
-    c_I, basis_II = torch.ones(6), drawn(6, 6, 1)
-    kept_I, kept_II = leading(c_I, basis_II, rank)
-    assert kept_I is c_I
-    assert kept_II is basis_II
-
-
 @pytest.mark.parametrize("coordinates", ["inputs", "weights"])
 def test_held_by_rank_moves_as_the_spectrum_with_the_others_mean_says(coordinates: Any) -> None:
     """Under gradient descent, whose steps don't depend on coordinates: Δ ← Δ U diag(1 − ηλc) Uᵀ."""
@@ -87,7 +66,8 @@ def test_held_by_rank_moves_as_the_spectrum_with_the_others_mean_says(coordinate
     weights = dict(model.named_parameters())
     start = {name: weights[name].detach().clone() for name in NAMES}
     optimizer = torch.optim.SGD(model.parameters(), lr=ETA)
-    handle = Anchor(prior, strength=2.0, rank=2, coordinates=coordinates).attach(model, optimizer)
+    hold = Anchor(prior.leading(2), strength=2.0, coordinates=coordinates)
+    handle = hold.attach(model, optimizer)
     change = {name: torch.zeros_like(start[name]) for name in NAMES}
     moved = whole = 0.0
     for step in range(3):
@@ -112,4 +92,4 @@ def test_held_by_rank_moves_as_the_spectrum_with_the_others_mean_says(coordinate
 
 def test_a_rank_of_a_prior_by_weight_is_refused() -> None:
     with pytest.raises(ConfigError, match="`rank` counts directions of a map's inputs"):
-        Anchor(ImportancePrior({"w": torch.ones(2, 2)}), rank=1)
+        ImportancePrior({"w": torch.ones(2, 2)}).leading(1)

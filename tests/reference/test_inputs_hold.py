@@ -257,8 +257,9 @@ def test_killed_training_goes_on_bit_for_bit(
     def begin(model: nn.Module, reference: dict[str, Tensor]) -> torch.optim.Optimizer:
         optim = torch.optim.AdamW(model.parameters(), lr=1e-2)
         tell_total_rate(optim, None, 10)
-        how = {**strength, "every": every, "rank": rank, "coordinates": coordinates}
-        hold = Anchor(moments(), **how, reference=reference)
+        prior = moments() if rank is None else moments().leading(rank)
+        how = {**strength, "every": every, "coordinates": coordinates}
+        hold = Anchor(prior, **how, reference=reference)
         hold.attach(model, optim)
         return optim
 

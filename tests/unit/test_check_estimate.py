@@ -36,17 +36,20 @@ def model(lora: bool = False) -> Any:
 
 
 @pytest.mark.parametrize("rank", [None, 3])
-def test_eigenvectors_are_what_the_hold_keeps_of_them(rank: int | None) -> None:
+def test_prior_and_eigenvectors_take_what_is_said(rank: int | None) -> None:
     made = model()
     names = block_parameters(made)
     prior = ImportancePrior(
-        {n: torch.eye(p.shape[1]) + torch.ones(p.shape[1], p.shape[1]) for n, p in names.items()},
+        {n: torch.diag(torch.arange(1.0, p.shape[1] + 1)) for n, p in names.items()},
         {"kind": "inputs"},
     )
-    anchor = Anchor(prior, strength=1.0, rank=rank)
+    prior = prior if rank is None else prior.leading(rank)
+    anchor = Anchor(prior, strength=1.0)
     anchor.attach(made, torch.optim.SGD(names.values(), lr=0.1))
     kept = held_by(anchor.spectrum.directions.values())
-    costs = {cost.what: cost.size for cost in prior_costs(made, InputsOptions(), rank=rank)}
+    costs = {cost.what: cost.size for cost in prior_costs(made, InputsOptions(rank=rank))}
+    (size,) = (size for what, size in costs.items() if "prior" in what)
+    assert size == held_by(prior.tensors.values())
     (size,) = (size for what, size in costs.items() if "eigenvectors" in what)
     wide = 1.5 if rank is None else 2.0  # in float32: the matrix, or two of K columns
     assert size == kept * wide

@@ -26,7 +26,7 @@ from holdfast.hold.inputs import Coordinates, Inputs
 from holdfast.hold.operator import Operator, Rate
 from holdfast.hold.region import Region
 from holdfast.hold.schedule import TOTAL
-from holdfast.hold.spectrum import Rank, Spectrum
+from holdfast.hold.spectrum import Spectrum
 from holdfast.hold.strength import mean_of, warn_if_pull_is_faint
 from holdfast.hold.unheld import Unheld
 from holdfast.importance.prior import ImportancePrior, Kind
@@ -63,12 +63,6 @@ class AnchorOptions(Options):
     coordinates: Literal["inputs", "weights"] | None = Field(
         None, description="in which the optimizer steps; importance `inputs` only (default: inputs)"
     )
-    rank: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
-        None,
-        description="importance `inputs` only: how many directions of a map are told apart, the others are "
-        "held by their mean (default: all; auto: those with 99 % of the trace). Cheaper where it is well "
-        "below half of a map's inputs",
-    )
 
     @model_validator(mode="after")
     def _one_unit(self) -> AnchorOptions:
@@ -98,11 +92,6 @@ class AnchorOptions(Options):
             raise ConfigError(
                 "anchor: coordinates 'inputs' need a prior of the kind 'inputs' (importance: inputs); a "
                 "prior by weight is diagonal in the weights themselves. Leave it out."
-            )
-        if kind == "weights" and self.rank is not None:
-            raise ConfigError(
-                "anchor: `rank` counts directions of a map's inputs, which a prior by weight doesn't have. "
-                "Use importance: inputs, or leave it out."
             )
         changed: dict[str, Any] = {}
         if self.strength is None and self.pull is None:
@@ -140,9 +129,6 @@ class Anchor:
     coordinates : {"inputs", "weights"}, optional
         Of the kind ``inputs`` only. ``inputs`` (default): the optimizer itself steps in the basis of C, see
         `holdfast.hold.inputs.Coordinates`. ``weights``: it steps as without a hold.
-    rank : int or "auto", optional
-        Of the kind ``inputs`` only: how many directions of a map are told apart, see
-        `holdfast.hold.spectrum.leading`. All by default.
     reference : mapping of str to Tensor, optional
         θ*, by canonical name; copies of the weights at `attach` when omitted.
 
@@ -151,8 +137,9 @@ class Anchor:
     By weight: where η·λ·I ≥ 1 the weight equals θ* bit for bit after every step. Memory, in the parameters'
     dtype: I and θ* (2 values per protected weight), and temporarily η·λ·I for at most 64 M weights at a time.
     In 16-bit dtypes a pull below the weight's own rounding is lost, like any small update there. By inputs:
-    see `Inputs`; memory θ*, U (I² float32 a map, or 2 I K), and with coordinates ``inputs`` θ* U and Z. The
-    state of `every` is in the optimizer's parameter groups, so that it goes into checkpoints.
+    see `Inputs`; memory θ*, U (I² float32 a map; 2 I K where the prior has K directions of it), and with
+    coordinates ``inputs`` θ* U and Z. The state of `every` is in the optimizer's parameter groups, so that it
+    goes into checkpoints.
     """
 
     def __init__(
@@ -164,12 +151,11 @@ class Anchor:
         bound: float | None = None,
         every: int = 1,
         coordinates: Literal["inputs", "weights"] | None = None,
-        rank: Rank | None = None,
         reference: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.prior = prior
         values: dict[str, Any] = {"strength": strength, "pull": pull, "bound": bound, "every": every}
-        values |= {"coordinates": coordinates, "rank": rank}
+        values |= {"coordinates": coordinates}
         self.options = validate(AnchorOptions, values, "Anchor").resolved(prior.kind)
         self.reference = reference
         self.learning_rate: float | None = None  # the largest seen, for the summary
@@ -181,7 +167,7 @@ class Anchor:
     def spectrum(self) -> Spectrum:
         """The prior, scaled to mean 1; matrices are scaled on the way, without a copy of all of them."""
         prior = self.prior if self.prior.kind == "inputs" else self.prior.mean_normalised()
-        return Spectrum.of(prior, self.options.rank)
+        return Spectrum.of(prior)
 
     @property
     def _scale(self) -> float:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from holdfast.errors import ConfigError
+from holdfast.importance.moments import is_whole
 from holdfast.importance.prior import ImportancePrior
 from holdfast.importance.seeding import seed_for
 from holdfast.names import layer_of, module_of
@@ -53,7 +54,7 @@ def apply_control(prior: ImportancePrior, control: Control = "none", seed: int =
     if control == "none":
         return prior
     if prior.kind == "inputs":
-        tensors = _of_matrices(prior.mean_normalised().tensors, control, seed)
+        tensors = _of_moments(prior.mean_normalised().tensors, control, seed)
     elif control == "permuted":
         tensors = {name: _shuffled(tensor, name, seed) for name, tensor in prior.tensors.items()}
     else:
@@ -69,21 +70,34 @@ def apply_control(prior: ImportancePrior, control: Control = "none", seed: int =
     return ImportancePrior(tensors, {**prior.meta, "control": control, "control_seed": seed})
 
 
-def _of_matrices(moments: dict[str, Tensor], control: Control, seed: int) -> dict[str, Tensor]:
-    """Controls of matrices that have mean eigenvalue 1 each, so that the mean of any of them is 1."""
+def _of_moments(moments: dict[str, Tensor], control: Control, seed: int) -> dict[str, Tensor]:
+    """Controls of moments that have mean eigenvalue 1 each, so that the mean of any of them is 1."""
     if control == "permuted":
-        return {name: _rotated(c_II, name, seed) for name, c_II in moments.items()}
-    return {name: torch.eye(len(c_II)) * float(c_II.any()) for name, c_II in moments.items()}
+        return {name: _rotated(c, name, seed) for name, c in moments.items()}
+    return {name: _alike(c) for name, c in moments.items()}
 
 
-def _rotated(c_II: Tensor, name: str, seed: int) -> Tensor:
+def _rotated(c: Tensor, name: str, seed: int) -> Tensor:
     """The same eigenvalues on the columns of a random rotation."""
     generator = torch.Generator().manual_seed(seed_for(name, seed))
-    q_II, r_II = torch.linalg.qr(torch.randn(c_II.shape, generator=generator, dtype=torch.float64))
-    q_II *= r_II.diagonal().sign()  # else not uniform over rotations
-    c_I = torch.linalg.eigvalsh(c_II.double())
-    rotated_II = (q_II * c_I) @ q_II.t()
+    shape = c.shape if is_whole(c) else (c.shape[1], len(c) - 1)
+    q_IK, r_KK = torch.linalg.qr(torch.randn(shape, generator=generator, dtype=torch.float64))
+    q_IK *= r_KK.diagonal().sign()  # else not uniform over rotations
+    if not is_whole(c):
+        lengths_K1 = torch.linalg.vector_norm(c[:-1].double(), dim=1, keepdim=True)
+        return torch.cat([(lengths_K1 * q_IK.t()).float(), c[-1:]])
+    c_I = torch.linalg.eigvalsh(c.double())
+    rotated_II = (q_IK * c_I) @ q_IK.t()
     return ((rotated_II + rotated_II.t()) / 2).float()
+
+
+def _alike(c: Tensor) -> Tensor:
+    """The same in all directions; of zeros zeros."""
+    if is_whole(c):
+        return torch.eye(len(c)) * float(c.any())
+    rows = torch.zeros_like(c)
+    rows[-1] = float(c.any())
+    return rows
 
 
 def _shuffled(tensor: Tensor, name: str, seed: int) -> Tensor:

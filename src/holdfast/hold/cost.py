@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from holdfast.hold.spectrum import Rank, columns
+from holdfast.importance.moments import Rank, Sketch, columns
 from holdfast.importance.registry import REGISTRY
 from holdfast.models import block_parameters, input_dims
+
+_RANK = 256  # directions of a map that are plenty for wide ones
 
 
 class Cost(NamedTuple):
@@ -62,7 +64,6 @@ def prior_costs(
     model: nn.Module,
     options: Any,
     kept: int = 1,
-    rank: Rank | None = None,
     weights: Sequence[nn.Parameter] | None = None,
 ) -> list[Cost]:
     """Of computing priors and protecting weights by them.
@@ -73,13 +74,11 @@ def prior_costs(
         Of an importance.
     kept : int
         How many priors act at the same time, each with a mechanism of its own.
-    rank : int or "auto", optional
-        How many directions of a map the mechanism tells apart; how few ``auto`` needs is not known before.
     weights : sequence of Parameter, optional
         What is rated weight by weight, beside another prior; by default all that the importance can.
     """
     if REGISTRY[options.name].kind == "inputs":
-        return _inputs_costs(model, kept, rank)
+        return _inputs_costs(model, kept, options.rank)
     beside = weights is not None
     if weights is None:
         weights = list(REGISTRY[options.name].rated(model).values())
@@ -116,21 +115,35 @@ def prior_costs(
 
 
 def _inputs_costs(model: nn.Module, kept: int, rank: Rank | None) -> list[Cost]:
+    """How few directions ``auto`` needs is not known before: it counts as all."""
     dims, weights = input_dims(model), block_parameters(model)
     maps = [(p.shape[dims[name]], p) for name, p in weights.items() if name in dims]
-    squares = sum(inputs * inputs for inputs, _ in maps)
+    number = rank if isinstance(rank, int) else None
+    widths = [(inputs, columns(inputs, number)) for inputs, _ in maps]
+    sizes = [4 * inputs * (inputs if k == inputs else k + 1) for inputs, k in widths]
     elements = sum(p.numel() for _, p in maps)
-    return [
-        Cost("prior (one matrix a linear map, float32, on the CPU)", kept * squares * 4),
+    costs = [
+        Cost(
+            "prior (a matrix a linear map, float32, on the CPU)",
+            kept * sum(sizes),
+            f"more than the weights that it holds; strategy.importance.rank={_RANK} keeps that many "
+            "directions of each map."
+            if number is None and sum(sizes) > 4 * elements
+            else "",
+        ),
         Cost(
             "its eigenvectors (float64 on the CPU, float32 beside the weights)",
-            kept * sum(_basis_bytes(inputs, rank) for inputs, _ in maps),
+            kept * sum(_basis_bytes(inputs, k) for inputs, k in widths),
         ),
         Cost("hold (reference, and the change in rotated coordinates)", kept * 4 * 3 * elements),
     ]
+    if number is not None:
+        sketch = Sketch(number)
+        made = sum(4 * i * (sketch.rows if sketch.takes(i) else i) for i, k in widths if k < i)
+        costs.insert(1, Cost("the sums that its directions are of", made))
+    return costs
 
 
-def _basis_bytes(inputs: int, rank: Rank | None) -> int:
+def _basis_bytes(inputs: int, kept: int) -> int:
     """K directions in float64, and what multiplies by them in float32: the matrix, or two of K columns."""
-    kept = columns(inputs, rank if isinstance(rank, int) else None)
     return inputs * kept * (8 + 4 if kept == inputs else 8 + 2 * 4)

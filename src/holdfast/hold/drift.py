@@ -13,6 +13,7 @@ from holdfast import world
 from holdfast.errors import ConfigError, PriorMismatchError
 from holdfast.hold.basis import Basis
 from holdfast.hold.inputs import outputs_first, square_lengths
+from holdfast.importance.moments import energy
 from holdfast.importance.prior import ImportancePrior, parameters_by_name
 from holdfast.models import input_dims
 
@@ -76,14 +77,13 @@ def drift(prior: ImportancePrior, model: nn.Module, reference: Mapping[str, Tens
         raise PriorMismatchError(f"drift: model or reference lack the linear map '{missing[0]}'.")
     moved: dict[str, float] = {}
     whole: dict[str, float] = {}
-    for name, c_II in prior.mean_normalised().tensors.items():
+    for name, c in prior.mean_normalised().tensors.items():
         # of a sharded weight the rows that are here: the meter is a sum over rows
         before, now = reference[name].detach(), world.local(named[name].detach())
         before = (before if before.shape == now.shape else world.like(before, named[name])).double()
         change = now.double() - before.to(now.device)
-        c_II = c_II.double().to(change.device)
-        moved[name] = _moment(outputs_first(change, dims[name]), c_II)
-        whole[name] = _moment(outputs_first(before.to(change.device), dims[name]), c_II)
+        moved[name] = energy(outputs_first(change, dims[name]), c)
+        whole[name] = energy(outputs_first(before.to(change.device), dims[name]), c)
     return relative(moved, whole, any(world.is_sharded(named[name]) for name in moved))
 
 
@@ -162,8 +162,3 @@ def _numbers(scalars: list[Tensor]) -> list[float]:
         for index, number in zip(indices, torch.stack([scalars[i] for i in indices]).tolist(), strict=True):
             found[index] = number
     return found
-
-
-def _moment(weight_OI: Tensor, c_II: Tensor) -> float:
-    """tr(W C Wᵀ)."""
-    return float(((weight_OI @ c_II) * weight_OI).sum())

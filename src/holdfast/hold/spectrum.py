@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +16,9 @@ from holdfast.hold.drift import Meter, Rotated
 from holdfast.hold.elementwise import Elementwise
 from holdfast.hold.inputs import Inputs
 from holdfast.hold.operator import Operator
-from holdfast.importance.prior import ImportancePrior, mean_eigenvalue_one
+from holdfast.importance.moments import mean_eigenvalue_one, spectrum
+from holdfast.importance.prior import ImportancePrior
 from holdfast.models import input_dims
-
-Rank = int | Literal["auto"]
-_KEPT = 0.99  # of a map's trace, by `auto`
 
 
 @dataclass(frozen=True)
@@ -33,10 +30,10 @@ class Spectrum:
     prior : ImportancePrior
     values : dict of str to Tensor
         By canonical name. Of a prior by weight its tensors. Of the kind ``inputs`` the eigenvalues (I,) of C,
-        scaled to mean 1: ascending; with a rank the K largest, descending, and then the mean of the others.
+        scaled to mean 1, see `holdfast.importance.moments.spectrum`.
     directions : dict of str to Tensor
-        Of the kind ``inputs``: eigenvectors in columns, float64: all (I, I), or the K largest ones'.
-        Otherwise empty.
+        Of the kind ``inputs``: eigenvectors in columns, float64: all (I, I), or the K largest ones' where
+        the prior has no more. Otherwise empty.
     """
 
     prior: ImportancePrior
@@ -44,21 +41,14 @@ class Spectrum:
     directions: dict[str, Tensor]
 
     @classmethod
-    def of(cls, prior: ImportancePrior, rank: Rank | None = None) -> Spectrum:
-        """The prior as it is; matrices are scaled to mean eigenvalue 1 and decomposed, in float64.
-
-        Parameters
-        ----------
-        rank : int or "auto", optional
-            Of the kind ``inputs``: how many directions of a map are told apart, see `leading`.
-        """
+    def of(cls, prior: ImportancePrior) -> Spectrum:
+        """The prior as it is; moments are scaled to mean eigenvalue 1 and decomposed, in float64."""
         if prior.kind == "weights":
             return cls(prior, prior.tensors, {})
         values, directions = {}, {}
-        for name, c_II in prior.tensors.items():
-            c_I, basis_II = eigenvectors(mean_eigenvalue_one(c_II))
-            c_I, directions[name] = leading(c_I.clamp(min=0), basis_II, rank)
-            values[name] = c_I.float()
+        for name, c in prior.tensors.items():
+            c_I, directions[name] = spectrum(mean_eigenvalue_one(c))
+            values[name] = c_I.clamp(min=0).float()
         # directions of equal weight are arbitrary, and all processes must step in the same
         world.agree([*values.values(), *directions.values()])
         return cls(prior, values, directions)
@@ -119,51 +109,6 @@ class Spectrum:
 
         sharded = any(p is not o for c in chunks for p, o in zip(c.parameters, c.owners, strict=True))
         return Meter(maps, sharded)
-
-
-def columns(inputs: int, rank: int | None) -> int:
-    """How many directions of a map are told apart: K, or all where K is half of them or more."""
-    return inputs if rank is None or 2 * rank >= inputs else rank
-
-
-def leading(c_I: Tensor, basis_II: Tensor, rank: Rank | None) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors, the smaller ones' values replaced by their mean.
-
-    Parameters
-    ----------
-    c_I, basis_II : Tensor
-        Ascending, and in columns.
-    rank : int or "auto", optional
-        K. ``auto``: as few as have 99 % of the trace. A map for which K is half of its inputs or more keeps
-        all, which costs no more.
-
-    Returns
-    -------
-    Tensor (I,), Tensor (I, K)
-        The K largest, descending, and then the mean of the others; or all, as they were.
-    """
-    size = len(c_I)
-    if rank == "auto":
-        beyond_I = c_I.cumsum(0)  # of the smallest 1, 2, ...
-        rank = size - int((beyond_I <= (1 - _KEPT) * beyond_I[-1]).sum())
-    rank = columns(size, rank)
-    if rank == size:
-        return c_I, basis_II
-    mean = c_I[: size - rank].mean()
-    return torch.cat([c_I[size - rank :].flip(0), mean.expand(size - rank)]), basis_II[:, size - rank :].flip(
-        1
-    )
-
-
-def eigenvectors(c_II: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (I,), ascending, and U (I, I) of a symmetric matrix, in float64, on the matrix's device.
-
-    They are made on the GPU where there is one.
-    """
-    device = "cuda" if torch.cuda.is_available() else c_II.device
-    # a copy: the last bits of a decomposition may depend on how a file's memory is aligned
-    values_I, basis_II = torch.linalg.eigh(c_II.to(device, torch.float64, copy=True))
-    return values_I.to(c_II.device), basis_II.to(c_II.device)
 
 
 def _below_one(exact: Tensor, placed: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from holdfast.errors import PriorMismatchError
+from holdfast.importance.moments import whole
 from holdfast.importance.prior import ImportancePrior, Kind
 from holdfast.names import Block, block_of, order_of
 
@@ -82,7 +83,7 @@ def agreement(
             "Compare priors of one kind."
         )
     for name in sorted(first.tensors.keys() | second.tensors.keys()):
-        shapes = [tuple(p.tensors[name].shape) if name in p.tensors else None for p in (first, second)]
+        shapes = [None if (s := p.shapes.get(name)) is None else tuple(s) for p in (first, second)]
         if shapes[0] != shapes[1]:
             had = " and ".join("nothing" if s is None else f"shape {s}" for s in shapes)
             raise PriorMismatchError(
@@ -124,8 +125,9 @@ def pairwise_by_block(
             continue
         size = values[0].numel()
         if kind == "inputs":
-            chosen = sampled(len(values[0]), None if sample is None else WIDTH, seed)
-            moments = [value.detach() for value in values]
+            moments = [whole(value.detach()) for value in values]
+            size = moments[0].numel()
+            chosen = sampled(len(moments[0]), None if sample is None else WIDTH, seed)
             found = compare_moments([c if chosen is None else c[chosen][:, chosen] for c in moments], top)
         else:
             chosen = sampled(size, sample, seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -20,6 +20,7 @@ from holdfast.attribution.engine import (
 )
 from holdfast.attribution.targets import Batch, make_batch
 from holdfast.config import Options
+from holdfast.importance.moments import Rank, Sketch, columns, cut
 from holdfast.importance.registry import Computed, Inputs, register, sample_counts
 from holdfast.importance.right_rows import of_right_rows
 from holdfast.importance.seeding import sample, seed_for
@@ -63,6 +64,12 @@ class InputsOptions(Options):
         "there are none), or all",
     )
 
+    rank: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+        None,
+        description="how many directions of a map are kept apart, all others by their mean (default: all; "
+        "auto: those with 99 % of the trace). A map for which it is half of the inputs or more keeps all",
+    )
+
     @model_validator(mode="after")
     def _only_what_applies(self) -> InputsOptions:
         if self.correct_only is not None and self.weighting not in ("relevance", "gradient"):
@@ -86,15 +93,19 @@ class InputMoments:
         1e-8; 1e-16 of squares), the sample adds nothing to this map.
     shuffled : int or None
         Seed by which each sample's r is given to other tokens of it (padding excluded).
+    rank : int or "auto", optional
+        How many directions of a map `result` keeps apart, see `holdfast.importance.moments.cut`. Of a map
+        with more than 4 K + 1 inputs C is never made: a `Sketch` of it is summed.
 
     Notes
     -----
-    Memory: I² values a map, float32 (float64 for a float64 model). r and the sum are computed in that type.
-    Of a sum only what is right of the diagonal counts until `result`.
+    Memory: I² values a map, or (4 K + 1) I, float32 (float64 for a float64 model). r and the sum are computed
+    in that type. Of a sum of C only what is right of the diagonal counts until `result`.
     """
 
-    def __init__(self, weighting: Weighting, shuffled: int | None = None) -> None:
-        self.weighting, self.shuffled = weighting, shuffled
+    def __init__(self, weighting: Weighting, shuffled: int | None = None, rank: Rank | None = None) -> None:
+        self.weighting, self.shuffled, self.rank = weighting, shuffled, rank
+        self._sketch = Sketch(rank) if isinstance(rank, int) else None
         self._sums: dict[str, Tensor] = {}
         self._counts: Counter[str] = Counter()
 
@@ -121,13 +132,21 @@ class InputMoments:
         if len(at_N) < len(share_N):  # padding, prompts: they add nothing
             x_NI, share_N = x_NI[at_N], share_N[at_N]
         y_NI = x_NI.to(share_N.dtype) * share_N.sqrt()[:, None]
+        sketch = self._sketch_of(size)
         if name not in self._sums:
-            self._sums[name] = y_NI.new_zeros(size, size)
-        total_II, width = self._sums[name], -(-size // ROW_BLOCKS)
+            self._sums[name] = y_NI.new_zeros(size if sketch is None else sketch.rows, size)
+        total, width = self._sums[name], -(-size // ROW_BLOCKS)
         with products_for({x_STI.dtype}):
-            for i in range(0, size, width):
-                total_II[i : i + width, i:].addmm_(y_NI[:, i : i + width].t(), y_NI[:, i:])
+            if sketch is not None:
+                sketch.add(total, y_NI)
+            else:
+                for i in range(0, size, width):
+                    total[i : i + width, i:].addmm_(y_NI[:, i : i + width].t(), y_NI[:, i:])
         self._counts[name] += len(x_STI)
+
+    def _sketch_of(self, inputs: int) -> Sketch | None:
+        """What sums a map of this width in place of C, if anything does."""
+        return self._sketch if self._sketch is not None and self._sketch.takes(inputs) else None
 
     def _shuffle(self, name: str, weight_ST: Tensor, real_ST: Tensor) -> Tensor:
         shuffled_ST, first = weight_ST.clone(), self._counts[name]
@@ -156,14 +175,14 @@ class InputMoments:
 
     def unite(self, weights: Mapping[str, Tensor]) -> None:
         """Add up what all processes have folded."""
-        like = world.union({name: (len(total), total.dtype) for name, total in self._sums.items()})
-        for name, (size, dtype) in like.items():
+        like = world.union({name: (tuple(total.shape), total.dtype) for name, total in self._sums.items()})
+        for name, (shape, dtype) in like.items():
             if name not in self._sums:
-                self._sums[name] = torch.zeros(size, size, dtype=dtype, device=weights[name].device)
+                self._sums[name] = torch.zeros(shape, dtype=dtype, device=weights[name].device)
         world.add_up(self._sums[name] for name in like)
 
     def result(self, sizes: Mapping[str, int], samples: int) -> dict[str, Tensor]:
-        """Canonical name to C, (I, I), symmetric; zeros for a map that nothing reached.
+        """Canonical name to C, symmetric, or its leading directions; zeros for a map that nothing reached.
 
         Parameters
         ----------
@@ -174,12 +193,16 @@ class InputMoments:
         """
         found = {}
         for name, size in sizes.items():
-            total_II = self._sums.get(name)
-            if total_II is None:
-                found[name] = torch.zeros(size, size)
+            total, sketch = self._sums.pop(name, None), self._sketch_of(size)
+            kept = columns(size, self.rank if isinstance(self.rank, int) else None)
+            if total is None:
+                found[name] = torch.zeros(size if kept == size else kept + 1, size)
+            elif sketch is not None:
+                found[name] = sketch.result(total / max(samples, 1))
             else:
-                upper_II = total_II.triu() / max(samples, 1)
-                found[name] = (upper_II + upper_II.triu(1).t()).float()
+                upper_II = total.triu() / max(samples, 1)
+                c_II = (upper_II + upper_II.triu(1).t()).float()
+                found[name] = c_II if self.rank is None else cut(c_II, self.rank)
         return found
 
 
@@ -199,7 +222,8 @@ def moments_of_inputs(inputs: Inputs, options: InputsOptions) -> Computed:
     parameters = {name: p for name, p in inputs.parameters.items() if name in dims}
     sizes = {name: p.shape[dims[name]] for name, p in parameters.items()}
     rows = sample(inputs.rows, options.samples, inputs.seed)
-    fold = InputMoments(options.weighting, inputs.seed if options.control != "none" else None)
+    shuffled = inputs.seed if options.control != "none" else None
+    fold = InputMoments(options.weighting, shuffled, options.rank)
     if options.weighting in _FORWARD_ONLY:
         _forward_only(inputs, parameters, rows, fold, options)
         seen = {"samples_seen": len(rows), "samples_used": len(rows)}

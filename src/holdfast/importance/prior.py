@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from holdfast import world
 from holdfast.errors import ConfigError, DataError, PriorMismatchError
+from holdfast.importance import moments
 from holdfast.importance.reading import Top, bars, block_means, frame, largest, table
 from holdfast.models import block_parameters, fingerprints, input_dims
 from holdfast.names import canonical_name
@@ -54,7 +55,8 @@ class ImportancePrior:
     ----------
     tensors : dict of str to Tensor
         Canonical parameter name to importance: float32, on the CPU, of the parameter's shape; of the kind
-        ``inputs``, of a linear map's weight, the second moment C (I, I) of the map's inputs that matter.
+        ``inputs``, of a linear map's weight, the second moment C (I, I) of the map's inputs that matter, or
+        its K leading directions, (K + 1, I), see `holdfast.importance.moments`.
     meta : dict
         JSON-able record: ``importance``, ``options``, ``tasks``, ``samples_seen``, ``samples_used``,
         ``seconds``, ``model_digest``, ``weights`` (a fingerprint of each parameter), for `lrp`
@@ -158,6 +160,35 @@ class ImportancePrior:
         """``weights``: a number for each weight. ``inputs``: a matrix (I, I) for each linear map."""
         return "inputs" if self.meta.get("kind") == "inputs" else "weights"
 
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Of each tensor; of the kind ``inputs`` (I, I) of each map, in whatever form its moment is kept."""
+        by_inputs = self.kind == "inputs"
+        return {n: moments.shape_of(t) if by_inputs else t.shape for n, t in self.tensors.items()}
+
+    def leading(self, rank: moments.Rank) -> ImportancePrior:
+        """Of the kind ``inputs``: each map's K leading directions, and the mean of the rest for all others.
+
+        Parameters
+        ----------
+        rank : int or "auto"
+            K; a map for which it is half of the inputs or more stays whole. ``auto``: as few as have 99 % of
+            the map's trace.
+
+        Raises
+        ------
+        ConfigError
+            The prior is by weight, or K is below 1.
+        """
+        if self.kind != "inputs":
+            raise ConfigError(
+                "leading: `rank` counts directions of a map's inputs, which a prior by weight doesn't have. "
+                "Compute one with the importance 'inputs'."
+            )
+        if rank != "auto" and rank < 1:
+            raise ConfigError(f"leading: got rank={rank}. Allowed: 'auto', or at least 1.")
+        return ImportancePrior({n: moments.cut(c, rank) for n, c in self.tensors.items()}, self.meta)
+
     def mean_normalised(self) -> ImportancePrior:
         """The prior clipped at 0 (eq. 12's [x]+) and scaled so that its mean over all elements is 1.
 
@@ -169,7 +200,7 @@ class ImportancePrior:
         however many others are merged with it.
         """
         if self.kind == "inputs":
-            scaled = {name: mean_eigenvalue_one(c_II) for name, c_II in self.tensors.items()}
+            scaled = {name: moments.mean_eigenvalue_one(c) for name, c in self.tensors.items()}
             return ImportancePrior(scaled, {**self.meta, "unit": "mean"})
         if self.meta.get("unit") == "mean":
             return self
@@ -234,16 +265,19 @@ class ImportancePrior:
                 "merge: how='max' is element by element, and the maximum of two second moments so taken is "
                 "none. Allowed for the kind 'inputs': sum, mean."
             )
-        shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
         for number, other in enumerate(everyone[1:], start=2):
-            _compare(other.tensors, shapes, f"prior {number} of the merge", "the first prior")
+            _compare(other.shapes, self.shapes, f"prior {number} of the merge", "the first prior")
         # a prior that is a mean already counts as often as it has parts, so tasks can be joined one by one
         parts = [int(p.meta.get("parts", 1)) if how == "mean" else 1 for p in everyone]
         merged: dict[str, Tensor] = {}
-        for name, tensor in self.tensors.items():
-            result = tensor * parts[0]
-            for other, count in zip(everyone[1:], parts[1:], strict=True):
-                value = other.tensors[name]
+        for name in self.tensors:
+            values = [p.tensors[name] for p in everyone]
+            if kinds[0] == "inputs":
+                result = moments.summed(values, parts)
+                merged[name] = result if how == "sum" else moments.scaled(result, 1 / sum(parts))
+                continue
+            result = values[0] * parts[0]
+            for value, count in zip(values[1:], parts[1:], strict=True):
                 result = torch.maximum(result, value) if how == "max" else result.add_(value, alpha=count)
             if how == "max":
                 result = result.clamp_(min=0)
@@ -278,7 +312,7 @@ class ImportancePrior:
             whole = bool(self.meta.get("whole_maps"))
             needed = {n for n in needed & dims.keys() if not (whole and self._has_its_map(n))}
         expected = {name: s for name, s in all_shapes.items() if name in needed or name in self.tensors}
-        _compare(self.tensors, expected, "the prior", f"the model ({type(model).__name__})")
+        _compare(self.shapes, expected, "the prior", f"the model ({type(model).__name__})")
         self._check_values(model)
 
     def covers(self, name: str) -> bool:
@@ -403,19 +437,13 @@ def default_merge(kind: Kind) -> Literal["max", "sum"]:
     return "sum" if kind == "inputs" else "max"
 
 
-def mean_eigenvalue_one(c_II: Tensor) -> Tensor:
-    """A second moment scaled to mean eigenvalue 1; of zeros it comes back as it is."""
-    trace = c_II.diagonal().sum(dtype=torch.float64).item()
-    return (c_II.double() * (len(c_II) / trace)).float() if trace > 0 else c_II
-
-
-def _compare(got: Mapping[str, Tensor], expected: Mapping[str, torch.Size], what: str, whom: str) -> None:
+def _compare(got: Mapping[str, torch.Size], expected: Mapping[str, torch.Size], what: str, whom: str) -> None:
     missing = [name for name in expected if name not in got]
     unexpected = [name for name in got if name not in expected]
     shapes = [
-        f"{name} {tuple(got[name].shape)} instead of {tuple(shape)}"
+        f"{name} {tuple(got[name])} instead of {tuple(shape)}"
         for name, shape in expected.items()
-        if name in got and got[name].shape != shape
+        if name in got and got[name] != shape
     ]
     if not (missing or unexpected or shapes):
         return

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from holdfast.errors import ConfigError
+from holdfast.importance.moments import diagonal, shape_of
 from holdfast.names import block_of
 
 if TYPE_CHECKING:
@@ -43,8 +44,8 @@ def block_name(name: str) -> str:
 
 
 def values_of(tensor: Tensor, inputs: bool) -> Tensor:
-    """What is compared of a tensor: all of it; of a second moment C (I, I) its diagonal (I,)."""
-    return tensor.diagonal() if inputs else tensor
+    """What is compared of a tensor: all of it; of a second moment C the diagonal (I,)."""
+    return diagonal(tensor) if inputs else tensor
 
 
 def largest(tensors: Mapping[str, Tensor], inputs: bool, count: int) -> list[Top]:
@@ -81,7 +82,7 @@ def table(tensors: Mapping[str, Tensor], inputs: bool) -> list[dict[str, Any]]:
             {
                 "name": name,
                 "block": block_name(name),
-                "shape": "x".join(map(str, tensor.shape)),
+                "shape": "x".join(map(str, shape_of(tensor) if inputs else tensor.shape)),
                 "values": values.numel(),
                 "mean": float(values.mean(dtype=torch.float64)),
                 "max": float(values.max()),

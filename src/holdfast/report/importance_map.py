@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import DataError
+from holdfast.importance.moments import diagonal
 from holdfast.importance.prior import Kind
 from holdfast.names import Block, block_of, module_of, order_of
 
@@ -54,7 +55,7 @@ def importance_map(path: Path) -> ImportanceMap:
             if block is None:
                 continue
             tensor = tensors.get_tensor(name)
-            tensor = tensor if by_weight else tensor.diagonal()
+            tensor = tensor if by_weight else diagonal(tensor)
             cell = totals[block, module_of(name)]
             cell[0] += tensor.abs().double().sum().item()
             cell[1] += tensor.numel()

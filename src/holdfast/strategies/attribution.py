@@ -171,8 +171,7 @@ class Attribution(Strategy):
     def estimate(self, model: nn.Module, stream: TaskStream) -> Estimate:
         """The prior, and what acts on it; and the models of one task each."""
         alone = [(len(task.train), None) for task in stream if self.options.prior_from == "single_task"]
-        rank = getattr(self.options.mechanism, "rank", None)
-        costs = prior_costs(model, self.options.importance, rank=rank)
+        costs = prior_costs(model, self.options.importance)
         if self.options.kind == "inputs":
             dims = input_dims(model)
             maps = ImportancePrior({n: p.data for n, p in block_parameters(model).items() if n in dims})

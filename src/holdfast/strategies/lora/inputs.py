@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from holdfast.adapters import lora_layers
 from holdfast.attribution.targets import make_batch
 from holdfast.hold.cost import Cost
+from holdfast.importance.moments import spectrum
 from holdfast.models import evaluating
 from holdfast.tasks.encode import Encoded
 
@@ -63,23 +64,30 @@ def leading(moment_DD: Tensor) -> tuple[Tensor, Tensor]:
     return values_D.flip(0).clamp(min=0), columns_DD.flip(1).T
 
 
-def freed(rows_RD: Tensor, moment_DD: Tensor, pull: float) -> Tensor:
+def freed(rows_RD: Tensor, moment: Tensor, pull: float) -> Tensor:
     """Rows turned towards what old inputs leave free: each times (1 + pull · C)⁻¹, its norm as before.
 
     Parameters
     ----------
-    moment_DD : Tensor
-        C, of any scale: its mean eigenvalue counts as 1. Of zeros the rows come back.
+    moment : Tensor
+        C, of any scale and form (`holdfast.importance.moments`): its mean eigenvalue counts as 1. Of zeros
+        the rows come back.
     pull : float
         A row keeps about 1 / pull of its part along a direction of mean importance; of a projector and
         without end it keeps nothing of what is held.
     """
-    values_D, directions_DD = leading(moment_DD.double().to(rows_RD.device))
+    values_D, directions_DK = spectrum(moment.to(rows_RD.device))
+    values_D = values_D.clamp(min=0)
     mean = float(values_D.mean())
     if mean <= 0:
         return rows_RD
+    known = directions_DK.shape[1]
     wide_RD = rows_RD.double()
-    free_RD = (wide_RD @ directions_DD.T / (1 + pull * values_D / mean)) @ directions_DD
+    inside_RK = wide_RD @ directions_DK
+    free_RD = (inside_RK / (1 + pull * values_D[:known] / mean)) @ directions_DK.T
+    if known < len(directions_DK):  # the others' mean holds what is beside them
+        beside_RD = wide_RD - inside_RK @ directions_DK.T
+        free_RD += beside_RD / (1 + pull * values_D[known] / mean)
     sizes_R = wide_RD.norm(dim=1) / free_RD.norm(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
     return (free_RD * sizes_R[:, None]).to(rows_RD.dtype)
 

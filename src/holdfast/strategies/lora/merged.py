@@ -23,6 +23,7 @@ from holdfast.hold import Handle, Protection
 from holdfast.hold.cost import Cost
 from holdfast.hold.drift import Drift
 from holdfast.importance import ImportancePrior
+from holdfast.importance.moments import energy, mean_eigenvalue_one
 from holdfast.importance.prior import FREE
 from holdfast.models import input_dims
 from holdfast.records import AdapterRanks
@@ -162,11 +163,8 @@ class Merged:
             under_OI = (weight.t() if layer.fan_in_fan_out else weight).double()
             began_OI = scale * (b0_OR.double() @ a0_RI.double())
             change_OI = scale * (b_OR.double() @ a_RI.double()) - began_OI
-            c_II = prior.tensors[name].double().to(weight.device)
-            c_II = c_II * (len(c_II) / trace if (trace := float(c_II.trace())) > 0 else 0.0)
-            moved[name], whole[name] = (
-                float(((w_OI @ c_II) * w_OI).sum()) for w_OI in (change_OI, under_OI + began_OI)
-            )
+            c = mean_eigenvalue_one(prior.tensors[name])
+            moved[name], whole[name] = (energy(w_OI, c) for w_OI in (change_OI, under_OI + began_OI))
         maps = {name: moved[name] / whole[name] if whole[name] > 0 else 0.0 for name in moved}
         return Drift(maps, sum(moved.values()) / (sum(whole.values()) or 1.0))
 
