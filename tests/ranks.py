@@ -83,6 +83,7 @@ def folds(dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
         ("squares", SquareMean(per_weight=True)),
         ("largest", TopKMean(3)),
         ("relevance", InputMoments("relevance")),
+        ("sketches", InputMoments("relevance", rank=2)),
     ):
         if name != "largest":
             fold.finish = lambda: None  # type: ignore[union-attr] - means are rounded to float32
@@ -197,4 +198,4 @@ def fully_sharded(model: Any) -> None:
 
 
 # compared to 1e-10; in the others something is float32 whatever the model is
-WHOLLY_DOUBLE = ("squares", "relevance", *STRATEGIES, *HOLDS)
+WHOLLY_DOUBLE = ("squares", "relevance", "sketches", *STRATEGIES, *HOLDS)

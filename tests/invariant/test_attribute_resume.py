@@ -25,6 +25,7 @@ from kills import Killed, dying
 TOP_K = ("lrp", ["aggregate=topk", "top_k=3", "correct_only=false"])
 ABSOLUTE = ("lrp", ["aggregate=absolute", "correct_only=false"])
 FISHER = ("fisher", [])
+SKETCHES = ("inputs", ["rank=3", "correct_only=false"])
 DUE = resume.Partial.due
 
 
@@ -97,6 +98,14 @@ def test_killed_attribution_ends_bit_identical(what: Any, at: int, bench: Bench)
     done = (1 if what is FISHER else 2) * (at - 1)
     assert any(f"continuing after {done} sample" in line for line in bench.said), bench.said
     assert sorted(p.name for p in (bench.folder / "broken").iterdir()) == ["prior.json", "prior.safetensors"]
+
+
+def test_killed_sketches_end_bit_identical(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("holdfast.importance.inputs.FULL_PASS", 1)
+    whole = bench.attribute("whole", *SKETCHES)
+    assert bench.kill("broken", *SKETCHES, at=5).is_file()
+    assert bench.attribute("broken", *SKETCHES) == whole
+    assert bench.batches == 2, "what was done is not done again"
 
 
 @pytest.mark.parametrize("what", [TOP_K, ABSOLUTE], ids=["topk", "absolute"])

@@ -17,8 +17,9 @@ from kills import Killed, kill_when
 from tiny_runs import tiny_run
 
 
-def config_of(output: Path, **mechanism: Any) -> RunConfig:
-    strategy = {"name": "attribution", "importance": "inputs", "mechanism": {"name": "anchor", **mechanism}}
+def config_of(output: Path, rank: int | None = None, **mechanism: Any) -> RunConfig:
+    importance = {"name": "inputs", "rank": rank}
+    strategy = {"name": "attribution", "importance": importance, "mechanism": {"name": "anchor", **mechanism}}
     values = tiny_run(output, strategy=strategy)
     values["tasks"] = {**values["tasks"], "train_rows": 16, "test_rows": 2}
     values["training"] = {
@@ -45,7 +46,9 @@ def moved(folder: Path) -> list[list[tuple[int, float]]]:
 
 
 @pytest.mark.parametrize(
-    "mechanism", [{}, {"every": 2, "coordinates": "weights"}], ids=["defaults", "every 2"]
+    "mechanism",
+    [{}, {"every": 2, "coordinates": "weights"}, {"rank": 3}],
+    ids=["defaults", "every 2", "rank 3"],
 )
 @pytest.mark.parametrize("call", [11, 14, 17])  # in task 2 after its checkpoint; task 3 before and after it
 def test_run_killed_in_training_ends_bit_identical(
