@@ -17,6 +17,8 @@ from holdfast.records import Prediction
 from holdfast.tasks.encode import Encoded, Encoder
 from holdfast.tasks.task import Task
 
+Scope = Literal["all", "seen", "needed", "last"]
+
 
 class EvaluationOptions(Options):
     """How a model is tested after each task."""
@@ -25,10 +27,11 @@ class EvaluationOptions(Options):
     max_new_tokens: int | None = Field(
         None, ge=1, description="default: the longest answer of the task, plus two tokens"
     )
-    scope: Literal["all", "needed"] = Field(
+    scope: Scope = Field(
         "all",
-        description="all: every task after every stage; needed: only what AP, FWT, BWT and learning accuracy "
-        "need (half the time on four tasks; gaps in the matrix)",
+        description="which tasks after each stage. all: every one; seen: those learned so far (no FWT); "
+        "needed: what AP, FWT, BWT and learning accuracy need, those just learned and the next (half the "
+        "time on four tasks; gaps in the matrix); last: none but after the last stage, so AP alone",
     )
     zero_shot: bool = Field(True, description="score every task before any training (row 0 of the matrix)")
     general: bool = Field(

@@ -12,6 +12,7 @@ import torch
 from holdfast import world
 from holdfast.environment import describe_environment
 from holdfast.errors import RunDirectoryError
+from holdfast.evaluation.evaluate import Scope
 from holdfast.evaluation.harness import courses
 from holdfast.evaluation.metrics import summarise
 from holdfast.evaluation.predictions import file_safe
@@ -101,17 +102,15 @@ class _Run:
         with learner.stage(stage, self._tested_after(stage.index), description) as learning:
             learning.train()
         scores = scores_of(self.directory.path, self.names[stage.index])
-        mean = sum(scores[t.name] or 0.0 for t in stage.tasks) / len(stage.tasks)
+        asked = [score for t in stage.tasks if (score := scores.get(t.name)) is not None]
+        mean = f"score {sum(asked) / len(asked):.1f}, " if asked else ""
         self.progress.say(
             f"  {self.config.title}: learned {stage.name} ({stage.index + 1}/{len(self.stages)}), "
-            f"score {mean:.1f}, {time.perf_counter() - started:.0f} s"
+            f"{mean}{time.perf_counter() - started:.0f} s"
         )
 
     def _tested_after(self, index: int) -> Sequence[Task]:
-        """Which tasks are tested after a stage: under ``scope: needed`` those just learned, and the next."""
-        if self.config.evaluation.scope == "all" or index == len(self.stages) - 1:
-            return self.stream.tasks
-        return needed(self.stages, index)
+        return tested_after(self.stages, index, self.config.evaluation.scope)
 
     def _ask_what_came_later(self, learner: Learner) -> None:
         """Ask earlier models the tasks that have come into the order since, which they were never asked."""
@@ -156,9 +155,17 @@ class _Run:
         return metrics
 
 
-def needed(stages: Sequence[Stage], index: int) -> list[Task]:
-    """What must be asked after a stage for AP, FWT, BWT and learning accuracy."""
-    return [task for stage in stages[index : index + 2] for task in stage.tasks]
+def tested_after(stages: Sequence[Stage], index: int, scope: Scope) -> list[Task]:
+    """Which tasks are tested after a stage; after the last one all of them."""
+    final = index == len(stages) - 1
+    first, behind = {
+        "all": (0, len(stages)),
+        "seen": (0, index + 1),
+        "needed": (index, index + 2),
+        "last": (index, index),
+    }[scope]
+    asked = stages if final else stages[first:behind]
+    return [task for stage in asked for task in stage.tasks]
 
 
 def later(part: str, task: str) -> str:
@@ -201,9 +208,8 @@ def collect_metrics(
     general: dict[str, list[float | None]] = {"kl_base": [], "kl_new": []}
     rows = {0: (ZERO_SHOT, set(tasks))}
     for index, (stage, name) in enumerate(zip(stages, names, strict=True)):
-        every = config.evaluation.scope == "all" or index == len(stages) - 1
         # a stage that was the last one of a shorter stream was asked more
-        asked = set(tasks) if every else {task.name for task in needed(stages, index)}
+        asked = {task.name for task in tested_after(stages, index, config.evaluation.scope)}
         rows[max(position[task.name] for task in stage.tasks)] = (name, asked)
     for row, (part, asked) in rows.items():
         if (path / part / "metrics.json").exists():
