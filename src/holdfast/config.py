@@ -88,16 +88,27 @@ def read_recorded(path: Path) -> Any:
         The file is damaged: torn, or no YAML.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        return recorded_in(path.read_text(encoding="utf-8"), path)
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+
+
+def recorded_in(text: str, path: Path) -> Any:
+    """The same, of the file's text."""
+    try:
         recorded = yaml.safe_load(text)
-        if text.startswith("---") and not text.endswith("...\n"):
-            raise ValueError("its end is missing")
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise RunDirectoryError(
-            f"{path}: damaged ({' '.join(str(error).split())}). It is what this folder was told: put it back "
-            "from a copy, or choose a new folder."
-        ) from error
+    except yaml.YAMLError as error:
+        raise _damaged(path, error) from error
+    if text.startswith("---") and text.split()[-1] != "...":
+        raise _damaged(path, "its end is missing")
     return recorded
+
+
+def _damaged(path: Path, why: object) -> RunDirectoryError:
+    return RunDirectoryError(
+        f"{path}: damaged ({' '.join(str(why).split())}). It is what this folder was told: put it back "
+        "from a copy, or choose a new folder."
+    )
 
 
 class _Loader(yaml.SafeLoader):

@@ -18,6 +18,8 @@ from holdfast.storage import is_disk_error, sha256, write_json, write_text
 
 PARTIAL = ".partial"
 MANIFEST = "manifest.json"
+CONFIG = "config.yaml"  # what a folder was told
+ENVIRONMENT = "environment.json"
 LOCK = "run.lock"
 GONE = ".gone"
 THINNED = "not-kept.txt"  # in a part some files of which were deleted on purpose

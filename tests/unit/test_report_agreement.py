@@ -7,7 +7,8 @@ import torch
 from report_runs import TASKS, write_prior, write_run
 from safetensors.torch import save_file
 
-from holdfast.errors import DataError
+from holdfast.config import write_recorded
+from holdfast.errors import RunDirectoryError
 from holdfast.importance.agreement import agreement
 from holdfast.importance.prior import ImportancePrior
 from holdfast.report.agreement_figures import agreement_block
@@ -126,7 +127,18 @@ def test_a_run_with_one_prior_or_none_is_not_compared(tmp_path):
 def test_a_config_that_is_no_yaml_is_named(tmp_path):
     path = write_run(tmp_path / "r", "gate", protected=True)
     (path / "config.yaml").write_text("strategy: {name: [")
-    with pytest.raises(DataError, match=r"config\.yaml: not readable as YAML"):
+    with pytest.raises(RunDirectoryError, match=r"config\.yaml: damaged"):
+        found_in(path)
+
+
+def test_a_config_that_is_cut_off_is_named(tmp_path):
+    """Of YAML that ends early the beginning is YAML too: a page would show fewer settings than there were."""
+    path = write_run(tmp_path / "r", "gate", protected=True)
+    write_recorded(path / "config.yaml", {"strategy": {"name": "gate"}, "training": {"epochs": 3}})
+    found_in(path)
+    text = (path / "config.yaml").read_text()
+    (path / "config.yaml").write_text(text[: text.index("training")])
+    with pytest.raises(RunDirectoryError, match=r"config\.yaml: damaged \(its end is missing\)"):
         found_in(path)
 
 

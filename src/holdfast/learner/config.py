@@ -11,13 +11,13 @@ from pydantic import BeforeValidator, Field, model_validator
 from holdfast.config import MAX_SEED, Options, read_recorded, validate
 from holdfast.errors import RunDirectoryError
 from holdfast.evaluation.evaluate import EvaluationOptions
+from holdfast.folder import CONFIG
 from holdfast.models import ModelOptions
 from holdfast.strategies import STRATEGIES, StrategyOptions
 from holdfast.tasks import Template
 from holdfast.tasks.memory import RehearsalOptions, WritingOptions
 from holdfast.training.options import TrainingOptions
 
-CONFIG = "config.yaml"  # in a learner's folder: what it was told
 STAGES = "tasks"  # there: what it learned
 
 

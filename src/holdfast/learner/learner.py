@@ -26,10 +26,10 @@ from holdfast.evaluation.general import Divergence
 from holdfast.evaluation.predictions import file_safe, write_predictions
 from holdfast.evaluation.surprise import most_surprising, surprises
 from holdfast.evaluation.writing import write_rows
-from holdfast.folder import PARTIAL, Folder
+from holdfast.folder import CONFIG, PARTIAL, Folder
 from holdfast.learner.base_task import BASE, BaseTask
 from holdfast.learner.card import model_card, push, write_card
-from holdfast.learner.config import CONFIG, STAGES, LearnerConfig, recorded_config
+from holdfast.learner.config import STAGES, LearnerConfig, recorded_config
 from holdfast.learner.general import General
 from holdfast.learner.harness import Harness, check_askable
 from holdfast.learner.keep import thin

@@ -10,14 +10,13 @@ from typing import Any
 from holdfast.config import validate, write_recorded
 from holdfast.environment import describe_environment, environment_recorded
 from holdfast.errors import HoldfastError, ModelError, RunDirectoryError
-from holdfast.folder import LOCK, Folder
-from holdfast.learner.config import CONFIG, STAGES, LearnerConfig, recorded_config
+from holdfast.folder import CONFIG, ENVIRONMENT, LOCK, Folder
+from holdfast.learner.config import STAGES, LearnerConfig, recorded_config
 from holdfast.models import load_model, load_saved
 from holdfast.names import canonical_name
 from holdfast.storage import write_json
 from holdfast.tasks import toy_tokenizer
 
-ENVIRONMENT = "environment.json"
 FIXED = ("strategy", "replay", "protect_base", "template", "seed")  # what can't be another later
 TRAINED = "trained.json"  # of a model that was made in a script: which weights are trained
 

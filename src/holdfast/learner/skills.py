@@ -10,9 +10,9 @@ from holdfast.errors import RunDirectoryError
 from holdfast.evaluation.harness import courses
 from holdfast.evaluation.metrics import summarise
 from holdfast.evaluation.predictions import read_predictions
-from holdfast.folder import Folder
+from holdfast.folder import CONFIG, Folder
 from holdfast.learner.base_task import BASE
-from holdfast.learner.config import CONFIG, STAGES, recorded_config
+from holdfast.learner.config import STAGES, recorded_config
 from holdfast.learner.known import ABOUT, read_about
 from holdfast.records import StageMetrics
 

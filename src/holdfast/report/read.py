@@ -9,12 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
+from holdfast.config import recorded_in
 from holdfast.errors import DataError
 from holdfast.evaluation.harness import courses
 from holdfast.evaluation.metrics import summarise
 from holdfast.evaluation.predictions import read_predictions
+from holdfast.folder import CONFIG, ENVIRONMENT, MANIFEST
 from holdfast.learner.skills import read_skills
 from holdfast.records import (
     Comparison,
@@ -75,6 +75,8 @@ class RunRecord:
     ----------
     name : str
         How the report calls it; the label, until several runs share one.
+    config : str
+        ``config.yaml`` as it stands there; empty where there is none.
     environment : Environment
         Versions and machine, as the run recorded them; empty when it didn't.
     """
@@ -92,25 +94,23 @@ class RunRecord:
         return self.metrics.strategy == "multitask"
 
     @cached_property
+    def told(self) -> dict[str, Any]:
+        """What is in ``config.yaml``; nothing where there is none."""
+        path = self.path / CONFIG
+        told = recorded_in(self.config, path) if self.config else {}
+        if not isinstance(told, dict):
+            raise DataError(f"{path}: no mapping of sections ({type(told).__name__}). {RunMetrics.again()}")
+        return told
+
+    @cached_property
     def setting(self) -> dict[str, str]:
         """What makes its method: model, training, strategy and replay, key to value; empty if unrecorded."""
-        try:
-            config = yaml.safe_load(self.config) or {}
-        except yaml.YAMLError:
-            return {}
-        if not isinstance(config, dict):
-            return {}
-        return dict(_flat({key: config[key] for key in _METHOD if config.get(key)}, ""))
+        return dict(_flat({key: self.told[key] for key in _METHOD if self.told.get(key)}, ""))
 
     @property
     def prior_from(self) -> str:
         """Which model a task's prior was computed on: "sequential", "single_task", or "" if unrecorded."""
-        try:
-            strategy = (yaml.safe_load(self.config) or {}).get("strategy")
-        except (yaml.YAMLError, AttributeError) as error:
-            raise DataError(
-                f"{self.path / 'config.yaml'}: not readable as YAML ({error}). {RunMetrics.again()}"
-            ) from error
+        strategy = self.told.get("strategy")
         return str(strategy.get("prior_from", "sequential")) if isinstance(strategy, dict) else ""
 
     @property
@@ -165,7 +165,7 @@ def read(path: Path) -> Folder:
     prior = next((p for p in (path / "prior.json", path / "prior" / "prior.json") if p.is_file()), None)
     if prior or (path / "faithfulness.json").is_file():
         return _read_attribution(path, prior)
-    if any((path / part).exists() for part in ("config.yaml", "manifest.json", "tasks", "zero_shot")):
+    if any((path / part).exists() for part in (CONFIG, MANIFEST, "tasks", "zero_shot")):
         raise DataError(
             f"{path}: this run has no metrics.json yet: it stopped before its first evaluation was saved. "
             "Run the same `holdfast run` command again; it continues where it stopped."
@@ -199,14 +199,14 @@ def _read_run(path: Path, metrics: RunMetrics | None = None) -> RunRecord:
         metrics = metrics.model_copy(update={"harness": courses([asked.base, asked.now])})
     folders = sorted(p for p in (path / "tasks").glob("[0-9]*-*") if p.is_dir() and p.suffix != ".partial")
     named = [] if metrics.strategy == "multitask" else metrics.tasks  # a folder's name may be a cleaned one
-    config = path / "config.yaml"
+    config = path / CONFIG
     return RunRecord(
         path=path,
         name=metrics.label,
         metrics=metrics,
         stages=tuple(_read_stage(folder, named) for folder in folders),
         config=_text(config) if config.is_file() else "",
-        environment=_read_if(Environment, path / "environment.json") or Environment(),
+        environment=_read_if(Environment, path / ENVIRONMENT) or Environment(),
     )
 
 

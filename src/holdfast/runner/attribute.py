@@ -11,6 +11,7 @@ from pydantic import Field
 from holdfast.config import MAX_SEED, Options, override, validate
 from holdfast.errors import ConfigError, DataError
 from holdfast.evaluation.evaluate import EvaluationOptions
+from holdfast.folder import CONFIG
 from holdfast.importance import ImportanceOptions, ImportancePrior, compute_prior
 from holdfast.importance.registry import REGISTRY
 from holdfast.models import ModelOptions, is_encoder_decoder, load_model
@@ -128,7 +129,7 @@ def attribute_to_folder(
 def _sections_of(path: Path) -> dict[str, Any]:
     """How a run shapes its prompts and tests its answers."""
     try:
-        config = load_config(path / "config.yaml" if path.is_dir() else path)
+        config = load_config(path / CONFIG if path.is_dir() else path)
     except ConfigError as error:
         raise ConfigError(
             f"--config takes a run's folder, its config.yaml, or a file for `holdfast run`.\n{error}"

@@ -13,7 +13,7 @@ from holdfast import world
 from holdfast.config import read_recorded, write_recorded
 from holdfast.environment import environment_recorded
 from holdfast.errors import RunDirectoryError
-from holdfast.folder import LOCK, PARTIAL, Folder
+from holdfast.folder import CONFIG, ENVIRONMENT, LOCK, PARTIAL, Folder
 from holdfast.runner.config import RunConfig
 from holdfast.storage import write_json
 from holdfast.strategies import build_strategy
@@ -50,7 +50,7 @@ class RunDirectory(Folder):
             directory.release()
 
     def _claim(self, config: RunConfig, environment: dict[str, Any]) -> None:
-        path = self.path / "config.yaml"
+        path = self.path / CONFIG
         hindering = self.hindrances(config)
         if hindering:
             raise RunDirectoryError(
@@ -59,17 +59,17 @@ class RunDirectory(Folder):
                 "tasks.order that begins with the one there would go on.)"
             )
         if path.exists() and self._has_begun():
-            if not self.conflicts(config) and environment_recorded(self.path / "environment.json"):
+            if not self.conflicts(config) and environment_recorded(self.path / ENVIRONMENT):
                 return
         else:
-            ours = {LOCK, "environment.json", "config.yaml"}  # what a run leaves that never began
+            ours = {LOCK, ENVIRONMENT, CONFIG}  # what a run leaves that never began
             strangers = [p.name for p in self.path.iterdir() if p.name not in ours and p.name[0] != "."]
             if strangers:
                 raise RunDirectoryError(
                     f"{self.path}: not empty and not a run directory (found "
                     f"{', '.join(sorted(strangers)[:5])}). Choose a new or empty folder with output=DIR."
                 )
-        write_json(self.path / "environment.json", environment)
+        write_json(self.path / ENVIRONMENT, environment)
         write_recorded(path, config.model_dump(mode="json"))
 
     @classmethod
@@ -79,7 +79,7 @@ class RunDirectory(Folder):
         A look from outside: it neither locks nor writes.
         """
         directory = cls(Path(config.output))
-        path = directory.path / "config.yaml"
+        path = directory.path / CONFIG
         if not path.exists() or not directory._has_begun():
             return []
         return sorted(_differences(config.model_dump(mode="json"), _recorded(path)[0]))
@@ -88,7 +88,7 @@ class RunDirectory(Folder):
     def hindrances(cls, config: RunConfig) -> list[str]:
         """As `conflicts`, of what stands against going on: a longer order of the same tasks does not."""
         different = cls.conflicts(config)
-        recorded = _recorded(Path(config.output) / "config.yaml")[1] if different else None
+        recorded = _recorded(Path(config.output) / CONFIG)[1] if different else None
         longer = recorded is not None and _extends(config, recorded)
         return [line for line in different if not (longer and line.startswith("tasks.order"))]
 

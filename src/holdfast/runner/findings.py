@@ -15,6 +15,7 @@ from rich.console import Console
 
 from holdfast.errors import HoldfastError
 from holdfast.evaluation.audit import audit
+from holdfast.folder import CONFIG
 from holdfast.hold.cost import trained_numbers
 from holdfast.learner.harness import check_askable
 from holdfast.models import is_encoder_decoder, load_model
@@ -125,7 +126,7 @@ def _check_output(config: RunConfig, findings: Findings) -> None:
                 f"output: {output} holds a run with another configuration; different: "
                 f"{', '.join(different)}. Give output=DIR."
             )
-        elif (output / "config.yaml").exists():
+        elif (output / CONFIG).exists():
             findings.remarks.append(f"output: {output} exists; the run there is continued.")
         nearest = next(path for path in (output, *output.absolute().parents) if path.exists())
         if not os.access(nearest, os.W_OK):
