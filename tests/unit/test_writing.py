@@ -111,7 +111,7 @@ class Scripted(nn.Module):
 
 def written(options: WritingOptions, batch_size: int = 3) -> Written:
     model = Scripted(
-        ["a=", "b", "=", "ab=", "a=x", "c=", "d=", "e=", "f=", "g=", "h=", "i=", "j=", "k=", "l=", "m="],
+        ["a=", "b", "=", "ab=", "a=x", "c=", "d=", "e=", *(f"{c}=" for c in "fghijklmnopqrstuvwxyz012")],
         {"copy c=": "no end", "copy d=": "</s>"},
         {"copy e": -2.0},
     )
@@ -133,16 +133,16 @@ def test_what_is_left_out_is_counted_by_its_reason(batch_size: int) -> None:
     found = written(WritingOptions(unsure=-1.0), batch_size)
     assert [row.prompt for row in found.rows] == [f"copy {c}=" for c in "afghijkl"]
     assert [row.completion for row in found.rows] == ["ok"] * 8
-    assert found.written == 16, "8, and 8 more for those that were left out"
+    assert found.written == 32, "8, and as many more as may be: of the first 8 one was kept"
     assert found.unfinished == 2, "'b' has no closing, and the answer to c no end"
     assert found.empty == 2, "no text behind 'copy ', and an empty answer to d"
     assert found.copied == 1, "'copy ab=' is a row that was trained on"
     assert found.repeated == 1, "'a=' came twice"
     assert found.unsure == 1
-    assert len(found.rows) + 7 + 1 == found.written, "one more than wanted was written, and counts as nothing"
+    assert len(found.rows) + 7 + 17 == found.written, "17 more than wanted were written, and count as nothing"
     assert found.confidence == pytest.approx([-0.01] * 8, rel=1e-3)
     assert found.said() == (
-        "8 of 16 rows kept (left out: 2 empty, 2 unfinished, 1 repeated, 1 copied, 1 unsure)"
+        "8 of 32 rows kept (left out: 2 empty, 2 unfinished, 1 repeated, 1 copied, 1 unsure)"
     )
 
 
@@ -159,6 +159,28 @@ def test_a_model_that_writes_nothing_usable_stops_after_so_many_tries() -> None:
         model, encoder, opening_of(KNOWN, encoder, "copy"), WritingOptions(tries=3), count=10, seed="0"
     )
     assert (found.written, found.unfinished, found.rows) == (30, 30, [])
+
+
+def test_a_second_round_makes_up_for_what_the_first_left_out() -> None:
+    """Half of the rows are unfinished: 16, and then 16 for the 8 that are missing."""
+    encoder, rounds = encoder_of(), []
+
+    class Counted(Scripted):
+        def generate(self, input_ids: Tensor, logits_processor: Any = None, **rest: Any) -> Tensor:
+            rounds.extend([len(input_ids)] if logits_processor else [])
+            return super().generate(input_ids, logits_processor, **rest)
+
+    model = Counted([text for c in "fghijklmnopqrstu" for text in ("b", f"{c}=")], {}, {})
+    found = write_rows(
+        model,
+        encoder,
+        opening_of(KNOWN, encoder, "copy"),
+        WritingOptions(),
+        count=16,
+        seed="0",
+        batch_size=99,
+    )
+    assert (len(found.rows), rounds) == (16, [16, 16])
 
 
 def test_a_prompt_that_reaches_the_limit_is_whole_where_rows_are_cut_there() -> None:
@@ -183,7 +205,7 @@ def test_what_was_written_is_kept_as_text_and_counts(tmp_path: Path) -> None:
     }
     assert json.loads((tmp_path / "memory.json").read_text()) == {
         "asked": 8,
-        "written": 16,
+        "written": 32,
         "kept": 8,
         "opening": "<s>copy ",
         "closing": "=",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -119,8 +120,11 @@ def write_rows(
     seen: set[tuple[int, ...]] = set()
     most = options.tries * count
     while len(written.rows) < count and written.written < most:
-        # a round is as large as what is missing, so batches don't decide which rows are written
-        size = min(max(count - len(written.rows), 8), most - written.written)
+        # a round is as large as it takes by what was left out so far: rounds of a few rows take as long as of
+        # many, and batches don't decide which rows are written
+        tried = written.written / max(len(written.rows), 1) if written.written else 1.0
+        missing = math.ceil((count - len(written.rows)) * min(tried, options.tries))
+        size = min(max(missing, 8), most - written.written)
         drawn = _uniform(f"{seed} {written.written}", size, _room(encoder, opening))
         prompts = []
         for first in range(0, size, batch_size):
