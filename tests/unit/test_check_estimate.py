@@ -55,6 +55,15 @@ def test_prior_and_eigenvectors_take_what_is_said(rank: int | None) -> None:
     assert size == kept * wide
 
 
+def test_a_prior_larger_than_its_weights_says_what_makes_it_smaller() -> None:
+    wide = tiny_llama(toy_tokenizer(), hidden=16, layers=1, heads=2)
+    notes = [cost.note for cost in prior_costs(wide, InputsOptions())]
+    sizes = {n: p.shape for n, p in block_parameters(wide).items()}
+    assert sum(i * i for _, i in sizes.values()) > sum(o * i for o, i in sizes.values())
+    assert "strategy.importance.rank=4 keeps a quarter" in notes[0]
+    assert not any(cost.note for cost in prior_costs(wide, InputsOptions(rank=4)))
+
+
 def held_by(tensors: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 

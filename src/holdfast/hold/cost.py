@@ -11,8 +11,6 @@ from holdfast.importance.moments import Rank, Sketch, columns
 from holdfast.importance.registry import REGISTRY
 from holdfast.models import block_parameters, input_dims
 
-_RANK = 256  # directions of a map that are plenty for wide ones
-
 
 class Cost(NamedTuple):
     """A line of the estimate of ``holdfast check``.
@@ -122,13 +120,14 @@ def _inputs_costs(model: nn.Module, kept: int, rank: Rank | None) -> list[Cost]:
     widths = [(inputs, columns(inputs, number)) for inputs, _ in maps]
     sizes = [4 * inputs * (inputs if k == inputs else k + 1) for inputs, k in widths]
     elements = sum(p.numel() for _, p in maps)
+    narrowest = min((inputs for inputs, _ in maps), default=0)
     costs = [
         Cost(
             "prior (a matrix a linear map, float32, on the CPU)",
             kept * sum(sizes),
-            f"more than the weights that it holds; strategy.importance.rank={_RANK} keeps that many "
-            "directions of each map."
-            if number is None and sum(sizes) > 4 * elements
+            f"more than the weights that it holds; strategy.importance.rank={narrowest // 4} keeps a quarter "
+            "of the narrowest map's directions."
+            if rank is None and sum(sizes) > 4 * elements
             else "",
         ),
         Cost(

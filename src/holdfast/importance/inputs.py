@@ -193,7 +193,7 @@ class InputMoments:
         """
         found = {}
         for name, size in sizes.items():
-            total, sketch = self._sums.pop(name, None), self._sketch_of(size)
+            total, sketch = self._sums.get(name), self._sketch_of(size)
             kept = columns(size, self.rank if isinstance(self.rank, int) else None)
             if total is None:
                 found[name] = torch.zeros(size if kept == size else kept + 1, size)

@@ -133,7 +133,7 @@ def spectrum(c: Tensor) -> tuple[Tensor, Tensor]:
     rest = float(c[-1, 0].double() ** 2)
     values_I = torch.full((c.shape[1],), rest, dtype=torch.float64, device=c.device)
     values_I[:found] += sizes_K[:found]
-    rows_KI = c[:found].double() if sizes_K[0] > 0 else torch.eye(1, c.shape[1], dtype=torch.float64)
+    rows_KI = c[:found].double() if sizes_K[0] > 0 else torch.eye(1, c.shape[1]).to(c).double()
     # rounded to float32 the rows are orthogonal to 1e-7
     directions_IK, turned_KK = torch.linalg.qr(rows_KI.t())
     return values_I, directions_IK * turned_KK.diagonal().sign()
