@@ -494,6 +494,9 @@ def attribute(
         typer.Option("--test-faithfulness", help="zero the top weights and plot accuracy against how many"),
     ] = False,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+    store: Annotated[
+        str, typer.Option(help="the prior's numbers on disk: float32, bfloat16 or int8")
+    ] = "float32",
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """What of a model matters for a data set, for a hold to keep: one modified backward pass a batch.
@@ -525,6 +528,7 @@ def attribute(
             seed=seed,
             progress=progress,
             like=like,
+            store=store,
         )
 
 

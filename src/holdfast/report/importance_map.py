@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from holdfast.errors import DataError
 from holdfast.importance.moments import diagonal
 from holdfast.importance.prior import Kind
+from holdfast.importance.stored import Unpacking
 from holdfast.names import Block, block_of, module_of, order_of
 
 
@@ -49,8 +50,7 @@ def importance_map(path: Path) -> ImportanceMap:
     totals: dict[tuple[Block, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
     by_weight = kind_of(path) == "weights"
     with open_prior(path) as tensors:
-        names = tensors.keys()  # the handle can't be iterated
-        for name in names:
+        for name in tensors.keys():  # noqa: SIM118 - it is no mapping
             block = block_of(name)
             if block is None:
                 continue
@@ -71,8 +71,9 @@ def kind_of(path: Path) -> Kind:
     return "inputs" if recorded == "inputs" else "weights"
 
 
-def open_prior(path: Path) -> Any:
-    """A context manager that gives the tensors of a ``prior.safetensors``, read when asked for.
+@contextmanager
+def open_prior(path: Path) -> Iterator[Unpacking]:
+    """The tensors of a ``prior.safetensors``, read when asked for.
 
     Raises
     ------
@@ -82,11 +83,13 @@ def open_prior(path: Path) -> Any:
     from safetensors import SafetensorError, safe_open
 
     try:
-        return safe_open(path, framework="pt")
+        opened = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise DataError(
             f"{path}: not readable as safetensors ({error}). It may be torn: compute the prior again."
         ) from error
+    with opened as tensors:
+        yield Unpacking(tensors)
 
 
 def block_labels(blocks: Iterable[Block]) -> dict[Block, str]:

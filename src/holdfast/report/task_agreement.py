@@ -8,12 +8,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from holdfast.importance.agreement import pairwise_by_block
+from holdfast.importance.moments import shape_of
 from holdfast.importance.prior import Kind
+from holdfast.importance.stored import Unpacking
 from holdfast.names import Block
 from holdfast.report.importance_map import kind_of, open_prior
 from holdfast.report.read import AttributionRecord
@@ -86,7 +87,8 @@ def _compared(priors: Sequence[tuple[str, Path]]) -> dict[Pair, dict[Block, tupl
         return {}
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(open_prior(path)) for _, path in priors]
-        tables = pairwise_by_block(_shared(opened), kinds.pop(), sample=SAMPLE)
+        kind = kinds.pop()
+        tables = pairwise_by_block(_shared(opened, kind), kind, sample=SAMPLE)
     return {
         (priors[i][0], priors[j][0]): {
             block: (overlap_TT[i, j].item(), correlation_TT[i, j].item())
@@ -96,11 +98,11 @@ def _compared(priors: Sequence[tuple[str, Path]]) -> dict[Pair, dict[Block, tupl
     }
 
 
-def _shared(opened: Sequence[Any]) -> Iterator[tuple[str, list[Tensor]]]:
+def _shared(opened: Sequence[Unpacking], kind: Kind) -> Iterator[tuple[str, list[Tensor]]]:
     names = set.intersection(*(set(tensors.keys()) for tensors in opened))
     for name in sorted(names):
         values = [tensors.get_tensor(name) for tensors in opened]
-        if len({value.shape for value in values}) == 1:
+        if len({shape_of(v) if kind == "inputs" else v.shape for v in values}) == 1:
             yield name, values
 
 

@@ -14,6 +14,7 @@ from holdfast.evaluation.evaluate import EvaluationOptions
 from holdfast.folder import CONFIG
 from holdfast.importance import ImportanceOptions, ImportancePrior, compute_prior
 from holdfast.importance.registry import REGISTRY
+from holdfast.importance.stored import Width
 from holdfast.models import ModelOptions, is_encoder_decoder, load_model
 from holdfast.progress import Progress
 from holdfast.quantities import count, number, short
@@ -30,6 +31,7 @@ class AttributeConfig(Options):
     template: Template = Field(default_factory=Template)
     evaluation: EvaluationOptions = Field(default_factory=EvaluationOptions)
     model: ModelOptions
+    store: Width = Field("float32", description="the prior's numbers on disk")
     seed: int = Field(0, ge=0, le=MAX_SEED)
 
 
@@ -48,11 +50,12 @@ def attribute_to_folder(
     seed: int,
     progress: Progress,
     like: Path | None = None,
+    store: str = "float32",
 ) -> ImportancePrior:
     """Compute a prior and write it to a folder; with `faithfulness` also ``faithfulness.json``.
 
     `like` is a run's folder or a run's configuration, whose ``template`` and ``evaluation`` hold unless the
-    assignments say otherwise.
+    assignments say otherwise. `store` is the prior's width on disk, see `ImportancePrior.save`.
 
     While both are computed, what there is stands in ``partial`` in that folder. Called again after a kill
     with the same arguments, it goes on from there; the result is that of an uninterrupted one, bit for bit.
@@ -68,6 +71,7 @@ def attribute_to_folder(
         **({} if like is None else _sections_of(like)),
         "importance": {"name": importance},
         "model": {"path": model, "dtype": dtype, "trainable": "all"},
+        "store": store,
         "seed": seed,
     }
     config = validate(AttributeConfig, override(values, qualified), source="holdfast attribute")
@@ -98,7 +102,7 @@ def attribute_to_folder(
             progress=bar,
             partial=partial,
         )
-    prior.save(out)
+    prior.save(out, config.store)
     what = (
         f"{count(prior.elements)} weights" if prior.kind == "weights" else "one matrix a linear map's inputs"
     )
