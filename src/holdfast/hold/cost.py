@@ -120,16 +120,15 @@ def _inputs_costs(model: nn.Module, kept: int, rank: Rank | None) -> list[Cost]:
     widths = [(inputs, columns(inputs, number)) for inputs, _ in maps]
     sizes = [4 * inputs * (inputs if k == inputs else k + 1) for inputs, k in widths]
     elements = sum(p.numel() for _, p in maps)
-    narrowest = min((inputs for inputs, _ in maps), default=0)
+    note = ""
+    if rank is None and sum(sizes) > 4 * elements:
+        quarter = min(inputs for inputs, _ in maps) // 4
+        note = (
+            f"the prior is larger than the weights that it holds; strategy.importance.rank={quarter} keeps a "
+            "quarter of the narrowest map's directions, and the mean of the others."
+        )
     costs = [
-        Cost(
-            "prior (a matrix a linear map, float32, on the CPU)",
-            kept * sum(sizes),
-            f"more than the weights that it holds; strategy.importance.rank={narrowest // 4} keeps a quarter "
-            "of the narrowest map's directions."
-            if rank is None and sum(sizes) > 4 * elements
-            else "",
-        ),
+        Cost("prior (a matrix a linear map, float32, on the CPU)", kept * sum(sizes), note),
         Cost(
             "its eigenvectors (float64 on the CPU, float32 beside the weights)",
             kept * sum(_basis_bytes(inputs, k) for inputs, k in widths),
@@ -139,7 +138,7 @@ def _inputs_costs(model: nn.Module, kept: int, rank: Rank | None) -> list[Cost]:
     if number is not None:
         sketch = Sketch(number)
         made = sum(4 * i * (sketch.rows if sketch.takes(i) else i) for i, k in widths if k < i)
-        costs.insert(1, Cost("the sums that its directions are of", made))
+        costs.insert(1, Cost("sketches that it is made of, and whole sums of narrow maps", made))
     return costs
 
 
