@@ -45,12 +45,21 @@ def moved(folder: Path) -> list[list[tuple[int, float]]]:
     return [json.loads(p.read_text())["moved"] for p in sorted(folder.glob("tasks/*/training.json"))]
 
 
+KILLED = [11, 14, 17]  # in task 2 after its checkpoint; task 3 before and after it
+VARIANTS = {"every 2": {"every": 2, "coordinates": "weights"}, "rank 3": {"rank": 3}}
+
+
 @pytest.mark.parametrize(
-    "mechanism",
-    [{}, {"every": 2, "coordinates": "weights"}, {"rank": 3}],
-    ids=["defaults", "every 2", "rank 3"],
+    ("mechanism", "call"),
+    [
+        *(pytest.param({}, call, id=f"defaults-{call}") for call in KILLED),
+        *(
+            pytest.param(how, call, id=f"{name}-{call}", marks=() if call == 14 else pytest.mark.slow)
+            for name, how in VARIANTS.items()
+            for call in KILLED
+        ),
+    ],
 )
-@pytest.mark.parametrize("call", [11, 14, 17])  # in task 2 after its checkpoint; task 3 before and after it
 def test_run_killed_in_training_ends_bit_identical(
     mechanism: Any, call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
