@@ -236,6 +236,61 @@ def test_growing_schedule_preserves_nothing_at_first_and_a_share_more_with_each_
     assert seen == [set(), {4}, {8}, {12}], "of 16"
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "t5"])
+def test_a_layer_that_leaves_its_input_as_it_is_preserves_more(kind: str) -> None:
+    """mrr + I (trr - mrr), I the mean cosine of a block's input and output, in plain loops over tokens."""
+    model, strategy = model_of(kind), strategy_of(schedule="layers", mrr=0.2, trr=0.6)
+    task = STREAM.tasks[0]
+    encoder = Encoder(TOKENIZER, Template(), encoder_decoder=kind == "t5")
+    cosines: dict[str, list[float]] = {}
+
+    def watch(path: str, before: Tensor, after: Tensor) -> None:
+        for x, y in zip(before[0].double(), after[0].double(), strict=True):
+            cosines.setdefault(path, []).append(float(x @ y / (x.norm() * y.norm())))
+
+    stacks = (
+        {"model.layers": model.model.layers}
+        if kind == "qwen2"
+        else {"encoder.block": model.encoder.block, "decoder.block": model.decoder.block}
+    )
+    hooks = [
+        block.register_forward_hook(
+            lambda _, args, kwargs, out, path=f"{stack}.{i}": watch(
+                path, args[0] if args else kwargs["hidden_states"], out if isinstance(out, Tensor) else out[0]
+            ),
+            with_kwargs=True,
+        )
+        for stack, blocks in stacks.items()
+        for i, block in enumerate(blocks)
+    ]
+    for row in encoder.many(task.train):
+        one = dict(collate([row], TOKENIZER.pad_token_id, encoder_decoder=kind == "t5", side="right"))
+        with torch.no_grad():
+            model(**{k: v for k, v in one.items() if kind == "t5" or k != "labels"})
+    for hook in hooks:
+        hook.remove()
+    means = {path: sum(values) / len(values) for path, values in cosines.items()}
+    mean = sum(means.values()) / len(means)
+    sizes = {n: min(m.weight.shape) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    strategy.begin(context_of(model), stage_of(0))
+    got = {n: layer.effective_rank["default"] for n, layer in strategy.decomposed.layers.items()}
+    expected = {}
+    for name in got:
+        path = next(path for path in means if name.startswith(f"{path}."))
+        expected[name] = max(int(sizes[name] * (0.2 + means[path] / mean * 0.4)), 1)
+    assert got == expected
+    assert len(set(got.values())) > 1
+
+
+def test_a_share_of_all_leaves_one_direction_to_train() -> None:
+    from holdfast.strategies.osf.decomposed import preserved
+    from holdfast.strategies.osf.similarity import share_of
+
+    shares = share_of({"layers.0": 3.0, "layers.1": -3.0}, 0.1, 0.8)
+    assert (shares("layers.0.q"), shares("layers.1.q")) == (1.0, 0.0)
+    assert [preserved(torch.empty(5, 7), share) for share in (1.0, 0.0)] == [4, 1]
+
+
 def test_what_else_is_trained_goes_on_being_trained() -> None:
     """``model.trainable: all``: norms and embeddings are not held."""
     model = model_of("llama", whole=True)
@@ -271,6 +326,15 @@ def test_rank_of_a_growing_schedule_is_an_error() -> None:
         strategy_of(schedule="growing", rank=0.5)
 
 
+def test_options_of_layers_are_refused_elsewhere_and_must_leave_room() -> None:
+    with pytest.raises(ConfigError, match="`trr` applies to `schedule: layers` only, not to `constant`"):
+        strategy_of(trr=0.5)
+    with pytest.raises(
+        ConfigError, match=r"`mrr` \(0.1\) is the least share, and must be below `trr` \(0.05\)"
+    ):
+        strategy_of(schedule="layers", trr=0.05)
+
+
 # in a run
 
 TRAINING = {"epochs": 2, "batch_size": 8, "learning_rate": 3e-3, "weight_decay": 0.1, "checkpoint_steps": 3}
@@ -304,8 +368,9 @@ def test_growing_run_learns_the_first_task_plainly_and_the_second_otherwise(tmp_
         ({"on": "gradient"}, True),
         ({"on": "update"}, True),
         ({"schedule": "growing"}, False),
+        ({"schedule": "layers", "samples": 4}, False),
     ],
-    ids=["gradient", "gradient-other-bits", "update-other-bits", "growing"],
+    ids=["gradient", "gradient-other-bits", "update-other-bits", "growing", "layers"],
 )
 def test_killed_run_ends_bit_identical_even_if_the_second_svd_differs(
     options: Any, other: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

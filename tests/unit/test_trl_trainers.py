@@ -1,4 +1,4 @@
-"""TRL's trainers for preferences and rewards take the callback as its SFTTrainer does."""
+"""TRL's trainers for preferences, rewards and self-distillation take the callback as its SFTTrainer does."""
 
 from __future__ import annotations
 
@@ -54,7 +54,24 @@ def grpo(model: Any, folder: Path, callback: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize("make", [dpo, pytest.param(grpo, marks=pytest.mark.slow)])
+def sdft(model: Any, folder: Path, callback: Any) -> Any:
+    """Self-distillation (Shenfeld et al. 2026): the model sees the answer, and teaches itself without."""
+    from trl.experimental.sdft import SDFTConfig, SDFTTrainer
+
+    few = {"per_device_train_batch_size": 2, "num_generations": 2, "max_completion_length": 6}
+    # the usual teacher, the base, is loaded again by its name
+    args = SDFTConfig(str(folder), teacher_model_kind="live", distillation_topk=8, **few, **COMMON)
+    rows = [{"prompt": row["prompt"], "privileged_context": row["chosen"]} for row in PAIRS]
+    return SDFTTrainer(
+        model,
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=toy_tokenizer(),
+        callbacks=[callback],
+    )
+
+
+@pytest.mark.parametrize("make", [dpo, sdft, pytest.param(grpo, marks=pytest.mark.slow)])
 def test_what_is_held_fully_stays_bit_identical_and_the_rest_learns(make: Any, tmp_path: Path) -> None:
     model = tiny_model("llama")
     held = block_parameters(model)

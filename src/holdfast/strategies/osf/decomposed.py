@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,8 +43,9 @@ def check_decomposable(model: Any) -> None:
 
 
 def preserved(weight: Tensor, share: float) -> int:
-    """How many of a map's singular values are preserved: this share, rounded down, at least 1."""
-    return max(int(min(weight.shape) * share), 1)
+    """How many of a map's singular values are preserved: this share, rounded down, at least 1, never all."""
+    size = min(weight.shape)
+    return min(max(int(size * share), 1), size - 1)
 
 
 def lower_size(model: nn.Module, share: float) -> int:
@@ -75,8 +76,9 @@ class Decomposed:
     ----------
     model : nn.Module
         A transformers model without adapters, its maps `torch.nn.Linear`.
-    share : float
-        Of each map's singular values, the largest: how many belong to the part h, see `preserved`.
+    share : callable
+        Of a map's name the share of its singular values, the largest, that belong to the part h, see
+        `preserved`.
 
     Notes
     -----
@@ -84,12 +86,12 @@ class Decomposed:
     W's), their first values, and U_h or V_h of the longer side of a map that is not square.
     """
 
-    def __init__(self, model: nn.Module, share: float) -> None:
+    def __init__(self, model: nn.Module, share: Callable[[str], float]) -> None:
         from peft.tuners.osf import OSFConfig, OSFModel
 
         maps = trained_maps(model)
         ranks: dict[str, Any] = {
-            f"^{re.escape(name)}$": preserved(module.weight, share) for name, module in maps.items()
+            f"^{re.escape(name)}$": preserved(module.weight, share(name)) for name, module in maps.items()
         }
         self._trained = [p for p in model.parameters() if p.requires_grad]
         config = OSFConfig(target_modules="|".join(map(re.escape, maps)), rank_pattern=ranks)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -12,8 +12,15 @@ from torch.optim import Optimizer
 from holdfast.config import Options
 from holdfast.hold import Handle
 from holdfast.hold.cost import Estimate
+from holdfast.importance.seeding import sample
 from holdfast.strategies.context import Context, Stage
-from holdfast.strategies.osf.decomposed import Decomposed, check_decomposable, decomposed_estimate
+from holdfast.strategies.osf.decomposed import (
+    Decomposed,
+    check_decomposable,
+    decomposed_estimate,
+    trained_maps,
+)
+from holdfast.strategies.osf.similarity import block_path, importance_of_blocks, share_of
 from holdfast.strategies.protocol import Strategy, register
 from holdfast.tasks.task import TaskStream
 
@@ -22,10 +29,26 @@ class OsfOptions(Options):
     """How much of each linear map is preserved, and how strictly."""
 
     name: Literal["osf"] = "osf"
-    schedule: Literal["constant", "growing"] = Field(
-        "constant", description="preserved share: `rank` at every task; or (t - 1) / n at task t of n"
+    schedule: Literal["constant", "growing", "layers"] = Field(
+        "constant",
+        description="preserved share: `rank` at every task; or (t - 1) / n at task t of n; or mrr + "
+        "I (trr - mrr) of each layer, I how much it leaves its input as it is",
     )
     rank: float | None = Field(None, gt=0, lt=1, description="constant only: preserved share (default 0.5)")
+    mrr: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="layers only: the least share, of a layer without importance (default 0.1)",
+    )
+    trr: float | None = Field(
+        None, gt=0, lt=1, description="layers only: the share of a layer of mean importance (default 0.8)"
+    )
+    samples: int | None = Field(
+        None,
+        ge=1,
+        description="layers only: rows of the task that its importance is measured on (default 128)",
+    )
     on: Literal["gradient", "update"] = Field(
         "gradient", description="what is projected: the factors' gradients (PEFT), or their every step too"
     )
@@ -33,8 +56,25 @@ class OsfOptions(Options):
     @model_validator(mode="after")
     def _only_what_applies(self) -> OsfOptions:
         if self.rank is not None and self.schedule != "constant":
-            raise ValueError("`rank` applies to `schedule: constant` only, not to `growing`")
+            raise ValueError(f"`rank` applies to `schedule: constant` only, not to `{self.schedule}`")
+        for name in ("mrr", "trr", "samples"):
+            if getattr(self, name) is not None and self.schedule != "layers":
+                raise ValueError(f"`{name}` applies to `schedule: layers` only, not to `{self.schedule}`")
+        if self.least >= self.target:
+            raise ValueError(
+                f"`mrr` ({self.least}) is the least share, and must be below `trr` ({self.target})"
+            )
         return self
+
+    @property
+    def least(self) -> float:
+        """mrr."""
+        return 0.1 if self.mrr is None else self.mrr
+
+    @property
+    def target(self) -> float:
+        """trr."""
+        return 0.8 if self.trr is None else self.trr
 
 
 @register
@@ -43,10 +83,12 @@ class Osf(Strategy):
 
     The gradients of U_l and V_l are projected off U_h and V_h: PEFT's OSF, on all linear maps in blocks,
     merged after the task (to 1e-7 of W in float32; of 16-bit weights the change is made in float32). What
-    else is trained (norms, biases, embeddings) is not held, as in the authors' code. Paper: share mrr +
-    I (trr - mrr), mrr 0.1, trr 0.8, I a map's cosine of input and output; not offered, as for maps that are
-    not square it is not defined. `growing` is the authors' script for 15 tasks (AdamW 1e-5, batch 8, 1
-    epoch): nothing is preserved in the first task. The default is PEFT's, half, from the first task on.
+    else is trained (norms, biases, embeddings) is not held, as in the authors' code. `layers` is the paper's
+    share mrr + I (trr - mrr), mrr 0.1, trr 0.8. I is the cosine of a layer's input and output there, which of
+    a map that is not square is not defined: here it is that of the transformer block, for all of its maps,
+    measured on rows of the coming task before it is trained. `growing` is the authors' script for 15 tasks
+    (AdamW 1e-5, batch 8, 1 epoch): nothing is preserved in the first task. The default is PEFT's, half, from
+    the first task on.
 
     Under AdamW a projected gradient makes no projected step: part of the change lies in U_h and V_h after
     all. `on: update` applies the same projection to U_l and V_l after each step, exact to the precision of
@@ -74,6 +116,8 @@ class Osf(Strategy):
 
     def _share(self, known: int, tasks: int | None) -> float:
         """What is preserved behind so many of the stream's tasks."""
+        if self.options.schedule == "layers":
+            return self.options.target  # their mean
         if self.options.schedule == "constant":
             return self.options.rank or 0.5
         assert tasks is not None, "not open-ended"
@@ -82,7 +126,15 @@ class Osf(Strategy):
     def begin(self, context: Context, stage: Stage) -> None:
         """Decompose the weights that this stage starts from."""
         share = self._share(stage.index, stage.total)
-        self.decomposed = Decomposed(context.model, share) if share else None
+        by_map = self._by_layer(context, stage) if self.options.schedule == "layers" else lambda _: share
+        self.decomposed = Decomposed(context.model, by_map) if share else None
+
+    def _by_layer(self, context: Context, stage: Stage) -> Callable[[str], float]:
+        rows = context.encoder.many([row for task in stage.tasks for row in task.train])
+        rows = sample(rows, self.options.samples or 128, context.seed)
+        blocks = dict.fromkeys(map(block_path, trained_maps(context.model)))
+        importance = importance_of_blocks(context.model, blocks, rows, context.tokenizer.pad_token_id)
+        return share_of(importance, self.options.least, self.options.target)
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
         """With `on: update`, project the factors after each step."""
