@@ -17,8 +17,8 @@ from kills import Killed, kill_when
 from tiny_runs import tiny_run
 
 
-def config_of(output: Path, rank: int | None = None, **mechanism: Any) -> RunConfig:
-    importance = {"name": "inputs", "rank": rank}
+def config_of(output: Path, directions: int | None = None, **mechanism: Any) -> RunConfig:
+    importance = {"name": "inputs", "rank": directions}
     strategy = {"name": "attribution", "importance": importance, "mechanism": {"name": "anchor", **mechanism}}
     values = tiny_run(output, strategy=strategy)
     values["tasks"] = {**values["tasks"], "train_rows": 16, "test_rows": 2}
@@ -46,7 +46,7 @@ def moved(folder: Path) -> list[list[tuple[int, float]]]:
 
 
 KILLED = [11, 14, 17]  # in task 2 after its checkpoint; task 3 before and after it
-VARIANTS = {"every 2": {"every": 2, "coordinates": "weights"}, "rank 3": {"rank": 3}}
+VARIANTS = {"every 2": {"every": 2, "coordinates": "weights"}, "rank 3": {"directions": 3}}
 
 
 @pytest.mark.parametrize(
@@ -73,6 +73,20 @@ def test_run_killed_in_training_ends_bit_identical(
     assert moved(tmp_path / "whole") == moved(tmp_path / "killed")
     assert whole.keys() == killed.keys()
     assert all(torch.equal(tensor, killed[name]) for name, tensor in whole.items())
+
+
+def test_a_folder_of_the_version_that_had_the_rank_in_the_mechanism_goes_on(tmp_path: Path) -> None:
+    run(config_of(tmp_path))
+    file = tmp_path / "config.yaml"
+    assert file.read_text().count("    every: 1\n") == 1
+    file.write_text(file.read_text().replace("    every: 1\n", "    every: 1\n    rank: null\n"))
+    assert run(config_of(tmp_path))["finished"]
+    with pytest.raises(ConfigError, match=r"`rank` is an option of the importance now.*importance\.rank=48"):
+        validate(
+            RunConfig,
+            {**tiny_run(tmp_path), "strategy": {"name": "attribution", "mechanism": {"rank": 48}}},
+            "x",
+        )
 
 
 def test_run_writes_its_defaults_how_much_it_held_and_how_far_old_outputs_moved(tmp_path: Path) -> None:

@@ -64,6 +64,19 @@ class AnchorOptions(Options):
         None, description="in which the optimizer steps; importance `inputs` only (default: inputs)"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_earlier_versions(cls, values: Any) -> Any:
+        if not (isinstance(values, Mapping) and "rank" in values):
+            return values
+        rest = dict(values)
+        if (rank := rest.pop("rank")) is not None:
+            raise ValueError(
+                f"`rank` is an option of the importance now, which keeps no more directions than are held: "
+                f"strategy.importance.rank={rank}"
+            )
+        return rest  # what every folder of an earlier version has
+
     @model_validator(mode="after")
     def _one_unit(self) -> AnchorOptions:
         if self.strength is not None and self.pull is not None:
