@@ -141,6 +141,16 @@ def test_initial_prior_weighs_as_much_as_the_tasks_after_it(tmp_path: Path) -> N
     assert min(float(t.min()) for t in joined.values()) >= 1.0
 
 
+def test_a_whole_initial_prior_is_cut_to_the_rank_that_tasks_are_kept_with(tmp_path: Path) -> None:
+    base = tiny_llama(toy_tokenizer(), seed=0, hidden=32, layers=2)
+    tensors = {name: torch.diag(torch.rand(p.shape[1])) for name, p in block_parameters(base).items()}
+    folder = ImportancePrior(tensors, {"kind": "inputs"}).save(tmp_path / "prior")
+    ranked = {"name": "attribution", "importance": {"name": "inputs", "rank": 3, "samples": 4}}
+    run_of(tmp_path / "run", {**ranked, "initial_prior": str(folder)})
+    joined = load_file(tmp_path / "run" / "tasks" / "02-flip" / "strategy.safetensors")
+    assert {len(joined[name]) for name in tensors} == {4}
+
+
 def test_multitask_trains_on_all_tasks_at_once_and_has_no_backward_transfer(finished: Any) -> None:
     stream = toy_suite(["copy", "flip", "head"], 4, 4)
     strategy = build_strategy(STRATEGIES["multitask"].Options())

@@ -166,6 +166,8 @@ class Attribution(Strategy):
                 )
         except HoldfastError as error:
             raise type(error)(f"strategy.initial_prior: {error}") from error
+        rank = getattr(self.options.importance, "rank", None)
+        prior = prior if rank is None else prior.leading(rank)  # a sum with a whole moment is whole
         self.prior = prior.mean_normalised() if self.options.balance else prior
 
     def estimate(self, model: nn.Module, stream: TaskStream) -> Estimate:
