@@ -21,6 +21,13 @@ torch.set_num_threads(1)
 SHARED = Path(__file__).parents[1] / ".." / "shared"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A slow test may take minutes on a machine that does other work too."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(1800))
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """What a test draws depends on no other test."""
