@@ -34,6 +34,15 @@ def module_of(name: str) -> str:
     return (name[match.end() :] if match else name).rsplit(".", 1)[0]
 
 
+def block_path(name: str) -> str:
+    """Module path of the transformer block that a parameter or map stands in, such as ``model.layers.3``.
+
+    An index alone would mix an encoder's blocks with a decoder's. Outside the blocks it is the name itself.
+    """
+    match = _LAYER.search(name)
+    return name[: match.end() - 1] if match else name
+
+
 def block_of(name: str) -> Block | None:
     """The transformer block of a parameter, by its canonical name; None outside the blocks."""
     layer = layer_of(name)

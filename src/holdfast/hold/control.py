@@ -12,7 +12,7 @@ from holdfast.errors import ConfigError
 from holdfast.importance.moments import is_whole
 from holdfast.importance.prior import ImportancePrior
 from holdfast.importance.seeding import seed_for
-from holdfast.names import layer_of, module_of
+from holdfast.names import block_path
 
 Control = Literal["none", "permuted", "tensor-mean", "layer-mean"]
 CONTROLS: dict[Control, str] = {
@@ -60,7 +60,7 @@ def apply_control(prior: ImportancePrior, control: Control = "none", seed: int =
     else:
         groups: dict[str, list[str]] = defaultdict(list)
         for name in prior.tensors:
-            groups[_block(name) if control == "layer-mean" else name].append(name)
+            groups[block_path(name) if control == "layer-mean" else name].append(name)
         tensors = {}
         for names in groups.values():
             total = sum(float(prior.tensors[n].clamp(min=0).sum(dtype=torch.float64)) for n in names)
@@ -104,10 +104,3 @@ def _shuffled(tensor: Tensor, name: str, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed_for(name, seed))
     order = torch.randperm(tensor.numel(), generator=generator)
     return tensor.flatten()[order].view_as(tensor)
-
-
-def _block(name: str) -> str:
-    """The path of the transformer block: an index alone would mix an encoder's blocks with a decoder's."""
-    if layer_of(name) is None:
-        return name
-    return name.rsplit(".", 1)[0].removesuffix(module_of(name))

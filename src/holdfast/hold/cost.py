@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from holdfast.importance.moments import Rank, Sketch, columns
+from holdfast.importance.moments import Rank, Sketch, columns, rows_of
 from holdfast.importance.registry import REGISTRY
 from holdfast.models import block_parameters, input_dims
 
@@ -116,9 +116,8 @@ def _inputs_costs(model: nn.Module, kept: int, rank: Rank | None) -> list[Cost]:
     """How few directions ``auto`` needs is not known before: it counts as all."""
     dims, weights = input_dims(model), block_parameters(model)
     maps = [(p.shape[dims[name]], p) for name, p in weights.items() if name in dims]
-    number = rank if isinstance(rank, int) else None
-    widths = [(inputs, columns(inputs, number)) for inputs, _ in maps]
-    sizes = [4 * inputs * (inputs if k == inputs else k + 1) for inputs, k in widths]
+    widths = [(inputs, columns(inputs, rank)) for inputs, _ in maps]
+    sizes = [4 * inputs * rows_of(inputs, rank) for inputs, _ in maps]
     elements = sum(p.numel() for _, p in maps)
     note = ""
     if rank is None and sum(sizes) > 4 * elements:
@@ -135,8 +134,8 @@ def _inputs_costs(model: nn.Module, kept: int, rank: Rank | None) -> list[Cost]:
         ),
         Cost("hold (reference, and the change in rotated coordinates)", kept * 4 * 3 * elements),
     ]
-    if number is not None:
-        sketch = Sketch(number)
+    if isinstance(rank, int):
+        sketch = Sketch(rank)
         made = sum(4 * i * (sketch.rows if sketch.takes(i) else i) for i, k in widths if k < i)
         costs.insert(1, Cost("sketches that it is made of, and whole sums of narrow maps", made))
     return costs

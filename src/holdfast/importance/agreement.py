@@ -82,8 +82,9 @@ def agreement(
             f"agreement of two priors: one is of the kind '{first.kind}', the other of '{second.kind}'. "
             "Compare priors of one kind."
         )
+    of_both = first.shapes, second.shapes
     for name in sorted(first.tensors.keys() | second.tensors.keys()):
-        shapes = [None if (s := p.shapes.get(name)) is None else tuple(s) for p in (first, second)]
+        shapes = [tuple(s[name]) if name in s else None for s in of_both]
         if shapes[0] != shapes[1]:
             had = " and ".join("nothing" if s is None else f"shape {s}" for s in shapes)
             raise PriorMismatchError(

@@ -20,7 +20,7 @@ from holdfast.attribution.engine import (
 )
 from holdfast.attribution.targets import Batch, make_batch
 from holdfast.config import Options
-from holdfast.importance.moments import Rank, Sketch, columns, cut
+from holdfast.importance.moments import Rank, Sketch, cut, rows_of
 from holdfast.importance.registry import Computed, Inputs, register, sample_counts
 from holdfast.importance.right_rows import of_right_rows
 from holdfast.importance.seeding import sample, seed_for
@@ -194,9 +194,8 @@ class InputMoments:
         found = {}
         for name, size in sizes.items():
             total, sketch = self._sums.get(name), self._sketch_of(size)
-            kept = columns(size, self.rank if isinstance(self.rank, int) else None)
             if total is None:
-                found[name] = torch.zeros(size if kept == size else kept + 1, size)
+                found[name] = torch.zeros(rows_of(size, self.rank), size)
             elif sketch is not None:
                 found[name] = sketch.result(total / max(samples, 1))
             else:

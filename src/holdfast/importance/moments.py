@@ -26,9 +26,18 @@ _KEPT = 0.99  # of a trace, by `auto`
 _WIDTH = 4  # columns of a sketch for each direction that is wanted
 
 
-def columns(inputs: int, rank: int | None) -> int:
-    """How many directions of a map are told apart: K, or all where K is half of them or more."""
-    return inputs if rank is None or 2 * rank >= inputs else rank
+def columns(inputs: int, rank: Rank | None) -> int:
+    """How many directions of a map are told apart: K, or all where K is half of them or more.
+
+    Of ``auto`` it is not known before: at most all.
+    """
+    return inputs if not isinstance(rank, int) or 2 * rank >= inputs else rank
+
+
+def rows_of(inputs: int, rank: Rank | None) -> int:
+    """How many rows of I numbers a moment is: I, or K + 1."""
+    kept = columns(inputs, rank)
+    return inputs if kept == inputs else kept + 1
 
 
 def is_whole(c: Tensor) -> bool:

@@ -266,8 +266,9 @@ class ImportancePrior:
                 "merge: how='max' is element by element, and the maximum of two second moments so taken is "
                 "none. Allowed for the kind 'inputs': sum, mean."
             )
+        shapes = self.shapes
         for number, other in enumerate(everyone[1:], start=2):
-            _compare(other.shapes, self.shapes, f"prior {number} of the merge", "the first prior")
+            _compare(other.shapes, shapes, f"prior {number} of the merge", "the first prior")
         # a prior that is a mean already counts as often as it has parts, so tasks can be joined one by one
         parts = [int(p.meta.get("parts", 1)) if how == "mean" else 1 for p in everyone]
         merged: dict[str, Tensor] = {}

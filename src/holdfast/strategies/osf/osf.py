@@ -13,6 +13,7 @@ from holdfast.config import Options
 from holdfast.hold import Handle
 from holdfast.hold.cost import Estimate
 from holdfast.importance.seeding import sample
+from holdfast.names import block_path
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.osf.decomposed import (
     Decomposed,
@@ -20,7 +21,7 @@ from holdfast.strategies.osf.decomposed import (
     decomposed_estimate,
     trained_maps,
 )
-from holdfast.strategies.osf.similarity import block_path, importance_of_blocks, share_of
+from holdfast.strategies.osf.similarity import importance_of_blocks, share_of
 from holdfast.strategies.protocol import Strategy, register
 from holdfast.tasks.task import TaskStream
 

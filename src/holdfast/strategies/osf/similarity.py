@@ -13,13 +13,8 @@ from torch import Tensor, nn
 from holdfast import world
 from holdfast.attribution.targets import make_batch
 from holdfast.models import evaluating
-from holdfast.names import module_of
+from holdfast.names import block_path
 from holdfast.tasks.encode import Encoded
-
-
-def block_path(name: str) -> str:
-    """The module path of the block that a map stands in: "model.layers.3" of "model.layers.3.mlp.up_proj"."""
-    return name.removesuffix(module_of(f"{name}.weight")).rstrip(".")
 
 
 def importance_of_blocks(
