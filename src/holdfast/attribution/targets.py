@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from holdfast.errors import ModelError
-from holdfast.models import is_encoder_decoder, unwrapped
+from holdfast.models import evaluating, is_encoder_decoder, unwrapped
 from holdfast.tasks.encode import IGNORED, Encoded, collate
 
 
@@ -77,6 +78,22 @@ def make_batch(
         inputs["use_cache"] = False
     lengths = {batch["input_ids"].shape[1], labels.shape[1], answer_ST.shape[1]}
     return Batch(inputs, lengths, answer_ST, real)
+
+
+@torch.no_grad()
+def pass_through(model: Any, rows: Sequence[Encoded], pad_id: int, hooks: Sequence[RemovableHandle]) -> None:
+    """Rows through the model one by one, prompt and answer, for hooks to watch, which are then removed.
+
+    There is no padding to be told apart.
+    """
+    device = next(model.parameters()).device
+    try:
+        with evaluating(model):
+            for row in rows:
+                model(**make_batch(model, [row], pad_id, device, "left").inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def decoder_inputs(model: Any, labels_ST: Tensor, pad_id: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from holdfast.errors import ConfigError
-from holdfast.importance.moments import is_whole
+from holdfast.importance.moments import alike, told_apart, turned
 from holdfast.importance.prior import ImportancePrior
 from holdfast.importance.seeding import seed_for
 from holdfast.names import block_path
@@ -74,30 +74,15 @@ def _of_moments(moments: dict[str, Tensor], control: Control, seed: int) -> dict
     """Controls of moments that have mean eigenvalue 1 each, so that the mean of any of them is 1."""
     if control == "permuted":
         return {name: _rotated(c, name, seed) for name, c in moments.items()}
-    return {name: _alike(c) for name, c in moments.items()}
+    return {name: alike(c) for name, c in moments.items()}
 
 
 def _rotated(c: Tensor, name: str, seed: int) -> Tensor:
     """The same eigenvalues on the columns of a random rotation."""
     generator = torch.Generator().manual_seed(seed_for(name, seed))
-    shape = c.shape if is_whole(c) else (c.shape[1], len(c) - 1)
+    shape = c.shape[1], told_apart(c)
     q_IK, r_KK = torch.linalg.qr(torch.randn(shape, generator=generator, dtype=torch.float64))
-    q_IK *= r_KK.diagonal().sign()  # else not uniform over rotations
-    if not is_whole(c):
-        lengths_K1 = torch.linalg.vector_norm(c[:-1].double(), dim=1, keepdim=True)
-        return torch.cat([(lengths_K1 * q_IK.t()).float(), c[-1:]])
-    c_I = torch.linalg.eigvalsh(c.double())
-    rotated_II = (q_IK * c_I) @ q_IK.t()
-    return ((rotated_II + rotated_II.t()) / 2).float()
-
-
-def _alike(c: Tensor) -> Tensor:
-    """The same in all directions; of zeros zeros."""
-    if is_whole(c):
-        return torch.eye(len(c)) * float(c.any())
-    rows = torch.zeros_like(c)
-    rows[-1] = float(c.any())
-    return rows
+    return turned(c, q_IK * r_KK.diagonal().sign())  # the signs: else not uniform over rotations
 
 
 def _shuffled(tensor: Tensor, name: str, seed: int) -> Tensor:

@@ -159,6 +159,30 @@ def eigenvectors(c_II: Tensor) -> tuple[Tensor, Tensor]:
     return values_I.to(c_II.device), basis_II.to(c_II.device)
 
 
+def told_apart(c: Tensor) -> int:
+    """How many of its directions are: I, or K."""
+    return len(c) if is_whole(c) else len(c) - 1
+
+
+def turned(c: Tensor, basis_IK: Tensor) -> Tensor:
+    """The same eigenvalues on other orthonormal directions, as many as are told apart."""
+    if not is_whole(c):
+        lengths_K1 = torch.linalg.vector_norm(c[:-1].double(), dim=1, keepdim=True)
+        return torch.cat([(lengths_K1 * basis_IK.t()).float(), c[-1:]])
+    c_I = torch.linalg.eigvalsh(c.double())
+    turned_II = (basis_IK * c_I) @ basis_IK.t()
+    return ((turned_II + turned_II.t()) / 2).float()
+
+
+def alike(c: Tensor) -> Tensor:
+    """Mean eigenvalue 1 in all directions, in the same form; of zeros zeros."""
+    if is_whole(c):
+        return torch.eye(len(c)) * float(c.any())
+    rows = torch.zeros_like(c)
+    rows[-1] = float(c.any())
+    return rows
+
+
 class Sketch:
     """C Ω of moments that are too wide to be summed whole, Ω (I, L) normal, L = 4 K (Nyström).
 

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.adapters import lora_layers
-from holdfast.attribution.targets import make_batch
+from holdfast.attribution.targets import pass_through
 from holdfast.hold.cost import Cost
 from holdfast.importance.moments import spectrum
-from holdfast.models import evaluating
 from holdfast.tasks.encode import Encoded
 
 ROUNDING = 1e-6  # share of an energy that float32 moments and projectors can't tell from none
@@ -38,14 +37,7 @@ def input_moments(model: Any, rows: Sequence[Encoded], pad_id: int) -> dict[str,
         return take
 
     hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
-    device = next(model.parameters()).device
-    try:
-        with evaluating(model):
-            for row in rows:
-                model(**make_batch(model, [row], pad_id, device, "left").inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    pass_through(model, rows, pad_id, hooks)
     return found
 
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast import world
-from holdfast.attribution.targets import make_batch
-from holdfast.models import evaluating
+from holdfast.attribution.targets import pass_through
 from holdfast.names import block_path
 from holdfast.tasks.encode import Encoded
 
@@ -44,14 +43,7 @@ def importance_of_blocks(
             model.get_submodule(path).register_forward_hook(partial(take, path), with_kwargs=True)
             for path in blocks
         ]
-        device = next(model.parameters()).device
-        try:
-            with torch.no_grad(), evaluating(model):
-                for row in rows:
-                    model(**make_batch(model, [row], pad_id, device, "left").inputs)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        pass_through(model, rows, pad_id, hooks)
         means = {path: float(torch.cat(sums[path]).mean()) for path in blocks}
         mean = sum(means.values()) / len(means)
         return {path: value / mean for path, value in means.items()}
