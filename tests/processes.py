@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import sys
@@ -20,11 +21,16 @@ SERVER.set_forkserver_preload(["holdfast.runner.learn", "transformers.trainer", 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended: `code` is its exit status, or minus the signal that killed it."""
+    """How a process ended.
+
+    `code` is its exit status, or minus the signal that killed it; `most` is the most memory that it had, in
+    bytes (0 where it was killed).
+    """
 
     code: int
     out: str
     err: str
+    most: int = 0
 
 
 def holdfast(
@@ -40,19 +46,21 @@ def holdfast(
     after : float, optional
         Seconds after which it gets SIGKILL from outside, wherever it is.
     """
-    out, err = cwd / ".stdout", cwd / ".stderr"
+    out, err, most = cwd / ".stdout", cwd / ".stderr", cwd / ".most"
     arguments = tuple(str(argument) for argument in arguments)
-    process = SERVER.Process(target=_main, args=(arguments, str(cwd), str(out), str(err), die))
+    process = SERVER.Process(
+        target=_main, args=(arguments, str(cwd), str(out), str(err), die, None, None, most)
+    )
     process.start()
     process.join(timeout=200 if after is None else after)
     if after is not None and process.is_alive():
         process.kill()
         process.join()
     assert process.exitcode is not None, "it hangs"
-    told = Ended(process.exitcode, *(file.read_text() if file.exists() else "" for file in (out, err)))
-    out.unlink(missing_ok=True)
-    err.unlink(missing_ok=True)
-    return told
+    told, told_err, peak = (file.read_text() if file.exists() else "" for file in (out, err, most))
+    for file in (out, err, most):
+        file.unlink(missing_ok=True)
+    return Ended(process.exitcode, told, told_err, int(peak or 0))
 
 
 def launched(
@@ -109,6 +117,7 @@ def _main(
     die: tuple[str, int] | None,
     environment: dict[str, str] | None = None,
     target: Any = None,
+    most: Path | None = None,
 ) -> None:
     os.chdir(cwd)
     os.environ.update(environment or {})
@@ -128,7 +137,11 @@ def _main(
         return
     from holdfast.cli import app
 
-    app()
+    try:
+        app()
+    finally:
+        if most is not None:
+            most.write_text(str(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
 
 
 def _kill_in(target: str, call: int) -> None:

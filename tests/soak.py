@@ -139,6 +139,77 @@ def _same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert not other, other
 
 
+# The same of a month of ``holdfast learn``, of six steps.
+OF_A_MONTH: dict[str, tuple[str, int]] = {
+    "step": ("holdfast.training.bridge.completion_loss", 6),
+    "save": ("os.replace", 12),
+    "commit": ("os.rename", 1),
+    "checkpoint": ("holdfast.training.steps.seal_checkpoint", 3),
+    "evaluation": ("holdfast.learner.learner.evaluate_encoded", 2),
+    "attribution": ("holdfast.attribution.passes.initial_lambda", 2),
+}
+
+
+def months(
+    folder: Path, count: int, kills: int, seed: int = 0, tell: Any = None
+) -> tuple[Counter[str], list[int], list[int]]:
+    """``holdfast learn`` month after month, each call in a process of its own, with so many kills on the way.
+
+    Each month's data set is learned into two folders: in one nothing is killed. What a killed call leaves,
+    the same call goes on from, and after each month both folders must have the same.
+
+    Returns
+    -------
+    kills : Counter
+        By moment.
+    memory, disk : list of int
+        Bytes after each month: the most that the call had, and what the tensors in the folder take.
+
+    Raises
+    ------
+    AssertionError
+        A call failed, or the folders differ.
+    """
+    draw, killed = random.Random(seed), Counter[str]()
+    memory: list[int] = []
+    disk: list[int] = []
+    seconds = 1.0
+    whole, torn = folder / "whole", folder / "killed"
+    for number in range(count):
+        name = f"month{number:03}"
+        data_sets(folder, name)
+
+        def learn(skills: Path, die: Any = None, after: float | None = None, data: str = name) -> Ended:
+            new = [*TOY, "strategy.importance.samples=8"] if not skills.exists() else []
+            how = ["--skills", skills, *SHORT, "keep=last", *new]
+            return holdfast("learn", f"{data}.jsonl", *how, cwd=folder, die=die, after=after)
+
+        start = time.monotonic()
+        lived = learn(whole)
+        seconds = time.monotonic() - start
+        assert lived.code == 0, lived.err
+        due = round(kills * (number + 1) / count)
+        while killed.total() < due:
+            moment = draw.choice([*OF_A_MONTH, "anywhere"])
+            if moment == "anywhere":
+                ended = learn(torn, after=draw.uniform(0.3, max(seconds, 1)))
+            else:
+                function, calls = OF_A_MONTH[moment]
+                ended = learn(torn, die=(function, draw.randint(1, calls)))
+            assert ended.code in (0, -signal.SIGKILL), (name, moment, ended.err)
+            if ended.code == 0:
+                break  # it lived through that moment, and has learned the month
+            killed[moment] += 1
+        ended = learn(torn)
+        assert ended.code == 0, (name, ended.err)
+        _same(contents(torn), contents(whole))
+        memory.append(lived.most)
+        disk.append(sum(p.stat().st_size for p in whole.rglob("*.safetensors")))
+        if tell is not None:
+            tell(f"{name}: {dict(killed)}, {memory[-1] / 1e6:.1f} MB, {disk[-1]} bytes of tensors")
+    return killed, memory, disk
+
+
 DAMAGES = ("truncated", "flipped", "deleted", "another's")
 _ASKED = "holdfast.learner.learner.evaluate_encoded"  # once a test set, when a task is trained and rated
 

@@ -131,3 +131,17 @@ def test_one_task_can_be_taken_back_and_no_second_one(tmp_path: Path) -> None:
     assert undo(folder) == "d"
     with pytest.raises(RunDirectoryError, match=r"weights before '03-c' are not kept"):
         undo(folder)
+
+
+def test_what_a_kill_after_the_last_commit_has_left_goes_with_the_next_start(
+    kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(tmp_path / "run", keep="last")
+    with monkeypatch.context() as patch:
+        kill_when(patch, "holdfast.learner.learner.thin", 4)
+        with pytest.raises(Killed):
+            run(config)
+    assert list((tmp_path / "run/tasks/02-copy").rglob("*.safetensors"))
+    run(config)
+    files = [sorted(p.relative_to(f) for p in f.rglob("*") if p.is_file()) for f in (kept, tmp_path / "run")]
+    assert files[0] == files[1]

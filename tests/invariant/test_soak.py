@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from soak import KINDS, damaged, soaked
+from soak import KINDS, damaged, months, soaked
 
 
 @pytest.mark.slow
@@ -18,3 +18,11 @@ def test_a_run_killed_at_random_ends_as_one_that_never_was(tmp_path: Path) -> No
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_damaged_file_is_named_or_what_is_lost_is_redone(kind: str, tmp_path: Path) -> None:
     assert damaged(tmp_path, kind)
+
+
+@pytest.mark.slow
+def test_months_of_learn_with_kills_lose_nothing_and_take_no_more_memory_and_disk(tmp_path: Path) -> None:
+    killed, memory, disk = months(tmp_path, count=6, kills=12, seed=1)
+    assert killed.total() >= 6  # a call that lives through its moment has learned the month
+    assert len(set(disk[1:])) == 1
+    assert memory[-1] < memory[1] + 8e6

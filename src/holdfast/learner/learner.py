@@ -269,6 +269,8 @@ class Learner:
             self.replay.memory.load_state_dict(json.loads((last / "replay.json").read_text()))
         for part in parts:
             self._recall(part)
+        if not self._past:  # a kill may have come between a task's commit and this
+            thin(self.folder, STAGES, self.config.keep)
 
     def _recall(self, name: str) -> None:
         part = self.folder.path / name
