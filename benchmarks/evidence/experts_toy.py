@@ -34,8 +34,11 @@ ROWS: dict[str, Any] = {
     "control: spectrum and others permuted": {"name": "attribution", "control": "permuted"},
 }
 LORA = {"r": 8, "alpha": 16, "target_modules": "all-linear"}
+WEAK = {"name": "anchor", "pull": 5}
 LORA_ROWS: dict[str, Any] = {
-    **ROWS,
+    name: {**how, "mechanism": WEAK} if isinstance(how, dict) and "importance" not in how else how
+    for name, how in ROWS.items()
+} | {
     "inputs, pull 24": {"name": "attribution", "mechanism": {"name": "anchor", "pull": 24}},
 }
 

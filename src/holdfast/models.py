@@ -63,6 +63,11 @@ class ModelOptions(Options):
     )
     layers: int | None = Field(None, ge=1, le=1000, description="toy only: number of blocks (default 4)")
 
+    @property
+    def adapted(self) -> bool:
+        """Whether a LoRA is trained: a new one, or the adapter that `path` holds."""
+        return self.lora is not None or (self.path is not None and _is_adapter(self.path))
+
     @model_validator(mode="after")
     def _one_source(self) -> ModelOptions:
         if (self.path is None) == (not self.toy):

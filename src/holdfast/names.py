@@ -22,6 +22,11 @@ def canonical_name(name: str) -> str:
     return re.sub(r"\.(lora_[AB]|lora_embedding_[AB])\.default(?=\.|$)", r".\1", name)
 
 
+def is_lora(name: str) -> bool:
+    """Whether a weight is a factor of a LoRA, by its name."""
+    return ".lora_" in name
+
+
 def layer_of(name: str) -> int | None:
     """Index of the transformer block a parameter belongs to; None outside the blocks."""
     match = _LAYER.search(name)

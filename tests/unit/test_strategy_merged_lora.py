@@ -15,6 +15,7 @@ from contexts import context_of, stage_of
 from holdfast.adapters import grow, lora_factors, lora_layers, recompress, whole_maps
 from holdfast.errors import ConfigError, PriorMismatchError
 from holdfast.hold import tell_total_rate
+from holdfast.hold.anchor import LORA_PULL
 from holdfast.importance import ImportancePrior, compute_prior
 from holdfast.models import LoraOptions, add_lora, digest, tiny_llama
 from holdfast.strategies.lora.inputs import freed
@@ -112,7 +113,7 @@ def test_next_adapter_begins_in_the_free_space_and_changes_nothing(form: str, tm
     grow(other, 4, 1)  # PEFT's start for the ranks of the second task of seed 0
     starts = zip(lora_layers(model), lora_factors(model), lora_factors(other), strict=True)
     for name, (a, b), (start, _) in starts:
-        torch.testing.assert_close(a[new], freed(start[4:8], prior[name], 5.0))
+        torch.testing.assert_close(a[new], freed(start[4:8], prior[name], LORA_PULL))
         assert not b[:, new].any()
         assert a.requires_grad
         assert b.requires_grad
@@ -247,7 +248,7 @@ def test_what_the_base_knows_is_held_from_the_first_task_on(tmp_path: Path) -> N
     prior = strategy.prior.tensors  # type: ignore[attr-defined]
     assert list(prior) == list(lora_layers(model))
     for name, (a, _), (before, _) in zip(prior, lora_factors(model), start, strict=True):
-        torch.testing.assert_close(a, freed(before, prior[name], 5.0))
+        torch.testing.assert_close(a, freed(before, prior[name], LORA_PULL))
     train_by_chance(model, 1)
     strategy.end(context_of(model, tmp_path), stage_of(STREAM, 0))
     factors = ImportancePrior({"x.lora_A.weight": torch.eye(4)}, {"kind": "inputs"})

@@ -30,9 +30,11 @@ from holdfast.hold.spectrum import Spectrum
 from holdfast.hold.strength import mean_of, warn_if_pull_is_faint
 from holdfast.hold.unheld import Unheld
 from holdfast.importance.prior import ImportancePrior, Kind
+from holdfast.names import is_lora
 
 _STRENGTH = 600.0  # of priors by weight
 _PULL = 5.0  # of priors by input
+LORA_PULL = 24.0  # ... that hold a LoRA: of 5, 12 and 24 it keeps most (docs/results.md)
 _BOUND = 1.0  # percent, of `strength: auto`
 _PULLED = "holdfast_pulled"  # in the first parameter group: the sum of the pulls that `auto` chose
 _CHANGES = "holdfast_changes"  # in the first group of a state dict: Z of each weight, by name
@@ -57,7 +59,8 @@ class AnchorOptions(Options):
     pull: float | None = Field(
         None,
         ge=0,
-        description="Λ = λ Σ η, the whole pull over a task, in place of `strength` (default 5 by inputs)",
+        description="Λ = λ Σ η, the whole pull over a task, in place of `strength` (default by inputs: 5, "
+        "and of a LoRA 24)",
     )
     every: int = Field(1, ge=1, description="pull at every n-th step, by the rates of the n steps together")
     coordinates: Literal["inputs", "weights"] | None = Field(
@@ -88,8 +91,14 @@ class AnchorOptions(Options):
             raise ValueError("`bound` applies to `strength: auto` only")
         return self
 
-    def resolved(self, kind: Kind) -> AnchorOptions:
+    def resolved(self, kind: Kind, lora: bool | None = None) -> AnchorOptions:
         """With the defaults for a kind of prior in place.
+
+        Parameters
+        ----------
+        kind : {"weights", "inputs"}
+        lora : bool, optional
+            Whether a LoRA is held; where that isn't known yet, the pull by inputs is left open.
 
         Raises
         ------
@@ -108,7 +117,10 @@ class AnchorOptions(Options):
             )
         changed: dict[str, Any] = {}
         if self.strength is None and self.pull is None:
-            changed = {"strength": _STRENGTH} if kind == "weights" else {"pull": _PULL}
+            if kind == "weights":
+                changed["strength"] = _STRENGTH
+            elif lora is not None:
+                changed["pull"] = LORA_PULL if lora else _PULL
         if self.strength == "auto" and self.bound is None:
             changed["bound"] = _BOUND
         if self.coordinates is None:
@@ -134,7 +146,7 @@ class Anchor:
     pull : float, optional
         Λ = λ Σ_t η_t, the whole pull over the task: a direction of mean importance ends at about 1/Λ of the
         way that it would go. Σ η must have been told (`holdfast.hold.tell_total_rate`) by the first step.
-        Give one of both; by default λ = 600 by weight, Λ = 5 by inputs.
+        Give one of both; by default λ = 600 by weight, Λ = 5 by inputs, and 24 where these are a LoRA's.
     bound : float, optional
         Of ``auto``: percent of their own size, in root mean square over all maps, default 1.
     every : int
@@ -169,7 +181,9 @@ class Anchor:
         self.prior = prior
         values: dict[str, Any] = {"strength": strength, "pull": pull, "bound": bound, "every": every}
         values |= {"coordinates": coordinates}
-        self.options = validate(AnchorOptions, values, "Anchor").resolved(prior.kind)
+        self.options = validate(AnchorOptions, values, "Anchor").resolved(
+            prior.kind, lora=any(is_lora(name) for name in prior.tensors)
+        )
         self.reference = reference
         self.learning_rate: float | None = None  # the largest seen, for the summary
         self._rate: float | None = None  # what λ or Λ is multiplied by, at its largest

@@ -119,6 +119,17 @@ class LearnerConfig(Options):
             )
         return self
 
+    @model_validator(mode="after")
+    def _complete(self) -> LearnerConfig:
+        """Fill in what depends on the model, so that a recorded configuration is complete."""
+        if self.model is not None:
+            self.__dict__["strategy"] = _completed(self.strategy, self.model.adapted)
+        return self
+
+    def for_adapted(self, lora: bool) -> LearnerConfig:
+        """The same where the model was made in a script: with a LoRA, or without."""
+        return self.model_copy(update={"strategy": _completed(self.strategy, lora)})
+
     @property
     def memory(self) -> Literal["none", "kept", "generated"]:
         """What is trained on for earlier tasks' sake: nothing, examples of theirs, or the model's own."""
@@ -158,6 +169,10 @@ def cannot_hold_base(strategy: Any, replay: RehearsalOptions | None) -> str:
         f"`strategy: {strategy.name}`, which holds nothing that it did not train; allowed: {able}, or any "
         "with a `replay:` section"
     )
+
+
+def _completed(options: Any, lora: bool) -> Any:
+    return options.completed(lora) if hasattr(options, "completed") else options
 
 
 def recorded_config(path: Path, sections: Mapping[str, Any]) -> LearnerConfig:

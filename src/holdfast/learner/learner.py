@@ -37,7 +37,7 @@ from holdfast.learner.known import ABOUT, TEST, read_about, read_task, write_tas
 from holdfast.learner.learning import Learning
 from holdfast.learner.ownership import FIXED, began_new, check_learned_under, claim, rebuilt
 from holdfast.learner.skills import Skills, read_skills
-from holdfast.models import is_encoder_decoder, load_model, load_weights, save_model
+from holdfast.models import is_encoder_decoder, load_model, load_weights, save_model, unwrapped
 from holdfast.progress import Progress
 from holdfast.records import StageMetrics
 from holdfast.storage import write_json, write_tensors
@@ -113,6 +113,8 @@ class Learner:
         self.config: LearnerConfig = (
             strategy if whole else validate(LearnerConfig, {"strategy": strategy, **sections}, "Learner")
         )
+        if self.config.model is None:
+            self.config = self.config.for_adapted(hasattr(unwrapped(model), "peft_config"))
         world.refuse_engine("Learner", "DEEPSPEED", "FSDP")
         world.start()
         check_askable(self.config)

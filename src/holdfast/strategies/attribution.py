@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from holdfast.config import Options, named, named_or
 from holdfast.errors import ConfigError, HoldfastError, PriorMismatchError
 from holdfast.hold import AnchorOptions, Control, MechanismOptions, apply_control, build_mechanism
+from holdfast.hold.anchor import LORA_PULL
 from holdfast.hold.attach import Handle, Protection
 from holdfast.hold.cost import Estimate, prior_costs
 from holdfast.hold.drift import Drift
@@ -39,7 +40,6 @@ from holdfast.strategies.lora.merged import (
 from holdfast.strategies.protocol import Context, Stage, Strategy, register
 from holdfast.tasks.task import TaskStream
 
-PULL = 5.0  # by which a new LoRA is kept out of old inputs where the mechanism's strength has another unit
 _BESIDE = "beside"  # in the state, before the names of weights that are held one by one
 _UNDER = "under."  # in the state, before the names of weights under the adapter
 
@@ -117,6 +117,12 @@ class AttributionStrategyOptions(Options):
                 raise ValueError(str(error)) from error
         self.__dict__.update(changed)  # the model is frozen, and not yet anybody's
         return self
+
+    def completed(self, lora: bool) -> AttributionStrategyOptions:
+        """With the default in place that depends on whether a LoRA is trained."""
+        if not isinstance(self.mechanism, AnchorOptions):
+            return self
+        return self.model_copy(update={"mechanism": self.mechanism.resolved(self.kind, lora)})
 
 
 @register
@@ -203,7 +209,7 @@ class Attribution(Strategy):
             self._held = apply_control(self.prior, self.options.control, seed=context.seed)
         if self._merged is not None:
             pull = getattr(self.options.mechanism, "pull", None)
-            pull = PULL if pull is None else pull
+            pull = LORA_PULL if pull is None else pull  # of another mechanism, or in another unit
             self._merged.begin(context.model, stage.index, context.seed, self._held, pull)
         if self._held is not None:
             prior = self._held if self._merged is None else held_rows(self._held, context.model)
