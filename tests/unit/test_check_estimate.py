@@ -62,6 +62,19 @@ def test_a_prior_larger_than_its_weights_says_what_makes_it_smaller() -> None:
     assert sum(i * i for _, i in sizes.values()) > sum(o * i for o, i in sizes.values())
     assert "strategy.importance.rank=4 keeps a quarter" in notes[0]
     assert not any(cost.note for cost in prior_costs(wide, InputsOptions(rank=4)))
+    adapted = add_lora(wide, LoraOptions(r=2, target_modules="all-linear"))
+    assert not any(cost.note for cost in prior_costs(adapted, InputsOptions())), "smaller than the model"
+
+
+def test_what_is_advised_for_a_lora_is_a_share_of_its_maps_not_of_its_rank() -> None:
+    adapted = add_lora(
+        tiny_llama(toy_tokenizer(), hidden=256, layers=1, heads=2),
+        LoraOptions(r=2, target_modules=["q_proj", "o_proj", "down_proj"]),
+    )
+    for parameter in [p for p in adapted.parameters() if not p.requires_grad]:
+        parameter.data = parameter.data[:1]  # as if the rest of the model were small
+    notes = [cost.note for cost in prior_costs(adapted, InputsOptions())]
+    assert "larger than the model; strategy.importance.rank=64 keeps a quarter" in notes[0]
 
 
 def held_by(tensors: Any) -> int:

@@ -10,6 +10,7 @@ from torch import nn
 from holdfast.importance.moments import Rank, Sketch, columns, rows_of
 from holdfast.importance.registry import REGISTRY
 from holdfast.models import block_parameters, input_dims
+from holdfast.names import is_lora
 
 
 class Cost(NamedTuple):
@@ -120,11 +121,16 @@ def _inputs_costs(model: nn.Module, kept: int, rank: Rank | None) -> list[Cost]:
     sizes = [4 * inputs * rows_of(inputs, rank) for inputs, _ in maps]
     elements = sum(p.numel() for _, p in maps)
     note = ""
-    if rank is None and sum(sizes) > 4 * elements:
-        quarter = min(inputs for inputs, _ in maps) // 4
+    adapted = any(is_lora(name) for name in weights)
+    if rank is None and sum(sizes) > 4 * (
+        sum(p.numel() for p in model.parameters()) if adapted else elements
+    ):
+        whole = [p.shape[dims[name]] for name, p in weights.items() if name in dims and ".lora_B" not in name]
+        quarter = max(min(whole) // 4, 1)  # a LoRA's B has its rank's few inputs
         note = (
-            f"the prior is larger than the weights that it holds; strategy.importance.rank={quarter} keeps a "
-            "quarter of the narrowest map's directions, and the mean of the others."
+            f"the prior is larger than the {'model' if adapted else 'weights that it holds'}; "
+            f"strategy.importance.rank={quarter} keeps a quarter of the narrowest map's directions, and the "
+            "mean of the others."
         )
     costs = [
         Cost("prior (a matrix a linear map, float32, on the CPU)", kept * sum(sizes), note),
