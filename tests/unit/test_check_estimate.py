@@ -55,8 +55,10 @@ def test_prior_and_eigenvectors_take_what_is_said(rank: int | None) -> None:
     assert size == kept * wide
 
 
-def test_a_prior_larger_than_its_weights_says_what_makes_it_smaller() -> None:
+def test_a_prior_larger_than_its_weights_says_what_makes_it_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = tiny_llama(toy_tokenizer(), hidden=16, layers=1, heads=2)
+    assert not any(cost.note for cost in prior_costs(wide, InputsOptions())), "a small one troubles nobody"
+    monkeypatch.setattr("holdfast.hold.cost.LARGE", 0)
     notes = [cost.note for cost in prior_costs(wide, InputsOptions())]
     sizes = {n: p.shape for n, p in block_parameters(wide).items()}
     assert sum(i * i for _, i in sizes.values()) > sum(o * i for o, i in sizes.values())
@@ -66,7 +68,10 @@ def test_a_prior_larger_than_its_weights_says_what_makes_it_smaller() -> None:
     assert not any(cost.note for cost in prior_costs(adapted, InputsOptions())), "smaller than the model"
 
 
-def test_what_is_advised_for_a_lora_is_a_share_of_its_maps_not_of_its_rank() -> None:
+def test_what_is_advised_for_a_lora_is_a_share_of_its_maps_not_of_its_rank(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("holdfast.hold.cost.LARGE", 0)
     adapted = add_lora(
         tiny_llama(toy_tokenizer(), hidden=256, layers=1, heads=2),
         LoraOptions(r=2, target_modules=["q_proj", "o_proj", "down_proj"]),

@@ -59,6 +59,9 @@ def trained_bytes(model: nn.Module, each: int | None = None) -> int:
     return sum(p.numel() * (each or p.element_size()) for p in trained)
 
 
+LARGE = 2**30  # bytes of a prior; below, keeping all directions costs nobody anything
+
+
 def prior_costs(
     model: nn.Module,
     options: Any,
@@ -122,9 +125,8 @@ def _inputs_costs(model: nn.Module, kept: int, rank: Rank | None) -> list[Cost]:
     elements = sum(p.numel() for _, p in maps)
     note = ""
     adapted = any(is_lora(name) for name in weights)
-    if rank is None and sum(sizes) > 4 * (
-        sum(p.numel() for p in model.parameters()) if adapted else elements
-    ):
+    against = sum(p.numel() for p in model.parameters()) if adapted else elements
+    if rank is None and sum(sizes) > max(4 * against, LARGE):
         whole = [p.shape[dims[name]] for name, p in weights.items() if name in dims and ".lora_B" not in name]
         quarter = max(min(whole) // 4, 1)  # a LoRA's B has its rank's few inputs
         note = (
