@@ -150,6 +150,7 @@ HOLDS: dict[str, tuple[str, Any]] = {
     "anchor, elementwise": ("fisher", {"strength": 600}),
     "anchor, inputs": ("inputs", {"strength": 100}),
     "anchor, inputs, on the weights": ("inputs", {"strength": 100, "coordinates": "weights"}),
+    "anchor, inputs, auto": ("inputs", {"strength": "auto", "bound": 0.05}),
 }
 
 

@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal, cast
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from holdfast import world
 from holdfast.config import Options, validate
 from holdfast.errors import ConfigError
 from holdfast.hold.attach import (
@@ -295,18 +297,22 @@ class Anchor:
         """Of ``auto``: from |(ΔU)_j|² of each chunk's maps to what is left of each direction."""
         assert meter is not None
         assert self.options.bound is not None
-        if meter.sharded:
-            raise ConfigError(
-                "anchor: strength='auto' bounds what all of a map does, and of sharded weights (FSDP2) each "
-                "process has a part. Give `pull`, or use DDP."
-            )
         bound, regions = self.options.bound / 100, dict[int, Region]()
+
+        def of_all(sums: list[Tensor]) -> list[Tensor]:
+            """Of sharded weights each process has some rows of a map, and these are sums over rows."""
+            if not meter.sharded:
+                return sums
+            joined = torch.cat([s.reshape(-1).to(sums[0].device) for s in sums])
+            world.add_up([joined])
+            parts = joined.split([s.numel() for s in sums])
+            return [part.reshape(s.shape) for part, s in zip(parts, sums, strict=True)]
 
         def choose(squares: list[list[Tensor]]) -> list[list[Tensor]]:
             if len(operators) not in regions:  # weights have joined
                 shares = [h for operator in operators for h in cast(Inputs, operator).shares]
-                regions[len(operators)] = Region(shares, [m.whole() for m in meter.maps()], bound)
-            passed, pull = regions[len(operators)].passed([s for chunk in squares for s in chunk])
+                regions[len(operators)] = Region(shares, of_all([m.whole() for m in meter.maps()]), bound)
+            passed, pull = regions[len(operators)].passed(of_all([s for chunk in squares for s in chunk]))
             first = inner.param_groups[0]
             first[_PULLED] = self._pulled = first.get(_PULLED, 0.0) + float(pull)
             rest = iter(passed)
