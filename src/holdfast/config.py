@@ -248,6 +248,15 @@ def override(data: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, A
     return result
 
 
+def differences(there: Any, here: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """What differs between two dumped configurations: the key with its place, and both values."""
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        for key in sorted({*there, *here}):
+            yield from differences(there.get(key), here.get(key), f"{where}.{key}" if where else key)
+    elif there != here:
+        yield where, there, here
+
+
 def _copy(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {k: _copy(v) for k, v in value.items()}

@@ -287,11 +287,19 @@ def test_folder_made_without_a_task_needs_the_model_and_says_so(tmp_path: Path) 
 def test_other_strategy_seed_template_or_model_in_a_folder_is_refused(tmp_path: Path) -> None:
     with learner_of("ewc", tmp_path / "a") as learner:
         learn(learner, "may")
-    with pytest.raises(RunDirectoryError, match="has another strategy"):
+    with pytest.raises(
+        RunDirectoryError, match=r"another strategy: strategy.name \('ewc' there, 'osf' here\)\."
+    ):
         learner_of("osf", tmp_path / "a")
-    with pytest.raises(RunDirectoryError, match="has another seed"):
+    with pytest.raises(
+        RunDirectoryError, match=r"another strategy: .*strategy.strength \(.* there, 9.0 here\)"
+    ):
+        learner_of({"name": "ewc", "strength": 9}, tmp_path / "a")
+    with pytest.raises(RunDirectoryError, match=r"another seed: seed \(0 there, 1 here\)"):
         learner_of("ewc", tmp_path / "a", seed=1)
-    with pytest.raises(RunDirectoryError, match="has another template"):
+    with pytest.raises(
+        RunDirectoryError, match=r"another template: template.strip \('.*' there, 'both' here\)"
+    ):
         learner_of("ewc", tmp_path / "a", template={"strip": "both"})
     model, _ = load_model(ModelOptions(toy=True, hidden=24, layers=1), 0, toy_tokenizer)
     with pytest.raises(ModelError, match="these weights don't fit this model"):

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from holdfast.config import validate, write_recorded
+from holdfast.config import differences, validate, write_recorded
 from holdfast.environment import describe_environment, environment_recorded
 from holdfast.errors import HoldfastError, ModelError, RunDirectoryError
 from holdfast.folder import CONFIG, ENVIRONMENT, LOCK, Folder
@@ -84,10 +84,10 @@ def _strangers(path: Path) -> list[str]:
 
 def _check_same(recorded: LearnerConfig, config: LearnerConfig, path: Path) -> None:
     """What was begun under one strategy can't go on under another."""
-    for part, before, now in _differing(recorded, config):
+    for part, different in _differing(recorded, config, "there", "here"):
         raise RunDirectoryError(
-            f"{path}: what was learned here has another {part} ({before!r} there, {now!r} here). Go on "
-            "with the one there (holdfast.Learner.load does), or choose another folder."
+            f"{path}: what was learned here has another {part}: {different}. Go on with what is there "
+            "(holdfast.Learner.load does), or choose another folder."
         )
 
 
@@ -99,17 +99,21 @@ def check_learned_under(config: LearnerConfig, path: Path, stage: Path, settings
     RunDirectoryError
         It was replaced by another.
     """
-    for part, before, now in _differing(validate(LearnerConfig, settings, str(stage)), config):
+    for part, different in _differing(validate(LearnerConfig, settings, str(stage)), config, "then", "now"):
         raise RunDirectoryError(
-            f"{path / CONFIG}: has another {part} than {stage.name} was learned under ({before!r} then, "
-            f"{now!r} now). Put the right one back from a copy."
+            f"{path / CONFIG}: has another {part} than {stage.name} was learned under: {different}. Put the "
+            "right one back from a copy."
         )
 
 
-def _differing(before: LearnerConfig, now: LearnerConfig) -> Iterator[tuple[str, Any, Any]]:
+def _differing(before: LearnerConfig, now: LearnerConfig, old: str, new: str) -> Iterator[tuple[str, str]]:
+    """Each part that is another, and in what: of another strategy its name says enough."""
     for part in FIXED:
-        if getattr(before, part) != getattr(now, part):
-            yield part, getattr(before, part), getattr(now, part)
+        then, here = (config.model_dump(mode="json", include={part})[part] for config in (before, now))
+        found = {key: f"{key} ({a!r} {old}, {b!r} {new})" for key, a, b in differences(then, here, part)}
+        if found:
+            name = found.get(f"{part}.name")
+            yield part, ", ".join(found.values()) if name is None else name
 
 
 def rebuilt(path: Path, config: LearnerConfig) -> tuple[Any, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from holdfast import world
-from holdfast.config import read_recorded, write_recorded
+from holdfast.config import differences, read_recorded, write_recorded
 from holdfast.environment import environment_recorded
 from holdfast.errors import RunDirectoryError
 from holdfast.folder import CONFIG, ENVIRONMENT, LOCK, PARTIAL, Folder
@@ -82,7 +82,9 @@ class RunDirectory(Folder):
         path = directory.path / CONFIG
         if not path.exists() or not directory._has_begun():
             return []
-        return sorted(_differences(config.model_dump(mode="json"), _recorded(path)[0]))
+        found = differences(_recorded(path)[0], config.model_dump(mode="json"))
+        free = ("output", "keep")
+        return sorted(f"{key} ({a!r} there, {b!r} here)" for key, a, b in found if key not in free)
 
     @classmethod
     def hindrances(cls, config: RunConfig) -> list[str]:
@@ -121,11 +123,3 @@ def _recorded(path: Path) -> tuple[Any, RunConfig | None]:
     except ValidationError:  # then its differences tell why
         return recorded, None
     return config.model_dump(mode="json"), config
-
-
-def _differences(a: Any, b: Any, where: str = "") -> Iterator[str]:
-    if isinstance(a, dict) and isinstance(b, dict):
-        for key in sorted({*a, *b}):
-            yield from _differences(a.get(key), b.get(key), f"{where}.{key}" if where else key)
-    elif a != b and where not in ("output", "keep"):
-        yield f"{where} ({b!r} there, {a!r} here)"
