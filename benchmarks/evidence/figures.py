@@ -96,7 +96,8 @@ def first_task() -> go.Figure | None:
     file = HERE / "results" / "first_task.json"
     if not file.exists():
         return None
-    found = json.loads(file.read_text())
+    asked = json.loads(file.read_text())
+    found = [run for run in asked if run["task"] == asked[0]["task"]]  # of one stream
     figure = frame(f"tasks learned ({found[0]['task']} is the first)", "accuracy, %")
     rows = list(dict.fromkeys(run["row"] for run in found))
     for run in found:
