@@ -16,6 +16,7 @@ from holdfast.importance.prior import trained_parameters
 from holdfast.importance.sample_squares import require_linear_maps
 from holdfast.importance.sensitivity import SensitivityOptions, sensitivity_options
 from holdfast.importance.skill_units import SkillUnit, lora_units, matrix_units
+from holdfast.names import is_lora
 from holdfast.tasks.memory import MemoryOptions, sizes_before
 from holdfast.tasks.task import TaskStream
 
@@ -63,7 +64,7 @@ def check(options: KifOptions, model: nn.Module) -> None:
         It hasn't.
     """
     parameters = trained_parameters(model)
-    if options.orthogonality > 0 and not any(".lora_" in name for name in parameters):
+    if options.orthogonality > 0 and not any(is_lora(name) for name in parameters):
         raise ConfigError(
             "strategy.orthogonality: eq. 5 is about LoRA's factors; set model.lora, or leave it at 0."
         )

@@ -26,6 +26,7 @@ from holdfast.importance import ImportancePrior
 from holdfast.importance.moments import energy, mean_eigenvalue_one
 from holdfast.importance.prior import FREE
 from holdfast.models import input_dims
+from holdfast.names import is_lora
 from holdfast.records import AdapterRanks
 from holdfast.strategies.lora.grown import Grown, grown_cost
 from holdfast.strategies.lora.inputs import freed
@@ -208,7 +209,7 @@ def export_merged(model: Any, tokenizer: Any, folder: Any) -> None:
     tensors = {
         name.replace(".base_layer", ""): tensor
         for name, tensor in base.state_dict().items()
-        if ".lora_" not in name
+        if not is_lora(name)
     }
     base.save_pretrained(folder, state_dict=tensors)
     tokenizer.save_pretrained(folder)
