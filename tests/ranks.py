@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from holdfast import world
 from learning_data import rows_of
 from tiny_models import tiny_model
+from zero_stand_in import with_zero3
 
 # KIF needs units of a LoRA or of matrices; O-LoRA a LoRA. Rows: 7, so the last batch of 4 is not a whole one.
 STRATEGIES: dict[str, tuple[str, Any]] = {
@@ -27,15 +28,18 @@ STRATEGIES: dict[str, tuple[str, Any]] = {
 TRAINING = {"epochs": 1, "batch_size": 4, "learning_rate": 1e-3}
 
 
-def results(folder: Path, dtype: torch.dtype, shard: Any = None) -> dict[str, dict[str, Tensor]]:
-    """Each case's tensors by name."""
+def results(folder: Path, dtype: torch.dtype, in_parts: bool = False) -> dict[str, dict[str, Tensor]]:
+    """Each case's tensors by name; `in_parts`: the model cut up over the processes where a case allows it."""
     torch.set_num_threads(1)
     with wholly_double():
         found = {**folds(dtype)}
         for name, (kind, strategy) in STRATEGIES.items():
             found[name] = learned(folder / name, tiny_model(kind).to(dtype), strategy)
         found["callback"] = with_callback(folder / "callback", dtype)
-        return {**found, **sharded(shard)}
+        for name, optimizer_of in ENGINES.items():
+            held = under_each_hold(optimizer_of if in_parts else plain)
+            found |= {f"{hold}, {name}": weights for hold, weights in held.items()}
+        return found
 
 
 @contextmanager
@@ -55,9 +59,9 @@ def wholly_double() -> Iterator[None]:
 
 
 def each_rank(folder: str, dtype: str) -> None:
-    """The same in one of several processes, whose results are saved by rank; and under FSDP2."""
+    """The same in one of several processes, whose results are saved by rank; and under FSDP2 and ZeRO-3."""
     world.start()
-    torch.save(results(Path(folder), getattr(torch, dtype), fully_sharded), f"{folder}/rank{world.rank()}.pt")
+    torch.save(results(Path(folder), getattr(torch, dtype), in_parts=True), f"{folder}/rank{world.rank()}.pt")
 
 
 def rows(count: int, name: str = "may") -> list[Any]:
@@ -154,8 +158,8 @@ HOLDS: dict[str, tuple[str, Any]] = {
 }
 
 
-def sharded(shard: Any) -> dict[str, dict[str, Tensor]]:
-    """The weights after three steps in a loop of one's own under each hold; `shard` may cut the model up."""
+def under_each_hold(optimizer_of: Any) -> dict[str, dict[str, Tensor]]:
+    """The weights after three steps in a loop of one's own; `optimizer_of` may cut the model up."""
     from holdfast import Anchor
     from holdfast.importance import compute_prior
     from holdfast.tasks import Encoder, toy_tokenizer
@@ -167,10 +171,8 @@ def sharded(shard: Any) -> dict[str, dict[str, Tensor]]:
     for name, (importance, options) in HOLDS.items():
         model = tiny_model("llama").double()
         prior = compute_prior(model, encoded, importance, pad_id=tokenizer.pad_token_id)
-        if shard is not None:
-            shard(model)
-            assert all(map(world.is_sharded, model.parameters()))
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        optimizer = optimizer_of(model)
+        assert optimizer_of is plain or all(map(world.is_sharded, model.parameters()))
         handle = Anchor(prior, **options).attach(model, optimizer)
         for _ in range(3):
             optimizer.zero_grad()
@@ -179,7 +181,7 @@ def sharded(shard: Any) -> dict[str, dict[str, Tensor]]:
                 logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
             ).backward()
             optimizer.step()
-        weights = {n: world.whole(p.detach()).clone() for n, p in model.named_parameters()}
+        weights = {n: world.whole(p).detach().clone() for n, p in model.named_parameters()}
         if importance == "inputs":
             weights["drift"] = torch.tensor(handle.drift().total)
         handle.remove()
@@ -187,7 +189,12 @@ def sharded(shard: Any) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def fully_sharded(model: Any) -> None:
+def plain(model: Any) -> Any:
+    """AdamW of a whole model."""
+    return torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+
+def fully_sharded(model: Any) -> Any:
     """Cut a Llama up over the processes, as FSDP2 does."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -196,7 +203,14 @@ def fully_sharded(model: Any) -> None:
     for block in model.model.layers:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    return plain(model)
 
+
+ENGINES = {"FSDP2": fully_sharded, "ZeRO-3": with_zero3}
 
 # compared to 1e-10; in the others something is float32 whatever the model is
-WHOLLY_DOUBLE = ("squares", "relevance", "sketches", *STRATEGIES, *HOLDS)
+WHOLLY_DOUBLE = (
+    *("squares", "relevance", "sketches"),
+    *STRATEGIES,
+    *(f"{hold}, {name}" for name in ENGINES for hold in HOLDS),
+)

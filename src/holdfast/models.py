@@ -171,8 +171,9 @@ def _is_matrix(leaf: str, parameter: nn.Parameter) -> bool:
     Shape alone tells it of a stack of matrices; of two dimensions there are tables of other things too, such
     as the decay rates of a state.
     """
-    sizes = [size for size in parameter.shape if size > 1]
-    return len(sizes) > 1 and (parameter.dim() > 2 or _MATRIX.search(leaf) is not None)
+    shape = world.shape(parameter)
+    sizes = [size for size in shape if size > 1]
+    return len(sizes) > 1 and (len(shape) > 2 or _MATRIX.search(leaf) is not None)
 
 
 def _is_bias(leaf: str, own: dict[str, nn.Parameter]) -> bool:
@@ -200,10 +201,10 @@ def fingerprints(model: nn.Module) -> dict[str, str]:
     """
     found = {}
     for name, parameter in model.named_parameters():
-        flat = world.whole(parameter.detach()).reshape(-1)
+        flat = world.whole(parameter).detach().reshape(-1)
         places = torch.linspace(0, max(0, flat.numel() - 1), min(flat.numel(), _SAMPLED), dtype=torch.float64)
         values = flat[places.long().to(flat.device)].to("cpu", torch.bfloat16).contiguous()
-        h = hashlib.sha256(repr(tuple(parameter.shape)).encode())
+        h = hashlib.sha256(repr(tuple(world.shape(parameter))).encode())
         if values.numel():
             h.update(values.view(torch.uint8).numpy().tobytes())
         found[canonical_name(name)] = h.hexdigest()[:8]
@@ -399,6 +400,22 @@ def accepts(model: nn.Module, argument: str) -> bool:
     if hasattr(model, "get_base_model"):
         inner = inner.get_base_model()
     return argument in inspect.signature(inner.forward).parameters
+
+
+def require_whole(model: nn.Module) -> None:
+    """Refuse to rate a model of which each process has a part alone.
+
+    Raises
+    ------
+    ModelError
+    """
+    cut = next((name for name, p in model.named_parameters() if world.is_sharded(p)), None)
+    if cut is not None:
+        raise ModelError(
+            f"importance: {type(model).__name__} is cut up over the processes ('{cut}' is in parts: FSDP2 or "
+            "DeepSpeed ZeRO-3). Rate a whole model: before the trainer is made, and with ZeRO-3 before its "
+            "TrainingArguments, or load it again in a process of its own (`holdfast attribute`)."
+        )
 
 
 @contextmanager

@@ -19,14 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from holdfast.errors import ConfigError, HoldfastError, ProcessLostError
+from holdfast.pieces import Piece
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 T = TypeVar("T")
 
 _CHUNK = 2**24  # values summed at once: bounds the float64 copy to 128 MiB
-_ENGINES = {"DEEPSPEED": "DeepSpeed", "FSDP": "FSDP"}
 _rank, _size = 0, 1
 _peers: list[tuple[str, int]] = []  # host and process id of each rank
 
@@ -56,27 +57,24 @@ def start() -> None:
         _peers = gather((socket.gethostname(), os.getpid()))
 
 
-def refuse_engine(where: str, *refused: str) -> None:
-    """Refuse an engine of accelerate's under which something can't work, before anything is done.
+def refuse_parts(where: str) -> None:
+    """Refuse an engine of accelerate's that cuts weights up, before anything is done.
 
     Parameters
     ----------
     where : str
-        What can't, for the message.
-    *refused : {"DEEPSPEED", "FSDP"}
+        What needs whole weights, for the message.
 
     Raises
     ------
     ConfigError
-        The launcher chose one of them.
+        The launcher chose FSDP or DeepSpeed.
     """
-    for engine in refused:
-        if os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() in ("1", "true"):
-            allowed = "DDP" if "FSDP" in refused else "DDP and FSDP2"
+    for variable, engine in (("DEEPSPEED", "DeepSpeed"), ("FSDP", "FSDP")):
+        if os.environ.get(f"ACCELERATE_USE_{variable}", "").lower() in ("1", "true"):
             raise ConfigError(
-                f"{where}: the launcher chose {_ENGINES[engine]}, under which no process has a whole weight "
-                f"where it is needed. Allowed: {allowed} (accelerate launch --multi_gpu, or "
-                "configs/accelerate/ddp.yaml)."
+                f"{where}: the launcher chose {engine}, under which no process has a whole weight where it "
+                "is needed. Allowed: DDP (accelerate launch --multi_gpu, or configs/accelerate/ddp.yaml)."
             )
 
 
@@ -305,17 +303,40 @@ def named_error(text: str) -> str:
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Whether a tensor is a DTensor: each process has a part of it."""
+    """Whether each process has a part of a tensor: a DTensor (FSDP2), or a parameter under ZeRO-3."""
+    return _is_dtensor(tensor) or in_pieces(tensor)
+
+
+def in_pieces(parameter: Any) -> bool:
+    """Whether it is a parameter under DeepSpeed's ZeRO-3: flat pieces, of which `holdfast.pieces` tells."""
+    return hasattr(parameter, "ds_id")
+
+
+def _is_dtensor(tensor: Any) -> bool:
     return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
 
 
 def is_sharded_along(tensor: Any, dim: int) -> bool:
     """Whether each process has a part of this dimension."""
+    if in_pieces(tensor):
+        return dim == 0
     return is_sharded(tensor) and any(placement.is_shard(dim) for placement in tensor.placements)
 
 
+def shape(parameter: Any) -> torch.Size:
+    """The shape of a whole parameter, wherever its parts are."""
+    found: torch.Size = parameter.ds_shape if in_pieces(parameter) else parameter.shape
+    return found
+
+
 def like(value: Tensor, parameter: Any) -> Tensor:
-    """A whole tensor, the same in each process, placed as a parameter of its shape is: its part here."""
+    """A whole tensor, the same in each process, placed as a parameter of its shape is: its part here.
+
+    Under ZeRO-3 the part is of whole rows, those that begin in this process's piece.
+    """
+    if in_pieces(parameter):
+        first, behind = Piece.of(value.shape, _rank, _size).rows
+        return value[first:behind]
     if not is_sharded(parameter):
         return value
     from torch.distributed.tensor import distribute_tensor
@@ -324,13 +345,24 @@ def like(value: Tensor, parameter: Any) -> Tensor:
     return distribute_tensor(value.to(parameter.device), mesh, placements, src_data_rank=None).to_local()
 
 
-def local(tensor: Any) -> Tensor:
-    """This process's part of a tensor, sharing its memory; of a plain one the tensor itself."""
-    found: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
+def local(parameter: Any) -> Tensor:
+    """This process's part of a parameter as a plain tensor; of a plain one the tensor itself.
+
+    It shares the parameter's memory, but under ZeRO-3, where it is a copy of whole rows and all must ask.
+    """
+    if in_pieces(parameter):
+        return like(whole(parameter), parameter)
+    found: Tensor = parameter.detach().to_local() if is_sharded(parameter) else parameter
     return found
 
 
 def whole(tensor: Any) -> Tensor:
     """A tensor with the parts of all processes; of a plain one the tensor itself."""
+    if in_pieces(tensor):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            copied: Tensor = tensor.detach().clone()
+        return copied
     found: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
     return found

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 import holdfast
 from holdfast.models import tiny_llama
@@ -19,3 +23,43 @@ def test_hook_that_makes_embeddings_require_a_gradient_changes_nothing() -> None
     hooked = holdfast.attribute(model, tokenizer, rows, importance=options, progress=False)
     assert all(torch.equal(plain.tensors[name], hooked.tensors[name]) for name in plain.tensors)
     assert hooked.meta["conservation_max_relative_error"] < 1e-5
+
+
+class _OtherLinear(torch.autograd.Function):
+    """As DeepSpeed's ZeRO-3 puts in the place of torch's, until the process ends."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        return x.matmul(weight.t())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        return gradients[0].matmul(ctx.saved_tensors[0]), None
+
+
+@pytest.mark.parametrize("importance", ["inputs", "lrp", "fisher"])
+def test_a_linear_function_that_somebody_replaced_changes_nothing(
+    importance: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = toy_tokenizer()
+    model = tiny_llama(tokenizer, hidden=16, layers=1)
+    rows = [{"prompt": "ab=", "completion": "a"}, {"prompt": "cde=", "completion": "c"}]
+    options = {"name": importance, **({} if importance == "fisher" else {"correct_only": False})}
+    plain = holdfast.attribute(model, tokenizer, rows, importance=options, progress=False)
+    other = lambda x, weight, bias=None: _OtherLinear.apply(x, weight)  # noqa: E731
+    monkeypatch.setattr(torch.nn.functional, "linear", other)
+    replaced = holdfast.attribute(model, tokenizer, rows, importance=options, progress=False)
+    assert all(torch.equal(plain.tensors[name], replaced.tensors[name]) for name in plain.tensors)
+    assert torch.nn.functional.linear is other
+
+
+def test_an_importance_that_is_zero_everywhere_says_so() -> None:
+    tokenizer = toy_tokenizer()
+    model = get_peft_model(
+        tiny_llama(tokenizer, hidden=16, layers=1), LoraConfig(target_modules="all-linear")
+    )
+    rows = [{"prompt": "ab=", "completion": "a"}]
+    options = {"name": "inputs", "correct_only": False}
+    with pytest.warns(UserWarning, match=r"'inputs': all 14 tensors came out as zero.*new \(B = 0\)"):
+        holdfast.attribute(model, tokenizer, rows, importance=options, progress=False)

@@ -20,8 +20,10 @@ from holdfast.hold import (
     Penalty,
     build_mechanism,
 )
+from holdfast.hold.attach import unwrap
 from holdfast.importance.prior import ImportancePrior
 from small_network import backward, graded, network, weights
+from zero_stand_in import Zero3
 
 
 def test_attach_unwraps_the_optimizer_of_accelerate() -> None:
@@ -35,6 +37,24 @@ def test_attach_unwraps_the_optimizer_of_accelerate() -> None:
         backward(model)
         optim.step()
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+
+
+def test_an_optimizer_of_deepspeed_that_no_hold_reaches_is_refused_by_name() -> None:
+    stage = type("DeepSpeedZeroOptimizer", (), {"__module__": "deepspeed.runtime.zero.stage_1_and_2"})()
+    model = network()
+    stage.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    prior = ImportancePrior({n: torch.ones(p.shape) for n, p in model.named_parameters()})
+    with pytest.raises(ConfigError, match=r"DeepSpeedZeroOptimizer keeps .* Use ZeRO stage 3"):
+        Gate(prior).attach(model, stage)
+
+
+@pytest.mark.parametrize("option", ["swap_optimizer", "zenflow"])
+def test_zero_3_that_steps_elsewhere_is_refused_by_name(option: str) -> None:
+    model = network()
+    zero = Zero3(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    setattr(zero, option, True)
+    with pytest.raises(ConfigError, match="steps where no hold reaches"):
+        unwrap(zero)
 
 
 def test_frozen_weights_are_skipped_but_no_weight_at_all_is_an_error() -> None:

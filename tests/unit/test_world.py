@@ -14,9 +14,13 @@ import torch
 from typer.testing import CliRunner
 
 import holdfast
+from attribution_models import ROWS, build
 from holdfast import world
+from holdfast.attribution.engine import attribute_batches
 from holdfast.cli import app
-from holdfast.errors import ConfigError, ProcessLostError, StorageError
+from holdfast.errors import ConfigError, ModelError, ProcessLostError, StorageError
+from holdfast.importance import compute_prior
+from holdfast.importance.aggregate import TopKMean
 from holdfast.storage import write_text
 
 ROOT = Path(holdfast.__file__).parent
@@ -77,13 +81,20 @@ def test_a_command_of_one_process_refuses_a_launcher(monkeypatch: pytest.MonkeyP
     assert "runs in one process" in result.stderr
 
 
-@pytest.mark.parametrize(("engine", "allowed"), [("FSDP", "Allowed: DDP "), ("DEEPSPEED", "Allowed: DDP ")])
-def test_a_learner_refuses_what_shards_weights(
-    engine: str, allowed: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
+def test_a_learner_refuses_what_cuts_weights_up(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
-    with pytest.raises(ConfigError, match=allowed):
+    with pytest.raises(ConfigError, match=r"Allowed: DDP "):
         holdfast.Learner(None, None)
+
+
+def test_a_model_in_parts_is_not_rated() -> None:
+    model = build("llama")
+    model.model.layers[0].mlp.up_proj.weight.ds_id = 0  # as DeepSpeed marks what it has cut up
+    with pytest.raises(ModelError, match=r"cut up over the processes \('model.layers.0.mlp.up_proj.weight'"):
+        compute_prior(model, ROWS, "fisher", pad_id=0)
+    with pytest.raises(ModelError, match="Rate a whole model"):
+        attribute_batches(model, ROWS, fold=TopKMean(1), pad_id=0)
 
 
 def test_only_this_file_names_accelerate_and_process_groups() -> None:

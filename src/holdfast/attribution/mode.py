@@ -1,4 +1,4 @@
-"""Intercepts the torch operations of one forward pass and applies their rules; nothing is patched."""
+"""Intercepts the torch operations of one forward pass and applies their rules; no model is patched."""
 
 from __future__ import annotations
 
@@ -186,6 +186,7 @@ def attributable(model: nn.Module, leaves: list[Tensor]) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_experts_one_by_one(model))
+        stack.enter_context(_linear_of_torch())
         for module in _embeddings(model):
             # first of all hooks: one of PEFT's and TRL's makes the output require a gradient
             stack.callback(module.register_forward_hook(cut, prepend=True).remove)
@@ -200,6 +201,17 @@ def attributable(model: nn.Module, leaves: list[Tensor]) -> Iterator[None]:
                 parameter.requires_grad_(flag)
             for module, mode in modes:
                 module.training = mode
+
+
+@contextmanager
+def _linear_of_torch() -> Iterator[None]:
+    """Let nn.Linear show its operation: DeepSpeed's ZeRO-3 puts a function without one in its place."""
+    found = nn.functional.linear
+    try:
+        nn.functional.linear = torch._C._nn.linear
+        yield
+    finally:
+        nn.functional.linear = found
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from holdfast import world
 from holdfast.errors import ConfigError, PriorMismatchError
 from holdfast.hold.drift import Drift
+from holdfast.hold.zero import Steps, steps_of
 from holdfast.importance.prior import ImportancePrior, parameters_by_name
 from holdfast.models import input_dims
 
@@ -82,8 +83,8 @@ class Chunk:
     Attributes
     ----------
     parameters : list of Tensor
-        What a mechanism works on: the parameters, or of sharded ones (FSDP2's DTensors) this process's parts,
-        as plain tensors in the same memory.
+        What a mechanism works on: the parameters, or of sharded ones this process's parts as plain tensors,
+        in the same memory (FSDP2's DTensors) or beside it (`holdfast.hold.zero`).
     owners : list of Tensor
         The parameters as the model has them; by default the same.
     removers : list of callable
@@ -101,9 +102,12 @@ class Chunk:
 
 
 def unwrap(optimizer: Any) -> Optimizer:
-    """The torch optimizer inside a wrapper without step hooks of its own, such as accelerate's."""
+    """The torch optimizer inside a wrapper without step hooks of its own, such as accelerate's.
+
+    Of ZeRO-3's optimizer `holdfast.hold.zero.Steps`.
+    """
     while not hasattr(optimizer, "_optimizer_step_pre_hooks") and hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
+        optimizer = steps_of(optimizer) or optimizer.optimizer
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"attach: got {type(optimizer).__name__} as optimizer; a torch.optim.Optimizer is needed. "
@@ -144,13 +148,17 @@ def _require_whole_inputs(bound: Sequence[Bound], dims: Mapping[str, int]) -> No
     cut = [b.name for b in bound if world.is_sharded_along(b.parameter, dims[b.name])]
     if cut:
         raise ConfigError(
-            f"attach: '{cut[0]}' is sharded along its inputs (a Conv1D under FSDP2), and a hold on inputs "
-            "needs whole rows in each process. Use a prior by weight there (importance: fisher), or DDP."
+            f"attach: '{cut[0]}' is sharded along its inputs (a Conv1D under FSDP2 or ZeRO-3), and a hold on "
+            "inputs needs whole rows in each process. Use a prior by weight there (importance: fisher), or "
+            "DDP."
         )
 
 
 def _with_gradients(chunk: Chunk, optimizer: Optimizer) -> Chunk:
     """Let the parts of sharded parameters have their part of the gradient before each step."""
+    if isinstance(optimizer, Steps):  # it does so itself
+        chunk.removers.append(lambda: optimizer.release(chunk.owners))
+        return chunk
     parts = [(p, o) for p, o in zip(chunk.parameters, chunk.owners, strict=True) if p is not o]
 
     def lend(*_: Any) -> None:
@@ -167,31 +175,34 @@ def chunks_of(bound: Sequence[Bound], optimizer: Optimizer) -> list[Chunk]:
     chunks: list[Chunk] = []
     last: dict[Any, tuple[Chunk, int]] = {}
     for b in bound:
-        key = (b.group, b.parameter.device, b.parameter.dtype)
+        part = _part(b.parameter, optimizer)
+        key = (b.group, part.device, part.dtype)
         chunk, size = last.get(key, (None, _CHUNK))
-        if chunk is None or size + b.parameter.numel() > _CHUNK:
+        if chunk is None or size + part.numel() > _CHUNK:
             chunk, size = Chunk(b.group, [], []), 0
             chunks.append(chunk)
         chunk.names.append(b.name)
-        chunk.parameters.append(_part(b.parameter))
+        chunk.parameters.append(part)
         chunk.owners.append(b.parameter)
-        last[key] = (chunk, size + b.parameter.numel())
+        last[key] = (chunk, size + part.numel())
     return [_with_gradients(chunk, optimizer) for chunk in chunks]
 
 
-def _part(parameter: nn.Parameter) -> Tensor:
-    return world.local(parameter.detach()) if world.is_sharded(parameter) else parameter
+def _part(parameter: nn.Parameter, optimizer: Optimizer) -> Tensor:
+    if isinstance(optimizer, Steps):
+        return optimizer.part(parameter)
+    return world.local(parameter) if world.is_sharded(parameter) else parameter
 
 
-def place(value: Tensor, parameter: Tensor) -> Tensor:
-    """Copy an importance-shaped tensor to the parameter's device and dtype; of a sharded one, its part.
+def place(value: Tensor, parameter: Tensor, part: Tensor | None = None) -> Tensor:
+    """Copy an importance-shaped tensor to the parameter's device and dtype; of a sharded one to its part's.
 
     It stays float32 where a value is beyond the dtype (float16 ends at 65,504).
     """
-    value = world.like(value, parameter)
-    placed = value.to(device=parameter.device, dtype=parameter.dtype, copy=True)
-    if parameter.dtype == torch.float16 and not torch.isfinite(placed).all():
-        return value.to(device=parameter.device, copy=True)
+    value, part = world.like(value, parameter), parameter if part is None else part
+    placed = value.to(device=part.device, dtype=part.dtype, copy=True)
+    if part.dtype == torch.float16 and not torch.isfinite(placed).all():
+        return value.to(device=part.device, copy=True)
     return placed
 
 
@@ -210,13 +221,14 @@ def reference_weights(chunk: Chunk, reference: Mapping[str, Tensor] | None, whos
     found = []
     for name, parameter, owner in zip(chunk.names, chunk.parameters, chunk.owners, strict=True):
         got = reference.get(name)
-        if got is None or got.shape != owner.shape:
+        shape = world.shape(owner)
+        if got is None or world.shape(got) != shape:
             raise PriorMismatchError(
                 f"{whose}: reference weights don't fit the model: '{name}' is "
-                f"{'missing' if got is None else f'{tuple(got.shape)} instead of {tuple(owner.shape)}'}. "
+                f"{'missing' if got is None else f'{tuple(got.shape)} instead of {tuple(shape)}'}. "
                 "Give canonical names (holdfast.names.canonical_name) to tensors of the same shapes."
             )
-        value = world.like(world.whole(got.detach()), owner).to(
+        value = world.like(world.whole(got).detach(), owner).to(
             device=parameter.device, dtype=parameter.dtype
         )
         # the live parameter itself, such as from dict(model.named_parameters()), would move along

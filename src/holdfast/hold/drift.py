@@ -79,7 +79,7 @@ def drift(prior: ImportancePrior, model: nn.Module, reference: Mapping[str, Tens
     whole: dict[str, float] = {}
     for name, c in prior.mean_normalised().tensors.items():
         # of a sharded weight the rows that are here: the meter is a sum over rows
-        before, now = reference[name].detach(), world.local(named[name].detach())
+        before, now = reference[name].detach(), world.local(named[name])
         before = (before if before.shape == now.shape else world.like(before, named[name])).double()
         change = now.double() - before.to(now.device)
         moved[name] = energy(outputs_first(change, dims[name]), c)

@@ -6,10 +6,12 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from holdfast import world
 from holdfast.importance.prior import parameters_by_name
 
 
 def weights_of(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     """Copies of the weights of these canonical names (such as a prior's ``tensors``), as they are now."""
     named = parameters_by_name(model)
-    return {name: named[name].detach().clone() for name in names}
+    whole = {name: world.whole(p) if world.in_pieces(p := named[name]) else p.detach() for name in names}
+    return {name: weight.clone() for name, weight in whole.items()}

@@ -72,10 +72,11 @@ class Spectrum:
         pairs = list(zip(chunk.names, chunk.parameters, strict=True))
         if not self.directions:
             owners = list(zip(chunk.names, chunk.owners, strict=True))
-            shares = [place(values[name], owner) for name, owner in owners]
+            rows = zip(owners, chunk.parameters, strict=True)
+            shares = [place(values[name], owner, part) for (name, owner), part in rows]
             if partial:
-                rows = zip(owners, shares, strict=True)
-                shares = [_below_one(world.like(values[n], owner), s) for (n, owner), s in rows]
+                placed = zip(owners, shares, strict=True)
+                shares = [_below_one(world.like(values[n], owner), s) for (n, owner), s in placed]
             return Elementwise(shares)
         dims = input_dims(model)
         kinds = [(p.device, torch.promote_types(p.dtype, torch.float32)) for _, p in pairs]

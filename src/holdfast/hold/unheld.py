@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
+from holdfast import world
 from holdfast.errors import PriorMismatchError
 from holdfast.hold.attach import Bound, Chunk, Handle, chunks_of
 from holdfast.importance.prior import FREE, ImportancePrior, parameters_by_name, some
@@ -87,11 +88,11 @@ class Unheld:
         if name not in self.prior.tensors:
             return False
         got = self.prior.tensors[name].shape
-        if self.prior.kind == "weights" and got != parameter.shape:
+        if self.prior.kind == "weights" and got != world.shape(parameter):
             raise PriorMismatchError(
                 f"{self.whose}: '{name}' has joined the optimizer with shape "
-                f"{tuple(parameter.shape)}, and the prior has {tuple(got)} for it. Use a prior of the model "
-                "as it is trained."
+                f"{tuple(world.shape(parameter))}, and the prior has {tuple(got)} for it. Use a prior of the "
+                "model as it is trained."
             )
         return True
 
@@ -117,7 +118,7 @@ class Unheld:
         if not names:
             return
         self.names.extend(names)
-        sizes = {n: p.numel() for n, p in self._parameters.items() if p.requires_grad}
+        sizes = {n: world.shape(p).numel() for n, p in self._parameters.items() if p.requires_grad}
         share = sum(sizes[n] for n in names) / max(sum(sizes.values()), 1)
         fix = (
             "Attach to that optimizer too."

@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import pkgutil
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Union
 
@@ -19,7 +20,7 @@ from holdfast.config import Options, named, validate
 from holdfast.errors import ConfigError, DataError, ModelError
 from holdfast.importance.prior import ImportancePrior
 from holdfast.importance.registry import REGISTRY, Inputs, Progress
-from holdfast.models import digest, fingerprints, unwrapped
+from holdfast.models import digest, fingerprints, require_whole, unwrapped
 from holdfast.resume import Partial
 from holdfast.tasks.encode import Encoded, first_token
 
@@ -78,16 +79,17 @@ def compute_prior(
     DataError
         There are no rows, or the importance came out as NaN.
     ModelError
-        The model has no trainable linear map in transformer blocks.
+        The model has no trainable linear map in transformer blocks, or is cut up over processes.
     ConservationError, UnruledOperationError
         From the attribution (`lrp` and `inputs` only).
 
     Notes
     -----
     Where a model answers none of the samples right, `lrp` and `inputs` rate all of them, say so, and record
-    it (``none_right``).
+    it (``none_right``). Warns where every value came out as zero.
     """
     chosen, model = chosen_importance(options), unwrapped(model)
+    require_whole(model)
     importance = REGISTRY[chosen.name]
     if parameters is None:
         parameters = importance.rated(model)
@@ -110,6 +112,13 @@ def compute_prior(
             "weights": list(parameters),
         }
     computed = importance.compute(Inputs(model, rows, parameters, pad_id, seed, progress, partial), chosen)
+    if not any(tensor.any() for tensor in computed.tensors.values()):
+        warnings.warn(
+            f"importance '{chosen.name}': all {len(parameters)} tensors came out as zero, and a hold of that "
+            "holds nothing. Of a LoRA that is new (B = 0) no relevance is to be had: train it first, or take "
+            "'fisher' or `weighting: uniform`.",
+            stacklevel=2,
+        )
     before = 0.0 if partial is None else partial.seconds
     return ImportancePrior(
         {name: computed.tensors[name] for name in parameters if name in computed.tensors},

@@ -304,7 +304,7 @@ class ImportancePrior:
         PriorMismatchError
             It doesn't; the message names what is missing, unexpected, or of another shape.
         """
-        all_shapes = {name: p.shape for name, p in parameters_by_name(model).items()}
+        all_shapes = {name: world.shape(p) for name, p in parameters_by_name(model).items()}
         needed = set(block_parameters(model))
         if self.meta.get(BESIDE):
             needed = set()

@@ -115,7 +115,7 @@ class Learner:
         )
         if self.config.model is None:
             self.config = self.config.for_adapted(hasattr(unwrapped(model), "peft_config"))
-        world.refuse_engine("Learner", "DEEPSPEED", "FSDP")
+        world.refuse_parts("Learner")
         world.start()
         check_askable(self.config)
         if tokenizer.pad_token_id is None:

@@ -116,10 +116,8 @@ class ProtectCallback(TrainerCallback):
         ------
         PriorMismatchError
             The prior doesn't fit the trainer's model.
-        ConfigError
-            The launcher chose DeepSpeed.
         """
-        world.refuse_engine("ProtectCallback", "DEEPSPEED")
+        world.start()
         for prior in self._priors:
             prior.check_fits(kwargs["model"])
         self._capture(kwargs["model"])

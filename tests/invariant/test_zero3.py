@@ -1,0 +1,69 @@
+"""Held trainings under the real DeepSpeed ZeRO-3 end where one process does, where DeepSpeed is installed."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import under_deepspeed
+from processes import launched
+from ranks import HOLDS
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
+]
+
+
+def in_processes(folder: Path, hold: str, number: int = 2, of_deepspeed: Any = None, **more: Any) -> Any:
+    folder.mkdir(exist_ok=True)
+    arguments = [str(folder), hold, more, of_deepspeed or {}]
+    for rank in launched(number, under_deepspeed.each_rank, arguments, folder)():
+        assert rank.code == 0, rank.err
+    return torch.load(folder / "found.pt")
+
+
+def apart(one: Any, other: Any) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[n].float() - other[n].float()).abs().max()) for n in one)
+
+
+@pytest.mark.parametrize("hold", HOLDS)
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_end_where_one_does(tmp_path: Path, hold: str, processes: int) -> None:
+    one = under_deepspeed.trained(tmp_path / "one", hold, None)
+    more = in_processes(tmp_path / "more", hold, processes)
+    assert apart(one, more) < 1e-6
+
+
+def test_adam_by_weight_and_with_the_optimizer_on_the_cpu(tmp_path: Path) -> None:
+    adam = {"optim": "adamw_torch", "learning_rate": 1e-3}
+    one = under_deepspeed.trained(tmp_path / "one", "anchor, elementwise", None, **adam)
+    offload = {"zero_optimization": {**under_deepspeed.config()["zero_optimization"]}}
+    offload["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    for name, options in (("plain", {}), ("offload", offload)):
+        more = in_processes(tmp_path / name, "anchor, elementwise", of_deepspeed=options, **adam)
+        assert apart(one, more) < 1e-6, name
+
+
+def test_sixteen_bit_weights_follow_the_masters_that_are_held(tmp_path: Path) -> None:
+    one = under_deepspeed.trained(tmp_path / "one", "anchor, inputs", None)
+    more = in_processes(
+        tmp_path / "more", "anchor, inputs", of_deepspeed={"bf16": {"enabled": True}}, bf16=True
+    )
+    assert {weight.dtype for name, weight in more.items() if name != "moved"} == {torch.bfloat16}
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert apart({name: one[name]}, {name: more[name]}) < 0.02
+    assert float(more["moved"][-1]) < 2 * float(one["moved"][-1])
+
+
+def test_a_resumed_training_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch", "learning_rate": 1e-3}
+    whole = in_processes(tmp_path / "run", "anchor, elementwise", **saving)
+    checkpoint = str(tmp_path / "run" / "checkpoint-3")
+    resumed = in_processes(tmp_path / "run", "anchor, elementwise", resume=checkpoint, **saving)
+    assert apart(whole, resumed) == 0
