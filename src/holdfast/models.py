@@ -402,6 +402,32 @@ def accepts(model: nn.Module, argument: str) -> bool:
     return argument in inspect.signature(inner.forward).parameters
 
 
+_PREPARED = ("forward", "_original_forward", "_is_accelerate_prepared")
+
+
+def unprepare(model: nn.Module) -> None:
+    """Take off what accelerate leaves on a model: autocast, and the mark that leaves it out the next time."""
+    model.__dict__.pop("_is_accelerate_prepared", None)
+    own = model.__dict__.pop("_original_forward", None)
+    if own is not None:
+        del model.__dict__["forward"]
+        if model.forward != own:  # somebody had put another on it before
+            model.forward = own
+
+
+@contextmanager
+def own_forward(model: nn.Module) -> Iterator[None]:
+    """The same for a block, and no autocast around it either."""
+    kept = {name: value for name, value in model.__dict__.items() if name in _PREPARED}
+    unprepare(model)
+    device = next(model.parameters()).device.type
+    try:
+        with torch.autocast(device, enabled=False):
+            yield
+    finally:
+        model.__dict__.update(kept)
+
+
 def require_whole(model: nn.Module) -> None:
     """Refuse to rate a model of which each process has a part alone.
 

@@ -9,6 +9,7 @@ This is the only file that names accelerate, DTensor and torch.distributed.
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import socket
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from holdfast.errors import ConfigError, HoldfastError, ProcessLostError
 from holdfast.pieces import Piece
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _CHUNK = 2**24  # values summed at once: bounds the float64 copy to 128 MiB
+_ALLOWED = "Allowed: DDP, FSDP2 and ZeRO stage 3 (configs/accelerate)."
 _rank, _size = 0, 1
 _peers: list[tuple[str, int]] = []  # host and process id of each rank
 
@@ -57,25 +59,31 @@ def start() -> None:
         _peers = gather((socket.gethostname(), os.getpid()))
 
 
-def refuse_parts(where: str) -> None:
-    """Refuse an engine of accelerate's that cuts weights up, before anything is done.
-
-    Parameters
-    ----------
-    where : str
-        What needs whole weights, for the message.
+def engine() -> Literal["FSDP2", "ZeRO-3"] | None:
+    """What cuts weights up over the processes while they are trained; None where each has whole ones.
 
     Raises
     ------
     ConfigError
-        The launcher chose FSDP or DeepSpeed.
+        The launcher chose FSDP1, or another stage of ZeRO.
     """
-    for variable, engine in (("DEEPSPEED", "DeepSpeed"), ("FSDP", "FSDP")):
-        if os.environ.get(f"ACCELERATE_USE_{variable}", "").lower() in ("1", "true"):
-            raise ConfigError(
-                f"{where}: the launcher chose {engine}, under which no process has a whole weight where it "
-                "is needed. Allowed: DDP (accelerate launch --multi_gpu, or configs/accelerate/ddp.yaml)."
-            )
+    if _said("ACCELERATE_USE_DEEPSPEED"):
+        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+        config = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+        if config not in ("none", "None", ""):
+            stage = str(json.loads(Path(config).read_text()).get("zero_optimization", {}).get("stage", 0))
+        if stage == "3":
+            return "ZeRO-3"
+        raise ConfigError(f"the launcher chose DeepSpeed ZeRO stage {stage}. {_ALLOWED}")
+    if _said("ACCELERATE_USE_FSDP"):
+        if os.environ.get("FSDP_VERSION") == "2":
+            return "FSDP2"
+        raise ConfigError(f"the launcher chose FSDP1 (fsdp_version: 1). {_ALLOWED}")
+    return None
+
+
+def _said(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true")
 
 
 def size() -> int:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,9 @@ from holdfast.errors import ConfigError, ModelError, ProcessLostError, StorageEr
 from holdfast.importance import compute_prior
 from holdfast.importance.aggregate import TopKMean
 from holdfast.storage import write_text
+from holdfast.tasks import toy_tokenizer
+from learning_data import rows_of
+from tiny_models import tiny_model
 
 ROOT = Path(holdfast.__file__).parent
 
@@ -81,11 +85,62 @@ def test_a_command_of_one_process_refuses_a_launcher(monkeypatch: pytest.MonkeyP
     assert "runs in one process" in result.stderr
 
 
-@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
-def test_a_learner_refuses_what_cuts_weights_up(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
-    with pytest.raises(ConfigError, match=r"Allowed: DDP "):
-        holdfast.Learner(None, None)
+@pytest.mark.parametrize(
+    ("launched", "named"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP1"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "ZeRO stage 2"),
+        ({"ACCELERATE_USE_DEEPSPEED": "1", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, "ZeRO stage 1"),
+    ],
+)
+def test_an_engine_that_no_hold_reaches_is_refused_by_name(
+    launched: dict[str, str], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable, value in launched.items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigError, match=f"{named}.*Allowed: DDP, FSDP2 and ZeRO stage 3"):
+        world.engine()
+
+
+def test_the_stage_of_zero_is_read_from_a_file_of_deepspeeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 3}}')
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "ds.json"))
+    assert world.engine() == "ZeRO-3"
+
+
+@pytest.mark.parametrize(
+    ("kind", "strategy"), [("llama", "lwf"), ("llama-lora", "kif"), ("llama-lora", "attribution")]
+)
+def test_a_strategy_that_needs_whole_weights_is_refused_under_an_engine(
+    kind: str, strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    told = f"chose FSDP2, .* and '{strategy}' needs whole ones. Allowed there: .*attribution.*sequential"
+    with pytest.raises(ConfigError, match=told):
+        holdfast.Learner(tiny_model(kind), toy_tokenizer(), strategy, folder=tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("told", "use"),
+    [
+        ("stage.trainer: the launcher chose FSDP2", lambda stage: stage.trainer()),
+        ("stage.attach: the launcher chose FSDP2", lambda stage: stage.attach(None)),
+        ("chose FSDP2 on 1 processes, and accelerate made NO on 1", lambda stage: stage.train()),
+    ],
+)
+def test_what_an_engine_can_t_serve_is_refused_before_a_step(
+    told: str, use: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    learner = holdfast.Learner(tiny_model("llama"), toy_tokenizer(), "ewc", folder=tmp_path)
+    with pytest.raises(ConfigError, match=told), learner, learner.task("may", rows_of("may", 4)) as stage:
+        use(stage)
 
 
 def test_a_model_in_parts_is_not_rated() -> None:

@@ -16,6 +16,7 @@ from holdfast.attribution import normaliser
 from holdfast.attribution.rules import MADE_OF, RULES, SHADOW, cast, in_place, made_of, whole_module
 from holdfast.attribution.samples import follow
 from holdfast.attribution.trace import Trace, tensors_in, tracked
+from holdfast.models import own_forward
 
 # Needed for relevance and for plain per-sample gradients alike.
 LINEAR_MAPS = frozenset({"linear", "addmm", "matmul", "mm", "bmm", "baddbmm", "conv1d"})
@@ -187,6 +188,7 @@ def attributable(model: nn.Module, leaves: list[Tensor]) -> Iterator[None]:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_experts_one_by_one(model))
         stack.enter_context(_linear_of_torch())
+        stack.enter_context(own_forward(model))
         for module in _embeddings(model):
             # first of all hooks: one of PEFT's and TRL's makes the output require a gradient
             stack.callback(module.register_forward_hook(cut, prepend=True).remove)

@@ -245,6 +245,9 @@ def hook(
 ) -> Handle:
     """Run `before` and `after` around every step of the optimizer, without autograd.
 
+    A step at rate 0 without a gradient is none: torch makes one to save the state of an optimizer that has
+    none (SGD under FSDP2), and to go back to W* + Z Uᵀ would move weights by their rounding.
+
     Parameters
     ----------
     needs_gradients : str
@@ -274,18 +277,27 @@ def hook(
                     f"{needs_gradients}: step(closure) computes gradients inside the step, too late to "
                     "change them. Call step() without a closure, or use the gate with on='update'."
                 )
-            with torch.no_grad():
-                run()
+            if not _idle(optimizer):
+                with torch.no_grad():
+                    run()
 
         handle.removers.append(optimizer.register_step_pre_hook(pre).remove)
     if after is not None:
 
         def post(_: Optimizer, args: Any, kwargs: Any, run: Callable[[], None] = after) -> None:
-            with torch.no_grad():
-                run()
+            if not _idle(optimizer):
+                with torch.no_grad():
+                    run()
 
         handle.removers.append(optimizer.register_step_post_hook(post).remove)
     return handle
+
+
+def _idle(optimizer: Optimizer) -> bool:
+    if any(isinstance(group["lr"], Tensor) or group["lr"] != 0 for group in optimizer.param_groups):
+        return False
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return not any(world.local(gradient).any() for gradient in gradients)
 
 
 def _swaps_weights(optimizer: Optimizer) -> bool:

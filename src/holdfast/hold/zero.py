@@ -235,6 +235,14 @@ def _exchanged(sent: list[Tensor]) -> list[Tensor | None]:
     return list(whole.split([len(tensor) for tensor in sent], dim=1))
 
 
+def master(parameter: nn.Parameter) -> Tensor:
+    """A whole weight in the precision in which ZeRO-3 steps it; all processes must ask."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    found = safe_get_full_fp32_param(parameter)
+    return world.whole(parameter) if found is None else found
+
+
 def steps_of(optimizer: Any) -> Steps | None:
     """The steps of ZeRO-3's optimizer, always the same object; None of what is no optimizer of DeepSpeed's.
 

@@ -20,7 +20,7 @@ from holdfast.config import Options, named, validate
 from holdfast.errors import ConfigError, DataError, ModelError
 from holdfast.importance.prior import ImportancePrior
 from holdfast.importance.registry import REGISTRY, Inputs, Progress
-from holdfast.models import digest, fingerprints, require_whole, unwrapped
+from holdfast.models import digest, fingerprints, own_forward, require_whole, unwrapped
 from holdfast.resume import Partial
 from holdfast.tasks.encode import Encoded, first_token
 
@@ -111,7 +111,9 @@ def compute_prior(
             "model": model_digest,
             "weights": list(parameters),
         }
-    computed = importance.compute(Inputs(model, rows, parameters, pad_id, seed, progress, partial), chosen)
+    with own_forward(model):
+        inputs = Inputs(model, rows, parameters, pad_id, seed, progress, partial)
+        computed = importance.compute(inputs, chosen)
     if not any(tensor.any() for tensor in computed.tensors.values()):
         warnings.warn(
             f"importance '{chosen.name}': all {len(parameters)} tensors came out as zero, and a hold of that "

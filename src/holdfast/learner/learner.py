@@ -37,11 +37,18 @@ from holdfast.learner.known import ABOUT, TEST, read_about, read_task, write_tas
 from holdfast.learner.learning import Learning
 from holdfast.learner.ownership import FIXED, began_new, check_learned_under, claim, rebuilt
 from holdfast.learner.skills import Skills, read_skills
-from holdfast.models import is_encoder_decoder, load_model, load_weights, save_model, unwrapped
+from holdfast.models import (
+    is_encoder_decoder,
+    load_model,
+    load_weights,
+    save_model,
+    unprepare,
+    unwrapped,
+)
 from holdfast.progress import Progress
 from holdfast.records import StageMetrics
 from holdfast.storage import write_json, write_tensors
-from holdfast.strategies import Context, Stage, build_strategy
+from holdfast.strategies import STRATEGIES, Context, Stage, build_strategy
 from holdfast.tasks import Encoder, as_examples, toy_tokenizer
 from holdfast.tasks.memory import MemoryOptions, Rehearsal, WritingOptions
 from holdfast.tasks.opening import opening_of
@@ -115,7 +122,6 @@ class Learner:
         )
         if self.config.model is None:
             self.config = self.config.for_adapted(hasattr(unwrapped(model), "peft_config"))
-        world.refuse_parts("Learner")
         world.start()
         check_askable(self.config)
         if tokenizer.pad_token_id is None:
@@ -135,6 +141,7 @@ class Learner:
         self._temporary: Any = None
         self._homeless = folder is None
         self.strategy.check(model)  # before anything is written
+        self._check_engine()
         self._owns = not isinstance(folder, Folder)
         new = adapter_is_new(model)
         self.folder = self._open(folder, model, new)
@@ -143,6 +150,16 @@ class Learner:
         except BaseException:
             self.close()  # or the next attempt in this process finds the folder in use
             raise
+
+    def _check_engine(self) -> None:
+        engine = world.engine()
+        if engine is not None and not self.strategy.sharded:
+            works = ", ".join(name for name, method in STRATEGIES.items() if method.strategy.sharded)
+            raise ConfigError(
+                f"Learner: the launcher chose {engine}, under which a process has a part of each weight "
+                f"alone, and '{self.config.strategy.name}' needs whole ones. Allowed there: {works} "
+                "(attribution with a LoRA a task is not); or DDP (configs/accelerate/ddp.yaml)."
+            )
 
     def _begin(
         self, model: Any, base_model: Callable[[], Any] | None, after: int | None, new_adapter: bool
@@ -418,6 +435,7 @@ class Learner:
                 )
             self.model.eval()
             self.model.zero_grad(set_to_none=True)
+            unprepare(unwrapped(self.model))
             save_record(learning.record, folder / "training.json")
             seconds["train"] = time.perf_counter() - started
             started = time.perf_counter()

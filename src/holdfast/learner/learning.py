@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from holdfast import world
 from holdfast.base import Base
 from holdfast.errors import ConfigError
 from holdfast.hold import Handle, tell_total_rate
@@ -148,6 +149,7 @@ class Learning:
         """
         from transformers import Seq2SeqTrainer, Trainer
 
+        _refuse_parts("stage.trainer")
         context = self.context
         cls = trainer_class or (Seq2SeqTrainer if is_encoder_decoder(context.model) else Trainer)
         if arguments.pop("model", context.model) is not context.model:
@@ -227,6 +229,7 @@ class Learning:
         ConfigError
             `training.loss` or `targets: logits` of a memory is set: a loop of your own has its own loss.
         """
+        _refuse_parts("stage.attach")
         if special := self._special_loss():
             raise ConfigError(
                 f"stage.attach: {special}, and a loop of your own computes its own loss. Use stage.train(), "
@@ -276,6 +279,15 @@ class Learning:
         for steps in self._steps:
             steps.release()
             self.trained |= steps.attached
+
+
+def _refuse_parts(where: str) -> None:
+    """What an engine does to a model can't be undone, and the next task needs a whole one."""
+    if (engine := world.engine()) is not None:
+        raise ConfigError(
+            f"{where}: the launcher chose {engine}, which would cut up the learner's own model for good. Use "
+            "stage.train(), which trains a copy, or DDP (configs/accelerate/ddp.yaml)."
+        )
 
 
 def _with_lm_weight(context: Context, config: LearnerConfig, stage: Stage) -> TrainingOptions:

@@ -139,6 +139,7 @@ class Attribution(Strategy):
     paper = "Liu et al. 2026, arXiv 2605.05285"
     summary = "holds the inputs where relevance went; any other importance, mechanism and control"
     Options = AttributionStrategyOptions
+    sharded = True
     state = "constant"
     ends_untrained = True
 
@@ -158,6 +159,7 @@ class Attribution(Strategy):
             form = form_for(model, self.options.merge_lora, self.options.name)
             self._merged = None if form is None else Merged(model, form)
             self.changes_base = form == "weights"
+            self.sharded = form is None
         if self.options.initial_prior is None:
             return
         try:

@@ -32,6 +32,7 @@ class Base(Strategy):
     paper = "the usual floor"
     summary = "nothing is trained: the model as it was, the floor of every table"
     Options = BaseOptions
+    sharded = True
     trains = False
 
     def estimate(self, model: nn.Module, stream: TaskStream) -> Estimate:

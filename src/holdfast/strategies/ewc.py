@@ -55,6 +55,7 @@ class Ewc(Strategy):
     paper = "Kirkpatrick et al. 2017, arXiv 1612.00796"
     summary = "quadratic penalty on leaving the old weights, scaled by Fisher information"
     Options = EwcOptions
+    sharded = True
     state = "constant"
     ends_untrained = True
 

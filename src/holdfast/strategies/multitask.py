@@ -26,6 +26,7 @@ class Multitask(Strategy):
     paper = "the usual upper bound"
     summary = "all tasks at once: the upper bound, not a continual method"
     Options = MultitaskOptions
+    sharded = True
     rehearsal_free = False
     open_ended = False
 

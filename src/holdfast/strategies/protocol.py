@@ -51,6 +51,8 @@ class Strategy(Verbs):
     ends_untrained : bool
         `end` makes what it keeps from a task's rows and the weights as they stand. Such a strategy can be
         told of a task that nobody trained: of the base (``protect_base``).
+    sharded : bool
+        What it does while a task is trained works where each process has a part of each weight alone.
     open_ended : bool
         Its stages need not know how many there will be (`Stage.total`).
     changes_base : bool
@@ -70,6 +72,7 @@ class Strategy(Verbs):
     inference: ClassVar[Extra] = "none"
     ends_untrained: ClassVar[bool] = False
     rehearsal: Rehearsal | None = None
+    sharded: bool = False
     open_ended: bool = True
     changes_base: bool = False
 

@@ -32,6 +32,7 @@ class Replay(Strategy):
     paper = "Chaudhry et al. 2019, arXiv 1902.10486"
     summary = "trains on a few kept examples of every earlier task as well"
     Options = ReplayOptions
+    sharded = True
     rehearsal_free = False
     state = "per task"
     ends_untrained = True

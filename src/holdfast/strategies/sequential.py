@@ -22,3 +22,4 @@ class Sequential(Strategy):
     paper = "the usual lower bound"
     summary = "one task after another, nothing protected"
     Options = SequentialOptions
+    sharded = True

@@ -151,7 +151,11 @@ class Bridge:
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
-        gathered, unlogged = (Path(resume_from_checkpoint) / name for name in (OBSERVED, UNLOGGED))
+        self.take_gathered(resume_from_checkpoint)
+
+    def take_gathered(self, checkpoint: str | Path) -> None:
+        """What is ours in a checkpoint; DeepSpeed, which loads its own, leaves it out."""
+        gathered, unlogged = (Path(checkpoint) / name for name in (OBSERVED, UNLOGGED))
         if gathered.exists():
             self.verbs.load_stage_state_dict(load_file(gathered))
         if unlogged.exists():

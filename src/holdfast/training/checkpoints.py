@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from holdfast import world
 from holdfast.manifest import problem_of, write_manifest
+from holdfast.training.parts import misfit
 
 SEAL = "seal.json"
 
@@ -22,12 +24,18 @@ def is_sound(folder: Path) -> bool:
     return problem_of(folder, SEAL) is None
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest sound checkpoint in a folder; torn ones are deleted."""
-    return world.first(lambda: _latest(folder))
+def latest_checkpoint(folder: Path, say: Callable[[str], None] = lambda _: None) -> Path | None:
+    """The newest sound checkpoint in a folder that this launch can go on from; others are deleted.
+
+    Parameters
+    ----------
+    say : callable, optional
+        Is told of sound ones that an engine wrote which isn't here.
+    """
+    return world.first(lambda: _latest(folder, say))
 
 
-def _latest(folder: Path) -> Path | None:
+def _latest(folder: Path, say: Callable[[str], None]) -> Path | None:
     found = []
     for path in folder.glob("checkpoint-*") if folder.is_dir() else ():
         match = re.fullmatch(r"checkpoint-(\d+)", path.name)
@@ -35,6 +43,8 @@ def _latest(folder: Path) -> Path | None:
             found.append((int(match.group(1)), path))
     for _, path in sorted(found, reverse=True):
         if is_sound(path):
-            return path
+            if (other := misfit(path)) is None:
+                return path
+            say(f"{path}: only {other} can go on from it; this training begins again.")
         shutil.rmtree(path, ignore_errors=True)
     return None

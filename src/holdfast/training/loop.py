@@ -26,6 +26,7 @@ from holdfast.training.bridge import bridged
 from holdfast.training.checkpoints import latest_checkpoint
 from holdfast.training.losses import TokenLoss
 from holdfast.training.options import TrainingOptions
+from holdfast.training.parts import copied, give_back, require_engine, take_finished
 from holdfast.training.prompt_loss import PromptLoss
 from holdfast.training.soft_targets import SoftTargets
 from holdfast.training.steps import Steps, TrainingRecord
@@ -67,7 +68,7 @@ def _arguments(options: TrainingOptions, folder: Path, seed: int, encoder_decode
         f"{_RECOMPUTE}_kwargs": {"use_reentrant": False} if options.gradient_checkpointing else None,
         "seed": seed,
         "data_seed": seed,
-        "use_cpu": not torch.cuda.is_available(),
+        "use_cpu": not torch.cuda.is_available() and world.engine() is None,
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
     if options.trainer == "sft":
@@ -107,6 +108,7 @@ def train(
         Of several processes (`holdfast.world`) each takes its part of every batch: ``batch_size`` is that of
         all together, and the weights are those that one process ends with, up to rounding. A last batch of
         fewer rows than processes is seen whole by each; with gradient accumulation it then weighs more.
+        Under FSDP2 and ZeRO-3 a copy is cut up and trained (`holdfast.training.parts`).
     base : Base, optional
         What ``loss: kl_to_base`` stays close to.
     beside : Beside, optional
@@ -122,10 +124,9 @@ def train(
         Ctrl-C inside `holdfast.progress.stoppable`; a checkpoint was written first.
     ConfigError
         ``gradient_checkpointing`` for a model that can't; ``trainer: sft`` for an encoder-decoder model;
-        ``loss: kl_to_base`` where the base can't be had.
+        ``loss: kl_to_base`` where the base can't be had; an engine that the launcher chose isn't there.
     """
     from transformers import set_seed
-    from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     encoder_decoder = is_encoder_decoder(model)
     if options.trainer == "sft" and encoder_decoder:
@@ -143,66 +144,98 @@ def train(
         return record
     started = time.perf_counter()
     arguments = _arguments(options, folder, seed, encoder_decoder)
-    sft = options.trainer == "sft"
-    trainer_class: Any = bridged(Seq2SeqTrainer if encoder_decoder else Trainer, own_loss=True)
-    if sft:
-        from trl import SFTTrainer
-
-        trainer_class = bridged(SFTTrainer)
-    batch_of = Collator(model, tokenizer, "right" if sft else None, beside, whole_batches=True)
-    with progress.bar(description, total=1) as bar:
+    batch_of = Collator(
+        model, tokenizer, "right" if options.trainer == "sft" else None, beside, whole_batches=True
+    )
+    with progress.bar(description, total=1) as bar, copied(model) as trained:
         steps = Steps(verbs or Verbs(), record, bar)
-        trainer = trainer_class(
-            model=model,
-            args=arguments,
-            train_dataset=_as_dataset(rows) if sft else Rows(rows),
-            data_collator=(lambda items: batch_of(_from_dataset(items))) if sft else batch_of,
-            processing_class=tokenizer,
-            callbacks=[steps],
-        )
-        trainer.verbs, trainer.drift, trainer.whole_batches = steps.verbs, steps.drift, True
-        trainer.prompt_loss = PromptLoss.of(options, tokenizer)
+        trainer = _trainer(trained, rows, options, arguments, batch_of, tokenizer, steps)
         trainer.token_loss = TokenLoss.of(options.loss, base)
         trainer.soft_targets = soft_targets
         trainer.bad_batch = folder.parent / "bad_batch.safetensors"
-        if trainer.own_loss:
-            trainer.model_accepts_loss_kwargs = True  # our loss divides by the step's token count itself
         _keep_logs(trainer, folder.parent / "tensorboard")
-        for noisy in (PrinterCallback, ProgressCallback):
-            trainer.remove_callback(noisy)
-        checkpoint = latest_checkpoint(folder)
-        if checkpoint is not None:
-            state = json.loads((checkpoint / "trainer_state.json").read_text())
-            record.loss, record.learning_rate, record.moved = _history(state["log_history"])
         try:
             with no_library_bars():  # saving a checkpoint has one
-                if checkpoint is not None and state["global_step"] >= state["max_steps"]:
-                    # killed after the training: the Trainer would make one step more inside an epoch
-                    trainer._load_from_checkpoint(str(checkpoint))
-                    trainer.state.global_step = state["global_step"]
-                    trainer.state.max_steps = state["max_steps"]
-                    trainer.create_optimizer_and_scheduler(state["max_steps"])
-                    steps.on_train_begin(  # what is attached is also what is released
-                        arguments,
-                        trainer.state,
-                        None,
-                        model=model,
-                        optimizer=trainer.optimizer,
-                        lr_scheduler=trainer.lr_scheduler,
-                    )
-                else:
-                    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                _run(trainer, latest_checkpoint(folder, progress.say), steps)
+            give_back(trainer.model, model)
         finally:
             steps.release()
             if options.gradient_checkpointing:  # attribution and answers see a plain model
-                getattr(model, f"{_RECOMPUTE}_disable")()
-    if world.leads():
-        trainer.bad_batch.unlink(missing_ok=True)  # of an attempt that diverged before this one
-    record.steps = trainer.state.global_step
+                getattr(trained, f"{_RECOMPUTE}_disable")()
+        if world.leads():
+            trainer.bad_batch.unlink(missing_ok=True)  # of an attempt that diverged before this one
+        record.steps = trainer.state.global_step
+        del trainer, trained  # what an engine has cut up goes before the model comes back
     record.seconds = time.perf_counter() - started
     model.eval()
     model.zero_grad(set_to_none=True)
     return record
+
+
+def _trainer(
+    model: nn.Module,
+    rows: Sequence[Encoded],
+    options: TrainingOptions,
+    arguments: Any,
+    batch_of: Collator,
+    tokenizer: Any,
+    steps: Steps,
+) -> Any:
+    """The Trainer of the options, with the bridge in front of it and `steps` as its only voice."""
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    sft = options.trainer == "sft"
+    trainer_class: Any = bridged(Seq2SeqTrainer if is_encoder_decoder(model) else Trainer, own_loss=True)
+    if sft:
+        from trl import SFTTrainer
+
+        trainer_class = bridged(SFTTrainer)
+    trainer = trainer_class(
+        model=model,
+        args=arguments,
+        train_dataset=_as_dataset(rows) if sft else Rows(rows),
+        data_collator=(lambda items: batch_of(_from_dataset(items))) if sft else batch_of,
+        processing_class=tokenizer,
+        callbacks=[steps],
+    )
+    require_engine(trainer)
+    trainer.verbs, trainer.drift, trainer.whole_batches = steps.verbs, steps.drift, True
+    trainer.prompt_loss = PromptLoss.of(options, tokenizer)
+    if trainer.own_loss:
+        trainer.model_accepts_loss_kwargs = True  # our loss divides by the step's token count itself
+    for noisy in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(noisy)
+    return trainer
+
+
+def _run(trainer: Any, checkpoint: Path | None, steps: Steps) -> None:
+    """Train, from a checkpoint if there is one; of a finished training take what it ended with."""
+    if checkpoint is None:
+        trainer.train()
+        return
+    state, record = json.loads((checkpoint / "trainer_state.json").read_text()), steps.record
+    record.loss, record.learning_rate, record.moved = _history(state["log_history"])
+    if state["global_step"] < state["max_steps"]:
+        if world.engine() == "ZeRO-3":  # DeepSpeed loads its own and asks nobody
+            trainer.take_gathered(checkpoint)
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+        return
+    # killed after the training: the Trainer would make one step more inside an epoch
+    if world.engine() is None:
+        trainer._load_from_checkpoint(str(checkpoint))
+    else:
+        take_finished(checkpoint, trainer.model)
+    trainer.state.global_step = state["global_step"]
+    trainer.state.max_steps = state["max_steps"]
+    trainer.create_optimizer_and_scheduler(state["max_steps"])
+    steps.on_train_begin(  # what is attached is also what is released
+        trainer.args,
+        trainer.state,
+        None,
+        model=trainer.model,
+        optimizer=trainer.optimizer,
+        lr_scheduler=trainer.lr_scheduler,
+    )
 
 
 def _keep_logs(trainer: Trainer, folder: Path) -> None:

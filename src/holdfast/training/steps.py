@@ -15,6 +15,7 @@ from holdfast.progress import Interrupted, stop_requested
 from holdfast.quantities import percent
 from holdfast.storage import write_tensors
 from holdfast.training.checkpoints import seal_checkpoint
+from holdfast.training.parts import mark
 from holdfast.training.verbs import Verbs, has
 
 OBSERVED = "strategy.safetensors"  # in a checkpoint: what the method has gathered up to this step
@@ -85,6 +86,7 @@ class Steps(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if has(self.verbs, "stage_state_dict"):
             write_tensors(folder / OBSERVED, self.verbs.stage_state_dict())
+        mark(folder, kwargs["model"], last=state.global_step >= state.max_steps)
         world.barrier()  # each process has written its random state there
         if world.leads():
             seal_checkpoint(folder)

@@ -1,0 +1,89 @@
+"""`holdfast learn` and `run` under FSDP2 and ZeRO-3 end where one process does, and go on after a kill."""
+
+from __future__ import annotations
+
+import signal
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import engines
+from learning_data import SHORT, TOY, data_sets, weights_in
+from processes import holdfast, launched
+
+SGD = ("training.optimizer=sgd", "training.learning_rate=0.1")
+LEARN = ("learn", "may.jsonl", "--skills", "s", *TOY, *SHORT, *SGD)
+THEN = ("learn", "june.jsonl", "--skills", "s")
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+ENGINES = ["FSDP2", pytest.param("ZeRO-3", marks=[pytest.mark.slow, needs_deepspeed])]
+
+
+def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[n] - other[n]).norm() / one[n].norm()) for n in one)
+
+
+def under(engine: str, command: Any, cwd: Path, ranks: int = 2, **more: Any) -> list[Any]:
+    return launched(ranks, engines.command, [engine, *command], cwd, **more)()
+
+
+def all_well(ended: list[Any]) -> None:
+    for rank in ended:
+        assert rank.code == 0, rank.err
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("strategy", ["attribution", pytest.param("ewc", marks=pytest.mark.slow)])
+def test_two_months_end_where_one_process_does(tmp_path: Path, engine: str, strategy: str) -> None:
+    chosen = ("--strategy", strategy)
+    for name in ("one", "more"):
+        (tmp_path / name).mkdir()
+        data_sets(tmp_path / name, "may", "june")
+    for command in ((*LEARN, *chosen), THEN):
+        assert (ended := holdfast(*command, cwd=tmp_path / "one")).code == 0, ended.err
+        all_well(under(engine, command, tmp_path / "more"))
+    weights = [weights_in(tmp_path / name / "s" / "tasks" / "02-june") for name in ("one", "more")]
+    assert apart(*weights) < 1e-5
+    before = weights_in(tmp_path / "one" / "s" / "tasks" / "01-may")
+    assert apart(before, weights[0]) > 1e-3  # june was learned
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "die",
+    [
+        ("holdfast.training.bridge.completion_loss", 4),  # in a step, after a checkpoint
+        pytest.param(
+            ("holdfast.strategies.context.compute_prior", 1), marks=pytest.mark.slow
+        ),  # after the last one
+    ],
+)
+def test_a_killed_process_goes_on_bit_for_bit(tmp_path: Path, engine: str, die: tuple[str, int]) -> None:
+    for name in ("once", "killed"):
+        (tmp_path / name).mkdir()
+        data_sets(tmp_path / name, "may", "june")
+        all_well(under(engine, LEARN, tmp_path / name))
+    all_well(under(engine, THEN, tmp_path / "once"))
+    told, killed = under(engine, THEN, tmp_path / "killed", die={1: die})
+    assert killed.code == -signal.SIGKILL, killed.err
+    assert list((tmp_path / "killed" / "s").glob("tasks/*june*/**/checkpoint-*")), told.err
+    all_well(under(engine, THEN, tmp_path / "killed"))
+    weights = [weights_in(tmp_path / name / "s" / "tasks" / "02-june") for name in ("once", "killed")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_checkpoint_of_another_engine_is_begun_again(tmp_path: Path) -> None:
+    data_sets(tmp_path, "may")
+    die = {1: ("holdfast.training.bridge.completion_loss", 4)}
+    under("FSDP2", LEARN, tmp_path, die=die)
+    assert list((tmp_path / "s").glob("tasks/*may*/**/checkpoint-2"))
+    ended = holdfast(*LEARN, cwd=tmp_path)
+    assert ended.code == 0, ended.err
+    (tmp_path / "one").mkdir()
+    data_sets(tmp_path / "one", "may")
+    assert holdfast(*LEARN, cwd=tmp_path / "one").code == 0
+    weights = [weights_in(folder / "s" / "tasks" / "01-may") for folder in (tmp_path, tmp_path / "one")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

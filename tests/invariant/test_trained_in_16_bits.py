@@ -1,0 +1,81 @@
+"""accelerate leaves a model that was trained in 16 bits under autocast: what comes after doesn't see it."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+import holdfast
+from holdfast import Learner
+from holdfast.tasks import toy_tokenizer
+from learning_data import rows_of
+from tiny_models import tiny_model
+
+TRAINING = {"precision": "bf16", "max_steps": 6, "batch_size": 4, "learning_rate": 1e-3}
+ALIKE = {"name": "inputs", "weighting": "uniform"}
+
+
+def learner_in(folder: Path, **sections: Any) -> Learner:
+    return Learner(tiny_model("llama"), toy_tokenizer(), folder=folder, **sections)
+
+
+def learn(learner: Learner, name: str) -> None:
+    with learner.task(name, rows_of(name, 12), rows_of(name, 3)) as stage:
+        stage.train()
+
+
+def test_a_learner_that_goes_on_is_one_that_was_opened_again(tmp_path: Path) -> None:
+    found = []
+    with learner_in(tmp_path / "at-once", training=TRAINING) as learner:
+        for name in ("may", "june"):
+            learn(learner, name)
+            assert "_original_forward" not in learner.model.__dict__
+        found.append({name: p.detach().clone() for name, p in learner.model.named_parameters()})
+    for name in ("may", "june"):
+        with learner_in(tmp_path / "apart", training=TRAINING) as learner:
+            learn(learner, name)
+            found.append({name: p.detach().clone() for name, p in learner.model.named_parameters()})
+    at_once, _, apart = found
+    assert all(torch.equal(at_once[name], apart[name]) for name in at_once)
+
+
+def test_a_trainer_with_trl_s_defaults_learns_a_task(tmp_path: Path) -> None:
+    arguments = SFTConfig(str(tmp_path / "trl"), max_steps=2, report_to="none", use_cpu=True)
+    assert arguments.bf16  # TRL's own default
+    with learner_in(tmp_path / "s") as learner:
+        with learner.task("may", rows_of("may", 12)) as stage:
+            stage.trainer(SFTTrainer, args=arguments).train()
+        assert learner.learned == ["may"]
+
+
+@pytest.mark.parametrize("importance", ["inputs", "fisher", "lrp", ALIKE])
+def test_a_model_of_somebodys_trainer_is_rated_like_its_weights(tmp_path: Path, importance: Any) -> None:
+    tokenizer, model = toy_tokenizer(), tiny_model("llama")
+    ids = torch.randint(3, 30, (8, 6), generator=torch.Generator().manual_seed(0)).tolist()
+    quiet: Any = {"report_to": "none", "save_strategy": "no"}
+    arguments = TrainingArguments(str(tmp_path), max_steps=2, bf16=True, use_cpu=True, **quiet)
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    Trainer(model, arguments, train_dataset=rows).train()  # type: ignore[arg-type]
+    assert "_original_forward" in model.__dict__  # or there is nothing to see here
+    plain = copy.deepcopy(tiny_model("llama"))
+    plain.load_state_dict(model.state_dict())
+    found = [
+        holdfast.attribute(one, tokenizer, rows_of("may", 4), importance=importance, progress=False)
+        for one in (model, plain)
+    ]
+    assert all(torch.equal(found[0].tensors[name], found[1].tensors[name]) for name in found[1].tensors)
+    assert "_original_forward" in model.__dict__  # left as it was: its trainer may go on
+
+
+def test_a_callers_autocast_is_not_seen() -> None:
+    tokenizer, model = toy_tokenizer(), tiny_model("llama")
+    plain = holdfast.attribute(model, tokenizer, rows_of("may", 4), progress=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = holdfast.attribute(model, tokenizer, rows_of("may", 4), progress=False)
+    assert all(torch.equal(plain.tensors[name], under.tensors[name]) for name in plain.tensors)
