@@ -43,6 +43,11 @@ class Factors(NamedTuple):
     b: nn.Parameter
 
 
+def is_adapted(model: nn.Module) -> bool:
+    """Whether it is a model of PEFT's, of which an adapter is trained."""
+    return hasattr(model, "peft_config")
+
+
 def lora_layers(model: nn.Module, name: str = NAME) -> dict[str, Any]:
     """Canonical name of the weight to PEFT's layer, of all linear layers that an adapter adapts, in order."""
     found = {}

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from holdfast import world
-from holdfast.adapters import ADAPTER, NAME, load_adapter
+from holdfast.adapters import ADAPTER, NAME, is_adapted, load_adapter
 from holdfast.config import Options
 from holdfast.errors import ModelError
 from holdfast.names import canonical_name, layer_of
@@ -505,7 +505,7 @@ def load_saved(folder: Path, trained: set[str]) -> tuple[Any, Any]:
 @no_library_bars()
 def load_weights(model: Any, folder: Path) -> None:
     """Put weights that `save_model` wrote (whole, or a PEFT adapter) into a model in memory."""
-    if hasattr(model, "peft_config"):
+    if is_adapted(model):
         load_adapter(model, folder)
         return
     cls: Any = type(model)

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from holdfast import world
-from holdfast.adapters import recompress
+from holdfast.adapters import is_adapted, recompress
 from holdfast.base import Base, adapter_is_new
 from holdfast.config import validate
 from holdfast.errors import ConfigError, DataError, ModelError, RunDirectoryError
@@ -121,7 +121,7 @@ class Learner:
             strategy if whole else validate(LearnerConfig, {"strategy": strategy, **sections}, "Learner")
         )
         if self.config.model is None:
-            self.config = self.config.for_adapted(hasattr(unwrapped(model), "peft_config"))
+            self.config = self.config.for_adapted(is_adapted(unwrapped(model)))
         world.start()
         check_askable(self.config)
         if tokenizer.pad_token_id is None:
@@ -632,7 +632,7 @@ class Learner:
     def _export(self, target: Path, rank: int | None) -> Path:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise RunDirectoryError(f"{target}: not an empty folder. Choose a new or empty one.")
-        if rank is not None and (self.strategy.changes_base or not hasattr(self.model, "peft_config")):
+        if rank is not None and (self.strategy.changes_base or not is_adapted(self.model)):
             raise ConfigError(
                 f"export: got rank {rank}, but what answers here is a whole model and no adapter. Leave the "
                 "rank out."

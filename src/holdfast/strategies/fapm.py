@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from holdfast.adapters import is_adapted
 from holdfast.config import Options
 from holdfast.errors import ConfigError
 from holdfast.hold.cost import Cost, Estimate, trained_bytes
@@ -55,7 +56,7 @@ class Fapm(Strategy):
 
     def check(self, model: nn.Module) -> None:
         """See that whole weights are trained."""
-        if hasattr(model, "peft_config"):
+        if is_adapted(model):
             raise ConfigError(
                 "strategy.name: 'fapm' compares a weight's change with the weight, and LoRA's B is zero at "
                 "first: leave out model.lora."

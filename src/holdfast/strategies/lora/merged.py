@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from holdfast.adapters import (
     check_growable,
+    is_adapted,
     is_quantised,
     lora_factors,
     lora_layers,
@@ -42,7 +43,7 @@ def form_for(model: nn.Module, wanted: Form | Literal["none"] | None, strategy: 
     ConfigError
         The model has no plain LoRA, or its weights are quantised, and one of the forms was asked for.
     """
-    if wanted == "none" or (wanted is None and not hasattr(model, "peft_config")):
+    if wanted == "none" or (wanted is None and not is_adapted(model)):
         return None
     try:
         check_growable(model, strategy)

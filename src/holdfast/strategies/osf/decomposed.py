@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from holdfast.adapters import is_adapted
 from holdfast.errors import ConfigError
 from holdfast.hold.attach import Handle, hook, unwrap
 from holdfast.hold.cost import Cost, Estimate, trained_numbers
@@ -30,7 +31,7 @@ def trained_maps(model: nn.Module) -> dict[str, Any]:
 
 def check_decomposable(model: Any) -> None:
     """Raise a `ConfigError` if OSF is not defined for this model."""
-    if hasattr(model, "peft_config"):
+    if is_adapted(model):
         raise ConfigError("strategy: osf trains whole weights, not adapters; leave out model.lora.")
     maps = trained_maps(model)
     other = next((name for name, module in maps.items() if not isinstance(module, nn.Linear)), None)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from holdfast.adapters import is_adapted
 from holdfast.errors import ConfigError
 from holdfast.hold.attach import Handle
 from holdfast.models import accepts, is_encoder_decoder
@@ -31,7 +32,7 @@ Source = Callable[[Tensor, Tensor], Tensor]
 
 def check_promptable(model: nn.Module, strategy: str) -> None:
     """Raise a `ConfigError` if prompts can't be put in front of this model's input."""
-    if hasattr(model, "peft_config"):
+    if is_adapted(model):
         raise ConfigError(
             f"model.lora: strategy '{strategy}' trains prompts in front of a frozen model, not adapters; "
             "leave out model.lora (and where model.path is an adapter, merge it into its base model first)."
