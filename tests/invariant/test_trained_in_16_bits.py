@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -52,6 +53,26 @@ def test_a_trainer_with_trl_s_defaults_learns_a_task(tmp_path: Path) -> None:
         with learner.task("may", rows_of("may", 12)) as stage:
             stage.trainer(SFTTrainer, args=arguments).train()
         assert learner.learned == ["may"]
+
+
+def test_what_a_loop_of_ones_own_prepared_stays_prepared(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    with learner_in(tmp_path) as learner:
+        model = accelerator.prepare(learner.model)
+        seen = []
+        for name in ("may", "june"):
+            with learner.task(name, rows_of(name, 4)) as stage:
+                optimizer = torch.optim.SGD(learner.model.parameters(), lr=0.1)
+                stage.attach(optimizer, steps=1)
+                batch = stage.collate([stage.numbered[i] for i in range(4)])
+                batch.pop("row_ids")
+                hook = learner.model.model.layers[0].mlp.register_forward_hook(
+                    lambda module, given, output: seen.append(output.dtype)
+                )
+                model(**batch).loss.backward()
+                optimizer.step()
+                hook.remove()
+    assert seen == [torch.bfloat16] * 2
 
 
 @pytest.mark.parametrize("importance", ["inputs", "fisher", "lrp", ALIKE])

@@ -37,14 +37,7 @@ from holdfast.learner.known import ABOUT, TEST, read_about, read_task, write_tas
 from holdfast.learner.learning import Learning
 from holdfast.learner.ownership import FIXED, began_new, check_learned_under, claim, rebuilt
 from holdfast.learner.skills import Skills, read_skills
-from holdfast.models import (
-    is_encoder_decoder,
-    load_model,
-    load_weights,
-    save_model,
-    unprepare,
-    unwrapped,
-)
+from holdfast.models import is_encoder_decoder, load_model, load_weights, save_model, unwrapped
 from holdfast.progress import Progress
 from holdfast.records import StageMetrics
 from holdfast.storage import write_json, write_tensors
@@ -435,7 +428,6 @@ class Learner:
                 )
             self.model.eval()
             self.model.zero_grad(set_to_none=True)
-            unprepare(unwrapped(self.model))
             save_record(learning.record, folder / "training.json")
             seconds["train"] = time.perf_counter() - started
             started = time.perf_counter()

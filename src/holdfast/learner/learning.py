@@ -17,7 +17,7 @@ from holdfast.hold import Handle, tell_total_rate
 from holdfast.hold.cost import trained_numbers
 from holdfast.hold.drift import Drift
 from holdfast.learner.config import LearnerConfig
-from holdfast.models import is_encoder_decoder
+from holdfast.models import is_encoder_decoder, unprepare, unwrapped
 from holdfast.strategies import STRATEGIES, Context, Stage, Strategy
 from holdfast.tasks.encode import Encoded, first_token
 from holdfast.tasks.task import Example
@@ -279,6 +279,8 @@ class Learning:
         for steps in self._steps:
             steps.release()
             self.trained |= steps.attached
+        if self._steps:  # each trainer prepares the model for itself; a loop of one's own may once for all
+            unprepare(unwrapped(self.context.model))
 
 
 def _refuse_parts(where: str) -> None:

@@ -17,7 +17,7 @@ from holdfast.base import Base
 from holdfast.errors import ConfigError
 from holdfast.hold.cost import trained_numbers
 from holdfast.hold.drift import MOVED
-from holdfast.models import accepts, is_encoder_decoder
+from holdfast.models import accepts, is_encoder_decoder, unprepare, unwrapped
 from holdfast.progress import Progress, no_library_bars
 from holdfast.records import TrainingLog
 from holdfast.tasks.encode import Encoded, collate
@@ -167,6 +167,7 @@ def train(
         record.steps = trainer.state.global_step
         del trainer, trained  # what an engine has cut up goes before the model comes back
     record.seconds = time.perf_counter() - started
+    unprepare(unwrapped(model))
     model.eval()
     model.zero_grad(set_to_none=True)
     return record
