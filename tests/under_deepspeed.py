@@ -40,7 +40,7 @@ def trained(folder: Path, hold: str, deepspeed: dict[str, Any] | None, **more: A
     from holdfast.tasks.encode import Template
     from holdfast.training.loop import Collator, Rows
 
-    resume = more.pop("resume", None)
+    resume, in_pieces = more.pop("resume", None), more.pop("loaded_in_pieces", False)
     model, tokenizer = tiny_model("llama"), toy_tokenizer()
     encoded = Encoder(tokenizer, Template(), encoder_decoder=False).many(rows(12, "june"))
     importance, options = HOLDS[hold]
@@ -63,6 +63,12 @@ def trained(folder: Path, hold: str, deepspeed: dict[str, Any] | None, **more: A
             **more,
         },
     )
+    if in_pieces:  # as from_pretrained does once there are arguments with ZeRO-3
+        if world.leads():
+            model.save_pretrained(folder / "model")
+        world.barrier()
+        model = type(model).from_pretrained(folder / "model")
+        assert all(map(world.in_pieces, model.parameters()))
     trainer = Trainer(
         model,
         arguments,

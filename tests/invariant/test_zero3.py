@@ -61,6 +61,12 @@ def test_sixteen_bit_weights_follow_the_masters_that_are_held(tmp_path: Path) ->
     assert float(more["moved"][-1]) < 2 * float(one["moved"][-1])
 
 
+def test_a_model_that_was_loaded_in_pieces_is_held_as_a_whole_one(tmp_path: Path) -> None:
+    one = under_deepspeed.trained(tmp_path / "one", "anchor, inputs", None)
+    more = in_processes(tmp_path / "more", "anchor, inputs", loaded_in_pieces=True)
+    assert apart(one, more) < 1e-6
+
+
 def test_a_resumed_training_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
     saving = {"save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch", "learning_rate": 1e-3}
     whole = in_processes(tmp_path / "run", "anchor, elementwise", **saving)

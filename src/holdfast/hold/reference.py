@@ -11,7 +11,12 @@ from holdfast.importance.prior import parameters_by_name
 
 
 def weights_of(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """Copies of the weights of these canonical names (such as a prior's ``tensors``), as they are now."""
+    """Copies of the weights of these canonical names (such as a prior's ``tensors``), as they are now.
+
+    Under ZeRO-3 they are whole, and on the CPU: a device has room for its pieces.
+    """
     named = parameters_by_name(model)
-    whole = {name: world.whole(p) if world.in_pieces(p := named[name]) else p.detach() for name in names}
-    return {name: weight.clone() for name, weight in whole.items()}
+    return {
+        name: world.whole(p).cpu() if world.in_pieces(p := named[name]) else p.detach().clone()
+        for name in names
+    }
