@@ -9,9 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-from holdfast.hold import Anchor, Gate
+import holdfast
+from holdfast.hold import Anchor, Gate, tell_total_rate
 from holdfast.importance.prior import ImportancePrior
+from holdfast.tasks import toy_tokenizer
+from learning_data import rows_of
+from tiny_models import tiny_model
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
@@ -160,3 +165,20 @@ def test_bfloat16_gate_just_below_one_does_not_freeze() -> None:
     Gate(constant(model, 0.9999)).attach(model, optim)  # bfloat16 would round it to 1
     train(model, optim, steps=1)
     assert all((b != p).any() for b, p in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "options", [{"pull": 5.0}, {"strength": "auto"}, {"pull": 5.0, "coordinates": "weights"}]
+)
+def test_saving_an_optimizer_without_a_state_moves_no_held_weight(options: dict[str, Any]) -> None:
+    model = tiny_model("llama")
+    prior = holdfast.attribute(model, toy_tokenizer(), rows_of("may", 4), progress=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tell_total_rate(optimizer, None, steps=4)
+    Anchor(prior, **options).attach(model, optimizer)
+    model(input_ids=torch.arange(3, 9)[None], labels=torch.arange(3, 9)[None]).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    get_optimizer_state_dict(model, optimizer)  # torch steps at rate 0 there, to make a state
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())

@@ -34,7 +34,7 @@ LAYERS = [  # from the top down; those in one line may import each other
     {"tables"},
     {"storage", "quantities", "precision"},
     {"world"},
-    {"errors"},
+    {"errors", "pieces"},
 ]
 LEVEL = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 FILES = sorted(ROOT.rglob("*.py"))
