@@ -14,9 +14,13 @@ from trl import SFTConfig, SFTTrainer
 
 import holdfast
 from holdfast import Learner
+from holdfast.config import validate
+from holdfast.runner import RunConfig, run
 from holdfast.tasks import toy_tokenizer
 from learning_data import rows_of
+from strategy_runs import METHODS, needs_lora, options_of
 from tiny_models import tiny_model
+from tiny_runs import tiny_run
 
 TRAINING = {"precision": "bf16", "max_steps": 6, "batch_size": 4, "learning_rate": 1e-3}
 ALIKE = {"name": "inputs", "weighting": "uniform"}
@@ -73,6 +77,17 @@ def test_what_a_loop_of_ones_own_prepared_stays_prepared(tmp_path: Path) -> None
                 optimizer.step()
                 hook.remove()
     assert seen == [torch.bfloat16] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_every_strategy_learns_three_tasks(name: str, tmp_path: Path) -> None:
+    short = {"max_steps": 4, "batch_size": 8, "learning_rate": 3e-3, "precision": "bf16"}
+    values = tiny_run(tmp_path / "run", strategy=options_of(name), training=short)
+    values["template"] = {**values.get("template", {}), "max_prompt_tokens": 16, "max_completion_tokens": 8}
+    if needs_lora(name):
+        values["model"] = {**values["model"], "lora": {"r": 4}}
+    assert run(validate(RunConfig, values, source="test"))["finished"]
 
 
 @pytest.mark.parametrize("importance", ["inputs", "fisher", "lrp", ALIKE])
