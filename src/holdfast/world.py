@@ -68,7 +68,7 @@ def engine() -> Literal["FSDP2", "ZeRO-3"] | None:
         The launcher chose FSDP1, or another stage of ZeRO.
     """
     if _said("ACCELERATE_USE_DEEPSPEED"):
-        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "unknown (of TrainingArguments alone)")
         config = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
         if config not in ("none", "None", ""):
             stage = str(json.loads(Path(config).read_text()).get("zero_optimization", {}).get("stage", 0))

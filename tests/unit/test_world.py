@@ -89,7 +89,7 @@ def test_a_command_of_one_process_refuses_a_launcher(monkeypatch: pytest.MonkeyP
     ("launched", "named"),
     [
         ({"ACCELERATE_USE_FSDP": "true"}, "FSDP1"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "ZeRO stage 2"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "ZeRO stage unknown"),
         ({"ACCELERATE_USE_DEEPSPEED": "1", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, "ZeRO stage 1"),
     ],
 )

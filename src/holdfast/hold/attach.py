@@ -268,28 +268,28 @@ def hook(
             "AdamW, or a mechanism that changes gradients: a penalty, or a gate with on='gradient'."
         )
     handle = first() if first is not None else Handle()
-    if before is not None:
+    idle = False
 
-        def pre(_: Optimizer, args: Any, kwargs: Any, run: Callable[[], None] = before) -> None:
-            closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0]: the optimizer
-            if needs_gradients and closure is not None:
-                raise ConfigError(
-                    f"{needs_gradients}: step(closure) computes gradients inside the step, too late to "
-                    "change them. Call step() without a closure, or use the gate with on='update'."
-                )
-            if not _idle(optimizer):
-                with torch.no_grad():
-                    run()
+    def pre(_: Optimizer, args: Any, kwargs: Any) -> None:
+        nonlocal idle
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0]: the optimizer
+        if needs_gradients and closure is not None:
+            raise ConfigError(
+                f"{needs_gradients}: step(closure) computes gradients inside the step, too late to "
+                "change them. Call step() without a closure, or use the gate with on='update'."
+            )
+        idle = closure is None and _idle(optimizer)
+        if before is not None and not idle:
+            with torch.no_grad():
+                before()
 
-        handle.removers.append(optimizer.register_step_pre_hook(pre).remove)
-    if after is not None:
+    def post(_: Optimizer, args: Any, kwargs: Any) -> None:
+        if after is not None and not idle:
+            with torch.no_grad():
+                after()
 
-        def post(_: Optimizer, args: Any, kwargs: Any, run: Callable[[], None] = after) -> None:
-            if not _idle(optimizer):
-                with torch.no_grad():
-                    run()
-
-        handle.removers.append(optimizer.register_step_post_hook(post).remove)
+    handle.removers.append(optimizer.register_step_pre_hook(pre).remove)
+    handle.removers.append(optimizer.register_step_post_hook(post).remove)
     return handle
 
 

@@ -49,7 +49,7 @@ def give_back(trained: Any, model: nn.Module) -> None:
     if trained is model:
         return
     for name, weight in _whole(trained):
-        model.get_parameter(name).copy_(weight)
+        unwrapped(model).get_parameter(name).copy_(weight)
 
 
 def _whole(trained: Any) -> Iterator[tuple[str, Tensor]]:
@@ -114,4 +114,4 @@ def _here() -> dict[str, Any]:
 def take_finished(checkpoint: Path, model: nn.Module) -> None:
     """The weights that a finished training left in its last checkpoint."""
     for name, weight in load_file(checkpoint / WEIGHTS).items():
-        model.get_parameter(name).copy_(weight)
+        unwrapped(model).get_parameter(name).copy_(weight)
