@@ -49,7 +49,7 @@ def trained(folder: Path, hold: str, deepspeed: dict[str, Any] | None, **more: A
     arguments = TrainingArguments(
         str(folder),
         deepspeed=deepspeed,
-        use_cpu=deepspeed is None,
+        use_cpu=deepspeed is None and not more.pop("told_of_gpus", False),
         **{
             "per_device_train_batch_size": 3,
             "num_train_epochs": 2,

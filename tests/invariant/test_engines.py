@@ -11,8 +11,10 @@ import pytest
 import torch
 
 import engines
-from learning_data import SHORT, TOY, data_sets, weights_in
+import under_deepspeed
+from learning_data import SHORT, TOY, data_sets, mostly_slow, weights_in
 from processes import holdfast, launched
+from ranks import HOLDS
 
 SGD = ("training.optimizer=sgd", "training.learning_rate=0.1")
 LEARN = ("learn", "may.jsonl", "--skills", "s", *TOY, *SHORT, *SGD)
@@ -87,3 +89,16 @@ def test_a_checkpoint_of_another_engine_is_begun_again(tmp_path: Path) -> None:
     assert holdfast(*LEARN, cwd=tmp_path / "one").code == 0
     weights = [weights_in(folder / "s" / "tasks" / "01-may") for folder in (tmp_path, tmp_path / "one")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("hold", mostly_slow(HOLDS, "anchor, inputs"))
+def test_a_script_with_the_callback_ends_where_one_process_does(
+    tmp_path: Path, engine: str, hold: str
+) -> None:
+    one = under_deepspeed.trained(tmp_path / "one", hold, None, per_device_train_batch_size=6)
+    for rank in launched(2, engines.script, [engine, str(tmp_path), hold], tmp_path)():
+        assert rank.code == 0, rank.err
+    more = torch.load(tmp_path / "found.pt")
+    assert one.keys() == more.keys()
+    assert max(float((one[name] - more[name]).abs().max()) for name in one) < 1e-6

@@ -125,6 +125,8 @@ def bind(prior: ImportancePrior, model: nn.Module, optimizer: Any) -> tuple[Opti
         The prior doesn't fit the model, or the optimizer holds none of its weights.
     """
     prior.check_fits(model)
+    if any(world.is_sharded(p) for p in model.parameters()):
+        world.start()  # a script's own processes: what is told of a weight is a sum over its parts
     inner = unwrap(optimizer)
     group_of = {id(p): index for index, g in enumerate(inner.param_groups) for p in g["params"]}
     parameters = parameters_by_name(model)

@@ -121,7 +121,6 @@ class Steps(Optimizer):
                     f"attach: DeepSpeed's '{where}' steps where no hold reaches. Use offload_optimizer: cpu, "
                     "or none."
                 )
-        world.start()
         self._zero = zero
         groups: list[dict[str, Any]] = [
             {**_beside(group), "params": []} for group in zero.optimizer.param_groups

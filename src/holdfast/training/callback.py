@@ -117,7 +117,6 @@ class ProtectCallback(TrainerCallback):
         PriorMismatchError
             The prior doesn't fit the trainer's model.
         """
-        world.start()
         for prior in self._priors:
             prior.check_fits(kwargs["model"])
         self._capture(kwargs["model"])
@@ -157,7 +156,8 @@ class ProtectCallback(TrainerCallback):
         """Save the weights to return to with the checkpoint."""
         if self._captured is not None and _checkpoint(args, state).is_dir():
             whole = {name: world.whole(weight) for name, weight in self._captured.items()}
-            write_tensors(_checkpoint(args, state) / REFERENCE, whole)
+            if args.should_save:
+                write_tensors(_checkpoint(args, state) / REFERENCE, whole)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
