@@ -125,6 +125,14 @@ def test_a_strategy_that_needs_whole_weights_is_refused_under_an_engine(
     assert not (tmp_path / "s").exists()
 
 
+def test_soft_targets_are_refused_under_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    replay = {"memory": "generated", "targets": "logits"}
+    with pytest.raises(ConfigError, match="chose FSDP2, and `targets: logits` puts .* Use `targets: text`"):
+        holdfast.Learner(tiny_model("llama"), toy_tokenizer(), "ewc", folder=tmp_path / "s", replay=replay)
+
+
 @pytest.mark.parametrize(
     ("told", "use"),
     [

@@ -146,7 +146,15 @@ class Learner:
 
     def _check_engine(self) -> None:
         engine = world.engine()
-        if engine is not None and not self.strategy.sharded:
+        if engine is None:
+            return
+        rehearsal = self.replay or self.strategy.rehearsal
+        if rehearsal is not None and rehearsal.targets == "logits":
+            raise ConfigError(
+                f"Learner: the launcher chose {engine}, and `targets: logits` puts the weights from before a "
+                "task, which are whole ones, into a model in parts. Use `targets: text`, or DDP."
+            )
+        if not self.strategy.sharded:
             works = ", ".join(name for name, method in STRATEGIES.items() if method.strategy.sharded)
             raise ConfigError(
                 f"Learner: the launcher chose {engine}, under which a process has a part of each weight "
