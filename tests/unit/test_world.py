@@ -129,7 +129,7 @@ def test_soft_targets_are_refused_under_an_engine(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
     replay = {"memory": "generated", "targets": "logits"}
-    with pytest.raises(ConfigError, match="chose FSDP2, and `targets: logits` puts .* Use `targets: text`"):
+    with pytest.raises(ConfigError, match=r"chose FSDP2, and `targets: logits` puts .* Use `targets: text`"):
         holdfast.Learner(tiny_model("llama"), toy_tokenizer(), "ewc", folder=tmp_path / "s", replay=replay)
 
 
