@@ -48,6 +48,14 @@ def test_an_optimizer_of_deepspeed_that_no_hold_reaches_is_refused_by_name() -> 
         Gate(prior).attach(model, stage)
 
 
+def test_fsdp1_is_refused_by_name() -> None:
+    wrapper = type("FullyShardedDataParallel", (nn.Sequential,), {})
+    model = wrapper(*network())
+    prior = ImportancePrior({n: torch.ones(p.shape) for n, p in model.named_parameters()})
+    with pytest.raises(ConfigError, match=r"wrapped in FSDP1 .* Use FSDP2"):
+        Gate(prior).attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
 @pytest.mark.parametrize("option", ["swap_optimizer", "zenflow"])
 def test_zero_3_that_steps_elsewhere_is_refused_by_name(option: str) -> None:
     model = network()

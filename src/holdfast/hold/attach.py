@@ -123,7 +123,14 @@ def bind(prior: ImportancePrior, model: nn.Module, optimizer: Any) -> tuple[Opti
     ------
     PriorMismatchError
         The prior doesn't fit the model, or the optimizer holds none of its weights.
+    ConfigError
+        FSDP1 has the weights, or one that is held by its inputs is cut along these.
     """
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise ConfigError(
+            "attach: the model is wrapped in FSDP1 (FullyShardedDataParallel), whose flat weights no hold "
+            "knows. Use FSDP2 (fsdp_version: 2, configs/accelerate/fsdp2.yaml), ZeRO stage 3 or DDP."
+        )
     prior.check_fits(model)
     if any(world.is_sharded(p) for p in model.parameters()):
         world.start()  # a script's own processes: what is told of a weight is a sum over its parts
