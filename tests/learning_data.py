@@ -67,3 +67,9 @@ def near(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     """The largest difference of any weight."""
     assert a.keys() == b.keys()
     return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """The largest relative difference of any tensor."""
+    assert one.keys() == other.keys()
+    return max(float((one[n] - other[n]).norm() / one[n].norm().clamp(min=1e-12)) for n in one)

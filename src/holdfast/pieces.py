@@ -42,6 +42,11 @@ class Piece:
         return min(self.rows[0] * self.row, self.end) - self.start
 
     @property
+    def body(self) -> int:
+        """How many of its values are of its own rows: those behind the head."""
+        return self.end - self.start - self.head
+
+    @property
     def lacking(self) -> int:
         """How many values of its last own row lie in later pieces."""
         first, behind = self.rows

@@ -12,7 +12,7 @@ import torch
 
 import engines
 import under_deepspeed
-from learning_data import SHORT, TOY, data_sets, mostly_slow, weights_in
+from learning_data import SHORT, TOY, apart, data_sets, mostly_slow, near, same, weights_in
 from processes import holdfast, launched
 from ranks import HOLDS
 
@@ -21,11 +21,6 @@ LEARN = ("learn", "may.jsonl", "--skills", "s", *TOY, *SHORT, *SGD)
 THEN = ("learn", "june.jsonl", "--skills", "s")
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 ENGINES = ["FSDP2", pytest.param("ZeRO-3", marks=[pytest.mark.slow, needs_deepspeed])]
-
-
-def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    assert one.keys() == other.keys()
-    return max(float((one[n] - other[n]).norm() / one[n].norm()) for n in one)
 
 
 def under(engine: str, command: Any, cwd: Path, ranks: int = 2, **more: Any) -> list[Any]:
@@ -74,7 +69,7 @@ def test_a_killed_process_goes_on_bit_for_bit(tmp_path: Path, engine: str, die: 
     assert list((tmp_path / "killed" / "s").glob("tasks/*june*/**/checkpoint-*")), told.err
     all_well(under(engine, THEN, tmp_path / "killed"))
     weights = [weights_in(tmp_path / name / "s" / "tasks" / "02-june") for name in ("once", "killed")]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert same(*weights)
 
 
 def test_a_checkpoint_of_another_engine_is_begun_again(tmp_path: Path) -> None:
@@ -88,7 +83,7 @@ def test_a_checkpoint_of_another_engine_is_begun_again(tmp_path: Path) -> None:
     data_sets(tmp_path / "one", "may")
     assert holdfast(*LEARN, cwd=tmp_path / "one").code == 0
     weights = [weights_in(folder / "s" / "tasks" / "01-may") for folder in (tmp_path, tmp_path / "one")]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert same(*weights)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -99,6 +94,4 @@ def test_a_script_with_the_callback_ends_where_one_process_does(
     one = under_deepspeed.trained(tmp_path / "one", hold, None, per_device_train_batch_size=6)
     for rank in launched(2, engines.script, [engine, str(tmp_path), hold], tmp_path)():
         assert rank.code == 0, rank.err
-    more = torch.load(tmp_path / "found.pt")
-    assert one.keys() == more.keys()
-    assert max(float((one[name] - more[name]).abs().max()) for name in one) < 1e-6
+    assert near(one, torch.load(tmp_path / "found.pt")) < 1e-6

@@ -12,14 +12,8 @@ import pytest
 import torch
 
 import ranks
-from learning_data import SHORT, TOY, data_sets, weights_in
+from learning_data import SHORT, TOY, apart, data_sets, weights_in
 from processes import holdfast, launched
-
-
-def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """The largest relative difference of two sets of tensors."""
-    assert one.keys() == other.keys()
-    return max(float((one[n] - other[n]).norm() / one[n].norm().clamp(min=1e-12)) for n in one)
 
 
 @pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.slow), 3])

@@ -17,7 +17,7 @@ from holdfast import Learner
 from holdfast.config import validate
 from holdfast.runner import RunConfig, run
 from holdfast.tasks import toy_tokenizer
-from learning_data import rows_of
+from learning_data import rows_of, same
 from strategy_runs import METHODS, needs_lora, options_of
 from tiny_models import tiny_model
 from tiny_runs import tiny_run
@@ -47,7 +47,7 @@ def test_a_learner_that_goes_on_is_one_that_was_opened_again(tmp_path: Path) -> 
             learn(learner, name)
             found.append({name: p.detach().clone() for name, p in learner.model.named_parameters()})
     at_once, _, apart = found
-    assert all(torch.equal(at_once[name], apart[name]) for name in at_once)
+    assert same(at_once, apart)
 
 
 def test_a_trainer_with_trl_s_defaults_learns_a_task(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_a_model_of_somebodys_trainer_is_rated_like_its_weights(tmp_path: Path, 
         holdfast.attribute(one, tokenizer, rows_of("may", 4), importance=importance, progress=False)
         for one in (model, plain)
     ]
-    assert all(torch.equal(found[0].tensors[name], found[1].tensors[name]) for name in found[1].tensors)
+    assert same(found[0].tensors, found[1].tensors)
     assert "_original_forward" in model.__dict__  # left as it was: its trainer may go on
 
 
@@ -114,4 +114,4 @@ def test_a_callers_autocast_is_not_seen() -> None:
     plain = holdfast.attribute(model, tokenizer, rows_of("may", 4), progress=False)
     with torch.autocast("cpu", torch.bfloat16):
         under = holdfast.attribute(model, tokenizer, rows_of("may", 4), progress=False)
-    assert all(torch.equal(plain.tensors[name], under.tensors[name]) for name in plain.tensors)
+    assert same(plain.tensors, under.tensors)

@@ -16,7 +16,7 @@ from holdfast.attribution.maps import Fold
 from holdfast.attribution.options import AttributionOptions, AttributionReport
 from holdfast.attribution.passes import Begun, Job, Pass
 from holdfast.errors import DataError, ModelError
-from holdfast.models import block_parameters, require_whole, unwrapped
+from holdfast.models import block_parameters, unwrapped
 from holdfast.resume import Partial
 from holdfast.tasks.encode import Encoded
 
@@ -86,7 +86,6 @@ def attribute_batches(
         The model is cut up over processes (FSDP2, ZeRO-3).
     """
     chosen = options or AttributionOptions()
-    require_whole(unwrapped(model))
     _warn_of_sixteen_bits(unwrapped(model))
     job = Job(
         chosen.rules,

@@ -49,7 +49,9 @@ class Part:
         self.rows = torch.zeros(behind - first, *shape[1:], device=flat.device, dtype=flat.dtype)
         self.sent = self._own.row if any(piece.lacking for piece in self._pieces) else 0
 
-    def _flat(self) -> Tensor:
+    @property
+    def weight(self) -> Tensor:
+        """This process's values of the weight, in ZeRO's memory."""
         return self._place()[: self._own.end - self._own.start]
 
     def head(self, values: Tensor) -> Tensor:
@@ -61,10 +63,7 @@ class Part:
     def fill(self, rows: Tensor, values: Tensor, heads: Tensor | None) -> None:
         """Rows from the piece's values and, (processes, sent), all heads."""
         flat, own = rows.view(-1), self._own
-        here = own.end - own.start - own.head
-        if own.rows[1] == own.rows[0]:
-            return
-        flat[:here] = values[own.head :]
+        flat[: own.body] = values[own.head :]
         missing, rank = own.lacking, world.rank()
         while missing:
             assert heads is not None
@@ -83,18 +82,12 @@ class Part:
     def empty(self, rows: Tensor, values: Tensor, tails: Tensor | None) -> None:
         """The piece's values from the rows and, (processes, sent), all tails."""
         own = self._own
-        here = own.end - own.start - own.head
-        values[own.head :] = rows.view(-1)[:here]
+        values[own.head :] = rows.view(-1)[: own.body]
         if own.head:
             assert tails is not None
             owner = max(rank for rank in range(world.rank()) if self._pieces[rank].lacking)
             offset = own.start - self._pieces[owner].end
             values[: own.head] = tails[owner][offset : offset + own.head]
-
-    @property
-    def weight(self) -> Tensor:
-        """This process's values of the weight, in ZeRO's memory."""
-        return self._flat()
 
 
 class Steps(Optimizer):
