@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
-from holdfast.errors import ConfigError
+from holdfast.errors import ConfigError, ModelError
 from holdfast.names import canonical_name
 
 ADAPTER = "adapter_config.json"
@@ -180,13 +180,55 @@ def _fresh(model: Any, rank: int, seed: int) -> list[Factors]:
     return fresh
 
 
-def is_quantised(model: Any) -> bool:
-    """Whether weights that the adapter adapts are stored in fewer bits than a float has."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if getattr(getattr(base, "config", None), "quantization_config", None) is not None:
-        return True
-    weights = [getattr(layer.get_base_layer(), "weight", None) for layer in lora_layers(model).values()]
-    return any(w is None or not w.is_floating_point() or w.element_size() < 2 for w in weights)
+def under_lora(module: nn.Module) -> nn.Module:
+    """The layer under a layer of LoRA's; of any other module itself."""
+    return module.get_base_layer() if hasattr(module, "lora_A") else module  # type: ignore[operator]
+
+
+def under_adapter(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Canonical name to the weight under the adapter, of each adapted map."""
+    return {name: layer.get_base_layer().weight for name, layer in lora_layers(model).items()}
+
+
+def is_quantised(layer: nn.Module) -> bool:
+    """Whether a linear layer's weight is stored in fewer bits than a float has."""
+    if not hasattr(layer, "in_features") or hasattr(layer, "lora_A"):
+        return False
+    own = [t for t in (*layer._parameters.values(), *layer._buffers.values()) if t is not None]
+    packed = any(not t.is_floating_point() or t.element_size() < 2 for t in own)
+    return packed or any(type(t.data).__module__.startswith("torchao.") for t in own)
+
+
+def stay_differentiable(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4 bits for answers on a CPU (AVX-512 BF16): no gradient passes then.
+
+    Raises
+    ------
+    ModelError
+        It has done so already, and not kept the scales as they were.
+    """
+    for name, module in model.named_modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+            raise ModelError(
+                "the model has answered before, for which bitsandbytes repacked its 4 bits on this CPU "
+                f"('{name}' is): no gradient passes through them any more. Load it again, and give it to "
+                "holdfast before it answers anything."
+            )
+        module.support_avx512bf16_for_cpu = False
+
+
+@torch.no_grad()
+def plain_weight(layer: Any) -> Tensor:
+    """The weight of a linear layer, (O, I), detached; of a quantised one what it does to each unit vector."""
+    if not is_quantised(layer):
+        weight = layer.weight.detach()
+        return weight if isinstance(layer, nn.Linear) else weight.t()  # transformers' Conv1D
+    some = next(layer.parameters())
+    dtype = some.dtype if some.is_floating_point() else torch.get_default_dtype()
+    w_IO = layer(torch.eye(layer.in_features, dtype=dtype, device=some.device))
+    return (w_IO if layer.bias is None else w_IO - layer.bias).t()
 
 
 @torch.no_grad()
@@ -196,27 +238,6 @@ def merge_in(model: nn.Module) -> None:
         weight = layer.get_base_layer().weight
         wide = torch.promote_types(weight.dtype, torch.float32)
         weight.copy_(weight.to(wide) + layer.get_delta_weight(NAME).to(wide))
-
-
-@contextmanager
-def whole_maps(model: Any) -> Iterator[dict[str, nn.Parameter]]:
-    """Inside the block the adapter is merged into the weights under it and off; behind it all is as before.
-
-    Yields
-    ------
-    dict of str to Parameter
-        Canonical name to the weight of each adapted map, which is that of the map as a whole.
-    """
-    weights = {name: layer.get_base_layer().weight for name, layer in lora_layers(model).items()}
-    kept = [weight.detach().clone() for weight in weights.values()]
-    try:
-        merge_in(model)
-        with flags_kept(model), model.disable_adapter():
-            yield weights
-    finally:
-        with torch.no_grad():
-            for weight, before in zip(weights.values(), kept, strict=True):
-                weight.copy_(before)
 
 
 @contextmanager

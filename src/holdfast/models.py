@@ -6,22 +6,30 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from pydantic import Field, model_validator
 from torch import nn
 
 from holdfast import world
-from holdfast.adapters import ADAPTER, NAME, is_adapted, load_adapter
+from holdfast.adapters import (
+    ADAPTER,
+    NAME,
+    is_adapted,
+    is_quantised,
+    load_adapter,
+    stay_differentiable,
+)
 from holdfast.config import Options
 from holdfast.errors import ModelError
 from holdfast.names import canonical_name, layer_of
 from holdfast.places import local_path
-from holdfast.pretrained import load_pretrained
+from holdfast.pretrained import GGUF, Bits, load_pretrained
 from holdfast.progress import no_library_bars
 
 if TYPE_CHECKING:
@@ -57,6 +65,11 @@ class ModelOptions(Options):
         None, description="blocks (default): the linear maps in the transformer blocks; all: every weight"
     )
     lora: LoraOptions | None = Field(None, description="train low-rank adapters instead of the weights")
+    quantise: Bits | None = Field(
+        None,
+        description="keep the frozen weights under a LoRA in 4 bits (NF4, as QLoRA does) or in 8; needs "
+        "bitsandbytes",
+    )
     random_init: bool = Field(False, description="take the architecture from `path`, but random weights")
     hidden: int | None = Field(
         None, ge=8, le=8192, multiple_of=8, description="toy only: hidden size (default 128)"
@@ -76,7 +89,28 @@ class ModelOptions(Options):
             raise ValueError("`hidden` and `layers` apply to `toy: true` only")
         if self.lora is not None and self.trainable is not None:
             raise ValueError("`trainable` does not apply with `lora`: only the adapters are trained")
+        if self.quantise is not None:
+            self._quantisable()
         return self
+
+    def _quantisable(self) -> None:
+        if self.toy or self.random_init or str(self.path).lower().endswith(GGUF):
+            raise ValueError(
+                "`quantise` applies to the weights of a model that is loaded: not to `toy`, `random_init` or "
+                "a GGUF file"
+            )
+        if not self.adapted:
+            raise ValueError(
+                "`quantise` needs a LoRA on what it quantises, as that can't be trained; set `lora`, such as "
+                "`lora: {r: 8}`"
+            )
+        if self.dtype == "float64":
+            raise ValueError("`quantise` goes with `dtype` float32, bfloat16 or float16, not float64")
+        if find_spec("bitsandbytes") is None:
+            raise ValueError(
+                "`quantise` needs the package bitsandbytes, which is not installed: "
+                "pip install 'holdfast[quantised]'"
+            )
 
 
 def unwrapped(model: Any) -> Any:
@@ -163,6 +197,18 @@ def input_dims(model: nn.Module) -> dict[str, int]:
         for name, module in linear_modules(model)
         if layer_of(f"{name}.") is not None and not name.startswith(multiplied)
     }
+
+
+def input_sizes(model: nn.Module) -> dict[str, int]:
+    """Canonical name of each weight of `input_dims` to how many inputs its map has."""
+    from transformers.pytorch_utils import Conv1D
+
+    found, dims = {}, input_dims(model)
+    for path, module in linear_modules(model):
+        name, layer = canonical_name(f"{path}.weight"), cast(Any, module)
+        if name in dims:
+            found[name] = world.shape(layer.weight)[0] if isinstance(layer, Conv1D) else layer.in_features
+    return found
 
 
 def _is_matrix(leaf: str, parameter: nn.Parameter) -> bool:
@@ -265,11 +311,21 @@ def load_model(
     if options.lora is not None:
         model = add_lora(model, options.lora, seed)
     else:
+        _require_floats(model, options)
         wanted = {id(p) for p in block_parameters(model, trainable_only=False).values()}
         for parameter in model.parameters():
             parameter.requires_grad_(options.trainable == "all" or id(parameter) in wanted)
     model.eval()
     return model, tokenizer
+
+
+def _require_floats(model: nn.Module, options: ModelOptions) -> None:
+    packed = next((name for name, layer in model.named_modules() if is_quantised(layer)), None)
+    if packed is not None:
+        raise ModelError(
+            f"model.path: '{options.path}' is quantised ('{packed}' is), and such weights can't be trained. "
+            "Train a LoRA on them (model.lora, or --lora), or give the model's full weights."
+        )
 
 
 def _is_adapter(path: str) -> bool:
@@ -279,9 +335,16 @@ def _is_adapter(path: str) -> bool:
         return False
 
 
-def _load_pretrained(path: str, options: ModelOptions, seed: int) -> tuple[Any, Any]:
-    dtype = getattr(torch, options.dtype)
-    return load_pretrained(path, dtype, random_init=options.random_init, seed=seed)
+def _load_pretrained(
+    path: str, options: ModelOptions, seed: int, quantise: Mapping[str, Any] | None = None
+) -> tuple[Any, Any]:
+    return load_pretrained(
+        path,
+        getattr(torch, options.dtype),
+        random_init=options.random_init,
+        seed=seed,
+        quantise=options.quantise if quantise is None else quantise,
+    )
 
 
 def _with_padding(tokenizer: Any, path: Path | str) -> Any:
@@ -292,7 +355,9 @@ def _with_padding(tokenizer: Any, path: Path | str) -> Any:
     return tokenizer
 
 
-def _load_adapter(folder: Path, options: ModelOptions, seed: int) -> tuple[Any, Any]:
+def _load_adapter(
+    folder: Path, options: ModelOptions, seed: int, quantise: Mapping[str, Any] | None = None
+) -> tuple[Any, Any]:
     """A PEFT adapter on its base model, trainable, with the base frozen."""
     from peft import PeftModel
 
@@ -304,7 +369,7 @@ def _load_adapter(folder: Path, options: ModelOptions, seed: int) -> tuple[Any, 
             f"model.path: the adapter in '{folder}' doesn't name its base model (base_model_name_or_path in "
             f"{ADAPTER}); write the base's folder or hub id there."
         )
-    model, tokenizer = _load_pretrained(base, options, seed)
+    model, tokenizer = _load_pretrained(base, options, seed, quantise)
     tokenizer = _own_tokenizer(folder, tokenizer)
     _resize_embeddings(model, folder, len(tokenizer))
     try:
@@ -394,6 +459,19 @@ def add_lora(model: Any, options: LoraOptions, seed: int = 0) -> Any:
             ) from error
 
 
+def quantisation_of(model: Any) -> dict[str, Any] | None:
+    """The `quantization_config` that the weights under an adapter were loaded with, if they are quantised."""
+    base = model.get_base_model() if is_adapted(model) else model
+    found = getattr(getattr(base, "config", None), "quantization_config", None)
+    return found if found is None or isinstance(found, dict) else found.to_dict()
+
+
+def onto_gpu(model: nn.Module) -> None:
+    """Put a model on the GPU, where there is one; one that was quantised there is, and can't be moved."""
+    if torch.cuda.is_available() and next(model.parameters()).device.type != "cuda":
+        model.cuda()
+
+
 def accepts(model: nn.Module, argument: str) -> bool:
     """Whether the bare model's forward takes this keyword (PEFT's wrapper takes anything)."""
     inner: Any = model
@@ -429,12 +507,13 @@ def own_forward(model: nn.Module) -> Iterator[None]:
 
 
 def require_whole(model: nn.Module) -> None:
-    """Refuse to rate a model of which each process has a part alone.
+    """Refuse to rate a model of which each process has a part alone, or that passes no gradient.
 
     Raises
     ------
     ModelError
     """
+    stay_differentiable(model)
     cut = next((name for name, p in model.named_parameters() if world.is_sharded(p)), None)
     if cut is not None:
         raise ModelError(
@@ -478,13 +557,15 @@ def _order_sets(config: Any, file: Path) -> None:
 
 
 @no_library_bars()
-def load_saved(folder: Path, trained: set[str]) -> tuple[Any, Any]:
+def load_saved(folder: Path, trained: set[str], quantise: Mapping[str, Any] | None = None) -> tuple[Any, Any]:
     """Model and tokenizer that `save_model` wrote, with just these weights trained.
 
     Parameters
     ----------
     trained : set of str
         Canonical names.
+    quantise : mapping, optional
+        The `quantization_config` with which an adapter's base is loaded.
 
     Raises
     ------
@@ -493,9 +574,10 @@ def load_saved(folder: Path, trained: set[str]) -> tuple[Any, Any]:
     """
     options = ModelOptions(path=str(folder))
     adapter = (folder / ADAPTER).is_file()
-    model, tokenizer = (
-        _load_adapter(folder, options, 0) if adapter else _load_pretrained(str(folder), options, 0)
-    )
+    if adapter:
+        model, tokenizer = _load_adapter(folder, options, 0, quantise)
+    else:
+        model, tokenizer = _load_pretrained(str(folder), options, 0)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(canonical_name(name) in trained)
     model.eval()

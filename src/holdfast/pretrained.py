@@ -6,10 +6,11 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from holdfast.adapters import stay_differentiable
 from holdfast.errors import ModelError
 from holdfast.names import layer_of
 from holdfast.places import is_local, local_path, near
@@ -19,7 +20,17 @@ GGUF = ".gguf"
 _SHOWN = 5
 
 
-def load_pretrained(path: str, dtype: torch.dtype, *, random_init: bool, seed: int) -> tuple[Any, Any]:
+Bits = Literal["4bit", "8bit"]
+
+
+def load_pretrained(
+    path: str,
+    dtype: torch.dtype,
+    *,
+    random_init: bool = False,
+    seed: int = 0,
+    quantise: Bits | Mapping[str, Any] | None = None,
+) -> tuple[Any, Any]:
     """Load a causal or encoder-decoder model with its tokenizer.
 
     Parameters
@@ -28,6 +39,9 @@ def load_pretrained(path: str, dtype: torch.dtype, *, random_init: bool, seed: i
         Folder, GGUF file or hub id. What a GGUF stores in blocks becomes plain floats.
     random_init : bool
         Take the architecture alone, with weights drawn by `seed`.
+    quantise : {"4bit", "8bit"} or mapping, optional
+        How linear layers are quantised as they are loaded: NF4 or int8 by bitsandbytes, or as a
+        `quantization_config` says. A model that is stored quantised is loaded as it is.
 
     Raises
     ------
@@ -49,6 +63,8 @@ def load_pretrained(path: str, dtype: torch.dtype, *, random_init: bool, seed: i
                 model = auto.from_config(config, dtype=dtype)
         else:
             how = {**reading, **_unpacked()} if reading else {}
+            if quantise is not None and not hasattr(config, "quantization_config"):
+                how["quantization_config"] = _quantisation(quantise, dtype)
             model, loading = auto.from_pretrained(source, dtype=dtype, output_loading_info=True, **how)
             if reading:
                 model = _plain(model, path)
@@ -63,7 +79,25 @@ def load_pretrained(path: str, dtype: torch.dtype, *, random_init: bool, seed: i
         raise ModelError(f"model.path: '{path}' {problem}")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # the usual choice; padding is masked everywhere
+    stay_differentiable(model)
     return model, tokenizer
+
+
+def _quantisation(how: Bits | Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """What transformers is told: as QLoRA has it (Dettmers et al. 2023: NF4, scales quantised too)."""
+    from transformers import BitsAndBytesConfig
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    if not isinstance(how, str):
+        return AutoQuantizationConfig.from_dict(dict(how))
+    if how == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 def _see_folder(path: str) -> tuple[str, dict[str, Any]]:

@@ -12,7 +12,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from contexts import context_of, stage_of
-from holdfast.adapters import grow, lora_factors, lora_layers, recompress, whole_maps
+from holdfast.adapters import (
+    grow,
+    lora_factors,
+    lora_layers,
+    plain_weight,
+    recompress,
+    scale_of,
+    under_adapter,
+    under_lora,
+)
 from holdfast.errors import ConfigError, PriorMismatchError
 from holdfast.hold import tell_total_rate
 from holdfast.hold.anchor import LORA_PULL
@@ -45,6 +54,13 @@ def rows_of(model: Any) -> list[Any]:
     return context_of(model).encoder.many(STREAM.tasks[0].train[:4])
 
 
+def merged_maps(model: Any) -> dict[str, Tensor]:
+    return {
+        name: (plain_weight(under_lora(layer)) + scale_of(layer) * b @ a).detach()
+        for (name, layer), (a, b) in zip(lora_layers(model).items(), lora_factors(model), strict=True)
+    }
+
+
 def test_freed_rows_are_those_through_one_over_one_plus_pull_c_with_their_norms() -> None:
     c, rows = moment(), torch.randn(3, D, dtype=torch.float64)
     scaled = c * D / c.trace()
@@ -64,21 +80,27 @@ def test_without_end_freed_rows_leave_a_projectors_directions() -> None:
     assert torch.equal(freed(rows, torch.zeros(D, D), 5.0), rows), "of nothing known all is free"
 
 
+@pytest.mark.parametrize("weighting", ["relevance", "uniform", "answer", "gradient", "loss_gradient"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
-def test_whole_maps_are_those_of_the_merged_model_and_leave_no_trace(kind: str) -> None:
+def test_maps_under_the_adapter_are_rated_as_those_of_the_merged_model(kind: str, weighting: str) -> None:
     model, other = adapted(kind), adapted(kind)
     before, flags = digest(model), [p.requires_grad for p in model.parameters()]
     rows, pad = rows_of(model), TOKENIZER.pad_token_id
-    with whole_maps(model) as maps:
-        got = compute_prior(model, rows, INPUTS, pad_id=pad, parameters=maps)
+    options = {"name": "inputs", "samples": 4, "weighting": weighting}
+    got = compute_prior(model, rows, options, pad_id=pad, parameters=under_adapter(model))
     assert digest(model) == before
     assert [p.requires_grad for p in model.parameters()] == flags
     merged = other.merge_and_unload().requires_grad_(True)
-    expected = compute_prior(merged, rows, INPUTS, pad_id=pad)
+    expected = compute_prior(merged, rows, options, pad_id=pad)
     assert set(got.tensors) <= set(expected.tensors)
     assert len(got) == len(lora_layers(model))
     for name, c in got.tensors.items():
         torch.testing.assert_close(c, expected.tensors[name])
+    if weighting == "relevance":
+        assert got.meta["conservation_max_relative_error"] < 1e-12
+        with model.disable_adapter():
+            without = compute_prior(model, rows, options, pad_id=pad, parameters=under_adapter(model))
+        assert any(not torch.allclose(c, without.tensors[name]) for name, c in got.tensors.items())
 
 
 def test_tasks_prior_is_of_whole_maps_and_holds_a_alone(tmp_path: Path) -> None:
@@ -191,13 +213,11 @@ def test_drift_is_that_of_the_merged_maps(form: str, tmp_path: Path) -> None:
     strategy.check(model)
     learn(strategy, model, 0, tmp_path)
     strategy.begin(context_of(model, tmp_path), stage_of(STREAM, 1))
-    with whole_maps(model) as maps:
-        before = {name: w.detach().clone() for name, w in maps.items()}
+    before = merged_maps(model)
     optimizer = torch.optim.SGD([f for pair in lora_factors(model) for f in pair], lr=0.1)
     strategy.attach(model, optimizer)
     train_by_chance(model, 9)
-    with whole_maps(model) as maps:
-        after = {name: w.detach().clone() for name, w in maps.items()}
+    after = merged_maps(model)
     moved = whole = 0.0
     got = strategy.drift()  # type: ignore[attr-defined]
     for name, w in before.items():
@@ -208,18 +228,6 @@ def test_drift_is_that_of_the_merged_maps(form: str, tmp_path: Path) -> None:
         moved, whole = moved + part, whole + of
     assert got.total == pytest.approx(moved / whole, rel=1e-5)
     assert got.total > 0
-
-
-def test_quantised_base_is_refused_by_name_and_by_default_keeps_one_lora() -> None:
-    model = lora_model()
-    model.get_base_model().config.quantization_config = {"quant_method": "bitsandbytes"}
-    assert form_for(model, None, "attribution") is None
-    for form in ("adapters", "weights"):
-        with pytest.raises(ConfigError, match=r"strategy.merge_lora.*quantised.*merge_lora=none"):
-            form_for(model, form, "attribution")  # type: ignore[arg-type]
-    strategy = strategy_of("attribution", importance=INPUTS, merge_lora="weights")
-    with pytest.raises(ConfigError, match="quantised"):
-        strategy.check(model)
 
 
 def test_form_is_chosen_by_the_model() -> None:

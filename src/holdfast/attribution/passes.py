@@ -13,6 +13,7 @@ from torch.nn.utils.parametrize import cached
 
 from holdfast import world
 from holdfast.attribution.alone import TOLERANCE, Sketches, SketchFold, difference, sketch
+from holdfast.attribution.closed import closed_maps
 from holdfast.attribution.diagnose import LocalMode
 from holdfast.attribution.ledger import Ledger, relevance
 from holdfast.attribution.maps import Fold, WeightMaps
@@ -295,10 +296,11 @@ class Pass:
     def _forward(self, batch: Batch, trace: Trace) -> Tensor:
         model: Any = self.model
         if self.job.rules == "gradient":
-            with cached(), RuleMode(trace):
+            with cached(), closed_maps(model, trace), RuleMode(trace):
                 output = model(**batch.inputs)
         else:
-            with cached(), whole_activations(model, trace), RuleMode(trace):
+            activations = whole_activations(model, trace)
+            with cached(), activations, closed_maps(model, trace), RuleMode(trace):
                 output = model(**batch.inputs)
         logits = output.logits
         if not logits.requires_grad:
@@ -348,7 +350,8 @@ class Pass:
         path = 0.5 if self.job.halves == "path" else 1.0
         trace = Trace(self.job.rules, path, unmapped, None, self.modules)
         try:
-            with whole_activations(self.model, trace), LocalMode(trace) as mode:
+            activations = whole_activations(self.model, trace)
+            with activations, closed_maps(self.model, trace), LocalMode(trace) as mode:
                 logits = self.model(**batch.inputs).logits
             logits.backward(lam)
         except RuntimeError as error:

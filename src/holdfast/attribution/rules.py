@@ -299,7 +299,7 @@ def linear_map(
     if parameter is not None and maps.place(weight) is not None and maps.place(weight.t()) is None:
         weight, out_first = weight.t(), not out_first  # the whole of a weight, transposed
     half = 1.0 if parameter is None else trace.path
-    rows = _rows(trace, name, x, [weight, bias])
+    rows = samples_of_rows(trace, name, x, [weight, bias])
     ledger = trace.ledger
 
     def compute(x: Tensor) -> tuple[Tensor, tuple[Tensor]]:
@@ -371,7 +371,7 @@ def computed_map(
     return Ruled.apply(compute, backward, x)
 
 
-def _rows(trace: Trace, name: str, x: Tensor, weights: Sequence[Tensor | None]) -> Tensor | None:
+def samples_of_rows(trace: Trace, name: str, x: Tensor, weights: Sequence[Tensor | None]) -> Tensor | None:
     """See that the weights' maps can be made; returns the samples of x's rows where they need telling."""
     maps = trace.maps
     wanted = [w for w in weights if w is not None and maps.wants(maps.source(w))]
@@ -407,7 +407,7 @@ def batched_map(trace: Trace, name: str, x_ENI: Tensor, weight_EIO: Tensor) -> T
     half, wanted = trace.path, maps.wants(parameter)
     if wanted:
         for x_NI, weight_IO in zip(x_ENI, weight_EIO, strict=True):
-            _rows(trace, name, x_NI, [weight_IO])
+            samples_of_rows(trace, name, x_NI, [weight_IO])
 
     def compute(x_ENI: Tensor) -> tuple[Tensor, tuple[Tensor]]:
         return torch.bmm(x_ENI, weight_EIO), (x_ENI,)

@@ -51,7 +51,7 @@ MechanismOptions: Any = Annotated[
 
 
 def mechanism_options(mechanism: Any, source: str = "mechanism", **values: Any) -> Any:
-    """The options model of a mechanism, from its name and keyword arguments.
+    """The options model of a mechanism, from its name and keyword arguments, or a mapping with both.
 
     Raises
     ------
@@ -60,6 +60,9 @@ def mechanism_options(mechanism: Any, source: str = "mechanism", **values: Any) 
     """
     if isinstance(mechanism, Options) and not values:
         return mechanism
+    if isinstance(mechanism, Mapping):
+        values = {**mechanism, **values}
+        mechanism = values.pop("name", None)
     if mechanism not in MECHANISMS:
         raise ConfigError(f"{source}: no mechanism {mechanism!r}. Allowed: {', '.join(MECHANISMS)}.")
     return validate(MECHANISMS[mechanism][0], {"name": mechanism, **values}, source)

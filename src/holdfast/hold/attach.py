@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from holdfast import world
+from holdfast.adapters import stay_differentiable
 from holdfast.errors import ConfigError, PriorMismatchError
 from holdfast.hold.drift import Drift
 from holdfast.hold.zero import Steps, steps_of
@@ -131,6 +132,7 @@ def bind(prior: ImportancePrior, model: nn.Module, optimizer: Any) -> tuple[Opti
             "attach: the model is wrapped in FSDP1 (FullyShardedDataParallel), whose flat weights no hold "
             "knows. Use FSDP2 (fsdp_version: 2, configs/accelerate/fsdp2.yaml), ZeRO stage 3 or DDP."
         )
+    stay_differentiable(model)
     prior.check_fits(model)
     if any(world.is_sharded(p) for p in model.parameters()):
         world.start()  # a script's own processes: what is told of a weight is a sum over its parts

@@ -24,7 +24,7 @@ from holdfast.importance.moments import Rank, Sketch, cut, rows_of
 from holdfast.importance.registry import Computed, Inputs, register, sample_counts
 from holdfast.importance.right_rows import of_right_rows
 from holdfast.importance.seeding import sample, seed_for
-from holdfast.models import evaluating, input_dims, linear_modules
+from holdfast.models import evaluating, input_sizes, linear_modules
 from holdfast.names import canonical_name
 from holdfast.precision import products_for
 from holdfast.resume import State
@@ -217,9 +217,9 @@ def moments_of_inputs(inputs: Inputs, options: InputsOptions) -> Computed:
     Biases get no matrix. Maps that share their inputs (q, k, v; gate, up) keep one each: by relevance the
     matrices differ.
     """
-    dims = input_dims(inputs.model)
-    parameters = {name: p for name, p in inputs.parameters.items() if name in dims}
-    sizes = {name: p.shape[dims[name]] for name, p in parameters.items()}
+    all_sizes = input_sizes(inputs.model)
+    parameters = {name: p for name, p in inputs.parameters.items() if name in all_sizes}
+    sizes = {name: all_sizes[name] for name in parameters}
     rows = sample(inputs.rows, options.samples, inputs.seed)
     shuffled = inputs.seed if options.control != "none" else None
     fold = InputMoments(options.weighting, shuffled, options.rank)

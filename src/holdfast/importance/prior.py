@@ -18,7 +18,7 @@ from holdfast.errors import ConfigError, DataError, PriorMismatchError
 from holdfast.importance import moments
 from holdfast.importance.reading import Top, bars, block_means, frame, largest, table
 from holdfast.importance.stored import Width, packed, unpacked
-from holdfast.models import block_parameters, fingerprints, input_dims
+from holdfast.models import block_parameters, fingerprints, input_sizes
 from holdfast.names import canonical_name
 from holdfast.records import PriorMeta
 from holdfast.storage import atomic_write, json_text, save_tensors, sha256
@@ -309,10 +309,10 @@ class ImportancePrior:
         if self.meta.get(BESIDE):
             needed = set()
         if self.kind == "inputs":
-            dims = input_dims(model)
-            all_shapes = {n: torch.Size([all_shapes[n][d]] * 2) for n, d in dims.items()}
+            sizes = input_sizes(model)
+            all_shapes = {name: torch.Size([size] * 2) for name, size in sizes.items()}
             whole = bool(self.meta.get("whole_maps"))
-            needed = {n for n in needed & dims.keys() if not (whole and self._has_its_map(n))}
+            needed = {n for n in needed & sizes.keys() if not (whole and self._has_its_map(n))}
         expected = {name: s for name, s in all_shapes.items() if name in needed or name in self.tensors}
         _compare(self.shapes, expected, "the prior", f"the model ({type(model).__name__})")
         self._check_values(model)

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from holdfast import world
-from holdfast.adapters import is_adapted, recompress
+from holdfast.adapters import is_adapted, recompress, stay_differentiable
 from holdfast.base import Base, adapter_is_new
 from holdfast.config import validate
 from holdfast.errors import ConfigError, DataError, ModelError, RunDirectoryError
@@ -37,7 +37,14 @@ from holdfast.learner.known import ABOUT, TEST, read_about, read_task, write_tas
 from holdfast.learner.learning import Learning
 from holdfast.learner.ownership import FIXED, began_new, check_learned_under, claim, rebuilt
 from holdfast.learner.skills import Skills, read_skills
-from holdfast.models import is_encoder_decoder, load_model, load_weights, save_model, unwrapped
+from holdfast.models import (
+    is_encoder_decoder,
+    load_model,
+    load_weights,
+    quantisation_of,
+    save_model,
+    unwrapped,
+)
 from holdfast.progress import Progress
 from holdfast.records import StageMetrics
 from holdfast.storage import write_json, write_tensors
@@ -133,8 +140,9 @@ class Learner:
         self._broken, self._past = "", False
         self._temporary: Any = None
         self._homeless = folder is None
+        stay_differentiable(model)
         self.strategy.check(model)  # before anything is written
-        self._check_engine()
+        self._check_engine(model)
         self._owns = not isinstance(folder, Folder)
         new = adapter_is_new(model)
         self.folder = self._open(folder, model, new)
@@ -144,10 +152,15 @@ class Learner:
             self.close()  # or the next attempt in this process finds the folder in use
             raise
 
-    def _check_engine(self) -> None:
+    def _check_engine(self, model: Any) -> None:
         engine = world.engine()
         if engine is None:
             return
+        if quantisation_of(model) is not None:
+            raise ConfigError(
+                f"Learner: the launcher chose {engine}, which cuts weights up, and this model's are "
+                "quantised. Use DDP (configs/accelerate/ddp.yaml), or the model's full weights."
+            )
         rehearsal = self.replay or self.strategy.rehearsal
         if rehearsal is not None and rehearsal.targets == "logits":
             raise ConfigError(
@@ -711,7 +724,8 @@ class Learner:
                 "training.loss: kl_to_base, or for KL to it); give base_model=, a function that makes a "
                 "fresh copy of it."
             )
-        return load_model(self.config.model, self.config.seed, toy_tokenizer)[0].to(self.model.device)
+        model = load_model(self.config.model, self.config.seed, toy_tokenizer)[0]
+        return model if model.device == self.model.device else model.to(self.model.device)
 
     def _write(self, task: Task, options: MemoryOptions) -> list[Example]:
         """Rows that the model writes of a task it has just learned, kept as text in the stage's folder.

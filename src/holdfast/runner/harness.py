@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from holdfast.errors import ConfigError
 from holdfast.evaluation.evaluate import EvaluationOptions
 from holdfast.evaluation.harness import HarnessOptions, Results, check_harness, run_harness
 from holdfast.learner import Learner
 from holdfast.learner.harness import check_askable
+from holdfast.models import onto_gpu
 from holdfast.progress import Progress
 from holdfast.records import HarnessAnswers
 
@@ -32,8 +31,7 @@ def harness_folder(folder: Path, options: HarnessOptions, progress: Progress) ->
     """
     check_harness(options)  # before the model is loaded
     with Learner.load(folder, progress=progress) as learner:
-        if torch.cuda.is_available():
-            learner.model.cuda()
+        onto_gpu(learner.model)
         check_askable(learner.config.model_copy(update={"evaluation": EvaluationOptions(harness=options)}))
         progress.say(f"{folder}: asking {', '.join(options.tasks)}: the base, then the model as it stands")
         base: Results | None = None

@@ -18,7 +18,7 @@ from holdfast.learner import Learner, LearnerConfig
 from holdfast.learner.config import ProtectBaseOptions, cannot_hold_base, recorded_config
 from holdfast.learner.ownership import begun
 from holdfast.learner.skills import Skills, read_skills
-from holdfast.models import load_model
+from holdfast.models import load_model, onto_gpu
 from holdfast.progress import Progress, stoppable
 from holdfast.tasks import load_task, toy_tokenizer
 from holdfast.tasks.options import left_out, subsample
@@ -202,8 +202,7 @@ def _learner(
     if config.model is None:  # begun in a script
         return Learner.load(skills, progress=progress, **config.model_dump(include=set(CHANGEABLE)))
     model, tokenizer = load_model(config.model, config.seed, toy_tokenizer)
-    if torch.cuda.is_available():
-        model.cuda()
+    onto_gpu(model)
     if usual_frame and getattr(tokenizer, "chat_template", None):  # as an instruct model is asked
         template = config.template.model_copy(update={"chat": True})
         config = config.model_copy(update={"template": template})

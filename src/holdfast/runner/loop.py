@@ -18,7 +18,7 @@ from holdfast.evaluation.metrics import summarise
 from holdfast.evaluation.predictions import file_safe
 from holdfast.folder import PARTIAL
 from holdfast.learner import Learner
-from holdfast.models import load_model
+from holdfast.models import load_model, onto_gpu
 from holdfast.progress import Progress, stoppable
 from holdfast.records import RunMetrics, StageMetrics, TrainingLog
 from holdfast.runner.config import RunConfig
@@ -92,8 +92,7 @@ class _Run:
         """The learner as the directory has it; or as it was after so many stages."""
         config = self.config
         model, tokenizer = load_model(config.model, config.seed, toy_tokenizer)
-        if torch.cuda.is_available():
-            model.cuda()
+        onto_gpu(model)
         return Learner(model, tokenizer, config, folder=self.directory, progress=self.progress, after=after)
 
     def _learn(self, learner: Learner, stage: Stage) -> None:

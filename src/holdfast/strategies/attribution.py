@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from holdfast.adapters import under_adapter
 from holdfast.config import Options, named, named_or
 from holdfast.errors import ConfigError, HoldfastError, PriorMismatchError
 from holdfast.hold import AnchorOptions, Control, MechanismOptions, apply_control, build_mechanism
@@ -28,14 +29,13 @@ from holdfast.importance.registry import REGISTRY
 from holdfast.models import block_parameters, input_dims
 from holdfast.records import ProtectionSummary
 from holdfast.strategies.beside import Beside
+from holdfast.strategies.lora.grown import grown_cost
 from holdfast.strategies.lora.merged import (
     Merged,
     export_merged,
     form_for,
     held_rows,
-    merged_costs,
     of_whole_maps,
-    under_adapter,
 )
 from holdfast.strategies.protocol import Context, Stage, Strategy, register
 from holdfast.tasks.task import TaskStream
@@ -77,7 +77,7 @@ class AttributionStrategyOptions(Options):
         description="importance `inputs` with LoRA: each task has a LoRA of its own, which begins in what "
         "earlier inputs leave free and is held there; then it stays as frozen ranks (adapters), or goes into "
         "the weights (weights). none: one LoRA for all tasks, both factors held (default: adapters, where "
-        "the LoRA is a plain one and the weights are not quantised)",
+        "the LoRA is a plain one)",
     )
     initial_prior: str | None = Field(
         None, description="folder of a prior of `holdfast attribute`: protect what the base knows"
@@ -193,8 +193,8 @@ class Attribution(Strategy):
                 free = f"{sum(p.numel() for p in left):,} trained parameters are no linear maps"
                 costs[0] = costs[0]._replace(note=f"{free} and not held; strategy.others=fisher holds them.")
             form = form_for(model, self.options.merge_lora, self.options.name)
-            if form is not None:
-                costs += merged_costs(model, form, len(stream) - 1)
+            if form == "adapters":
+                costs.append(grown_cost(model, len(stream) - 1))
         return Estimate(costs, further=alone)
 
     def prepare(self, context: Context) -> None:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from holdfast.adapters import whole_maps
+from holdfast.adapters import under_adapter
 from holdfast.errors import DataError, NoCorrectSampleError
 from holdfast.importance import ImportancePrior, compute_prior
-from holdfast.models import digest, fingerprints
 from holdfast.progress import Progress
 from holdfast.tasks.encode import Encoder
 from holdfast.tasks.memory import Write
@@ -82,9 +81,8 @@ class Context:
         ModelError
             The importance is not defined for this model.
         """
-        maps = whole_maps(self.model) if whole else nullcontext()
         few = (DataError, NoCorrectSampleError)  # one row may say too little; here only the model counts
-        with maps as rated, suppress(*few), warnings.catch_warnings():
+        with suppress(*few), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             compute_prior(
                 self.model,
@@ -92,7 +90,7 @@ class Context:
                 options,
                 pad_id=self.tokenizer.pad_token_id,
                 seed=self.seed,
-                parameters=rated,
+                parameters=under_adapter(self.model) if whole else None,
             )
 
     def importance(
@@ -110,15 +108,14 @@ class Context:
         Parameters
         ----------
         whole : bool
-            Of the maps that an adapter adapts, each with its adapter merged, in place of what is trained.
+            Of the maps that an adapter adapts, each with its adapter, in place of what is trained.
         parameters : mapping of str to Parameter, optional
             What to rate; by default all that the importance can.
         folder : str
             Its name below the stage's.
         """
         rows, model = self.encoder.many(task.train), self.model if model is None else model
-        maps = whole_maps(model) if whole else nullcontext(parameters)
-        with self.progress.bar(f"importance of {task.name}", total=len(rows)) as bar, maps as rated:
+        with self.progress.bar(f"importance of {task.name}", total=len(rows)) as bar:
             prior = compute_prior(
                 model,
                 rows,
@@ -126,10 +123,10 @@ class Context:
                 pad_id=self.tokenizer.pad_token_id,
                 seed=self.seed,
                 task=task.name,
-                parameters=rated,
+                parameters=under_adapter(model) if whole else parameters,
                 progress=bar,
             )
-        if whole:  # of the weights as they stand beside their adapter
-            prior.meta |= {"whole_maps": True, "model_digest": digest(model), "weights": fingerprints(model)}
+        if whole:
+            prior.meta["whole_maps"] = True
         prior.save(self.folder / folder)
         return prior

@@ -54,7 +54,7 @@ class Ella(Strategy):
     def estimate(self, model: nn.Module, stream: TaskStream) -> Estimate:
         """Of the ranks that later tasks add, and of the penalty."""
         layers = lora_layers(model).values()
-        count = sum(layer.get_base_layer().weight.numel() for layer in layers)
+        count = sum(layer.in_features * layer.out_features for layer in layers)
         what = "penalty (squared past update, the new one, its gradient)"
         return Estimate([grown_cost(model, len(stream) - 1), Cost(what, 3 * 4 * count)])
 

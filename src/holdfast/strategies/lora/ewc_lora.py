@@ -9,8 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from holdfast.adapters import check_plain_lora, lora_layers, scale_of
+from holdfast.adapters import check_plain_lora, is_quantised, lora_layers, scale_of, under_lora
 from holdfast.config import Options
+from holdfast.errors import ConfigError
 from holdfast.hold.cost import Cost, Estimate
 from holdfast.importance import compute_prior
 from holdfast.importance.fisher import FisherOptions
@@ -63,13 +64,19 @@ class EwcLora(Strategy):
         self._held: list[tuple[Any, Tensor, Tensor]] = []  # layer, lambda F, dW*
 
     def check(self, model: nn.Module) -> None:
-        """See that the model has a plain LoRA adapter."""
+        """See that the model has a plain LoRA adapter, on weights that can have a gradient."""
         check_plain_lora(model, self.name, "holds one LoRA", "rates the product of an adapter's two factors")
+        packed = [name for name, layer in lora_layers(model).items() if is_quantised(under_lora(layer))]
+        if packed:
+            raise ConfigError(
+                f"strategy.name: '{self.name}' takes the Fisher of the weights under the adapter, which need "
+                f"a gradient for it, and '{packed[0]}' is quantised. Give the model's full weights (without "
+                "model.quantise), or take 'ewc', which rates the factors."
+            )
 
     def estimate(self, model: nn.Module, stream: TaskStream) -> Estimate:
         """The Fisher, and in training F and dW* beside the product and its gradient."""
-        weights = [layer.get_base_layer().weight for layer in lora_layers(model).values()]
-        count = sum(w.numel() for w in weights)
+        count = sum(layer.in_features * layer.out_features for layer in lora_layers(model).values())
         return Estimate(
             [
                 Cost("Fisher of the adapted weights (float32, on the CPU)", 4 * count),

@@ -15,21 +15,21 @@ from holdfast.adapters import (
     lora_factors,
     lora_layers,
     merge_in,
-    rank_of,
+    plain_weight,
     restart,
     scale_of,
+    under_lora,
 )
 from holdfast.errors import ConfigError, PriorMismatchError
 from holdfast.hold import Handle, Protection
-from holdfast.hold.cost import Cost
 from holdfast.hold.drift import Drift
 from holdfast.importance import ImportancePrior
 from holdfast.importance.moments import energy, mean_eigenvalue_one
 from holdfast.importance.prior import FREE
-from holdfast.models import input_dims
+from holdfast.models import input_sizes
 from holdfast.names import is_lora
 from holdfast.records import AdapterRanks
-from holdfast.strategies.lora.grown import Grown, grown_cost
+from holdfast.strategies.lora.grown import Grown
 from holdfast.strategies.lora.inputs import freed
 
 Form = Literal["adapters", "weights"]
@@ -41,24 +41,36 @@ def form_for(model: nn.Module, wanted: Form | Literal["none"] | None, strategy: 
     Raises
     ------
     ConfigError
-        The model has no plain LoRA, or its weights are quantised, and one of the forms was asked for.
+        One of the forms was asked for, and the model has no plain LoRA, or weights under it that the form
+        does not go with.
     """
     if wanted == "none" or (wanted is None and not is_adapted(model)):
         return None
     try:
         check_growable(model, strategy)
-        if is_quantised(model):
-            raise ConfigError(
-                f"strategy.merge_lora: '{wanted}' adds each task's LoRA to the weights under it, to see what "
-                "goes through the map as a whole, and these weights are quantised. Load the model "
-                "unquantised (float32, bfloat16), or set strategy.merge_lora=none, which holds one LoRA for "
-                "all tasks."
-            )
+        _check_under(model, wanted)
     except ConfigError:
         if wanted is None:
             return None
         raise
     return wanted or "adapters"
+
+
+def _check_under(model: nn.Module, wanted: Form | None) -> None:
+    layers, known = lora_layers(model), input_sizes(model)
+    unknown = {name: under_lora(layer) for name, layer in layers.items() if name not in known}
+    for name, layer in unknown.items():
+        raise ConfigError(
+            f"strategy.merge_lora: '{wanted}' holds what goes into each adapted map, and '{name}' is a "
+            f"{type(layer).__name__}, which is not known as one. Set strategy.merge_lora=none, which "
+            "holds one LoRA for all tasks."
+        )
+    if wanted == "weights" and any(is_quantised(under_lora(layer)) for layer in layers.values()):
+        raise ConfigError(
+            "strategy.merge_lora: 'weights' adds each task's LoRA to the weights under it, and these are "
+            "quantised: what a task learned would be rounded away. Set strategy.merge_lora=adapters, which "
+            "keeps them as they are."
+        )
 
 
 def of_whole_maps(prior: ImportancePrior, model: nn.Module) -> ImportancePrior:
@@ -69,8 +81,7 @@ def of_whole_maps(prior: ImportancePrior, model: nn.Module) -> ImportancePrior:
     PriorMismatchError
         It says nothing of one of them.
     """
-    dims = input_dims(model)
-    adapted = [name for name in lora_layers(model) if name in dims]
+    adapted = [name for name in lora_layers(model) if name in input_sizes(model)]
     missing = [name for name in adapted if name not in prior.tensors]
     if missing:
         raise PriorMismatchError(
@@ -160,9 +171,7 @@ class Merged:
         for (name, layer), (a_RI, b_OR), (a0_RI, b0_OR) in rows:
             if name not in prior.tensors:
                 continue
-            weight = layer.get_base_layer().weight.detach()
-            scale = scale_of(layer)
-            under_OI = (weight.t() if layer.fan_in_fan_out else weight).double()
+            scale, under_OI = scale_of(layer), plain_weight(under_lora(layer)).double()
             began_OI = scale * (b0_OR.double() @ a0_RI.double())
             change_OI = scale * (b_OR.double() @ a_RI.double()) - began_OI
             c = mean_eigenvalue_one(prior.tensors[name])
@@ -181,27 +190,6 @@ class Merged:
     def summary(self) -> AdapterRanks:
         """Rank of the adapter, and how many of its ranks are frozen."""
         return self.grown.summary()
-
-
-def merged_costs(model: nn.Module, form: Form, later: int) -> list[Cost]:
-    """Of merging, beside the prior: the maps' weights once more while it is made, and ranks of later tasks.
-
-    Parameters
-    ----------
-    later : int
-        How many tasks come after the first.
-    """
-    weights = [layer.get_base_layer().weight for layer in lora_layers(model).values()]
-    copy = Cost(
-        "weights under the adapter, kept while it is merged",
-        sum(w.numel() * w.element_size() for w in weights),
-    )
-    return [copy, grown_cost(model, later)] if form == "adapters" and rank_of(model) else [copy]
-
-
-def under_adapter(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Canonical name to the weight under the adapter, of each adapted map."""
-    return {name: layer.get_base_layer().weight for name, layer in lora_layers(model).items()}
 
 
 def export_merged(model: Any, tokenizer: Any, folder: Any) -> None:
