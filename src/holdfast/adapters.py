@@ -195,8 +195,9 @@ def is_quantised(layer: nn.Module) -> bool:
     if not hasattr(layer, "in_features") or hasattr(layer, "lora_A"):
         return False
     own = [t for t in (*layer._parameters.values(), *layer._buffers.values()) if t is not None]
+    foreign = ("torchao.", "optimum.quanto.")  # tensors that say they are floats
     packed = any(not t.is_floating_point() or t.element_size() < 2 for t in own)
-    return packed or any(type(t.data).__module__.startswith("torchao.") for t in own)
+    return packed or any(type(t.data).__module__.startswith(foreign) for t in own)
 
 
 def stay_differentiable(model: nn.Module) -> None:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from pydantic import Field, model_validator
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from holdfast import world
 from holdfast.adapters import (
@@ -234,10 +235,20 @@ def digest(model: nn.Module) -> str:
     h = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters(), key=lambda item: canonical_name(item[0])):
         h.update(f"{canonical_name(name)}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        flat = parameter.detach().cpu().contiguous().reshape(-1)
-        if flat.numel():  # an empty tensor can't be viewed as bytes
-            h.update(flat.view(torch.uint8).numpy().tobytes())
+        for part in _plain(parameter.detach()):
+            flat = part.cpu().contiguous().reshape(-1)
+            if flat.numel():  # an empty tensor can't be viewed as bytes
+                h.update(flat.view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
+
+
+def _plain(tensor: Tensor) -> Iterator[Tensor]:
+    """A tensor itself, or those that a packed one (torchao's, quanto's) is made of."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _plain(getattr(tensor, name))
 
 
 def fingerprints(model: nn.Module) -> dict[str, str]:
@@ -247,7 +258,7 @@ def fingerprints(model: nn.Module) -> dict[str, str]:
     """
     found = {}
     for name, parameter in model.named_parameters():
-        flat = world.whole(parameter).detach().reshape(-1)
+        flat = next(_plain(world.whole(parameter).detach())).reshape(-1)
         places = torch.linspace(0, max(0, flat.numel() - 1), min(flat.numel(), _SAMPLED), dtype=torch.float64)
         values = flat[places.long().to(flat.device)].to("cpu", torch.bfloat16).contiguous()
         h = hashlib.sha256(repr(tuple(world.shape(parameter))).encode())

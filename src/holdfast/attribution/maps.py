@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from holdfast.attribution.ledger import Ledger, relevance
 from holdfast.errors import ModelError
@@ -130,7 +131,8 @@ class WeightMaps:
 
     def locate(self, model: nn.Module) -> None:
         """Note where the weights' memory is now: what wraps a model may have moved it (DDP does)."""
-        self._by_storage = {p.untyped_storage().data_ptr(): p for p in model.parameters() if p.numel()}
+        plain = [p for p in model.parameters() if p.numel() and not is_traceable_wrapper_subclass(p)]
+        self._by_storage = {p.untyped_storage().data_ptr(): p for p in plain}
 
     def begin_batch(self, samples: int, lengths: set[int], real: Sequence[Tensor] = ()) -> None:
         """Start a batch of `samples` rows whose sequences have one of `lengths` positions.
@@ -154,6 +156,8 @@ class WeightMaps:
 
     def source(self, weight: Tensor) -> nn.Parameter | None:
         """The parameter whose memory `weight` shares, or of which it is a cast; None for a constant."""
+        if is_traceable_wrapper_subclass(weight):  # torchao's and quanto's bits: no memory of its own
+            return cast(nn.Parameter, weight) if id(weight) in self.names else None
         pointer = weight.untyped_storage().data_ptr()
         copy = self._copies.get(pointer)
         return self._by_storage.get(pointer) if copy is None else copy[1]
