@@ -18,6 +18,12 @@ from ranks import HOLDS
 
 SGD = ("training.optimizer=sgd", "training.learning_rate=0.1")
 LEARN = ("learn", "may.jsonl", "--skills", "s", *TOY, *SHORT, *SGD)
+LORA = ("model.lora.r=4", "training.learning_rate=1.0")  # a LoRA a task
+OTHERS = [
+    ("--strategy", "ewc"),
+    (*LORA, "strategy.merge_lora=weights"),
+    (*LORA, "--strategy", "inc-lora"),
+]
 THEN = ("learn", "june.jsonl", "--skills", "s")
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 ENGINES = ["FSDP2", pytest.param("ZeRO-3", marks=[pytest.mark.slow, needs_deepspeed])]
@@ -33,9 +39,8 @@ def all_well(ended: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("strategy", ["attribution", pytest.param("ewc", marks=pytest.mark.slow)])
-def test_two_months_end_where_one_process_does(tmp_path: Path, engine: str, strategy: str) -> None:
-    chosen = ("--strategy", strategy)
+@pytest.mark.parametrize("chosen", [(), LORA, *(pytest.param(c, marks=pytest.mark.slow) for c in OTHERS)])
+def test_two_months_end_where_one_process_does(tmp_path: Path, engine: str, chosen: tuple[str, ...]) -> None:
     for name in ("one", "more"):
         (tmp_path / name).mkdir()
         data_sets(tmp_path / name, "may", "june")
@@ -44,25 +49,32 @@ def test_two_months_end_where_one_process_does(tmp_path: Path, engine: str, stra
         all_well(under(engine, command, tmp_path / "more"))
     weights = [weights_in(tmp_path / name / "s" / "tasks" / "02-june") for name in ("one", "more")]
     assert apart(*weights) < 1e-5
-    before = weights_in(tmp_path / "one" / "s" / "tasks" / "01-may")
-    assert apart(before, weights[0]) > 1e-3  # june was learned
+    may = weights_in(tmp_path / "more" / "s" / "tasks" / "01-may")
+    if any(w.shape != may[n].shape for n, w in weights[1].items()):  # may's ranks as they were, june's behind
+        moved = {n: w[:, may[n].shape[1] :] for n, w in weights[1].items() if "lora_B" in n}
+        kept = {n: w[tuple(map(slice, may[n].shape))] for n, w in weights[1].items()}
+        assert same(kept, may)
+        assert all(w.any() for w in moved.values())
+    else:
+        assert apart(may, weights[1]) > 1e-3  # june was learned
+
+
+STEP = ("holdfast.training.bridge.completion_loss", 4)  # in a step, after a checkpoint
+TRAINED = ("holdfast.strategies.context.compute_prior", 1)  # after the last one
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(
-    "die",
-    [
-        ("holdfast.training.bridge.completion_loss", 4),  # in a step, after a checkpoint
-        pytest.param(
-            ("holdfast.strategies.context.compute_prior", 1), marks=pytest.mark.slow
-        ),  # after the last one
-    ],
+    ("die", "chosen"),
+    [(STEP, ()), *(pytest.param(d, c, marks=pytest.mark.slow) for d, c in ((TRAINED, ()), (STEP, LORA)))],
 )
-def test_a_killed_process_goes_on_bit_for_bit(tmp_path: Path, engine: str, die: tuple[str, int]) -> None:
+def test_a_killed_process_goes_on_bit_for_bit(
+    tmp_path: Path, engine: str, die: tuple[str, int], chosen: tuple[str, ...]
+) -> None:
     for name in ("once", "killed"):
         (tmp_path / name).mkdir()
         data_sets(tmp_path / name, "may", "june")
-        all_well(under(engine, LEARN, tmp_path / name))
+        all_well(under(engine, (*LEARN, *chosen), tmp_path / name))
     all_well(under(engine, THEN, tmp_path / "once"))
     told, killed = under(engine, THEN, tmp_path / "killed", die={1: die})
     assert killed.code == -signal.SIGKILL, killed.err

@@ -171,8 +171,8 @@ class Learner:
             works = ", ".join(name for name, method in STRATEGIES.items() if method.strategy.sharded)
             raise ConfigError(
                 f"Learner: the launcher chose {engine}, under which a process has a part of each weight "
-                f"alone, and '{self.config.strategy.name}' needs whole ones. Allowed there: {works} "
-                "(attribution with a LoRA a task is not); or DDP (configs/accelerate/ddp.yaml)."
+                f"alone, and '{self.config.strategy.name}' needs whole ones. Allowed there: {works}; or DDP "
+                "(configs/accelerate/ddp.yaml)."
             )
 
     def _begin(

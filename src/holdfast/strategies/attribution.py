@@ -159,7 +159,6 @@ class Attribution(Strategy):
             form = form_for(model, self.options.merge_lora, self.options.name)
             self._merged = None if form is None else Merged(model, form)
             self.changes_base = form == "weights"
-            self.sharded = form is None
         if self.options.initial_prior is None:
             return
         try:

@@ -6,10 +6,12 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from holdfast.adapters import grow, lora_factors, rank_of
-from holdfast.hold.attach import Handle, hook, unwrap
+from holdfast import world
+from holdfast.adapters import NAME, grow, lora_factors, lora_layers, rank_of
+from holdfast.hold.attach import Bound, Handle, chunks_of, hook, unwrap
 from holdfast.hold.cost import Cost, trained_bytes
 from holdfast.hold.mask import Mask
 from holdfast.records import AdapterRanks
@@ -18,15 +20,15 @@ from holdfast.records import AdapterRanks
 class Grown:
     """The model's LoRA as frozen ranks, and new ones behind them.
 
-    While attached, the new ranks are trained as a second LoRA beside a frozen first one would be: a gradient
-    is set to zero in the frozen ranks before it is added to ``.grad``, so that clipping and whatever else
-    looks at it meets the new ranks alone; and what an optimizer does to the frozen ones all the same (weight
+    While attached, the new ranks are trained as a second LoRA beside a frozen first one would be: in the
+    forward pass the frozen ranks are constants, so that they have no gradient, and clipping and whatever else
+    looks at one meets the new ranks alone; and what an optimizer does to the frozen ones all the same (weight
     decay) is undone after each step, bit for bit. The new ranks' steps are those of a LoRA by itself for
     optimizers that treat each entry by itself (SGD, AdamW); Adafactor's clipping of its update averages over
-    the frozen ranks too, so it clips less.
+    the frozen ranks too, so it clips less. Kernels that don't call LoRA's own linear layers give the frozen
+    ranks gradients, which are then clipped along.
 
-    Memory: a copy of the factors. The frozen ranks' gradients are computed, and the optimizer keeps
-    states for them.
+    Memory: a copy of the factors, and the optimizer's states for the frozen ranks.
 
     Parameters
     ----------
@@ -69,32 +71,49 @@ class Grown:
         return [b[:, self.frozen :] for _, b in self.factors]
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> Handle:
-        """Hold the frozen ranks until the handle is removed; with none it does nothing."""
+        """Hold the frozen ranks of the model, or of a copy of it, until the handle is removed.
+
+        With none it does nothing. Of weights that are cut up over processes each holds its part.
+        """
         if not self.frozen:
             return Handle()
-        factors = [factor for pair in self.factors for factor in pair]
-        frozen = torch.arange(self.rank) < self.frozen
-        held = [
-            ranks.to(factor.device)
-            for pair in self.factors
-            for factor, ranks in zip(pair, (frozen[:, None], frozen[None, :]), strict=True)
+        inner, frozen = unwrap(optimizer), torch.arange(self.rank) < self.frozen
+        group_of = {id(p): number for number, group in enumerate(inner.param_groups) for p in group["params"]}
+        bound, ranks, removers = [], {}, []
+        for name, layer in lora_layers(model).items():
+            for part, of_factor in (("lora_A", frozen[:, None]), ("lora_B", frozen[None, :])):
+                linear = getattr(layer, part)[NAME]
+                if not linear.weight.requires_grad:  # a strategy may freeze one of the two as a whole
+                    continue
+                linear.forward = partial(_constant, linear, of_factor)
+                removers.append(partial(linear.__dict__.pop, "forward"))
+                if id(linear.weight) in group_of:
+                    bound.append(Bound(f"{name}.{part}", linear.weight, group_of[id(linear.weight)]))
+                    ranks[id(linear.weight)] = of_factor
+        chunks = chunks_of(bound, inner)
+        kept = [[part.detach().clone() for part in chunk.parameters] for chunk in chunks]
+        masks = [
+            Mask([world.like(ranks[id(p)].to(p.device).expand(world.shape(p)), p) for p in chunk.owners])
+            for chunk in chunks
         ]
-        mask, kept = Mask(held), [factor.detach().clone() for factor in factors]
 
-        def reduced(gradient: Tensor, held: Tensor) -> Tensor:
-            gradient = gradient.clone()
-            Mask([held]).reduce_([gradient])
-            return gradient
+        def put_back() -> None:
+            for mask, chunk, before in zip(masks, chunks, kept, strict=True):
+                mask.blend_(chunk.parameters, before)
 
-        handle = hook(unwrap(optimizer), after=lambda: mask.blend_(factors, kept))
-        for factor, ranks in zip(factors, held, strict=True):
-            if factor.requires_grad:  # a strategy may freeze one of the two as a whole
-                handle.removers.append(factor.register_hook(partial(reduced, held=ranks)).remove)
+        handle = hook(inner, after=put_back)
+        handle.removers += removers + [remove for chunk in chunks for remove in chunk.removers]
         return handle
 
     def summary(self, overlap: float | None = None) -> AdapterRanks:
         """The adapter's rank, how many of its ranks are frozen, and how far the others overlap with them."""
         return AdapterRanks(rank=self.rank, frozen=self.frozen, overlap=overlap)
+
+
+def _constant(linear: nn.Linear, frozen: Tensor, x: Tensor) -> Tensor:
+    """What a factor's layer computes, its frozen ranks as constants."""
+    weight = linear.weight
+    return F.linear(x, torch.where(frozen.to(weight.device), weight.detach(), weight), linear.bias)
 
 
 def grown_cost(model: nn.Module, times: int) -> Cost:

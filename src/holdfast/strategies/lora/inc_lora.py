@@ -40,6 +40,7 @@ class IncLora(Strategy):
     paper = "Wang et al. 2023, arXiv 2310.14152 (a baseline there)"
     summary = "a new LoRA for each task beside the frozen ones of earlier tasks, all summed"
     Options = IncLoraOptions
+    sharded = True
     state = "per task"
     inference = "per task"
 

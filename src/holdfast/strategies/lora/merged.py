@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from holdfast import world
 from holdfast.adapters import (
     check_growable,
     is_adapted,
@@ -119,7 +120,8 @@ class Merged:
 
     def __init__(self, model: nn.Module, form: Form) -> None:
         self.form, self.grown = form, Grown(model, 0)
-        self._start: list[tuple[Tensor, Tensor]] = []
+        self._start: dict[str, tuple[Tensor, Tensor]] = {}  # A and B of each held map, as its task began
+        self._whole: dict[str, float] = {}  # and tr(W C Wᵀ) of the whole map
 
     @torch.no_grad()
     def begin(
@@ -147,7 +149,17 @@ class Merged:
             new = not b_OR.any()  # else it is an adapter that was given, with what it knows
             if prior is not None and name in prior.tensors and new:
                 a_RI.copy_(freed(a_RI, prior.tensors[name], pull))
-        self._start = [(a.detach().clone(), b.detach().clone()) for a, b in self.grown.factors]
+        self._start, self._whole = {}, {}
+        if prior is not None:
+            self._measure(model, prior)
+
+    def _measure(self, model: nn.Module, prior: ImportancePrior) -> None:
+        """Note what drift goes by: the model is whole here, and may be in parts while it is trained."""
+        for (name, layer), factors in zip(lora_layers(model).items(), self.grown.factors, strict=True):
+            if name in prior.tensors:
+                a_RI, b_OR = self._start[name] = factors.a.detach().clone(), factors.b.detach().clone()
+                map_OI = plain_weight(under_lora(layer)).double() + _product(layer, a_RI, b_OR)
+                self._whole[name] = energy(map_OI, mean_eigenvalue_one(prior.tensors[name]))
 
     def attach(
         self,
@@ -166,16 +178,13 @@ class Merged:
     @torch.no_grad()
     def drift(self, model: nn.Module, prior: ImportancePrior) -> Drift:
         """Of whole maps, since the task began, see `holdfast.hold.drift.drift`."""
-        moved, whole = {}, {}
-        rows = zip(lora_layers(model).items(), lora_factors(model), self._start, strict=True)
-        for (name, layer), (a_RI, b_OR), (a0_RI, b0_OR) in rows:
-            if name not in prior.tensors:
-                continue
-            scale, under_OI = scale_of(layer), plain_weight(under_lora(layer)).double()
-            began_OI = scale * (b0_OR.double() @ a0_RI.double())
-            change_OI = scale * (b_OR.double() @ a_RI.double()) - began_OI
-            c = mean_eigenvalue_one(prior.tensors[name])
-            moved[name], whole[name] = (energy(w_OI, c) for w_OI in (change_OI, under_OI + began_OI))
+        moved, whole = {}, self._whole
+        for (name, layer), factors in zip(lora_layers(model).items(), lora_factors(model), strict=True):
+            if name in prior.tensors:
+                a_RI, b_OR = (world.whole(factor).detach() for factor in factors)
+                a0_RI, b0_OR = (factor.to(a_RI.device) for factor in self._start[name])
+                change_OI = _product(layer, a_RI, b_OR) - _product(layer, a0_RI, b0_OR)
+                moved[name] = energy(change_OI, mean_eigenvalue_one(prior.tensors[name]))
         maps = {name: moved[name] / whole[name] if whole[name] > 0 else 0.0 for name in moved}
         return Drift(maps, sum(moved.values()) / (sum(whole.values()) or 1.0))
 
@@ -190,6 +199,11 @@ class Merged:
     def summary(self) -> AdapterRanks:
         """Rank of the adapter, and how many of its ranks are frozen."""
         return self.grown.summary()
+
+
+def _product(layer: Any, a_RI: Tensor, b_OR: Tensor) -> Tensor:
+    """What LoRA adds to a layer's weight, (O, I), float64."""
+    return scale_of(layer) * (b_OR.double() @ a_RI.double())
 
 
 def export_merged(model: Any, tokenizer: Any, folder: Any) -> None:
