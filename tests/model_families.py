@@ -23,7 +23,7 @@ from holdfast.importance.aggregate import AbsoluteMean, SquareMean
 from holdfast.importance.beside import left_to_rate
 from holdfast.importance.fisher import FisherOptions
 from holdfast.importance.inputs import InputsOptions
-from holdfast.models import block_parameters, is_encoder_decoder
+from holdfast.models import block_parameters, is_encoder_decoder, text_part
 from holdfast.names import layer_of
 from holdfast.tasks.encode import IGNORED, collate
 
@@ -232,6 +232,24 @@ EXTRA: dict[str, dict[str, Any]] = {
     },
 }
 
+# Models that see images too, of which text goes through the language model alone.
+EYES = {"depth": 2, "num_heads": 4, "out_hidden_size": 32, "embed_dim": 32, "image_size": 16, "patch_size": 4}
+_MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+SEEING: dict[str, dict[str, Any]] = {
+    "aya_vision": {},
+    "gemma3": {},
+    "glm4v": _MROPE,
+    "idefics3": {},
+    "internvl": {},
+    "llama4": EXTRA["llama4_text"],
+    "llava": {},
+    "mistral3": {},
+    "paligemma": {},
+    "qwen2_5_vl": _MROPE,
+    "qwen3_vl": {},
+    "smolvlm": {},
+}
+
 # Their own code fills a float32 mask with the lowest float64, so they can't run in float64.
 SINGLE = {"fsmt", "prophetnet", "xglm"}
 
@@ -241,18 +259,31 @@ def _accepted(config_class: Any) -> set[str]:
     return names | set(getattr(config_class, "attribute_map", {}))
 
 
+def _sized(config_class: Any, sizes: dict[str, Any], extra: dict[str, Any]) -> Any:
+    accepted = _accepted(config_class)
+    known = {key: value for key, value in sizes.items() if key in accepted or key.endswith("token_id")}
+    return config_class(**known | extra)
+
+
 def family(name: str, dtype: torch.dtype = torch.float64) -> Any:
     """A model of a family, in evaluation mode; norms and biases are random, so they absorb something."""
-    config_class: Any = type(tf.AutoConfig.for_model(name))
-    accepted, extra = _accepted(config_class), EXTRA[name]
-    values = {
-        key: value for key, value in SIZES.items() if key in accepted or key.endswith("token_id")
-    } | extra
+    whole: Any = tf.AutoConfig.for_model(name)
+    if name in SEEING:
+        text = _sized(type(whole.text_config), SIZES, SEEING[name])
+        config = type(whole)(
+            text_config=text, vision_config=_sized(type(whole.vision_config), SIZES | EYES, {})
+        )
+    else:
+        config = _sized(type(whole), SIZES, EXTRA[name])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        config = config_class(**values)
         auto: Any = tf.AutoModelForSeq2SeqLM if config.is_encoder_decoder else tf.AutoModelForCausalLM
-        model = auto.from_config(config).to(dtype).eval()
+        model = (
+            (tf.AutoModelForImageTextToText if name in SEEING else auto).from_config(config).to(dtype).eval()
+        )
+        read = {id(p) for p in text_part(model).parameters()}
+        for parameter in model.parameters():
+            parameter.requires_grad_(name not in SEEING or id(parameter) in read)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 1:
@@ -323,7 +354,8 @@ def measure(name: str) -> Measured:
     """Attribute a family's tiny model, and compare its gradients with autograd's."""
     model = family(name, torch.float32 if name in SINGLE else torch.float64)
     kept = {key: block_parameters(model)[key] for key in block_parameters(model)}
-    inside = sum(p.numel() for key, p in model.named_parameters() if layer_of(key) is not None)
+    trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    inside = sum(p.numel() for key, p in trained.items() if layer_of(key) is not None)
     fold, relevance, reached, note = AbsoluteMean(), None, 0, ""
     try:
         report = attribute_batches(
@@ -377,6 +409,7 @@ float64, no line of code about any of them.
   rates and the like.
 * **Reached**: the share of those that relevance reaches in a text of a few tokens (an expert that is a module
   of its own and was not chosen is not reached; a stack of experts is, as a whole).
+* Of models that see images too: of the language model, which text goes through.
 * **By inputs**: the share of the rated that the default holds by the inputs of linear maps. All else that
   is rated (experts, biases, convolutions) it holds beside them, weight by weight.
 
@@ -388,7 +421,7 @@ float64, no line of code about any of them.
 def table() -> str:
     """docs/model-families.md."""
     lines = []
-    for name in sorted(EXTRA):
+    for name in sorted(EXTRA | SEEING):
         m = measure(name)
         error = "refused" if m.relevance is None else f"{m.relevance:.0e}"
         held = "–" if m.by_inputs is None else f"{m.by_inputs:.1%}"

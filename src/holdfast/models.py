@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 _MATRIX = re.compile(r"weight|proj|kernel|^[a-z]\d$")  # what modules call matrices of their own
 
 
+_PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+_ABSENT = ("missing_entries", "gated_repo", "connection_errors")
 _SAMPLED = 64  # values of each parameter in its fingerprint
 
 
@@ -58,7 +60,9 @@ class ModelOptions(Options):
     """Which model is fine-tuned, and which of its weights may change."""
 
     path: str | None = Field(
-        None, description="folder, GGUF file or hub id of a causal or encoder-decoder model"
+        None,
+        description="folder, GGUF file or hub id of a causal or encoder-decoder model; of one that sees "
+        "images too the language model is trained",
     )
     toy: bool = Field(False, description="a tiny Llama with a character tokenizer, made on the spot")
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
@@ -139,6 +143,34 @@ def context_length(model: nn.Module) -> int | None:
     inner = config.get_text_config() if hasattr(config, "get_text_config") else config
     length = getattr(inner, "max_position_embeddings", None)
     return length if isinstance(length, int) and length > 0 else None
+
+
+def text_part(model: Any) -> nn.Module:
+    """What text goes through: of a model that sees images too its language model, else the model itself."""
+    config: Any = getattr(model, "config", None)
+    apart = hasattr(config, "get_text_config") and config.get_text_config() is not config
+    if not apart or is_encoder_decoder(model) or not hasattr(model, "get_decoder"):
+        return cast(nn.Module, model)
+    return cast(nn.Module, model.get_decoder())
+
+
+def _beside_text(model: Any) -> list[str]:
+    """Paths of the modules that no text goes through: a model's eyes, and what they are joined on by."""
+    part, head = text_part(model), model.get_output_embeddings()
+    if part is model:
+        return []
+    found, below = [], ""
+    inside = {id(m) for m in part.modules()} | {id(head)}
+    for name, module in model.named_modules():
+        if below and name.startswith(below):
+            continue
+        holds = any(id(m) in inside for m in module.modules())
+        if name and not holds:
+            found.append(name)
+            below = f"{name}."
+        elif id(module) == id(part):
+            below = f"{name}."
+    return found
 
 
 def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -323,7 +355,7 @@ def load_model(
         model = add_lora(model, options.lora, seed)
     else:
         _require_floats(model, options)
-        wanted = {id(p) for p in block_parameters(model, trainable_only=False).values()}
+        wanted = {id(p) for p in block_parameters(text_part(model), trainable_only=False).values()}
         for parameter in model.parameters():
             parameter.requires_grad_(options.trainable == "all" or id(parameter) in wanted)
     model.eval()
@@ -450,12 +482,13 @@ def add_lora(model: Any, options: LoraOptions, seed: int = 0) -> Any:
     """
     from peft import LoraConfig, get_peft_model
 
-    targets = options.target_modules
+    targets, beside = options.target_modules, [re.escape(path) for path in _beside_text(model)]
     config = LoraConfig(
         r=options.r,
         lora_alpha=options.alpha,  # type: ignore[arg-type]
         lora_dropout=options.dropout,
         target_modules=list(targets) if isinstance(targets, tuple) else targets,
+        exclude_modules=rf"({'|'.join(beside)})(\..*)?" if beside else None,
         task_type="SEQ_2_SEQ_LM" if is_encoder_decoder(model) else "CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]):
@@ -551,9 +584,23 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     if not world.leads():
         return
     model.save_pretrained(folder)
+    _keep_processor(model, folder)
     for name, config in getattr(model, "peft_config", {}).items():
         _order_sets(config, folder / ADAPTER if name == NAME else folder / name / ADAPTER)
     tokenizer.save_pretrained(folder)
+
+
+def _keep_processor(model: Any, folder: Path) -> None:
+    """Copy what a model's images go through first, which is no part of it: its weights are whole without."""
+    from transformers.utils import cached_file
+
+    if is_adapted(model) or text_part(model) is model:
+        return
+    for name in _PROCESSOR:
+        missing: dict[str, Any] = {f"_raise_exceptions_for_{w}": False for w in _ABSENT}
+        found = cached_file(str(model.config.name_or_path), name, local_files_only=True, **missing)
+        if found is not None and not (folder / name).exists():
+            (folder / name).write_bytes(Path(found).read_bytes())
 
 
 def _order_sets(config: Any, file: Path) -> None:

@@ -31,7 +31,7 @@ def load_pretrained(
     seed: int = 0,
     quantise: Bits | Mapping[str, Any] | None = None,
 ) -> tuple[Any, Any]:
-    """Load a causal or encoder-decoder model with its tokenizer.
+    """Load a causal or encoder-decoder model with its tokenizer; one that sees images too as a whole.
 
     Parameters
     ----------
@@ -49,13 +49,13 @@ def load_pretrained(
         There is no such model, a file of it is damaged, weights are missing or belong to another
         architecture, a library that it needs is not installed, or its tokenizer doesn't fit.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     local = is_local(path, (GGUF,))
     source, reading = _see_folder(path) if local else (path, {})
     try:
         config = AutoConfig.from_pretrained(source, **reading)
-        auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        auto = _auto_class(config)
         loading: Mapping[str, Any] = {}
         if random_init:
             with torch.random.fork_rng(devices=[]):
@@ -81,6 +81,20 @@ def load_pretrained(
         tokenizer.pad_token = tokenizer.eos_token  # the usual choice; padding is masked everywhere
     stay_differentiable(model)
     return model, tokenizer
+
+
+def _auto_class(config: Any) -> Any:
+    """The class that loads all of a model: of one that sees images too with what it sees them by."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
+
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM
+    seeing: Any = AutoModelForImageTextToText._model_mapping.get(type(config), None)
+    if seeing is None:
+        return AutoModelForCausalLM
+    text_alone = type(config) in AutoModelForCausalLM._model_mapping
+    stored_whole = seeing.__name__ in (config.architectures or ())
+    return AutoModelForImageTextToText if stored_whole or not text_alone else AutoModelForCausalLM
 
 
 def _quantisation(how: Bits | Mapping[str, Any], dtype: torch.dtype) -> Any:
@@ -256,12 +270,13 @@ def _torn(folder: Path) -> Iterator[tuple[Path, str]]:
 def _shapes(folder: Path) -> str:
     """Stored shapes against those of the configuration, as far as they differ."""
     from safetensors import safe_open
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder)
-    auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.device("meta"):
-        wanted = {name: tuple(p.shape) for name, p in auto.from_config(config).state_dict().items()}
+        wanted = {
+            name: tuple(p.shape) for name, p in _auto_class(config).from_config(config).state_dict().items()
+        }
     different = []
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
