@@ -54,6 +54,20 @@ def test_a_linear_function_that_somebody_replaced_changes_nothing(
     assert torch.nn.functional.linear is other
 
 
+@pytest.mark.parametrize("importance", ["inputs", "lrp", "fisher"])
+def test_attention_by_a_kernel_that_shows_no_operation_is_rated_as_torch_s(importance: str) -> None:
+    """flex_attention, which has no way back on a CPU; flash attention's kernels show nothing either."""
+    tokenizer, found = toy_tokenizer(), []
+    rows = [{"prompt": "ab=", "completion": "a"}, {"prompt": "cde=", "completion": "c"}]
+    options = {"name": importance, **({} if importance == "fisher" else {"correct_only": False})}
+    for attention in ("sdpa", "flex_attention"):
+        model = tiny_llama(tokenizer, hidden=32, layers=1, heads=2)
+        model.set_attn_implementation(attention)
+        found.append(holdfast.attribute(model, tokenizer, rows, importance=options, progress=False).tensors)
+        assert model.config._attn_implementation == attention
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
 def test_an_importance_that_is_zero_everywhere_says_so() -> None:
     tokenizer = toy_tokenizer()
     model = get_peft_model(

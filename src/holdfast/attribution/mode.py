@@ -22,6 +22,7 @@ from holdfast.models import own_forward
 LINEAR_MAPS = frozenset({"linear", "addmm", "matmul", "mm", "bmm", "baddbmm", "conv1d"})
 _WITH_WEIGHTS = LINEAR_MAPS | {"add", "add_"}  # an expert's bias is added by an operation of its own
 CASTS = frozenset(name for name, rule in RULES.items() if rule is cast)
+_ATTENTION = ("eager", "sdpa")  # has rules
 # New tensors that take only shape and type from an activation.
 _FRESH = frozenset(f"{kind}_like" for kind in ("zeros", "ones", "empty", "full", "rand", "randn")) | {
     f"new_{kind}" for kind in ("zeros", "ones", "empty", "full", "tensor")
@@ -170,8 +171,8 @@ def attributable(model: nn.Module, leaves: list[Tensor]) -> Iterator[None]:
     Parameters
     ----------
     model : nn.Module
-        Put into evaluation mode, with all parameters frozen. Compiled parts run as they were written, and
-        experts one by one, so that every operation is seen.
+        Put into evaluation mode, with all parameters frozen. Compiled parts run as they were written,
+        experts one by one, and attention as torch has it, so that every operation is seen.
     leaves : list of Tensor
         Each forward pass appends the embeddings' outputs, where relevance ends.
     """
@@ -186,7 +187,7 @@ def attributable(model: nn.Module, leaves: list[Tensor]) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_experts_one_by_one(model))
+        stack.enter_context(_by_operations(model))
         stack.enter_context(_linear_of_torch())
         stack.enter_context(own_forward(model))
         for module in _embeddings(model):
@@ -217,24 +218,27 @@ def _linear_of_torch() -> Iterator[None]:
 
 
 @contextmanager
-def _experts_one_by_one(model: nn.Module) -> Iterator[None]:
-    """Let mixtures compute each expert as a linear map of its own: fused kernels copy the weights."""
-    configs = {
-        id(config): config for module in model.modules() if (config := _expert_config(module)) is not None
-    }
-    before = [(config, config._experts_implementation) for config in configs.values()]
+def _by_operations(model: Any) -> Iterator[None]:
+    """Let the model compute by operations that torch shows what kernels of others do in one step.
+
+    Each expert of a mixture is a linear map of its own (fused kernels copy the weights), and attention is
+    torch's (flash and flex attention are functions that show nothing of what they do).
+    """
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    before = []
+    for config in configs.values():
+        for option, known in (("_experts_implementation", ("eager",)), ("_attn_implementation", _ATTENTION)):
+            chosen = getattr(config, option, None)
+            if chosen is not None and chosen not in known:
+                before.append((config, option, chosen))
     try:
-        for config, _ in before:
-            config._experts_implementation = "eager"
+        for config, option, _ in before:
+            fused = option == "_attn_implementation" and getattr(model, "_supports_sdpa", True)
+            setattr(config, option, "sdpa" if fused else "eager")
         yield
     finally:
-        for config, implementation in before:
-            config._experts_implementation = implementation
-
-
-def _expert_config(module: nn.Module) -> Any:
-    config = getattr(module, "config", None)
-    return config if getattr(config, "_experts_implementation", None) not in (None, "eager") else None
+        for config, option, chosen in before:
+            setattr(config, option, chosen)
 
 
 def _embeddings(model: Any) -> list[nn.Module]:
