@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -65,6 +66,36 @@ def test_attention_by_a_kernel_that_shows_no_operation_is_rated_as_torch_s(impor
         model.set_attn_implementation(attention)
         found.append(holdfast.attribute(model, tokenizer, rows, importance=options, progress=False).tensors)
         assert model.config._attn_implementation == attention
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+class _FusedNorm(torch.autograd.Function):
+    """As Liger's: one kernel for the norm, and its derivative, which is no rule for relevance."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return x.detach() * torch.rsqrt(x.detach().square().mean(-1, keepdim=True) + 1e-6) * weight
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        return torch.zeros_like(gradients[0]), None
+
+
+def test_kernels_that_liger_puts_into_modules_are_off_while_they_are_rated() -> None:
+    def fused(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return _FusedNorm.apply(x, self.weight)
+
+    fused.__module__ = "liger_kernel.transformers.rms_norm"
+    tokenizer, found = toy_tokenizer(), []
+    rows = [{"prompt": "ab=", "completion": "a"}, {"prompt": "cde=", "completion": "c"}]
+    for liger in (False, True):
+        model = tiny_llama(tokenizer, hidden=32, layers=1, heads=2)
+        norm = model.model.layers[0].input_layernorm
+        if liger:  # as _apply_liger_kernel_to_instance does, which the Trainer calls
+            norm.forward = MethodType(fused, norm)  # type: ignore[method-assign]
+        options = {"name": "inputs", "correct_only": False}
+        found.append(holdfast.attribute(model, tokenizer, rows, importance=options, progress=False).tensors)
+        assert ("forward" in norm.__dict__) == liger
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 

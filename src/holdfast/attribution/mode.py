@@ -188,6 +188,7 @@ def attributable(model: nn.Module, leaves: list[Tensor]) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_by_operations(model))
+        stack.enter_context(_as_written(model))
         stack.enter_context(_linear_of_torch())
         stack.enter_context(own_forward(model))
         for module in _embeddings(model):
@@ -239,6 +240,21 @@ def _by_operations(model: Any) -> Iterator[None]:
     finally:
         for config, option, chosen in before:
             setattr(config, option, chosen)
+
+
+@contextmanager
+def _as_written(model: nn.Module) -> Iterator[None]:
+    """Take off the fused kernels that Liger puts into modules (the Trainer's ``use_liger_kernel``)."""
+    fused = [
+        (module, module.__dict__.pop("forward"))
+        for module in model.modules()
+        if getattr(module.__dict__.get("forward"), "__module__", "").startswith("liger_kernel.")
+    ]
+    try:
+        yield
+    finally:
+        for module, forward in fused:
+            module.__dict__["forward"] = forward
 
 
 def _embeddings(model: Any) -> list[nn.Module]:

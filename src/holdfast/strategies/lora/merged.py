@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Literal
 
 import torch
@@ -39,6 +40,8 @@ Form = Literal["adapters", "weights"]
 def form_for(model: nn.Module, wanted: Form | Literal["none"] | None, strategy: str) -> Form | None:
     """How this model's adapters are merged: as it was asked for, or by default as `adapters` where they can.
 
+    Warns where by default they can't.
+
     Raises
     ------
     ConfigError
@@ -50,10 +53,15 @@ def form_for(model: nn.Module, wanted: Form | Literal["none"] | None, strategy: 
     try:
         check_growable(model, strategy)
         _check_under(model, wanted)
-    except ConfigError:
-        if wanted is None:
-            return None
-        raise
+    except ConfigError as error:
+        if wanted is not None:
+            raise
+        warnings.warn(
+            "strategy.merge_lora: none, one LoRA for all tasks with both factors held, which on text kept less "
+            f"than a LoRA a task. That can't be had here: {error}",
+            stacklevel=2,
+        )
+        return None
     return wanted or "adapters"
 
 
