@@ -57,8 +57,8 @@ def form_for(model: nn.Module, wanted: Form | Literal["none"] | None, strategy: 
         if wanted is not None:
             raise
         warnings.warn(
-            "strategy.merge_lora: none, one LoRA for all tasks with both factors held, which on text kept less "
-            f"than a LoRA a task. That can't be had here: {error}",
+            "strategy.merge_lora: none, one LoRA for all tasks with both factors held, which on text kept "
+            f"less than a LoRA a task. That can't be had here: {error}",
             stacklevel=2,
         )
         return None
