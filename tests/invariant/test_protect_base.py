@@ -242,7 +242,7 @@ def test_what_cannot_be_held_or_read_is_told_before_training(tmp_path: Path) -> 
         learner_of("ewc", protect_base={"general": str(tmp_path / "nothing.jsonl")})
     problems = check(config_of(tmp_path / "run", "ewc", protect_base={"general": "no.jsonl"})).problems
     assert any(problem.startswith("protect_base.general: ") for problem in problems)
-    learner = learner_of("ewc", protect_base={"rows": 2, "tokens": 2})
+    learner = learner_of("ewc", protect_base={"rows": 2, "tokens": 2, "writing": {"cut": "left out"}})
     with pytest.raises(ConfigError, match="the model writes nothing that can be used"):
         learn(learner)
     with pytest.raises(ConfigError, match="that is the base itself"):
@@ -292,3 +292,12 @@ def test_a_rating_of_zeros_holds_nothing_and_is_told_before_training(tmp_path: P
     held = learner({"name": "attribution", "importance": {"name": "fisher", "samples": 4}})
     learn(held)
     assert held.base_task.told
+
+
+def test_rows_of_the_base_that_don_t_end_are_held_as_far_as_they_go(tmp_path: Path) -> None:
+    with learner_of("ewc", protect_base={"rows": 4, "tokens": 4}, folder=tmp_path / "s") as learner:
+        with learner.task("may", rows_of("may", 4)) as stage:
+            stage.train()
+        counts = json.loads((tmp_path / "s" / "base" / "memory.json").read_text())
+        assert counts["unfinished"] == 0
+        assert 0 < counts["cut"] <= counts["kept"]

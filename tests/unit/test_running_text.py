@@ -60,6 +60,22 @@ def test_a_text_is_learned_whole_behind_the_begin_token_and_ended_unless_cut() -
     assert (TOKENIZER.decode(cut.completion_ids), cut.completion_cut) == ("abcd", 3)
 
 
+def test_a_text_that_was_cut_has_no_end() -> None:
+    encoder = encoder_of("llama")
+    whole, cut = (encoder(Example.text("ab", ended=ended)) for ended in (True, False))
+    assert cut.completion_ids == whole.completion_ids[:-1]
+    found = Example.of_record(json.loads(json.dumps(Example.text("ab", ended=False).record())))
+    assert not found.ended
+
+
+def test_texts_without_an_end_are_kept_where_it_is_asked_for() -> None:
+    encoder, model = encoder_of(max_prompt_tokens=3, max_completion_tokens=3), tiny_model("llama")
+    options = WritingOptions(top_p=1.0, cut="kept", tries=1)
+    found = write_rows(model, encoder, running(encoder), options, count=8, seed="0")
+    assert found.unfinished == 0
+    assert 0 < found.cut == sum(not row.ended for row in found.rows)
+
+
 def test_a_record_brings_the_text_back_as_such() -> None:
     assert Example.of_record(json.loads(json.dumps(Example.text("a").record()))) == Example.text("a")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -149,6 +150,27 @@ def test_what_is_left_out_is_counted_by_its_reason(batch_size: int) -> None:
     )
 
 
+def test_an_answer_that_was_cut_is_kept_without_an_end_where_it_is_asked_for() -> None:
+    found = written(WritingOptions(unsure=-1.0, cut="kept"))
+    (row,) = [row for row in found.rows if not row.ended]
+    assert (row.prompt, row.completion) == ("copy c=", "no end")
+    assert (found.cut, found.unfinished) == (1, 1), "'b' has no closing all the same"
+    assert found.said().startswith("8 of 32 rows kept, 1 of them cut (left out:")
+    assert Example.of_record(json.loads(json.dumps(row.record()))) == row
+    encoder = encoder_of()
+    assert encoder(row).completion_ids == encoder(replace(row, ended=True)).completion_ids[:-1]
+
+
+def test_half_a_letter_at_a_cut_is_left_off() -> None:
+    model = Scripted(["a="], {"copy a=": "ok\N{REPLACEMENT CHARACTER}"}, {})
+    encoder = encoder_of()
+    options, opening = WritingOptions(cut="kept", tries=1), opening_of(KNOWN, encoder, "copy")
+    with pytest.MonkeyPatch.context() as patch:  # no tokenizer of letters has half of one
+        patch.setattr(Encoder, "answer_of", lambda self, ids: "ok\N{REPLACEMENT CHARACTER}")
+        found = write_rows(model, encoder, opening, options, count=1, seed="0")
+    assert [row.completion for row in found.rows] == ["ok"]
+
+
 def test_without_a_threshold_no_row_is_unsure() -> None:
     found = written(WritingOptions())
     assert "copy e=" in [row.prompt for row in found.rows]
@@ -213,6 +235,7 @@ def test_what_was_written_is_kept_as_text_and_counts(tmp_path: Path) -> None:
         "opening": "<s>copy ",
         "closing": "=",
         "empty": 2,
+        "cut": 0,
         "unfinished": 2,
         "repeated": 1,
         "copied": 1,

@@ -44,6 +44,8 @@ class Written:
         Left out: no text behind what all prompts of the task begin with, or no answer.
     unfinished : int
         Left out: a prompt without its closing, or an answer without an end token.
+    cut : int
+        Kept, without an end: answers and texts that have none within their tokens.
     repeated, copied : int
         Left out: the prompt of another row of these, or of a row that the task was learned from.
     unsure : int
@@ -61,6 +63,7 @@ class Written:
     repeated: int = 0
     copied: int = 0
     unsure: int = 0
+    cut: int = 0
     rows: list[Example] = field(default_factory=list, repr=False)
     confidence: list[float] = field(default_factory=list, repr=False)
 
@@ -69,6 +72,8 @@ class Written:
         reasons = ("empty", "unfinished", "repeated", "copied", "unsure")
         left_out = [f"{count} {reason}" for reason in reasons if (count := getattr(self, reason))]
         said = f"{len(self.rows)} of {self.written} rows kept"
+        if self.cut:
+            said += f", {self.cut} of them cut"
         if left_out:
             said += f" (left out: {', '.join(left_out)})"
         return said if self.rows else f"{said}; there is nothing of this task to replay"
@@ -133,7 +138,7 @@ def write_rows(
                 progress(len(written.rows), count)
         written.written += size
         if opening.raw:
-            texts = list(_sound_texts(prompts, encoder, seen, not_again, written))
+            texts = list(_sound_texts(prompts, encoder, options, seen, not_again, written))
             _keep_sure(model, encoder, texts, options, batch_size, written)
         else:
             rows = list(_sound_prompts(prompts, encoder, opening, seen, not_again, written))
@@ -141,6 +146,7 @@ def write_rows(
         if progress is not None:
             progress(len(written.rows), count)
     del written.rows[count:], written.confidence[count:]
+    written.cut = sum(not row.ended for row in written.rows)
     return written
 
 
@@ -276,6 +282,7 @@ def _sound_prompts(
 def _sound_texts(
     texts: Sequence[list[int]],
     encoder: Encoder,
+    options: WritingOptions,
     seen: set[tuple[int, ...]],
     known: Collection[tuple[int, ...]],
     written: Written,
@@ -283,16 +290,22 @@ def _sound_texts(
     """The running texts that are whole and new; the others are counted."""
     for ids in texts:
         end = _find(ids, [encoder.tokenizer.eos_token_id])
-        text = encoder.text_of(ids[:end])
-        if end is None:
+        text = _whole(encoder.text_of(ids[:end]), end)
+        if end is None and options.cut != "kept":
             written.unfinished += 1
         elif not text.strip():
             written.empty += 1
         else:
-            row = encoder(Example.text(text))
+            example = Example.text(text, ended=end is not None)
+            row = encoder(example)
             key = tuple(row.completion_ids)
             if _is_new(key, seen, known, written):
-                yield Example.text(text), row
+                yield example, row
+
+
+def _whole(text: str, end: int | None) -> str:
+    """A text that was cut, without the piece of a letter that its last tokens may be."""
+    return text if end is not None else text.rstrip("\N{REPLACEMENT CHARACTER}")
 
 
 def _is_new(
@@ -338,13 +351,15 @@ def _answer(
     sound = []
     for (example, row), ids in zip(rows, answers, strict=True):
         end = next((i for i, token in enumerate(ids) if token in stops), None)
-        text = encoder.answer_of(ids if end is None else ids[: end + 1])
-        if end is None:
+        whole = ids if end is None else ids[: end + 1]
+        text = _whole(encoder.answer_of(whole), end)
+        if end is None and options.cut != "kept":
             written.unfinished += 1
         elif not text.strip():
             written.empty += 1
         else:
-            sound.append((Example(example.prompt, text), Encoded(row.prompt_ids, ids[: end + 1])))
+            answered = Example(example.prompt, text, ended=end is not None)
+            sound.append((answered, Encoded(row.prompt_ids, list(whole))))
     _keep_sure(model, encoder, sound, options, batch_size, written)
 
 

@@ -184,12 +184,15 @@ class BaseTask:
         limits = dict(zip(("max_prompt_tokens", "max_completion_tokens"), lengths, strict=True))
         template = learner.config.template.model_copy(update=limits)
         encoder = Encoder(learner.tokenizer, template, encoder_decoder=learner.encoder.encoder_decoder)
+        writing = options.writing or WritingOptions()
+        if writing.cut is None:
+            writing = writing.model_copy(update={"cut": "kept"})
         with learner.progress.bar("write rows of the base", total=options.rows) as bar:
             written = write_rows(
                 learner.model,
                 encoder,
                 running(encoder) if opening is None else opening,
-                options.writing or WritingOptions(),
+                writing,
                 count=options.rows,
                 seed=f"{learner.config.seed} {BASE}",
                 batch_size=learner.config.evaluation.batch_size,

@@ -142,9 +142,9 @@ class Encoder:
             can't frame a chat prompt.
         """
         if example.raw:
-            return self._raw(example.completion)
+            return self._raw(example.completion, example.ended)
         chat = self.asks_in_turns(example.prompt)
-        completion_ids, completion_cut = self._answer(example.completion, chat=chat)
+        completion_ids, completion_cut = self._answer(example.completion, chat=chat, ended=example.ended)
         if not completion_ids:
             raise DataError(
                 f"empty completion (prompt {_start_of(example.prompt)}): there is nothing to learn from it. "
@@ -182,20 +182,20 @@ class Encoder:
         begin = self.tokenizer.bos_token_id
         return [self.tokenizer.eos_token_id if begin is None or self.encoder_decoder else begin]
 
-    def _raw(self, text: str) -> Encoded:
+    def _raw(self, text: str, ended: bool) -> Encoded:
         """Running text: as long as prompt and answer together may be, and ended where none of it is cut."""
         ids = self.text.ids(text) if text.strip() else []
         if not ids:
             raise DataError("an empty text: there is nothing to learn from it. Leave the row out.")
         limit = self.template.max_prompt_tokens + self.template.max_completion_tokens
-        end = [] if len(ids) > limit else [self.tokenizer.eos_token_id]
+        end = [self.tokenizer.eos_token_id] if ended and len(ids) <= limit else []
         return Encoded(self.begin_ids, [*ids[:limit], *end], completion_cut=max(0, len(ids) - limit))
 
     @property
     def _ends_as_chat(self) -> bool:
         return self.template.completion == Template.model_fields["completion"].default
 
-    def _answer(self, text: str, *, chat: bool) -> tuple[list[int], int]:
+    def _answer(self, text: str, *, chat: bool, ended: bool = True) -> tuple[list[int], int]:
         """Framed tokens, and how many are cut."""
         ids = self.text.ids(text) if text.strip() else []
         if not ids:
@@ -204,7 +204,7 @@ class Encoder:
         before, after = self._completion_frame
         if chat and self._ends_as_chat:
             after = self._chats.end_ids() or after
-        return [*before, *ids[:limit], *after], max(0, len(ids) - limit)
+        return [*before, *ids[:limit], *(after if ended else ())], max(0, len(ids) - limit)
 
     def many(self, examples: Sequence[Example]) -> list[Encoded]:
         """Encode examples in order; an error names the row, counted from 1."""

@@ -24,6 +24,12 @@ class WritingOptions(Options):
     unsure: float | None = Field(
         None, lt=0, description="leave out rows whose answer has a lower mean log-probability a token"
     )
+    cut: Literal["left out", "kept"] | None = Field(
+        None,
+        description="answers, and running texts, that don't end within their tokens. kept: without an end, "
+        "so that none is learned there (default: left out; of the base's own rows kept, as most answers of a "
+        "chat model are long)",
+    )
     tries: int = Field(
         4, ge=1, description="write at most so many rows for each one asked for, where some are left out"
     )

@@ -27,18 +27,22 @@ class Example:
     raw : bool
         Running text without a question: all of `completion` is learned behind the begin token, and no
         template frames it. The prompt is then empty.
+    ended : bool
+        Whether the answer ends where its text does. Of one that was cut no end is learned.
     """
 
     prompt: str | tuple[Message, ...]
     completion: str
     references: tuple[str, ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
-    raw: bool = field(default=False, repr=False)  # a task's digest is of the repr, and older than raw rows
+    # a task's digest is of the repr, and older than these
+    raw: bool = field(default=False, repr=False)
+    ended: bool = field(default=True, repr=False)
 
     @classmethod
-    def text(cls, text: str) -> Example:
+    def text(cls, text: str, ended: bool = True) -> Example:
         """A row of running text."""
-        return cls("", text, raw=True)
+        return cls("", text, raw=True, ended=ended)
 
     @property
     def answers(self) -> tuple[str, ...]:
@@ -50,14 +54,15 @@ class Example:
         prompt = self.prompt if isinstance(self.prompt, str) else [dict(m) for m in self.prompt]
         row = {"prompt": prompt, "completion": self.completion, "references": list(self.references)}
         row |= {"tools": [dict(tool) for tool in self.tools]} if self.tools else {}
-        return row | ({"raw": True} if self.raw else {})
+        return row | ({"raw": True} if self.raw else {}) | ({} if self.ended else {"ended": False})
 
     @classmethod
     def of_record(cls, row: Mapping[str, Any]) -> Example:
         """The example that `record` gave."""
         prompt = row["prompt"] if isinstance(row["prompt"], str) else tuple(row["prompt"])
         tools, raw = tuple(row.get("tools", ())), bool(row.get("raw"))
-        return cls(prompt, row["completion"], tuple(row["references"]), tools, raw)
+        ended = bool(row.get("ended", True))
+        return cls(prompt, row["completion"], tuple(row["references"]), tools, raw, ended)
 
 
 @dataclass(frozen=True, slots=True)
