@@ -510,6 +510,18 @@ def quantisation_of(model: Any) -> dict[str, Any] | None:
     return found if found is None or isinstance(found, dict) else found.to_dict()
 
 
+def weights_of(model: nn.Module) -> tuple[int, int]:
+    """How many weights a model has, packed ones as what they stand for, and the bytes that they take."""
+    stands_for = {
+        id(layer.weight): int(layer.in_features) * int(layer.out_features)
+        for layer in cast(Iterator[Any], model.modules())
+        if is_quantised(layer) and getattr(layer, "weight", None) is not None
+    }
+    every = list(model.parameters())
+    number = sum(stands_for.get(id(p), p.numel()) for p in every)
+    return number, sum(p.numel() * p.element_size() for p in every)
+
+
 def onto_gpu(model: nn.Module) -> None:
     """Put a model on the GPU, where there is one; one that was quantised there is, and can't be moved."""
     if torch.cuda.is_available() and next(model.parameters()).device.type != "cuda":

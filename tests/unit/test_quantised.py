@@ -23,8 +23,9 @@ from holdfast.cli import app
 from holdfast.config import validate
 from holdfast.errors import ConfigError, ModelError
 from holdfast.importance import ImportancePrior, compute_prior
-from holdfast.models import ModelOptions, load_model
+from holdfast.models import ModelOptions, load_model, weights_of
 from holdfast.runner import RunConfig, run
+from holdfast.runner.findings import check
 from holdfast.strategies.lora.merged import form_for
 from holdfast.tasks import toy_tokenizer
 from learning_data import rows_of, write_rows
@@ -264,6 +265,30 @@ def test_a_run_that_was_killed_goes_on_in_the_same_bits(folder: Path, tmp_path: 
         for o in ("run", "other")
     ]
     assert all(torch.equal(c, priors[1].tensors[name]) for name, c in priors[0].tensors.items())
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_what_a_model_takes_is_told_within_a_tenth(folder: Path, bits: str, tmp_path: Path) -> None:
+    values = tiny_run(tmp_path / "run", model={"path": str(folder), "lora": LORA, "quantise": bits})
+    told = dict(check(validate(RunConfig, values, source="test")).estimate)
+    model, whole = loaded(folder, bits), loaded(folder, None)
+    assert told["parameters"].startswith(f"{sum(p.numel() for p in whole.parameters()):,} (")
+    assert weights_of(whole)[1] == 4 * weights_of(whole)[0]
+    layers = [under_lora(layer) for layer in lora_layers(model).values()]
+    scales = sum(getattr(layer.weight, "SCB", torch.empty(0)).numel() * 4 for layer in layers)
+    taken = model.get_memory_footprint() + scales
+    assert weights_of(model) == (weights_of(whole)[0], pytest.approx(taken, rel=0.1))
+
+
+def test_an_exported_adapter_has_a_card_of_what_was_learned(folder: Path, tmp_path: Path) -> None:
+    options = ModelOptions(path=str(folder), lora=LORA, quantise="4bit")
+    with Learner(*load_model(options), training={"max_steps": 1}, folder=tmp_path / "s") as learner:
+        with learner.task("may", rows_of("may", 8), rows_of("may", 2)) as stage:
+            stage.train()
+        card = (learner.export(tmp_path / "out") / "README.md").read_text()
+    assert "# out" in card
+    assert "| may | 8 |" in card
+    assert "More Information Needed" not in card
 
 
 @pytest.mark.slow

@@ -112,7 +112,7 @@ def test_the_stage_of_zero_is_read_from_a_file_of_deepspeeds(
 
 
 @pytest.mark.parametrize(
-    ("kind", "strategy"), [("llama", "lwf"), ("llama-lora", "kif"), ("llama-lora", "attribution")]
+    ("kind", "strategy"), [("llama", "lwf"), ("llama-lora", "kif"), ("llama-lora", "o-lora")]
 )
 def test_a_strategy_that_needs_whole_weights_is_refused_under_an_engine(
     kind: str, strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -624,7 +624,7 @@ class Learner:
         return target
 
     def export(self, folder: str | Path, *, rank: int | None = None) -> Path:
-        """Write the model that answers as a plain Hugging Face folder: weights, or a PEFT adapter.
+        """Write the model that answers as a plain Hugging Face folder, with a card: weights, or an adapter.
 
         Parameters
         ----------
@@ -642,7 +642,7 @@ class Learner:
         """
         return world.first(lambda: self._export(Path(folder).expanduser(), rank))
 
-    def _export(self, target: Path, rank: int | None) -> Path:
+    def _export(self, target: Path, rank: int | None, title: str | None = None) -> Path:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise RunDirectoryError(f"{target}: not an empty folder. Choose a new or empty one.")
         if rank is not None and (self.strategy.changes_base or not is_adapted(self.model)):
@@ -660,6 +660,14 @@ class Learner:
                 raise
             self.progress.say(
                 f"{target}: rank {rank} holds {100 * left:.1f} % of the adapter's squared size."
+            )
+        if self.learned:
+            path = None if self.config.model is None else self.config.model.path
+            known = path if path is not None and not Path(path).expanduser().exists() else None
+            adapter = (target / "adapter_config.json").exists()
+            write_card(
+                target,
+                model_card(self.skills(), base_model=known, adapter=adapter, title=title or target.name),
             )
         return target
 
@@ -695,13 +703,9 @@ class Learner:
         """
         if not self.learned:
             raise ConfigError("push_to_hub: nothing was learned yet, so there is nothing to upload.")
-        path = None if self.config.model is None else self.config.model.path
-        known = path if path is not None and not Path(path).expanduser().exists() else None
         with tempfile.TemporaryDirectory(prefix="holdfast-") as folder:
-            exported = self.export(Path(folder) / "model")
-            adapter = (exported / "adapter_config.json").exists()
             title = repo_id.rpartition("/")[2]
-            write_card(exported, model_card(self.skills(), base_model=known, adapter=adapter, title=title))
+            exported = world.first(lambda: self._export(Path(folder) / "model", None, title))
             return push(exported, repo_id, private=private, token=token, message=message)
 
     def close(self) -> None:

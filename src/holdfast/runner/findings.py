@@ -18,7 +18,7 @@ from holdfast.evaluation.audit import audit
 from holdfast.folder import CONFIG
 from holdfast.hold.cost import trained_numbers
 from holdfast.learner.harness import check_askable
-from holdfast.models import is_encoder_decoder, load_model
+from holdfast.models import is_encoder_decoder, load_model, weights_of
 from holdfast.progress import tell
 from holdfast.quantities import count, mebibytes
 from holdfast.runner.config import RunConfig
@@ -151,18 +151,18 @@ def _estimate(
     config: RunConfig, model: Any, stream: TaskStream, strategy: Strategy, findings: Findings
 ) -> None:
     estimate = strategy.estimate(model, stream)
-    total = sum(p.numel() for p in model.parameters())
+    total, taken = weights_of(model)
     learned = trained_numbers(model) if estimate.trained is None else estimate.trained
     size = torch.finfo(model.dtype).bits // 8
     states = {"adamw": 2, "sgd": 0, "adafactor": 0}[config.training.optimizer]
     findings.estimate += [
         ("parameters", f"{count(total)} ({count(learned)} trained)"),
-        ("weights", mebibytes(total * size)),
+        ("weights", mebibytes(taken)),
         ("gradients", mebibytes(learned * size)),
         ("optimizer state", mebibytes(learned * size * states)),
     ]
     if config.training.loss.name == "kl_to_base" and config.model.lora is None:
-        findings.estimate.append(("copy of the base (training.loss: kl_to_base)", mebibytes(total * size)))
+        findings.estimate.append(("copy of the base (training.loss: kl_to_base)", mebibytes(taken)))
     if getattr(config.replay or config.strategy, "targets", "text") == "logits":
         findings.estimate.append(("copy of what is trained (targets: logits)", mebibytes(learned * size)))
     for cost in estimate.costs:
