@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,21 @@ def test_prior_is_that_of_the_values_which_the_bits_stand_for(
         assert float((got.tensors[name] - c).norm()) <= apart * float(c.norm()), name
     got.meta["whole_maps"] = whole
     got.check_fits(model)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_what_is_computed_in_16_bits_is_rated_too(folder: Path, bits: str, dtype: str) -> None:
+    model = loaded(folder, bits, dtype=dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of 16 bits
+        prior = compute_prior(model, encoded(model), INPUTS, pad_id=PAD, parameters=under_adapter(model))
+        expected = compute_prior(loaded(folder, bits), encoded(model), INPUTS, pad_id=PAD)
+    assert prior.meta["conservation_max_relative_error"] < 5e-2
+    assert all(c.isfinite().all() and c.any() for c in prior.tensors.values())
+    for name, c in prior.tensors.items():  # what goes into A is what goes into the map
+        of_a = expected.tensors[name.replace(".weight", ".lora_A.weight")]
+        assert float((c * of_a).sum() / (c.norm() * of_a.norm())) > 0.7, name
 
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])

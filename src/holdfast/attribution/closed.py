@@ -144,4 +144,5 @@ def closed_map(trace: Trace, x: Tensor, closed: Closed) -> tuple[Tensor, Callabl
         follow(maps, "linear", torch.nn.functional.linear, (x,), {}, output)
         return output
 
-    return Ruled.apply(lambda x: (x, (x,)), of_input, x), leave
+    # of a copy: bitsandbytes' 8 bits take the largest inputs out of it in place, and put them back
+    return Ruled.apply(lambda x: (x if closed.exact else x.clone(), (x,)), of_input, x), leave

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -85,8 +86,8 @@ class Grown:
                 linear = getattr(layer, part)[NAME]
                 if not linear.weight.requires_grad:  # a strategy may freeze one of the two as a whole
                     continue
+                removers.append(partial(_put_forward, linear, linear.__dict__.get("forward")))
                 linear.forward = partial(_constant, linear, of_factor)
-                removers.append(partial(linear.__dict__.pop, "forward"))
                 if id(linear.weight) in group_of:
                     bound.append(Bound(f"{name}.{part}", linear.weight, group_of[id(linear.weight)]))
                     ranks[id(linear.weight)] = of_factor
@@ -114,6 +115,13 @@ def _constant(linear: nn.Linear, frozen: Tensor, x: Tensor) -> Tensor:
     """What a factor's layer computes, its frozen ranks as constants."""
     weight = linear.weight
     return F.linear(x, torch.where(frozen.to(weight.device), weight.detach(), weight), linear.bias)
+
+
+def _put_forward(linear: nn.Linear, before: Callable[..., Tensor] | None) -> None:
+    """Give a layer the forward of its class, or the one that somebody had put there."""
+    del linear.__dict__["forward"]
+    if before is not None:
+        linear.__dict__["forward"] = before
 
 
 def grown_cost(model: nn.Module, times: int) -> Cost:
