@@ -21,7 +21,7 @@ NAME = "default"  # the one adapter; PEFT saves it into the folder itself, other
 _FRESH = "fresh"
 # what may be set in an adapter that stays the sum of its ranks: where it is, how large, and bookkeeping
 _PLAIN = {
-    *("r", "lora_alpha", "lora_dropout", "fan_in_fan_out"),
+    *("r", "lora_alpha", "lora_dropout", "fan_in_fan_out", "use_rslora"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("task_type", "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"),
     *("inference_mode", "runtime_config"),
@@ -29,7 +29,7 @@ _PLAIN = {
 
 
 class Factors(NamedTuple):
-    """LoRA in one layer, which adds alpha / r · B A x to the output for the input x.
+    """LoRA in one layer, which adds alpha / r · B A x to the output for the input x; rsLoRA alpha / √r.
 
     Attributes
     ----------
@@ -65,8 +65,16 @@ def lora_factors(model: nn.Module, name: str = NAME) -> list[Factors]:
 
 
 def scale_of(layer: Any) -> float:
-    """alpha / r, of a layer of `lora_layers`."""
+    """alpha / r (of rsLoRA alpha / √r), of a layer of `lora_layers`."""
     return float(layer.scaling[NAME])
+
+
+def scale_ratio(rslora: bool, rank: int, other: int) -> float:
+    """How much larger alpha is at one rank than at another, for the same scale of B A.
+
+    alpha / r, or alpha / √r of rsLoRA (Kalajdzievski 2023, arXiv 2312.03732).
+    """
+    return (rank / other) ** 0.5 if rslora else rank / other
 
 
 def rank_of(model: Any) -> int:
@@ -98,7 +106,7 @@ def check_plain_lora(model: Any, strategy: str, does: str, needs: str) -> None:
     Raises
     ------
     ConfigError
-        It has none, or one that is more than that sum: DoRA, rsLoRA, biases, patterns of ranks, and so on.
+        It has none, or one that is more than that sum: DoRA, biases, patterns of ranks, and so on.
     """
     configs = getattr(model, "peft_config", {})
     kind = getattr(getattr(configs.get(NAME), "peft_type", None), "value", None)
@@ -135,7 +143,7 @@ def grow(model: Any, ranks: int, seed: int) -> None:
     """Append ranks to the adapter that leave the model's output as it is: A by PEFT's own start, B zero.
 
     The factors become A = [A; A_new], stacked by rows, and B = [B, B_new] by columns; alpha grows with the
-    rank, so alpha / rank stays. It is a plain PEFT adapter before and after. The factors are new parameters:
+    rank, so their scale stays. It is a plain PEFT adapter before and after. The factors are new parameters:
     make optimizers afterwards.
 
     Parameters
@@ -148,7 +156,7 @@ def grow(model: Any, ranks: int, seed: int) -> None:
     config, before = model.peft_config[NAME], lora_factors(model)
     rank = config.r + ranks
     fresh = _fresh(model, ranks, seed)
-    _resize(model, rank, config.lora_alpha * rank / config.r)
+    _resize(model, rank, config.lora_alpha * scale_ratio(config.use_rslora, rank, config.r))
     with torch.no_grad():
         for now, old, new in zip(lora_factors(model), before, fresh, strict=True):
             now.a.copy_(torch.cat([old.a, new.a]))
@@ -274,7 +282,7 @@ def load_adapter(model: Any, folder: Path) -> None:
 
 @torch.no_grad()
 def recompress(folder: Path, rank: int) -> float:
-    """Give a saved LoRA another, lower rank: the closest one in each layer, by SVD of B A. alpha / r stays.
+    """Give a saved LoRA another, lower rank: the closest one in each layer, by SVD of B A. Its scale stays.
 
     Parameters
     ----------
@@ -312,7 +320,8 @@ def recompress(folder: Path, rank: int) -> float:
         tensors[name] = (root[:, None] * (v_RR[:rank] @ p_IR.t())).to(tensors[name].dtype).contiguous()
         left += float(sizes_R[:rank].square().sum())
         whole += float(sizes_R.square().sum())
-    config |= {"lora_alpha": config["lora_alpha"] * rank / config["r"], "r": rank}
+    ratio = scale_ratio(bool(config.get("use_rslora")), rank, config["r"])
+    config |= {"lora_alpha": config["lora_alpha"] * ratio, "r": rank}
     save_file(tensors, file, {"format": "pt"})
     (folder / ADAPTER).write_text(json.dumps(config, indent=2, sort_keys=True))
     return left / whole if whole else 1.0

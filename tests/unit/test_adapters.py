@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
-from holdfast.adapters import check_growable, grow, lora_factors, rank_of
+from holdfast.adapters import check_growable, grow, lora_factors, rank_of, recompress
 from holdfast.errors import ConfigError
 from holdfast.models import LoraOptions, add_lora, digest, load_weights, save_model, tiny_llama
 from holdfast.tasks import toy_tokenizer
@@ -126,8 +127,6 @@ def test_stacked_adapter_answers_as_the_sum_of_separate_adapters(kind: str) -> N
 def test_grown_adapter_is_loaded_by_plain_peft_and_into_a_model_of_the_first_rank(
     kind: str, tmp_path: Path
 ) -> None:
-    from peft import PeftModel
-
     model = lora_of(kind, r=3, alpha=0.1)
     grow(model, 3, seed=1)
     grow(model, 3, seed=2)
@@ -167,6 +166,22 @@ def peft_of(base: nn.Module | None = None, **values: Any) -> Any:
     return get_peft_model(base or base_of("llama"), LoraConfig(**config))
 
 
+@pytest.mark.parametrize("rslora", [False, True])
+def test_an_adapter_that_grows_or_shrinks_keeps_the_scale_of_its_ranks(rslora: bool, tmp_path: Path) -> None:
+    model = peft_of(use_rslora=rslora, lora_alpha=3).eval()
+    check_growable(model, "inc-lora")
+    with torch.no_grad():
+        for _, b in lora_factors(model):
+            b.normal_()
+    before = answer(model, "llama")
+    grow(model, 4, seed=1)
+    torch.testing.assert_close(answer(model, "llama"), before)
+    save_model(model, TOKENIZER, tmp_path)
+    assert recompress(tmp_path, 2) == pytest.approx(1.0), "of six ranks two are not zero"
+    again = PeftModel.from_pretrained(base_of("llama"), str(tmp_path)).eval()
+    torch.testing.assert_close(answer(again, "llama"), before)
+
+
 def test_model_without_lora_is_refused_with_the_key_that_adds_it() -> None:
     with pytest.raises(ConfigError, match=r"strategy.name: 'o-lora' .* no LoRA. Set model.lora"):
         check_growable(base_of("llama"), "o-lora")
@@ -176,7 +191,6 @@ def test_model_without_lora_is_refused_with_the_key_that_adds_it() -> None:
     ("values", "said"),
     [
         ({"use_dora": True}, "use_dora = True"),
-        ({"use_rslora": True}, "use_rslora = True"),
         ({"bias": "lora_only"}, "bias = lora_only"),
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
         ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),

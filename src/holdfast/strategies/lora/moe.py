@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from holdfast.adapters import check_plain_lora, lora_layers, rank_of
+from holdfast.adapters import NAME, check_plain_lora, lora_layers, rank_of, scale_ratio
 from holdfast.config import Options
 from holdfast.errors import ConfigError
 from holdfast.hold import Handle
@@ -124,8 +124,9 @@ class LoraMoe(Strategy):
         return Estimate([Cost("routers", 4 * routers)], trained_numbers(model) + routers)
 
     def _attach(self, model: Any, routers: Routers, gather: bool) -> Handle:
-        """Weight the experts' ranks by their shares, times N, so that alpha/r means alpha/r_e."""
+        """Weight the experts' ranks by their shares, times N (rsLoRA: √N): alpha/r then means alpha/r_e."""
         experts = self.options.experts
+        times = scale_ratio(model.peft_config[NAME].use_rslora, experts, 1)
 
         def by(number: int, x_BTD: Tensor, output_BTR: Tensor) -> Tensor:
             shares_BTN = routers.shares(number, x_BTD)
@@ -134,7 +135,7 @@ class LoraMoe(Strategy):
                 kept = torch.stack(real).any(0)[..., None] if real else 1.0
                 self._importance[number] = (shares_BTN * kept).sum(1)
             block = output_BTR.shape[-1] // experts
-            return output_BTR * (experts * shares_BTN).repeat_interleave(block, -1).to(output_BTR)
+            return output_BTR * (times * shares_BTN).repeat_interleave(block, -1).to(output_BTR)
 
         return weigh(model, by)
 
