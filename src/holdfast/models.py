@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,7 +52,9 @@ class LoraOptions(Options):
     alpha: float = Field(16.0, gt=0, description="scale numerator (alpha / r)")
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: tuple[str, ...] | Literal["all-linear"] | None = Field(
-        None, description="module names; PEFT's default for the architecture when omitted"
+        "all-linear",
+        description="module names, or all linear maps but the head and routers; null: PEFT's default for the "
+        "architecture, such as queries and values",
     )
 
 
@@ -171,6 +173,23 @@ def _beside_text(model: Any) -> list[str]:
         elif id(module) == id(part):
             below = f"{name}."
     return found
+
+
+def _routers(model: nn.Module) -> list[str]:
+    """Paths of linear layers that answer otherwise than one does, such as a router with its choice."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and type(module).forward is not nn.Linear.forward
+        and type(module).__module__.startswith("transformers.models.")
+    ]
+
+
+def _pattern(paths: Sequence[str]) -> str:
+    """A regular expression for modules and all in them; blocks that differ in their number are one."""
+    numbered = (re.sub(r"\\\.\d+(?=\\\.|$)", r"\\.\\d+", re.escape(path)) for path in paths)
+    return rf"({'|'.join(dict.fromkeys(numbered))})(\..*)?"
 
 
 def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -482,13 +501,15 @@ def add_lora(model: Any, options: LoraOptions, seed: int = 0) -> Any:
     """
     from peft import LoraConfig, get_peft_model
 
-    targets, beside = options.target_modules, [re.escape(path) for path in _beside_text(model)]
+    targets, left_out = options.target_modules, _beside_text(model)
+    if targets == "all-linear":
+        left_out += _routers(model)
     config = LoraConfig(
         r=options.r,
         lora_alpha=options.alpha,  # type: ignore[arg-type]
         lora_dropout=options.dropout,
         target_modules=list(targets) if isinstance(targets, tuple) else targets,
-        exclude_modules=rf"({'|'.join(beside)})(\..*)?" if beside else None,
+        exclude_modules=_pattern(left_out) if left_out else None,
         task_type="SEQ_2_SEQ_LM" if is_encoder_decoder(model) else "CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]):

@@ -10,8 +10,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import holdfast
+from holdfast.attribution.mode import attributable
 from holdfast.models import tiny_llama
 from holdfast.tasks import toy_tokenizer
+from model_families import family
 
 
 def test_hook_that_makes_embeddings_require_a_gradient_changes_nothing() -> None:
@@ -67,6 +69,18 @@ def test_attention_by_a_kernel_that_shows_no_operation_is_rated_as_torch_s(impor
         found.append(holdfast.attribute(model, tokenizer, rows, importance=options, progress=False).tensors)
         assert model.config._attn_implementation == attention
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+def test_the_attention_of_each_part_is_what_it_was() -> None:
+    model = family("gemma3", torch.float32)
+    config = model.config
+    config._attn_implementation = "flex_attention"
+    config.text_config._attn_implementation = "sdpa"
+    with attributable(model, []):
+        assert config._attn_implementation == config.text_config._attn_implementation == "sdpa"
+    assert config._attn_implementation == "flex_attention"
+    assert config.text_config._attn_implementation == "sdpa"
+    assert config.vision_config._attn_implementation == "flex_attention"
 
 
 class _FusedNorm(torch.autograd.Function):

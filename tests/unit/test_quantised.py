@@ -262,6 +262,22 @@ def test_a_model_that_passes_no_gradient_any_more_is_refused(folder: Path) -> No
         Learner(model, TOKENIZER)
 
 
+def test_a_layer_whose_gradient_is_another_s_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = loaded(folder, "4bit")
+    layers = [under_lora(layer) for layer in lora_layers(model).values()]
+    own = type(layers[0]).forward
+
+    def other(self: Any, x: torch.Tensor) -> torch.Tensor:
+        right = own(self, x.detach())
+        return right.detach() - x.sum() + x.sum().detach()
+
+    monkeypatch.setattr(type(layers[0]), "forward", other)
+    with pytest.raises(ModelError, match=r"layers\.\d.*not the gradient of what it computes"):
+        compute_prior(model, encoded(model), INPUTS, pad_id=PAD)
+
+
 def test_a_run_that_was_killed_goes_on_in_the_same_bits(folder: Path, tmp_path: Path) -> None:
     values = tiny_run(
         tmp_path / "run",

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from holdfast.config import validate
-from holdfast.models import ModelOptions, load_model, text_part
+from holdfast.models import LoraOptions, ModelOptions, add_lora, load_model, text_part
 from holdfast.runner import RunConfig, run
 from holdfast.tasks import toy_tokenizer
 from model_families import SEEING, family
@@ -56,6 +56,18 @@ def test_lora_adapts_what_text_goes_through(tmp_path: Path, name: str, targets: 
     at_head = [key for key in factors if "lm_head" in key]
     assert bool(at_head) == ("lm_head" in targets)
     assert all(id(model.get_parameter(key)) in read for key in factors if key not in at_head)
+
+
+@pytest.mark.parametrize("name", ["llama4_text", "llama4"])
+def test_a_router_that_is_no_map_gets_no_lora(tmp_path: Path, name: str) -> None:
+    """llama4's is a linear layer that answers its choice too, which PEFT can't adapt."""
+    model = add_lora(family(name, torch.float32), LoraOptions(r=2))
+    factors = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert any("q_proj" in name for name in factors)
+    assert not any("router" in name for name in factors)
+    pattern = model.peft_config["default"].exclude_modules
+    assert pattern.count("router") == 1, pattern
+    model(input_ids=torch.tensor([[3, 4, 5]]))
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])

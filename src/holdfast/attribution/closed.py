@@ -20,6 +20,10 @@ from holdfast.attribution.maps import WeightMaps
 from holdfast.attribution.rules import samples_of_rows
 from holdfast.attribution.samples import follow
 from holdfast.attribution.trace import Ruled, Trace, tracked
+from holdfast.errors import ModelError
+
+# Of the relevance of a quantised layer's inputs, in magnitude: 8 bits round them by 1 in 254 of the largest.
+ROUNDED = 0.1
 
 
 class Closed(NamedTuple):
@@ -32,11 +36,13 @@ class Closed(NamedTuple):
     bias : Tensor or None
     exact : bool
         Whether its output is W x + b up to rounding. Quantised layers may round x too.
+    name : str
     """
 
     weight: Tensor | None
     bias: Tensor | None
     exact: bool
+    name: str
 
 
 def closed_modules(model: nn.Module, maps: WeightMaps) -> dict[nn.Module, Closed]:
@@ -48,7 +54,7 @@ def closed_modules(model: nn.Module, maps: WeightMaps) -> dict[nn.Module, Closed
     """
     found: dict[nn.Module, Closed] = {}
     inside: set[int] = set()
-    for module in model.modules():
+    for path, module in model.named_modules():
         if id(module) in inside:
             continue
         layer = under_lora(module)
@@ -60,7 +66,7 @@ def closed_modules(model: nn.Module, maps: WeightMaps) -> dict[nn.Module, Closed
                 continue
         elif not quantised:
             continue
-        found[module] = Closed(weight, getattr(layer, "bias", None), not quantised)
+        found[module] = Closed(weight, getattr(layer, "bias", None), not quantised, path)
         inside |= {id(part) for part in module.modules()}
     return found
 
@@ -121,6 +127,7 @@ def closed_map(trace: Trace, x: Tensor, closed: Closed) -> tuple[Tensor, Callabl
         if ledger is not None:
             through = relevance(x, lam_x)
             if not closed.exact:
+                _check_way_back(closed, passed - through, float((x * lam_x).abs().sum()))
                 ledger.absorb("rounding of quantised inputs", passed - through)
                 passed = through
             ledger.take(through * maps.factor, 0.0)
@@ -146,3 +153,13 @@ def closed_map(trace: Trace, x: Tensor, closed: Closed) -> tuple[Tensor, Callabl
 
     # of a copy: bitsandbytes' 8 bits take the largest inputs out of it in place, and put them back
     return Ruled.apply(lambda x: (x if closed.exact else x.clone(), (x,)), of_input, x), leave
+
+
+def _check_way_back(closed: Closed, lost: float, gross: float) -> None:
+    """See that the gradient of a quantised layer is that of what it computes, but for rounding."""
+    if not abs(lost) <= ROUNDED * gross:
+        raise ModelError(
+            f"{closed.name}: what this quantised layer sends back is not the gradient of what it computes: "
+            f"{lost:.3g} of the relevance is lost in it, of {gross:.3g}. Nothing that is trained or rated "
+            "through it can be right; use another quantisation, or other versions of what makes it."
+        )

@@ -22,7 +22,6 @@ from holdfast.models import own_forward
 LINEAR_MAPS = frozenset({"linear", "addmm", "matmul", "mm", "bmm", "baddbmm", "conv1d"})
 _WITH_WEIGHTS = LINEAR_MAPS | {"add", "add_"}  # an expert's bias is added by an operation of its own
 CASTS = frozenset(name for name, rule in RULES.items() if rule is cast)
-_ATTENTION = ("eager", "sdpa")  # has rules
 # New tensors that take only shape and type from an activation.
 _FRESH = frozenset(f"{kind}_like" for kind in ("zeros", "ones", "empty", "full", "rand", "randn")) | {
     f"new_{kind}" for kind in ("zeros", "ones", "empty", "full", "tensor")
@@ -226,19 +225,21 @@ def _by_operations(model: Any) -> Iterator[None]:
     torch's (flash and flex attention are functions that show nothing of what they do).
     """
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    before = []
-    for config in configs.values():
-        for option, known in (("_experts_implementation", ("eager",)), ("_attn_implementation", _ATTENTION)):
-            chosen = getattr(config, option, None)
-            if chosen is not None and chosen not in known:
-                before.append((config, option, chosen))
+    attention = "sdpa" if getattr(model, "_supports_sdpa", True) else "eager"
+    shown = {"_experts_implementation": ("eager",), "_attn_implementation": ("eager", "sdpa")}
+    before = [
+        (config, option, chosen)
+        for config in configs.values()
+        for option in shown
+        if (chosen := getattr(config, option, None)) is not None
+    ]
     try:
-        for config, option, _ in before:
-            fused = option == "_attn_implementation" and getattr(model, "_supports_sdpa", True)
-            setattr(config, option, "sdpa" if fused else "eager")
+        for config, option, chosen in before:
+            if chosen not in shown[option]:
+                setattr(config, option, attention if option == "_attn_implementation" else "eager")
         yield
     finally:
-        for config, option, chosen in before:
+        for config, option, chosen in before:  # what is set of a whole is set of its parts: these come later
             setattr(config, option, chosen)
 
 
