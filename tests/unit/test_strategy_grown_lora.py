@@ -32,7 +32,8 @@ INC, O = {"name": "inc-lora"}, {"name": "o-lora", "orthogonality": 5.0}
 
 def values_of(output: Path, strategy: Any, **sections: Any) -> dict[str, Any]:
     values = tiny_run(output, strategy=strategy)
-    values["model"] = {"toy": True, "hidden": 32, "layers": 1, "lora": {"r": R, "alpha": 8.0}}
+    lora = {"r": R, "alpha": 8.0, "target_modules": ["q_proj", "v_proj"]}
+    values["model"] = {"toy": True, "hidden": 32, "layers": 1, "lora": lora}
     values["tasks"] = {**values["tasks"], "train_rows": 8, "test_rows": 1}
     values["training"] = {"max_steps": 60, "batch_size": 8, "learning_rate": 1e-2, "weight_decay": 0.1}
     return {**values, **sections}
