@@ -490,3 +490,20 @@ def test_model_is_found_again_from_another_folder(there: Path) -> None:
     ended = holdfast("learn", "../june.jsonl", "--skills", "../lora", cwd=there / "deep")
     assert ended.code == 0, ended.err
     assert holdfast(*lora, cwd=there).code == 0, "the same words mean the same model"
+
+
+@pytest.mark.parametrize("said", [(), ("strategy.importance.rank=null",), ("--strategy", "ewc")])
+def test_a_prior_larger_than_the_model_is_cut_where_nobody_says(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr("holdfast.runner.learn.advised_rank", lambda model: 5)
+    arguments = ["learn", "may.jsonl", "--skills", "s", *TOY, *SHORT, *said]
+    ended = in_this_process(*arguments, cwd=data)
+    assert ended.code == 0, ended.err
+    assert ("5 directions of each map are held apart" in " ".join(ended.err.split())) == (not said)
+    june = in_this_process("learn", "june.jsonl", "--skills", "s", cwd=data)
+    assert june.code == 0, june.err
+    assert "directions" not in june.err
+    with Learner.load(data / "s") as learner:
+        rank = getattr(getattr(learner.config.strategy, "importance", None), "rank", None)
+        assert rank == (None if said else 5)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -116,6 +116,28 @@ def prior_costs(
     return costs
 
 
+def advised_rank(model: nn.Module) -> int | None:
+    """Directions to keep of each map, where whole matrices take more than the model (without LoRA: its maps).
+
+    Returns
+    -------
+    int or None
+        A quarter of the narrowest map's inputs; None where whole ones fit, or take less than `LARGE` bytes.
+    """
+    dims, weights = input_dims(model), block_parameters(model)
+    maps = {name: p for name, p in weights.items() if name in dims}
+    taken = sum(4 * p.shape[dims[name]] ** 2 for name, p in maps.items())
+    against = model.parameters() if _adapted(weights) else maps.values()
+    if taken <= max(4 * sum(p.numel() for p in against), LARGE):
+        return None
+    whole = [p.shape[dims[name]] for name, p in maps.items() if ".lora_B" not in name]
+    return max(min(whole) // 4, 1)  # a LoRA's B has its rank's few inputs
+
+
+def _adapted(weights: Iterable[str]) -> bool:
+    return any(is_lora(name) for name in weights)
+
+
 def _inputs_costs(model: nn.Module, kept: int, rank: Rank | None) -> list[Cost]:
     """How few directions ``auto`` needs is not known before: it counts as all."""
     dims, weights = input_dims(model), block_parameters(model)
@@ -123,14 +145,10 @@ def _inputs_costs(model: nn.Module, kept: int, rank: Rank | None) -> list[Cost]:
     widths = [(inputs, columns(inputs, rank)) for inputs, _ in maps]
     sizes = [4 * inputs * rows_of(inputs, rank) for inputs, _ in maps]
     elements = sum(p.numel() for _, p in maps)
-    note = ""
-    adapted = any(is_lora(name) for name in weights)
-    against = sum(p.numel() for p in model.parameters()) if adapted else elements
-    if rank is None and sum(sizes) > max(4 * against, LARGE):
-        whole = [p.shape[dims[name]] for name, p in weights.items() if name in dims and ".lora_B" not in name]
-        quarter = max(min(whole) // 4, 1)  # a LoRA's B has its rank's few inputs
+    note, quarter = "", advised_rank(model) if rank is None else None
+    if quarter is not None:
         note = (
-            f"the prior is larger than the {'model' if adapted else 'weights that it holds'}; "
+            f"the prior is larger than the {'model' if _adapted(weights) else 'weights that it holds'}; "
             f"strategy.importance.rank={quarter} keeps a quarter of the narrowest map's directions, and the "
             "mean of the others."
         )

@@ -14,6 +14,8 @@ from holdfast import world
 from holdfast.config import override, validate
 from holdfast.errors import ConfigError, DataError
 from holdfast.evaluation.audit import audit
+from holdfast.hold.cost import advised_rank
+from holdfast.importance.inputs import InputsOptions
 from holdfast.learner import Learner, LearnerConfig
 from holdfast.learner.config import ProtectBaseOptions, cannot_hold_base, recorded_config
 from holdfast.learner.ownership import begun
@@ -89,11 +91,13 @@ def learn_data(
     config = _with_base(skills, config, protect_base, general)
     usual_base &= config.protect_base is None
     usual_rate &= "learning_rate" not in config.training.model_fields_set
+    usual_rank = not begun(skills) and _unranked(config) is not None
     usual_frame &= not {"chat", "prompt"} & config.template.model_fields_set
     task = _task(data, name, test, metric, config.seed, progress)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    with stoppable(), _learner(skills, config, progress, usual_rate, usual_frame, usual_base) as learner:
+    usual = (usual_rate, usual_frame, usual_base, usual_rank)
+    with stoppable(), _learner(skills, config, progress, *usual) as learner:
         if task.name in learner.learned:
             if learner.digests.get(task.name) != learner.digest(task):
                 raise ConfigError(
@@ -198,6 +202,7 @@ def _learner(
     usual_rate: bool,
     usual_frame: bool,
     usual_base: bool,
+    usual_rank: bool,
 ) -> Learner:
     if config.model is None:  # begun in a script
         return Learner.load(skills, progress=progress, **config.model_dump(include=set(CHANGEABLE)))
@@ -216,7 +221,30 @@ def _learner(
     if usual_rate:
         training = config.training.model_copy(update={"learning_rate": _usual_rate(config, model)})
         config = config.model_copy(update={"training": training})
+    if usual_rank:
+        config = _ranked(config, model, progress)
     return Learner(model, tokenizer, config, folder=skills, progress=progress)
+
+
+def _unranked(config: LearnerConfig) -> InputsOptions | None:
+    """The importance by inputs, of which nobody has said how many directions to keep; None of any other."""
+    found = getattr(config.strategy, "importance", None)
+    return found if isinstance(found, InputsOptions) and "rank" not in found.model_fields_set else None
+
+
+def _ranked(config: LearnerConfig, model: Any, progress: Progress) -> LearnerConfig:
+    """With as many directions of each map as leave the prior smaller than the model."""
+    importance, rank = _unranked(config), advised_rank(model)
+    if importance is None or rank is None:
+        return config
+    progress.say(
+        f"{rank} directions of each map are held apart, and the mean of the others: whole matrices would "
+        "take more than the model (strategy.importance.rank; null keeps all)"
+    )
+    importance = importance.model_copy(update={"rank": rank})
+    return config.model_copy(
+        update={"strategy": config.strategy.model_copy(update={"importance": importance})}
+    )
 
 
 def _usual_rate(config: LearnerConfig, model: Any) -> float:
