@@ -32,6 +32,11 @@ def loaded(folder: Path, bits: Any, **options: Any) -> Any:
     return model
 
 
+def first_layer(model: Any) -> Any:
+    """The layer under the first LoRA."""
+    return under_lora(next(iter(lora_layers(model).values())))
+
+
 def unpacked(folder: Path, quantised: Any) -> Any:
     """The same in floats, with the values that the quantised weights stand for."""
     model = loaded(folder, None)

@@ -158,21 +158,17 @@ def text_part(model: Any) -> nn.Module:
 
 def _beside_text(model: Any) -> list[str]:
     """Paths of the modules that no text goes through: a model's eyes, and what they are joined on by."""
-    part, head = text_part(model), model.get_output_embeddings()
-    if part is model:
-        return []
-    found, below = [], ""
-    inside = {id(m) for m in part.modules()} | {id(head)}
-    for name, module in model.named_modules():
-        if below and name.startswith(below):
-            continue
-        holds = any(id(m) in inside for m in module.modules())
-        if name and not holds:
-            found.append(name)
-            below = f"{name}."
-        elif id(module) == id(part):
-            below = f"{name}."
-    return found
+    part = text_part(model)
+    return [] if part is model else list(_beside(model, {part, model.get_output_embeddings()}))
+
+
+def _beside(module: nn.Module, kept: set[nn.Module], path: str = "") -> Iterator[str]:
+    """Paths of the outermost modules below one that neither are some others nor hold any of them."""
+    for name, child in module.named_children():
+        if kept.isdisjoint(child.modules()):
+            yield f"{path}{name}"
+        elif child not in kept:
+            yield from _beside(child, kept, f"{path}{name}.")
 
 
 def _routers(model: nn.Module) -> list[str]:

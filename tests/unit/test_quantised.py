@@ -31,7 +31,7 @@ from holdfast.strategies.lora.merged import form_for
 from holdfast.tasks import toy_tokenizer
 from learning_data import rows_of, write_rows
 from lora_cases import STREAM, TOKENIZER, learn, strategy_of, train_by_chance
-from quantised import loaded, stored, unpacked
+from quantised import first_layer, loaded, stored, unpacked
 from strategy_runs import METHODS, options_of
 from tiny_runs import tiny_run
 
@@ -173,7 +173,7 @@ def test_holdfast_learn_goes_on_month_after_month(folder: Path, tmp_path: Path, 
     with Learner.load(tmp_path / "s") as learner:
         assert learner.learned == ["may", "june"]
         assert form_for(learner.model, None, "attribution") == "adapters"
-        assert type(under_lora(next(iter(lora_layers(learner.model).values())))).__name__ == (
+        assert type(first_layer(learner.model)).__name__ == (
             "Linear4bit" if bits == "4bit" else "Linear8bitLt"
         )
 
@@ -190,7 +190,7 @@ def test_a_script_s_model_is_made_again_as_it_was(folder: Path, tmp_path: Path) 
         with torch.no_grad():
             before = learner.model(ids).logits
     with Learner.load(tmp_path / "s") as learner:
-        layer = under_lora(next(iter(lora_layers(learner.model).values())))
+        layer = first_layer(learner.model)
         assert layer.weight.quant_state.quant_type == "fp4"
         with torch.no_grad():
             assert torch.equal(learner.model(ids).logits, before)
@@ -201,7 +201,7 @@ def test_a_model_that_is_stored_in_4_bits_is_opened_as_it_is(folder: Path, tmp_p
     AutoModelForCausalLM.from_pretrained(folder, quantization_config=how).save_pretrained(tmp_path)
     toy_tokenizer().save_pretrained(tmp_path)
     model = loaded(tmp_path, None)
-    assert type(under_lora(next(iter(lora_layers(model).values())))).__name__ == "Linear4bit"
+    assert type(first_layer(model)).__name__ == "Linear4bit"
     assert form_for(model, None, "attribution") == "adapters"
     with pytest.raises(ModelError, match=r"is quantised.*--lora"):
         load_model(ModelOptions(path=str(tmp_path)))
@@ -253,7 +253,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_model_that_passes_no_gradient_any_more_is_refused(folder: Path) -> None:
     """What bitsandbytes does at the first answer on a CPU with AVX-512 BF16."""
     model = loaded(folder, "4bit")
-    layer = under_lora(next(iter(lora_layers(model).values())))
+    layer = first_layer(model)
     assert not layer.support_avx512bf16_for_cpu, "answers don't pack it"
     layer.weight.quant_state.packing_format_for_cpu = True
     with pytest.raises(ModelError, match=r"repacked its 4 bits.*Load it again"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -295,13 +296,10 @@ class Pass:
 
     def _forward(self, batch: Batch, trace: Trace) -> Tensor:
         model: Any = self.model
-        if self.job.rules == "gradient":
-            with cached(), closed_maps(model, trace), RuleMode(trace):
-                output = model(**batch.inputs)
-        else:
-            activations = whole_activations(model, trace)
-            with cached(), activations, closed_maps(model, trace), RuleMode(trace):
-                output = model(**batch.inputs)
+        plain = self.job.rules == "gradient"
+        activations = nullcontext() if plain else whole_activations(model, trace)
+        with cached(), activations, closed_maps(model, trace), RuleMode(trace):
+            output = model(**batch.inputs)
         logits = output.logits
         if not logits.requires_grad:
             raise ModelError(

@@ -117,6 +117,11 @@ def unwrap(optimizer: Any) -> Optimizer:
     return optimizer
 
 
+def groups_of(optimizer: Optimizer) -> dict[int, int]:
+    """id of each parameter that an optimizer has to the index of its group."""
+    return {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
+
+
 def bind(prior: ImportancePrior, model: nn.Module, optimizer: Any) -> tuple[Optimizer, list[Chunk]]:
     """Find the prior's weights in the model and in the optimizer; frozen ones are left out.
 
@@ -137,7 +142,7 @@ def bind(prior: ImportancePrior, model: nn.Module, optimizer: Any) -> tuple[Opti
     if any(world.is_sharded(p) for p in model.parameters()):
         world.start()  # a script's own processes: what is told of a weight is a sum over its parts
     inner = unwrap(optimizer)
-    group_of = {id(p): index for index, g in enumerate(inner.param_groups) for p in g["params"]}
+    group_of = groups_of(inner)
     parameters = parameters_by_name(model)
     bound = [
         Bound(name, parameters[name], group_of[id(parameters[name])])

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from holdfast import world
 from holdfast.errors import ConfigError, PriorMismatchError
-from holdfast.hold.attach import Chunk, unwrap
+from holdfast.hold.attach import Chunk, groups_of, unwrap
 from holdfast.hold.operator import Rate
 from holdfast.importance.prior import parameters_by_name
 
@@ -104,7 +104,7 @@ class Directions:
         inner = unwrap(optimizer)
         if not len(self):
             return inner, []
-        held = {id(p) for group in inner.param_groups for p in group["params"]}
+        held = groups_of(inner)
         trained = {n: p for n, p in parameters_by_name(model).items() if id(p) in held and p.requires_grad}
         weights = {name: trained[name] for name in self.directions if name in trained}
         _check_fits(self.directions, weights, "what the optimizer trains")

@@ -12,7 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from holdfast import world
 from holdfast.errors import PriorMismatchError
-from holdfast.hold.attach import Bound, Chunk, Handle, chunks_of
+from holdfast.hold.attach import Bound, Chunk, Handle, chunks_of, groups_of
 from holdfast.importance.prior import FREE, ImportancePrior, parameters_by_name, some
 
 _HELD: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter to how many attached mechanisms hold it
@@ -64,7 +64,7 @@ class Unheld:
         return Handle([remove, self._release], not_held=self.names)
 
     def _look(self) -> None:
-        group_of = {id(p): n for n, g in enumerate(self.optimizer.param_groups) for p in g["params"]}
+        group_of = groups_of(self.optimizer)
         strangers = group_of.keys() - {id(p) for p in self._parameters.values()}
         if strangers != self._strangers:
             self._strangers, self._parameters = strangers, parameters_by_name(self.model)
@@ -97,7 +97,7 @@ class Unheld:
         return True
 
     def _missed(self) -> list[str]:
-        group = {id(p) for g in self.optimizer.param_groups for p in g["params"]}
+        group = groups_of(self.optimizer)
         return [
             n
             for n, p in self._parameters.items()

@@ -85,13 +85,12 @@ def learn_data(
     """
     world.start()
     skills = skills.expanduser()
-    usual_rate = usual_frame = not begun(skills)
+    usual_rate = usual_frame = usual_rank = not begun(skills)
     config = _config(skills, model, strategy, lora, assignments)
     usual_base = usual_frame and protect_base is None and "protect_base" not in config.model_fields_set
     config = _with_base(skills, config, protect_base, general)
     usual_base &= config.protect_base is None
     usual_rate &= "learning_rate" not in config.training.model_fields_set
-    usual_rank = not begun(skills) and _unranked(config) is not None
     usual_frame &= not {"chat", "prompt"} & config.template.model_fields_set
     task = _task(data, name, test, metric, config.seed, progress)
     if config.threads is not None:
@@ -234,7 +233,8 @@ def _unranked(config: LearnerConfig) -> InputsOptions | None:
 
 def _ranked(config: LearnerConfig, model: Any, progress: Progress) -> LearnerConfig:
     """With as many directions of each map as leave the prior smaller than the model."""
-    importance, rank = _unranked(config), advised_rank(model)
+    importance = _unranked(config)
+    rank = None if importance is None else advised_rank(model)
     if importance is None or rank is None:
         return config
     progress.say(

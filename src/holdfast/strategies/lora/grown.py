@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from holdfast import world
 from holdfast.adapters import NAME, grow, lora_factors, lora_layers, rank_of
-from holdfast.hold.attach import Bound, Handle, chunks_of, hook, unwrap
+from holdfast.hold.attach import Bound, Handle, chunks_of, groups_of, hook, unwrap
 from holdfast.hold.cost import Cost, trained_bytes
 from holdfast.hold.mask import Mask
 from holdfast.records import AdapterRanks
@@ -79,8 +79,7 @@ class Grown:
         if not self.frozen:
             return Handle()
         inner, frozen = unwrap(optimizer), torch.arange(self.rank) < self.frozen
-        group_of = {id(p): number for number, group in enumerate(inner.param_groups) for p in group["params"]}
-        bound, ranks, removers = [], {}, []
+        group_of, bound, ranks, removers = groups_of(inner), [], {}, []
         for name, layer in lora_layers(model).items():
             for part, of_factor in (("lora_A", frozen[:, None]), ("lora_B", frozen[None, :])):
                 linear = getattr(layer, part)[NAME]

@@ -59,7 +59,7 @@ def form_for(model: nn.Module, wanted: Form | Literal["none"] | None, strategy: 
         warnings.warn(
             "strategy.merge_lora: none, one LoRA for all tasks with both factors held, which on text kept "
             f"less than a LoRA a task. That can't be had here: {error}",
-            stacklevel=2,
+            stacklevel=1,  # of one place, whoever asks: said once
         )
         return None
     return wanted or "adapters"
@@ -67,12 +67,13 @@ def form_for(model: nn.Module, wanted: Form | Literal["none"] | None, strategy: 
 
 def _check_under(model: nn.Module, wanted: Form | None) -> None:
     layers, known = lora_layers(model), input_sizes(model)
-    unknown = {name: under_lora(layer) for name, layer in layers.items() if name not in known}
-    for name, layer in unknown.items():
+    unknown = next((name for name in layers if name not in known), None)
+    if unknown is not None:
+        kind = type(under_lora(layers[unknown])).__name__
         raise ConfigError(
-            f"strategy.merge_lora: '{wanted}' holds what goes into each adapted map, and '{name}' is a "
-            f"{type(layer).__name__}, which is not known as one. Set strategy.merge_lora=none, which "
-            "holds one LoRA for all tasks."
+            f"strategy.merge_lora: '{wanted}' holds what goes into each adapted map, and '{unknown}' is a "
+            f"{kind}, which is not known as one. Set strategy.merge_lora=none, which holds one LoRA for all "
+            "tasks."
         )
     if wanted == "weights" and any(is_quantised(under_lora(layer)) for layer in layers.values()):
         raise ConfigError(
@@ -90,7 +91,8 @@ def of_whole_maps(prior: ImportancePrior, model: nn.Module) -> ImportancePrior:
     PriorMismatchError
         It says nothing of one of them.
     """
-    adapted = [name for name in lora_layers(model) if name in input_sizes(model)]
+    known = input_sizes(model)
+    adapted = [name for name in lora_layers(model) if name in known]
     missing = [name for name in adapted if name not in prior.tensors]
     if missing:
         raise PriorMismatchError(
