@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from holdfast import world
 from learning_data import rows_of
 from tiny_models import tiny_model
-from zero_stand_in import with_zero3
+from zero_stand_in import with_zero2, with_zero3
 
 # KIF needs units of a LoRA or of matrices; O-LoRA a LoRA. Rows: 7, so the last batch of 4 is not a whole one.
 STRATEGIES: dict[str, tuple[str, Any]] = {
@@ -59,7 +59,7 @@ def wholly_double() -> Iterator[None]:
 
 
 def each_rank(folder: str, dtype: str) -> None:
-    """The same in one of several processes, whose results are saved by rank; and under FSDP2 and ZeRO-3."""
+    """The same in one of several processes, whose results are saved by rank; and under FSDP2 and ZeRO."""
     world.start()
     torch.save(results(Path(folder), getattr(torch, dtype), in_parts=True), f"{folder}/rank{world.rank()}.pt")
 
@@ -172,8 +172,10 @@ def under_each_hold(optimizer_of: Any) -> dict[str, dict[str, Tensor]]:
         model = tiny_model("llama").double()
         prior = compute_prior(model, encoded, importance, pad_id=tokenizer.pad_token_id)
         optimizer = optimizer_of(model)
-        assert optimizer_of is plain or all(map(world.is_sharded, model.parameters()))
+        assert optimizer_of in (plain, with_zero2) or all(map(world.is_sharded, model.parameters()))
         handle = Anchor(prior, **options).attach(model, optimizer)
+        held = {n: p for n, p in model.named_parameters() if n in prior.tensors}
+        assert optimizer_of is plain or all(map(world.is_stepped_in_parts, held.values()))
         for _ in range(3):
             optimizer.zero_grad()
             logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
@@ -185,6 +187,7 @@ def under_each_hold(optimizer_of: Any) -> dict[str, dict[str, Tensor]]:
         if importance == "inputs":
             weights["drift"] = torch.tensor(handle.drift().total)
         handle.remove()
+        assert optimizer_of is not with_zero2 or not any(map(world.is_stepped_in_parts, held.values()))
         found[name] = weights
     return found
 
@@ -206,7 +209,7 @@ def fully_sharded(model: Any) -> Any:
     return plain(model)
 
 
-ENGINES = {"FSDP2": fully_sharded, "ZeRO-3": with_zero3}
+ENGINES = {"FSDP2": fully_sharded, "ZeRO-2": with_zero2, "ZeRO-3": with_zero3}
 
 # compared to 1e-10; in the others something is float32 whatever the model is
 WHOLLY_DOUBLE = (

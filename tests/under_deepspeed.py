@@ -1,4 +1,4 @@
-"""A held training of transformers' Trainer under the real DeepSpeed ZeRO-3, on CPUs over gloo.
+"""A held training of transformers' Trainer under the real DeepSpeed ZeRO, on CPUs over gloo.
 
 There its processes don't share out rows (accelerate doesn't know of several): all see the same ones, so what
 they end with is what one process ends with.
@@ -19,15 +19,16 @@ from ranks import HOLDS, rows
 from tiny_models import tiny_model
 
 
-def config(**more: Any) -> dict[str, Any]:
-    """Of DeepSpeed; pieces of all weights, and several sub-groups."""
+def config(stage: int, **of_zero: Any) -> dict[str, Any]:
+    """Of DeepSpeed; of stage 3 pieces of all weights, and several sub-groups."""
+    third = {"stage3_param_persistence_threshold": 0, "sub_group_size": 3000}
     return {
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "sub_group_size": 3000},
+        "zero_optimization": {"stage": stage, **(third if stage == 3 else {}), **of_zero},
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        **more,
     }
 
 
@@ -82,12 +83,12 @@ def trained(folder: Path, hold: str, deepspeed: dict[str, Any] | None, **more: A
     return {**found, **({"moved": torch.tensor(logs)} if importance == "inputs" else {})}
 
 
-def each_rank(folder: str, hold: str, more: dict[str, Any], of_deepspeed: dict[str, Any]) -> None:
+def each_rank(folder: str, hold: str, stage: int, more: dict[str, Any], of_zero: dict[str, Any]) -> None:
     """In one of several processes; rank 0 saves what it found."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     torch.set_num_threads(1)
     training_args.is_torch_bf16_gpu_available = lambda: True  # it asks for a GPU, DeepSpeed doesn't
     world.start()
-    found = trained(Path(folder), hold, config(**of_deepspeed), **more)
+    found = trained(Path(folder), hold, config(stage, **of_zero), **more)
     if world.leads():
         torch.save(found, f"{folder}/found.pt")

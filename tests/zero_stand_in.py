@@ -1,10 +1,11 @@
-"""What `holdfast.hold.zero` knows of DeepSpeed's ZeRO-3 optimizer, written out for any float type.
+"""What `holdfast.hold.stages` knows of DeepSpeed's ZeRO optimizers, written out for any float type.
 
-The real one is tested where it is installed (tests/invariant/test_zero3.py); it steps float32 masters only.
+The real ones are tested where it is installed (tests/invariant/test_zero.py); they step float32 masters only.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 import types
 from contextlib import nullcontext
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from holdfast import world
 
 _AT_ONCE = 3  # parameters of a sub-group
+MODULE: Any = types.SimpleNamespace(zero=types.SimpleNamespace(GatheredParameters=nullcontext))  # deepspeed
 
 
 class Zero3:
@@ -86,11 +88,72 @@ class Zero3:
             parameter.data.copy_(whole.view(parameter.shape))
 
 
-Zero3.__module__ = "deepspeed.stand_in"
+class Zero2:
+    """Steps a flat part of all weights of a group, wherever each begins and ends; these stay whole."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.round_robin_bit16_groups: list[list[nn.Parameter]] = []
+        self.parallel_partitioned_bit16_groups: list[list[Tensor]] = []
+        self.single_partition_of_fp32_groups: list[Tensor] = []
+        self.partition_count = [world.size()] * len(optimizer.param_groups)
+        self._wholes: list[Tensor] = []
+        for group in optimizer.param_groups:
+            self.round_robin_bit16_groups.append(group["params"])
+            whole = self._in_a_row([parameter.detach() for parameter in group["params"]])
+            start = 0
+            for parameter in group["params"]:
+                parameter.data = whole[start : start + parameter.numel()].view(parameter.shape)
+                start += parameter.numel()
+            self._wholes.append(whole)
+            self.parallel_partitioned_bit16_groups.append(list(whole.chunk(world.size())))
+            self.single_partition_of_fp32_groups.append(self._own(whole).clone().requires_grad_())
+            group["params"] = []
+
+    @staticmethod
+    def _in_a_row(values: list[Tensor]) -> Tensor:
+        flat = torch.cat([value.flatten() for value in values])
+        return torch.cat([flat, flat.new_zeros(-len(flat) % world.size())])
+
+    @staticmethod
+    def _own(whole: Tensor) -> Tensor:
+        return whole.chunk(world.size())[world.rank()]
+
+    def zero_grad(self) -> None:
+        """Of the model's parameters."""
+        for parameter in itertools.chain(*self.round_robin_bit16_groups):
+            parameter.grad = None
+
+    def step(self) -> None:
+        """As ZeRO-2's: gradients of one group, its step, its weights, and when all are done everybody's."""
+        for number, group in enumerate(self.round_robin_bit16_groups):
+            flat = self.single_partition_of_fp32_groups[number]
+            given = [torch.zeros_like(p) if p.grad is None else p.grad for p in group]
+            flat.grad = self._own(self._in_a_row(given)).clone()
+            self._optimizer_step(number)
+            flat.grad = None
+            self.parallel_partitioned_bit16_groups[number][world.rank()].copy_(flat.detach())
+        for whole in self._wholes:
+            whole.copy_(world.stacked(self._own(whole)).flatten())
+
+    def _optimizer_step(self, number: int) -> None:
+        group = self.optimizer.param_groups[number]
+        group["params"] = [self.single_partition_of_fp32_groups[number]]
+        self.optimizer.step()
+        group["params"] = []
+
+
+Zero2.__module__ = Zero3.__module__ = "deepspeed.stand_in"
+
+
+def with_zero2(model: Any) -> Any:
+    """AdamW of a model under it, in two parameter groups."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() == 1]
+    return Zero2(model, torch.optim.AdamW([{"params": others}, {"params": matrices}], lr=1e-3))
 
 
 def with_zero3(model: Any) -> Any:
     """AdamW of a model under it, in a process that ends afterwards."""
-    gathering = types.SimpleNamespace(GatheredParameters=nullcontext)
-    sys.modules["deepspeed"] = types.SimpleNamespace(zero=gathering)  # type: ignore[assignment]
+    sys.modules["deepspeed"] = MODULE
     return Zero3(model, torch.optim.AdamW(model.parameters(), lr=1e-3))

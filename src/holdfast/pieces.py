@@ -24,12 +24,22 @@ class Piece:
     row: int
 
     @classmethod
-    def of(cls, shape: Sequence[int], rank: int, size: int) -> Piece:
-        """The piece of one process of `size`."""
+    def between(cls, shape: Sequence[int], start: int, end: int) -> Piece:
+        """The values from `start` to `end`, as far as there are any."""
         numel = math.prod(shape)
-        length = -(-numel // size)
-        start = min(rank * length, numel)
-        return cls(start, min(start + length, numel), max(math.prod(shape[1:]), 1))
+        first, behind = (min(max(place, 0), numel) for place in (start, end))
+        return cls(first, behind, max(math.prod(shape[1:]), 1))
+
+    @classmethod
+    def of(cls, shape: Sequence[int], rank: int, size: int) -> Piece:
+        """The piece of one process of `size`, where all are equal."""
+        length = -(-math.prod(shape) // size)
+        return cls.between(shape, rank * length, (rank + 1) * length)
+
+    @property
+    def length(self) -> int:
+        """How many values it has."""
+        return self.end - self.start
 
     @property
     def rows(self) -> tuple[int, int]:
@@ -44,7 +54,7 @@ class Piece:
     @property
     def body(self) -> int:
         """How many of its values are of its own rows: those behind the head."""
-        return self.end - self.start - self.head
+        return self.length - self.head
 
     @property
     def lacking(self) -> int:

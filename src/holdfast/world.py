@@ -27,9 +27,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+Engine = Literal["FSDP2", "ZeRO-1", "ZeRO-2", "ZeRO-3"]
 
 _CHUNK = 2**24  # values summed at once: bounds the float64 copy to 128 MiB
-_ALLOWED = "Allowed: DDP, FSDP2 and ZeRO stage 3 (configs/accelerate)."
+_ALLOWED = "Allowed: DDP, FSDP2 and ZeRO stages 1 to 3 (configs/accelerate)."
+_ZERO: dict[str, Engine] = {"1": "ZeRO-1", "2": "ZeRO-2", "3": "ZeRO-3"}  # by DeepSpeed's stage
+_CUT = "_holdfast_cut"  # on a parameter: see `cut_up`
 _rank, _size = 0, 1
 _peers: list[tuple[str, int]] = []  # host and process id of each rank
 
@@ -59,27 +62,32 @@ def start() -> None:
         _peers = gather((socket.gethostname(), os.getpid()))
 
 
-def engine() -> Literal["FSDP2", "ZeRO-3"] | None:
-    """What cuts weights up over the processes while they are trained; None where each has whole ones.
+def engine() -> Engine | None:
+    """What cuts up over the processes what is trained; None where each steps whole weights.
 
     Raises
     ------
     ConfigError
-        The launcher chose FSDP1, or another stage of ZeRO.
+        The launcher chose FSDP1, or DeepSpeed without ZeRO.
     """
     if _said("ACCELERATE_USE_DEEPSPEED"):
         stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "unknown (of TrainingArguments alone)")
         config = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
         if config not in ("none", "None", ""):
             stage = str(json.loads(Path(config).read_text()).get("zero_optimization", {}).get("stage", 0))
-        if stage == "3":
-            return "ZeRO-3"
+        if stage in _ZERO:
+            return _ZERO[stage]
         raise ConfigError(f"the launcher chose DeepSpeed ZeRO stage {stage}. {_ALLOWED}")
     if _said("ACCELERATE_USE_FSDP"):
         if os.environ.get("FSDP_VERSION") == "2":
             return "FSDP2"
         raise ConfigError(f"the launcher chose FSDP1 (fsdp_version: 1). {_ALLOWED}")
     return None
+
+
+def by_deepspeed() -> bool:
+    """Whether that is DeepSpeed's ZeRO."""
+    return engine() in _ZERO.values()
 
 
 def _said(variable: str) -> bool:
@@ -320,15 +328,34 @@ def in_pieces(parameter: Any) -> bool:
     return hasattr(parameter, "ds_id")
 
 
+def cut_up(parameter: Any, pieces: Sequence[Piece] | None) -> None:
+    """Say which piece of a whole parameter each process steps (ZeRO-1, ZeRO-2); with None that it is over."""
+    if pieces is not None:
+        setattr(parameter, _CUT, pieces)
+    elif hasattr(parameter, _CUT):
+        delattr(parameter, _CUT)
+
+
+def _cut(parameter: Any) -> Sequence[Piece] | None:
+    """The piece that each process steps under ZeRO; None of what is stepped otherwise."""
+    if in_pieces(parameter):
+        return [Piece.of(parameter.ds_shape, number, _size) for number in range(_size)]
+    found: Sequence[Piece] | None = getattr(parameter, _CUT, None)
+    return found
+
+
+def is_stepped_in_parts(parameter: Any) -> bool:
+    """Whether each process steps a part of a parameter: `local` is that part, and sums go over all."""
+    return is_sharded(parameter) or _cut(parameter) is not None
+
+
 def _is_dtensor(tensor: Any) -> bool:
     return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
 
 
 def is_sharded_along(tensor: Any, dim: int) -> bool:
-    """Whether each process has a part of this dimension."""
-    if in_pieces(tensor):
-        return dim == 0
-    return is_sharded(tensor) and any(placement.is_shard(dim) for placement in tensor.placements)
+    """Whether each process has a part of this dimension of a DTensor."""
+    return _is_dtensor(tensor) and any(placement.is_shard(dim) for placement in tensor.placements)
 
 
 def shape(parameter: Any) -> torch.Size:
@@ -340,10 +367,10 @@ def shape(parameter: Any) -> torch.Size:
 def like(value: Tensor, parameter: Any) -> Tensor:
     """A whole tensor, the same in each process, placed as a parameter of its shape is: its part here.
 
-    Under ZeRO-3 the part is of whole rows, those that begin in this process's piece.
+    Under ZeRO the part is of whole rows, those that begin in this process's piece.
     """
-    if in_pieces(parameter):
-        first, behind = Piece.of(value.shape, _rank, _size).rows
+    if (pieces := _cut(parameter)) is not None:
+        first, behind = pieces[_rank].rows
         return value[first:behind]
     if not is_sharded(parameter):
         return value
@@ -358,8 +385,8 @@ def local(parameter: Any) -> Tensor:
 
     It shares the parameter's memory, but under ZeRO-3, where it is a copy of whole rows and all must ask.
     """
-    if in_pieces(parameter):
-        return like(whole(parameter), parameter)
+    if _cut(parameter) is not None:
+        return like(whole(parameter).detach(), parameter)
     found: Tensor = parameter.detach().to_local() if is_sharded(parameter) else parameter
     return found
 

@@ -1,4 +1,4 @@
-"""`holdfast learn` and `run` under FSDP2 and ZeRO-3 end where one process does, and go on after a kill."""
+"""`holdfast learn` and `run` under FSDP2 and ZeRO end where one process does, and go on after a kill."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ OTHERS = [
 ]
 THEN = ("learn", "june.jsonl", "--skills", "s")
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
-ENGINES = ["FSDP2", pytest.param("ZeRO-3", marks=[pytest.mark.slow, needs_deepspeed])]
+BY_DEEPSPEED = [pytest.param(f"ZeRO-{stage}", marks=[pytest.mark.slow, needs_deepspeed]) for stage in (2, 3)]
+ENGINES = ["FSDP2", *BY_DEEPSPEED]
 
 
 def under(engine: str, command: Any, cwd: Path, ranks: int = 2, **more: Any) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from holdfast.hold import (
 from holdfast.hold.attach import unwrap
 from holdfast.importance.prior import ImportancePrior
 from small_network import backward, graded, network, weights
-from zero_stand_in import Zero3
+from zero_stand_in import MODULE, Zero2, Zero3
 
 
 def test_attach_unwraps_the_optimizer_of_accelerate() -> None:
@@ -40,11 +41,11 @@ def test_attach_unwraps_the_optimizer_of_accelerate() -> None:
 
 
 def test_an_optimizer_of_deepspeed_that_no_hold_reaches_is_refused_by_name() -> None:
-    stage = type("DeepSpeedZeroOptimizer", (), {"__module__": "deepspeed.runtime.zero.stage_1_and_2"})()
+    stage = type("BF16_Optimizer", (), {"__module__": "deepspeed.runtime.bf16_optimizer"})()
     model = network()
     stage.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     prior = ImportancePrior({n: torch.ones(p.shape) for n, p in model.named_parameters()})
-    with pytest.raises(ConfigError, match=r"DeepSpeedZeroOptimizer keeps .* Use ZeRO stage 3"):
+    with pytest.raises(ConfigError, match=r"BF16_Optimizer keeps .* Use ZeRO stage 1, 2 or 3"):
         Gate(prior).attach(model, stage)
 
 
@@ -54,6 +55,33 @@ def test_fsdp1_is_refused_by_name() -> None:
     prior = ImportancePrior({n: torch.ones(p.shape) for n, p in model.named_parameters()})
     with pytest.raises(ConfigError, match=r"wrapped in FSDP1 .* Use FSDP2"):
         Gate(prior).attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize("kind", [Zero2, Zero3])
+def test_a_weight_that_two_hold_stays_held_when_one_lets_go(
+    kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", MODULE)
+    model = network(torch.float32)
+    prior = ImportancePrior({n: torch.ones(p.shape) for n, p in model.named_parameters()})
+    zero = kind(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    before = weights(model)
+    first, second = (Gate(prior).attach(model, zero) for _ in range(2))
+    first.remove()
+    backward(model)
+    zero.step()
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+    second.remove()
+    zero.step()
+    assert not any(torch.equal(before[n], p) for n, p in model.named_parameters())
+
+
+def test_what_some_processes_alone_share_is_refused_by_name() -> None:
+    model = network()
+    zero = Zero2(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    zero.partition_count = [2]
+    with pytest.raises(ConfigError, match=r"over \[2\] processes, not over all 1"):
+        unwrap(zero)
 
 
 @pytest.mark.parametrize("option", ["swap_optimizer", "zenflow"])

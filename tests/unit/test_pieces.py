@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +18,19 @@ from holdfast.pieces import Piece
 SHAPES = st.lists(st.integers(1, 7), min_size=1, max_size=3)
 
 
-@given(shape=SHAPES, size=st.integers(1, 9))
-def test_each_value_is_in_one_piece_and_each_row_has_one_owner(shape: list[int], size: int) -> None:
-    pieces = [Piece.of(shape, rank, size) for rank in range(size)]
+@st.composite
+def cuts(draw: Any) -> tuple[list[int], list[Piece]]:
+    """A shape and its pieces: equal ones (ZeRO-3), or cut anywhere, some of them empty (ZeRO-1, ZeRO-2)."""
+    shape, size = draw(SHAPES), draw(st.integers(1, 9))
+    if draw(st.booleans()):
+        return shape, [Piece.of(shape, rank, size) for rank in range(size)]
+    places = sorted(draw(st.lists(st.integers(-20, 400), min_size=size - 1, max_size=size - 1)))
+    return shape, [Piece.between(shape, *ends) for ends in pairwise([-20, *places, 400])]
+
+
+@given(cuts())
+def test_each_value_is_in_one_piece_and_each_row_has_one_owner(cut: tuple[list[int], list[Piece]]) -> None:
+    shape, pieces = cut
     values = [value for piece in pieces for value in range(piece.start, piece.end)]
     assert values == list(range(math.prod(shape)))
     rows = [row for piece in pieces for row in range(*piece.rows)]
@@ -29,19 +41,19 @@ def test_each_value_is_in_one_piece_and_each_row_has_one_owner(shape: list[int],
     assert sum(piece.head for piece in pieces) == sum(piece.lacking for piece in pieces)
 
 
-@given(shape=SHAPES, size=st.integers(1, 9), seed=st.integers(0, 99))
+@given(cuts(), st.integers(0, 99))
 def test_rows_are_whole_on_their_owner_and_go_back_where_they_came_from(
-    shape: list[int], size: int, seed: int
+    cut: tuple[list[int], list[Piece]], seed: int
 ) -> None:
+    shape, pieces = cut
     whole = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    length = -(-whole.numel() // size)
-    flat = torch.cat([whole.flatten(), torch.zeros(length * size - whole.numel())]).view(size, length)
+    flat = [torch.cat([whole.flatten()[p.start : p.end], torch.zeros(seed % 3)]) for p in pieces]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(world, "_size", size)
+        patch.setattr(world, "_size", len(pieces))
         parts = []
-        for rank in range(size):
+        for rank in range(len(pieces)):
             patch.setattr(world, "_rank", rank)
-            parts.append(Part(whole.shape, lambda rank=rank: flat[rank]))
+            parts.append(Part(whole.shape, pieces, lambda rank=rank: flat[rank]))
         heads = torch.stack([part.head(part.weight) for part in parts])
         for rank, part in enumerate(parts):
             patch.setattr(world, "_rank", rank)
@@ -53,4 +65,5 @@ def test_rows_are_whole_on_their_owner_and_go_back_where_they_came_from(
         for rank, part in enumerate(parts):
             patch.setattr(world, "_rank", rank)
             part.empty(part.rows, part.weight, tails)
-    assert torch.equal(flat.flatten()[: whole.numel()].view(shape), 2 * whole)
+    given_back = torch.cat([values[: piece.length] for values, piece in zip(flat, pieces, strict=True)])
+    assert torch.equal(given_back.view(shape), 2 * whole)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import signal
 import subprocess
@@ -90,7 +91,7 @@ def test_a_command_of_one_process_refuses_a_launcher(monkeypatch: pytest.MonkeyP
     [
         ({"ACCELERATE_USE_FSDP": "true"}, "FSDP1"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "ZeRO stage unknown"),
-        ({"ACCELERATE_USE_DEEPSPEED": "1", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, "ZeRO stage 1"),
+        ({"ACCELERATE_USE_DEEPSPEED": "1", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, "ZeRO stage 0"),
     ],
 )
 def test_an_engine_that_no_hold_reaches_is_refused_by_name(
@@ -98,17 +99,18 @@ def test_an_engine_that_no_hold_reaches_is_refused_by_name(
 ) -> None:
     for variable, value in launched.items():
         monkeypatch.setenv(variable, value)
-    with pytest.raises(ConfigError, match=f"{named}.*Allowed: DDP, FSDP2 and ZeRO stage 3"):
+    with pytest.raises(ConfigError, match=f"{named}.*Allowed: DDP, FSDP2 and ZeRO stages 1 to 3"):
         world.engine()
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_stage_of_zero_is_read_from_a_file_of_deepspeeds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 3}}')
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "ds.json"))
-    assert world.engine() == "ZeRO-3"
+    assert world.engine() == f"ZeRO-{stage}"
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ class Chunk:
 def unwrap(optimizer: Any) -> Optimizer:
     """The torch optimizer inside a wrapper without step hooks of its own, such as accelerate's.
 
-    Of ZeRO-3's optimizer `holdfast.hold.zero.Steps`.
+    Of ZeRO's optimizer `holdfast.hold.zero.Steps`.
     """
     while not hasattr(optimizer, "_optimizer_step_pre_hooks") and hasattr(optimizer, "optimizer"):
         optimizer = steps_of(optimizer) or optimizer.optimizer
@@ -135,7 +135,7 @@ def bind(prior: ImportancePrior, model: nn.Module, optimizer: Any) -> tuple[Opti
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         raise ConfigError(
             "attach: the model is wrapped in FSDP1 (FullyShardedDataParallel), whose flat weights no hold "
-            "knows. Use FSDP2 (fsdp_version: 2, configs/accelerate/fsdp2.yaml), ZeRO stage 3 or DDP."
+            "knows. Use FSDP2 (fsdp_version: 2, configs/accelerate/fsdp2.yaml), ZeRO or DDP."
         )
     stay_differentiable(model)
     prior.check_fits(model)
@@ -155,16 +155,21 @@ def bind(prior: ImportancePrior, model: nn.Module, optimizer: Any) -> tuple[Opti
             "Make the optimizer from this model's parameters, and unfreeze what should be trained."
         )
     if prior.kind == "inputs":
-        _require_whole_inputs(bound, input_dims(model))
+        _require_whole_inputs(bound, inner, input_dims(model))
     return inner, chunks_of(bound, inner)
 
 
-def _require_whole_inputs(bound: Sequence[Bound], dims: Mapping[str, int]) -> None:
+def _require_whole_inputs(bound: Sequence[Bound], optimizer: Optimizer, dims: Mapping[str, int]) -> None:
     """A change is multiplied by a basis of inputs, so each process must have whole rows of it."""
-    cut = [b.name for b in bound if world.is_sharded_along(b.parameter, dims[b.name])]
+    by_rows = isinstance(optimizer, Steps)
+    cut = [
+        b.name
+        for b in bound
+        if (by_rows and dims[b.name] == 0) or world.is_sharded_along(b.parameter, dims[b.name])
+    ]
     if cut:
         raise ConfigError(
-            f"attach: '{cut[0]}' is sharded along its inputs (a Conv1D under FSDP2 or ZeRO-3), and a hold on "
+            f"attach: '{cut[0]}' is sharded along its inputs (a Conv1D under FSDP2 or ZeRO), and a hold on "
             "inputs needs whole rows in each process. Use a prior by weight there (importance: fisher), or "
             "DDP."
         )

@@ -13,6 +13,7 @@ from holdfast import world
 from holdfast.errors import ConfigError, PriorMismatchError
 from holdfast.hold.attach import Chunk, groups_of, unwrap
 from holdfast.hold.operator import Rate
+from holdfast.hold.zero import Steps
 from holdfast.importance.prior import parameters_by_name
 
 _NEW = 1e-4  # the share of a vector that must be left beside the others; less is rounding error in float32
@@ -108,10 +109,10 @@ class Directions:
         trained = {n: p for n, p in parameters_by_name(model).items() if id(p) in held and p.requires_grad}
         weights = {name: trained[name] for name in self.directions if name in trained}
         _check_fits(self.directions, weights, "what the optimizer trains")
-        if any(world.is_sharded(weight) for weight in weights.values()):
+        if isinstance(inner, Steps) or any(map(world.is_sharded, weights.values())):
             raise ConfigError(
-                "directions: a direction goes through all weights together, and these are sharded (FSDP2). "
-                "Use one process or DDP, or a hold by weight or by inputs."
+                "directions: a direction goes through all weights together, and these are stepped in parts "
+                "(FSDP2, ZeRO). Use one process or DDP, or a hold by weight or by inputs."
             )
         return inner, [Chunk(0, list(self.directions), [weights[name] for name in self.directions])]
 

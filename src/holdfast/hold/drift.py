@@ -84,7 +84,7 @@ def drift(prior: ImportancePrior, model: nn.Module, reference: Mapping[str, Tens
         change = now.double() - before.to(now.device)
         moved[name] = energy(outputs_first(change, dims[name]), c)
         whole[name] = energy(outputs_first(before.to(change.device), dims[name]), c)
-    return relative(moved, whole, any(world.is_sharded(named[name]) for name in moved))
+    return relative(moved, whole, any(world.is_stepped_in_parts(named[name]) for name in moved))
 
 
 def relative(moved: Mapping[str, float], whole: Mapping[str, float], sharded: bool = False) -> Drift:

@@ -1,17 +1,16 @@
-"""DeepSpeed's ZeRO-3 as an optimizer of whole rows, which mechanisms work on as on any other's weights.
+"""DeepSpeed's ZeRO as an optimizer of whole rows, which mechanisms work on as on any other's weights.
 
-ZeRO-3 cuts each weight into flat pieces of equal size, one a process, wherever in a row that is; it keeps
-them in one long float32 tensor a sub-group, and steps one sub-group after another. A mechanism needs whole
-rows (a change is multiplied by a basis of inputs) and all weights at once. So each process works on the rows
-that begin in its piece; what is missing of the last one comes from the processes after it. Where pieces end
-with rows, as in models of the usual sizes, nothing is sent.
-
-The only file that knows DeepSpeed's optimizer.
+ZeRO has flat pieces of weights, cut wherever in a row that is (`holdfast.hold.stages`), and steps one tensor
+of them after another. A mechanism needs whole rows (a change is multiplied by a basis of inputs) and all
+weights at once. So each process works on the rows that begin in its piece; what is missing of the last one
+comes from the processes after it. Where pieces end with rows, as ZeRO-3's do in models of the usual sizes,
+nothing is sent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from holdfast import world
-from holdfast.errors import ConfigError
+from holdfast.hold.stages import stage_of
 from holdfast.pieces import Piece
 
 _STEPS = "_holdfast_steps"  # on ZeRO's optimizer: the one `Steps` that all who attach share
@@ -34,25 +33,19 @@ class Part:
         (own rows, ...), in the precision in which ZeRO steps; ``rows.grad`` has the gradient.
     """
 
-    def __init__(self, shape: torch.Size, place: Callable[[], Tensor]) -> None:
+    def __init__(self, shape: torch.Size, pieces: Sequence[Piece], place: Callable[[], Tensor]) -> None:
         self._place = place  # this process's piece in ZeRO's flat tensor, padding included
-        self._pieces = [Piece.of(shape, rank, world.size()) for rank in range(world.size())]
-        self._own = self._pieces[world.rank()]
+        self._pieces = pieces
+        self._own = pieces[world.rank()]
         first, behind = self._own.rows
         flat = place()
-        if len(flat) * world.size() - shape.numel() not in range(world.size()):
-            raise ConfigError(
-                f"attach: DeepSpeed cuts a weight of shape {tuple(shape)} into pieces of {len(flat)} values, "
-                f"which are not {world.size()} equal ones. Leave out what splits weights otherwise (MiCS, "
-                "sequence or tensor parallelism)."
-            )
         self.rows = torch.zeros(behind - first, *shape[1:], device=flat.device, dtype=flat.dtype)
         self.sent = self._own.row if any(piece.lacking for piece in self._pieces) else 0
 
     @property
     def weight(self) -> Tensor:
         """This process's values of the weight, in ZeRO's memory."""
-        return self._place()[: self._own.end - self._own.start]
+        return self._place()[: self._own.length]
 
     def head(self, values: Tensor) -> Tensor:
         """(sent,): what the process before needs of a piece's values, and room."""
@@ -91,7 +84,7 @@ class Part:
 
 
 class Steps(Optimizer):
-    """All of ZeRO-3's sub-groups as one torch optimizer, whose `step` is theirs, one after another.
+    """All that ZeRO steps one after another as one torch optimizer, whose `step` is theirs.
 
     Its parameter groups hold the model's parameters and, from before each step, what DeepSpeed's own
     optimizer has beside them (``lr``). Hooks on its step find the rows of `part` filled, with their
@@ -99,32 +92,27 @@ class Steps(Optimizer):
 
     Parameters
     ----------
-    zero : DeepSpeedZeroOptimizer_Stage3
+    zero : DeepSpeedZeroOptimizer or DeepSpeedZeroOptimizer_Stage3
 
     Raises
     ------
     ConfigError
-        Optimizer or parameters live on NVMe, or ZenFlow steps beside the training.
+        See `holdfast.hold.stages.stage_of`.
     """
 
     def __init__(self, zero: Any) -> None:
-        for option, where in (("swap_optimizer", "offload_optimizer: nvme"), ("zenflow", "zenflow")):
-            if getattr(zero, option, False):
-                raise ConfigError(
-                    f"attach: DeepSpeed's '{where}' steps where no hold reaches. Use offload_optimizer: cpu, "
-                    "or none."
-                )
+        self._stage = stage_of(zero)
         self._zero = zero
         groups: list[dict[str, Any]] = [
             {**_beside(group), "params": []} for group in zero.optimizer.param_groups
         ]
-        self._at: dict[int, tuple[int, int, int]] = {}  # of a parameter: sub-group, offset, length
-        for sub_group, parameters in enumerate(zero.fp16_groups):
-            groups[zero.sub_group_to_group_id[sub_group]]["params"] += parameters
-            for parameter in parameters:
-                self._at[id(parameter)] = zero.grad_position[zero.get_param_id(parameter)]
+        self._at = {}
+        for group, parameter, at in self._stage.members():
+            groups[group]["params"].append(parameter)
+            self._at[id(parameter)] = at
         super().__init__(groups, dict(zero.optimizer.defaults))
         self._parts: dict[int, Part] = {}
+        self._holders: Counter[int] = Counter()  # of each part: who holds, and has not let go yet
         self._ready: list[tuple[int, Tensor | None]] = []
         self._step_one = zero._optimizer_step
         zero._optimizer_step = self._collect
@@ -133,17 +121,24 @@ class Steps(Optimizer):
         """The rows of a parameter that this process works on; all processes must ask for the same."""
         part = self._parts.get(id(parameter))
         if part is None:
-            sub_group, offset, length = self._at[id(parameter)]
-            flat = self._zero.fp32_partitioned_groups_flat
-            part = Part(world.shape(parameter), lambda: flat[sub_group].detach().narrow(0, offset, length))
+            number, offset, length = at = self._at[id(parameter)]
+            pieces, flats = self._stage.pieces(parameter, at), self._stage.flats
+            part = Part(
+                world.shape(parameter), pieces, lambda: flats[number].detach().narrow(0, offset, length)
+            )
             self._take([(part, part.rows, part.weight)])
             self._parts[id(parameter)] = part
+            world.cut_up(parameter, pieces)
+        self._holders[id(parameter)] += 1
         return part.rows
 
     def release(self, parameters: Iterable[Tensor]) -> None:
         """Free the rows of parameters that nobody holds any more."""
         for parameter in parameters:
-            self._parts.pop(id(parameter), None)
+            self._holders[id(parameter)] -= 1
+            if not self._holders[id(parameter)]:
+                del self._parts[id(parameter)]
+                world.cut_up(parameter, None)
 
     def follow(self) -> None:
         """Take over what DeepSpeed's own groups say of rates."""
@@ -155,11 +150,11 @@ class Steps(Optimizer):
         for group, theirs in zip(self.param_groups, self._zero.optimizer.param_groups, strict=True):
             theirs.update({key: value for key, value in group.items() if key.startswith("holdfast_")})
 
-    def _collect(self, sub_group: int) -> None:
-        """In place of ZeRO's step of one sub-group: wait for the last, then step all."""
-        flat = self._zero.fp32_partitioned_groups_flat
-        self._ready.append((sub_group, flat[sub_group].grad))
-        if sub_group < len(flat) - 1:
+    def _collect(self, number: int) -> None:
+        """In place of ZeRO's step of one flat tensor: wait for the last, then step all."""
+        flat = self._stage.flats
+        self._ready.append((number, flat[number].grad))
+        if number < len(flat) - 1:
             return
         freed = [number for number, _ in self._ready if flat[number].grad is None]
         for number, gradient in self._ready:
@@ -171,8 +166,8 @@ class Steps(Optimizer):
         self.step()
         self._give(self._weights())
         self._keep_in_checkpoints()
-        for number, _ in self._ready[:-1]:  # ZeRO has gone past these, with the weights before the step
-            self._zero._reassign_or_swap_out_partitioned_parameters(number)
+        for number, _ in self._ready[:-1]:
+            self._stage.publish(number)
         for number in freed:
             flat[number].grad = None
         self._ready.clear()
@@ -191,11 +186,11 @@ class Steps(Optimizer):
 
     def _gradients(self) -> list[tuple[Part, Tensor, Tensor]]:
         found = []
-        flat = self._zero.fp32_partitioned_groups_flat
         for key, part in self._parts.items():
-            sub_group, offset, _ = self._at[key]
-            gradient, rows = flat[sub_group].grad, part.rows.grad
+            number, offset, _ = self._at[key]
+            gradient, rows = self._stage.flats[number].grad, part.rows.grad
             assert rows is not None
+            assert gradient is not None
             found.append((part, rows, gradient.narrow(0, offset, part.weight.numel())))
         return found
 
@@ -228,7 +223,7 @@ def _exchanged(sent: list[Tensor]) -> list[Tensor | None]:
 
 
 def master(parameter: nn.Parameter) -> Tensor:
-    """A whole weight in the precision in which ZeRO-3 steps it; all processes must ask."""
+    """A whole weight in the precision in which ZeRO steps it; all processes must ask."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     found = safe_get_full_fp32_param(parameter)
@@ -236,22 +231,16 @@ def master(parameter: nn.Parameter) -> Tensor:
 
 
 def steps_of(optimizer: Any) -> Steps | None:
-    """The steps of ZeRO-3's optimizer, always the same object; None of what is no optimizer of DeepSpeed's.
+    """The steps of ZeRO's optimizer, always the same object; None of what is no optimizer of DeepSpeed's.
 
     Raises
     ------
     ConfigError
-        It is another optimizer of DeepSpeed's (stages 1 and 2).
+        It is one of DeepSpeed's that no hold reaches.
     """
-    if not type(optimizer).__module__.startswith("deepspeed."):
-        return None
-    if not hasattr(optimizer, "fp32_partitioned_groups_flat"):
-        if isinstance(optimizer, Optimizer):  # FusedAdam and its like, without ZeRO
-            return None
-        raise ConfigError(
-            f"attach: DeepSpeed's {type(optimizer).__name__} keeps the weights that it steps where no hold "
-            "reaches. Use ZeRO stage 3 (configs/accelerate/zero3.yaml), FSDP2 or DDP."
-        )
+    if not type(optimizer).__module__.startswith("deepspeed.") or isinstance(optimizer, Optimizer):
+        return None  # FusedAdam and its like, without ZeRO, are torch optimizers
+    world.start()  # a script's own processes
     found: Steps | None = getattr(optimizer, _STEPS, None)
     if found is None:
         found = Steps(optimizer)

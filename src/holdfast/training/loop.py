@@ -108,7 +108,7 @@ def train(
         Of several processes (`holdfast.world`) each takes its part of every batch: ``batch_size`` is that of
         all together, and the weights are those that one process ends with, up to rounding. A last batch of
         fewer rows than processes is seen whole by each; with gradient accumulation it then weighs more.
-        Under FSDP2 and ZeRO-3 a copy is cut up and trained (`holdfast.training.parts`).
+        Under FSDP2 and ZeRO a copy is cut up and trained (`holdfast.training.parts`).
     base : Base, optional
         What ``loss: kl_to_base`` stays close to.
     beside : Beside, optional
@@ -217,7 +217,7 @@ def _run(trainer: Any, checkpoint: Path | None, steps: Steps) -> None:
     state, record = json.loads((checkpoint / "trainer_state.json").read_text()), steps.record
     record.loss, record.learning_rate, record.moved = _history(state["log_history"])
     if state["global_step"] < state["max_steps"]:
-        if world.engine() == "ZeRO-3":  # DeepSpeed loads its own and asks nobody
+        if world.by_deepspeed():  # DeepSpeed loads its own and asks nobody
             trainer.take_gathered(checkpoint)
         trainer.train(resume_from_checkpoint=str(checkpoint))
         return

@@ -1,4 +1,4 @@
-"""Training where each process has a part of each weight alone (FSDP2, ZeRO-3), between whole models.
+"""Training where each process steps a part of each weight alone (FSDP2, ZeRO), between whole models.
 
 What an engine does to a model can't be undone. So it is done to a copy, which gives its weights back: rating,
 answering and writing see whole models, and files are those of any number of processes.
@@ -56,7 +56,7 @@ def _whole(trained: Any) -> Iterator[tuple[str, Tensor]]:
     """Name and whole value of each trained weight, in the precision in which it was stepped."""
     for name, parameter in unwrapped(trained).named_parameters():
         if parameter.requires_grad:
-            yield name, master(parameter) if world.in_pieces(parameter) else world.whole(parameter).detach()
+            yield name, master(parameter) if world.by_deepspeed() else world.whole(parameter).detach()
 
 
 def _forget_engine() -> None:
@@ -78,7 +78,7 @@ def require_engine(trainer: Any) -> None:
     """
     asked, found = world.engine(), trainer.accelerator
     got = (str(found.distributed_type.value), found.num_processes)
-    wanted = {"FSDP2": "FSDP", "ZeRO-3": "DEEPSPEED", None: got[0]}[asked]
+    wanted = {"FSDP2": "FSDP", None: got[0]}.get(asked, "DEEPSPEED")
     if asked is not None and got != (wanted, world.size()):
         raise ConfigError(
             f"training: the launcher chose {asked} on {world.size()} processes, and accelerate made {got[0]} "
