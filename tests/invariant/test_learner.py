@@ -20,7 +20,7 @@ from holdfast.learner.skills import read_skills
 from holdfast.models import ModelOptions, load_model
 from holdfast.runner import RunConfig, run
 from holdfast.strategies import STRATEGIES, build_strategy
-from holdfast.tasks import build_stream, toy_tokenizer
+from holdfast.tasks import Encoder, build_stream, toy_tokenizer
 from holdfast.tasks.task import Example
 from holdfast.training.verbs import model_inputs
 from learning_data import mostly_slow, near, rows_of, same, weights_in
@@ -482,3 +482,13 @@ def test_export_is_a_plain_folder_that_answers_as_the_learner_or_is_refused(
         plain = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         assert torch.allclose(plain.eval()(**inputs).logits[0, -1], expected, atol=1e-5)
+
+
+def test_a_month_encodes_each_row_once_and_keeps_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Example] = []
+    own = Encoder.__call__
+    monkeypatch.setattr(Encoder, "__call__", lambda self, row: seen.append(row) or own(self, row))
+    with learner_of(quick("attribution")) as learner:
+        learn(learner, "may")
+        assert len(seen) == len({id(row) for row in seen}) == 24 + 4
+        assert not learner.encoder._known

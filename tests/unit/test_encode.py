@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -54,6 +56,29 @@ def test_frame_prompt_and_answer_are_put_together_as_the_template_says():
     assert row.prompt_ids[0] == TOKENIZER.bos_token_id
     assert row.completion_ids[-1] == TOKENIZER.eos_token_id
     assert row.cut == row.completion_cut == 0
+
+
+def test_a_row_is_encoded_once_until_it_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    encode, calls = encoder(), []
+    own = Encoder.__call__
+    monkeypatch.setattr(Encoder, "__call__", lambda self, example: calls.append(1) or own(self, example))
+    rows = [Example("ab", "c"), Example("ab", "c"), Example("b", "c")]
+    first = encode.many(rows)
+    assert encode.many([*reversed(rows), Example("b", "c")]) == [*reversed(first), first[2]]
+    assert len(calls) == 4, "another example that is equal is another one"
+    encode.forget()
+    assert encode.many(rows) == first
+    assert len(calls) == 7
+
+
+def test_tokens_take_four_bytes_each_and_can_not_be_changed_by_who_looks_at_them() -> None:
+    long = Encoded(range(1000), [])
+    assert sum(sys.getsizeof(part) for part in long._values()[:2]) < 4500
+    long.prompt_ids.append(7)
+    assert long.prompt_ids == list(range(1000))
+    assert long == Encoded(range(1000), [])
+    assert hash(long) == hash(Encoded(range(1000), []))
+    assert long != Encoded(range(1000), [], cut=1)
 
 
 def test_without_strip_the_prompt_is_taken_to_the_letter():

@@ -32,19 +32,27 @@ class Audit:
     remarks: list[str] = field(default_factory=list)
 
 
-def audit(task: Task, encoder: Encoder, model: nn.Module, options: EvaluationOptions) -> Audit:
+def audit(
+    task: Task,
+    encoder: Encoder,
+    model: nn.Module,
+    options: EvaluationOptions,
+    progress: Callable[[int], None] | None = None,
+) -> Audit:
     """Encode all of a task and see what is cut, what can't be answered, and what doesn't fit.
 
     Parameters
     ----------
     model : nn.Module
         Of which only the configuration is looked at.
+    progress : callable, optional
+        Told now and then how many rows of a part are encoded.
     """
     found = Audit()
     rows: list[Encoded] = []
     for part in (task.train, task.test):
         try:
-            rows += encoder.many(part)
+            rows += encoder.many(part, progress)
         except HoldfastError as error:
             found.problems.append(f"{task.name}: {error}")
     if found.problems or not rows or not task.test:

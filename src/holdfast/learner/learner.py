@@ -470,6 +470,7 @@ class Learner:
             metrics.write(folder / "metrics.json")
             self._save_state(folder)
         self._broken = ""
+        self.encoder.forget()
         self.learned.append(stage.name)
         thin(self.folder, STAGES, self.config.keep)
 

@@ -79,7 +79,8 @@ class Learning:
     @cached_property
     def rows(self) -> list[Encoded]:
         """`examples` as token ids."""
-        return self.context.encoder.many(self.examples)
+        with self.context.progress.bar(f"read {self.stage.name}", total=len(self.examples)) as bar:
+            return self.context.encoder.many(self.examples, bar)
 
     @property
     def numbered(self) -> Rows:

@@ -143,6 +143,7 @@ def _check_tasks(
         if task.read_as:
             findings.remarks.append(f"{task.name}: read as {task.read_as}.")
         found = audit(task, encoder, model, config.evaluation)
+        encoder.forget()
         findings.problems += found.problems
         findings.remarks += found.remarks
 

@@ -257,7 +257,8 @@ def _usual_rate(config: LearnerConfig, model: Any) -> float:
 def _audit(learner: Learner, task: Task, progress: Progress) -> None:
     """Say what is cut, and refuse what can't be answered or doesn't fit."""
     learner.config.training.check_installed()
-    found = audit(task, learner.encoder, learner.model, learner.config.evaluation)
+    with progress.bar(f"read {task.name}", total=len(task.train)) as bar:
+        found = audit(task, learner.encoder, learner.model, learner.config.evaluation, bar)
     for remark in found.remarks:
         progress.say(remark)
     if found.problems:

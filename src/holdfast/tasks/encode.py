@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # the label that transformers' losses leave out
+_SHOWN = 256  # rows from one look at the progress to the next
 
 
 class Template(Options):
@@ -75,24 +76,49 @@ class Template(Options):
         return self
 
 
-@dataclass(frozen=True, slots=True)
 class Encoded:
-    """One example as token ids.
+    """One example as token ids, kept in four bytes each.
 
-    Attributes
+    Parameters
     ----------
-    prompt_ids, completion_ids : list of int
-        The tokens of the framed prompt and of the framed answer (with its end token).
+    prompt_ids, completion_ids : iterable of int
+        The tokens of the framed prompt and of the framed answer (with its end token); as attributes new
+        lists at each look.
     cut : int
         Tokens cut from the prompt.
     completion_cut : int
         Tokens cut from the answer.
     """
 
-    prompt_ids: list[int]
-    completion_ids: list[int]
-    cut: int = 0
-    completion_cut: int = 0
+    __slots__ = ("_completion", "_prompt", "completion_cut", "cut")
+
+    def __init__(
+        self, prompt_ids: Iterable[int], completion_ids: Iterable[int], cut: int = 0, completion_cut: int = 0
+    ) -> None:
+        self._prompt, self._completion = array("i", prompt_ids), array("i", completion_ids)
+        self.cut, self.completion_cut = cut, completion_cut
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """Tokens of the framed prompt."""
+        return self._prompt.tolist()
+
+    @property
+    def completion_ids(self) -> list[int]:
+        """Tokens of the framed answer, with its end token."""
+        return self._completion.tolist()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Encoded) and self._values() == other._values()
+
+    def __hash__(self) -> int:
+        return hash((self._prompt.tobytes(), self._completion.tobytes()))
+
+    def __repr__(self) -> str:
+        return f"Encoded({self.prompt_ids}, {self.completion_ids}, {self.cut}, {self.completion_cut})"
+
+    def _values(self) -> tuple[Any, ...]:
+        return self._prompt, self._completion, self.cut, self.completion_cut
 
 
 def first_token(rows: Iterable[Encoded]) -> int | None:
@@ -124,6 +150,7 @@ class Encoder:
         self.encoder_decoder = encoder_decoder
         self.text = UserText(tokenizer)
         self._chats = ChatFrame(tokenizer, self.text)
+        self._known: dict[int, tuple[Example, Encoded]] = {}  # by identity, which the example's life keeps
         if template.chat and not getattr(tokenizer, "chat_template", None):
             raise DataError(
                 "template.chat: the tokenizer has no chat template. Leave `chat` out and frame prompts with "
@@ -206,15 +233,32 @@ class Encoder:
             after = self._chats.end_ids() or after
         return [*before, *ids[:limit], *(after if ended else ())], max(0, len(ids) - limit)
 
-    def many(self, examples: Sequence[Example]) -> list[Encoded]:
-        """Encode examples in order; an error names the row, counted from 1."""
+    def many(
+        self, examples: Sequence[Example], progress: Callable[[int], None] | None = None
+    ) -> list[Encoded]:
+        """Encode examples in order, each once until `forget`; an error names the row, counted from 1.
+
+        Parameters
+        ----------
+        progress : callable, optional
+            Told now and then how many are done.
+        """
         rows = []
         for number, example in enumerate(examples, start=1):
-            try:
-                rows.append(self(example))
-            except DataError as error:
-                raise DataError(f"row {number}: {error}") from error
+            known = self._known.get(id(example))
+            if known is None:
+                try:
+                    known = self._known[id(example)] = example, self(example)
+                except DataError as error:
+                    raise DataError(f"row {number}: {error}") from error
+            rows.append(known[1])
+            if progress is not None and number % _SHOWN == 0:
+                progress(number)
         return rows
+
+    def forget(self) -> None:
+        """Let go of the rows that are kept against being encoded again."""
+        self._known.clear()
 
     def frame(self, prompt: str | Sequence[Message]) -> tuple[list[int], list[int]]:
         """The tokens around the text of a prompt, before it and behind it.
