@@ -1,10 +1,11 @@
-"""The command line: demo, learn, skills, harness, run, compare, attribute, prior, report, check, list."""
+"""The command line: demo, learn, skills, ask, harness, run, compare, check, attribute, report, list."""
 
 from __future__ import annotations
 
 import errno
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -34,6 +35,7 @@ app = typer.Typer(
   holdfast learn may.jsonl  --skills skills --model MODEL
   holdfast learn june.jsonl --skills skills
   holdfast skills skills
+  holdfast ask    skills "What is due on June 1?"
 
 [bold]Check, run, compare[/bold]:
 
@@ -308,6 +310,84 @@ def skills_command(
             Console().print(shown)
             if known.harness:
                 Console().print(harness_table(known.harness))
+
+
+@app.command("ask")
+def ask_command(
+    folder: Annotated[Path, typer.Argument(metavar="SKILLS|RUN", help="folder of skills, or of a run")],
+    questions: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="QUESTION", help="without any they are read line by line"),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="a file of questions, in any form that `holdfast learn` takes")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="with --data: JSONL file for its rows with answers")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="which task they are of; only strategies that must be told need it")
+    ] = None,
+    after: Annotated[
+        str | None, typer.Option(metavar="TASK", help="ask the model as it was after this task")
+    ] = None,
+    base: Annotated[
+        bool, typer.Option("--base", help="also ask the model as it was before the first task")
+    ] = False,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="length of an answer; default: template.max_completion_tokens")
+    ] = None,
+) -> None:
+    """Ask what a folder holds: questions are framed as its rows were, and nothing is sampled.
+
+    Each question stands alone. A file's rows come back with "generated" in them; killed, the same command
+    goes on.
+
+    Examples:
+
+      holdfast ask skills "What is the capital of France?"
+
+      holdfast ask skills --base "What is the capital of France?"
+
+      holdfast ask skills --data questions.jsonl --out answers.jsonl
+
+      cat questions.txt | holdfast ask skills
+    """
+    with _told("The same command continues."):
+        from holdfast.progress import stoppable
+        from holdfast.runner.ask import ask_file, load_to_ask
+
+        if (data is None) != (out is None) or (data is not None and questions):
+            raise HoldfastError("ask: give questions, or --data FILE with --out FILE.jsonl.")
+        options: dict[str, Any] = {"task": task, "max_new_tokens": max_new_tokens}
+        with Progress(quiet=data is None) as progress, load_to_ask(folder, after, progress) as learner:
+            if data is not None and out is not None:
+                with stoppable():
+                    count = ask_file(learner, data, out, base=base, progress=progress, **options)
+                console.print(f"{count} answers: {out}", highlight=False, markup=False, soft_wrap=True)
+                return
+            for question in questions or _lines():
+                if base:
+                    before = learner.answer([question], max_new_tokens=max_new_tokens, base=True)[0]
+                    print(f"base: {before}")
+                answer = learner.answer([question], **options)[0]
+                print(f"now:  {answer}" if base else answer, flush=True)
+
+
+def _lines() -> Iterator[str]:
+    """Questions from a terminal, until an empty line or its end; or from a pipe, a line each."""
+    if not sys.stdin.isatty():
+        yield from (line.strip() for line in sys.stdin if line.strip())
+        return
+    console.print("A question a line; an empty line ends it.", style="dim")
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            return
+        if not line:
+            return
+        yield line
 
 
 @app.command("harness")

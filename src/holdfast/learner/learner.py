@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from holdfast.adapters import is_adapted, recompress, stay_differentiable
 from holdfast.base import Base, adapter_is_new
 from holdfast.config import validate
 from holdfast.errors import ConfigError, DataError, ModelError, RunDirectoryError
+from holdfast.evaluation.asking import ask
 from holdfast.evaluation.evaluate import EncodedTask, EvaluationOptions, encode_task, evaluate_encoded
 from holdfast.evaluation.general import Divergence
 from holdfast.evaluation.predictions import file_safe, write_predictions
@@ -49,7 +50,7 @@ from holdfast.progress import Progress
 from holdfast.records import StageMetrics
 from holdfast.storage import write_json, write_tensors
 from holdfast.strategies import STRATEGIES, Context, Stage, build_strategy
-from holdfast.tasks import Encoder, as_examples, toy_tokenizer
+from holdfast.tasks import Encoder, as_examples, as_questions, toy_tokenizer
 from holdfast.tasks.memory import MemoryOptions, Rehearsal, WritingOptions
 from holdfast.tasks.opening import opening_of
 from holdfast.tasks.options import subsample
@@ -212,6 +213,7 @@ class Learner:
         tokenizer: Any = None,
         *,
         progress: Progress | None = None,
+        after: int | None = None,
         **sections: Any,
     ) -> Learner:
         """The learner that a folder holds: of ``holdfast learn``, of a script, or of ``holdfast run``.
@@ -221,6 +223,8 @@ class Learner:
         model, tokenizer : optional
             Those that the learner was made with, as they were then; needed only where the folder can't tell
             how to make them (an adapter on a base model that has no folder or hub id).
+        after : int, optional
+            Only to ask the model as it was after so many tasks.
         **sections
             What shall be otherwise from now on: ``training``, ``evaluation``.
 
@@ -238,7 +242,7 @@ class Learner:
         config = recorded_config(path, sections)
         if model is None:
             model, tokenizer = rebuilt(path, config)
-        return cls(model, tokenizer, config, folder=path, progress=progress)
+        return cls(model, tokenizer, config, folder=path, progress=progress, after=after)
 
     def _open(self, folder: str | Path | Folder | None, model: Any, new_adapter: bool) -> Folder:
         if isinstance(folder, Folder):
@@ -531,6 +535,56 @@ class Learner:
             Which task an input is of; only strategies that must be told (`needs_task_identity`) look at it.
         """
         return self.strategy.route(self.model, task if self.strategy.needs_task_identity else None)
+
+    def answer(
+        self,
+        questions: Iterable[object],
+        *,
+        task: str | None = None,
+        max_new_tokens: int | None = None,
+        base: bool = False,
+    ) -> list[str]:
+        """What the model answers as it stands: framed as the rows that it learned, nothing sampled.
+
+        Parameters
+        ----------
+        questions : iterable
+            Texts, lists of chat messages, or rows of a task's form, with or without an answer.
+        task : str, optional
+            Which task they are of; needed where the strategy must be told.
+        max_new_tokens : int, optional
+            At most; by default ``template.max_completion_tokens``.
+        base : bool
+            Ask the model as it was before the first task.
+
+        Raises
+        ------
+        DataError
+            A question is empty or malformed, or there is none.
+        ConfigError
+            The strategy must be told the task; there is no such task; or the base can't be had.
+        """
+        if isinstance(questions, str | Mapping):
+            raise ConfigError("learner.answer: give a list of questions, of one too.")
+        known, told = list(self.learned), self.strategy.needs_task_identity and not base
+        if (task is None and told and known) or (task is not None and task not in known):
+            given = "no task" if task is None else f"the task '{task}'"
+            raise ConfigError(
+                f"answer: got {given}; learned here: {', '.join(known) or 'nothing yet'}."
+                + (f" '{self.config.strategy.name}' must be told which one a question is of." if told else "")
+            )
+        asked = as_questions(questions)
+        whose = self.base.answering(self.model) if base else nullcontext(self.route(task))
+        with self.progress.bar("answer", total=len(asked)) as bar, whose as model:
+            return ask(
+                model,
+                self.tokenizer,
+                self.encoder,
+                asked,
+                batch_size=self.config.evaluation.batch_size,
+                max_new_tokens=max_new_tokens,
+                progress=bar,
+            )
 
     def kl_to_base(self, rows: Iterable[Example | Mapping[str, Any]] | None = None) -> Divergence:
         """How far the model has moved from what it was before the first task: KL(base || now) per token.

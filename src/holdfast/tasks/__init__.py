@@ -6,7 +6,7 @@ from holdfast.tasks.hub import HubSource, HubTask
 from holdfast.tasks.jsonl import JsonlSource
 from holdfast.tasks.load import load_task
 from holdfast.tasks.orders import list_orders, match_task
-from holdfast.tasks.rows import Columns, as_examples
+from holdfast.tasks.rows import Columns, as_examples, as_questions
 from holdfast.tasks.sources import TasksOptions, build_stream, inspect_stream, ordered_names
 from holdfast.tasks.task import Example, Task, TaskStream
 from holdfast.tasks.toy import BASE_TASKS, STREAM_TASKS, TOY_TASKS, ToySource, toy_suite, toy_tokenizer
@@ -29,6 +29,7 @@ __all__ = [
     "Template",
     "ToySource",
     "as_examples",
+    "as_questions",
     "build_stream",
     "collate",
     "collate_prompts",

@@ -177,6 +177,17 @@ class Encoder:
                 f"empty completion (prompt {_start_of(example.prompt)}): there is nothing to learn from it. "
                 "Give the row an answer or leave it out."
             )
+        asked = self.question(example)
+        return Encoded(asked.prompt_ids, completion_ids, asked.cut, completion_cut)
+
+    def question(self, example: Example) -> Encoded:
+        """Encode what an example asks, without an answer.
+
+        Raises
+        ------
+        DataError
+            The prompt has no tokens for a causal model, or the chat template can't frame it.
+        """
         if isinstance(example.prompt, str) and self.template.chat:
             prompt_ids, cut = self._chat(_user_turn(self._stripped(example.prompt)), example.tools)
         elif isinstance(example.prompt, str):
@@ -188,7 +199,7 @@ class Encoder:
                 f"empty prompt (completion {_start_of(example.completion)}): a causal model needs a token to "
                 "answer from. Put {bos} or some text into template.prompt."
             )
-        return Encoded(prompt_ids, completion_ids, cut, completion_cut)
+        return Encoded(prompt_ids, [], cut)
 
     def asks_in_turns(self, prompt: str | Sequence[Message]) -> bool:
         """Whether the tokenizer's chat template frames a prompt."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from holdfast.places import is_local, local_path, near
-from holdfast.tasks.files import FORMATS, rows_of
+from holdfast.tasks.files import FORMATS, read_rows, rows_of
 from holdfast.tasks.jsonl import note_if_empty, read_examples, read_labels
 from holdfast.tasks.problems import Problems, first_line
-from holdfast.tasks.rows import STANDARD, Columns, to_examples
+from holdfast.tasks.rows import STANDARD, Columns, to_examples, to_questions
 from holdfast.tasks.task import Example, Task
 
 if TYPE_CHECKING:
@@ -48,6 +49,26 @@ def load_task(path: str | Path, columns: Columns = STANDARD) -> Task:
         problems.add("data", f"'{path}' can't be read: {error.strerror or error}")
     problems.raise_if_any()
     return task
+
+
+def read_questions(path: Path) -> tuple[list[dict[str, Any]], list[Example]]:
+    """The rows of a file of questions, and what they ask; answers may be there or not.
+
+    Raises
+    ------
+    DataError
+        There is no such file, or it is empty or malformed.
+    """
+    problems, rows = Problems(), []
+    if not path.is_file() or path.suffix.lower() not in FORMATS:
+        what = "none of" if path.is_file() else "no such file; questions are in one of"
+        problems.add(path, f"{what} {', '.join(FORMATS)}{'' if path.exists() else near(path)}")
+    else:
+        rows = read_rows(path, problems)
+    questions = to_questions(rows, problems)
+    note_if_empty(questions, path, problems)
+    problems.raise_if_any()
+    return [dict(row) if isinstance(row, Mapping) else {"prompt": row} for _, row in rows], questions
 
 
 def _wanted() -> str:

@@ -160,6 +160,58 @@ def as_examples(rows: Iterable[Example | Mapping[str, Any]], columns: Columns = 
     return [row if isinstance(row, Example) else next(read) for _, row in numbered]
 
 
+def to_questions(rows: Iterable[tuple[str, object]], problems: Problems) -> list[Example]:
+    """What rows ask, given with their places; an answer may be there or not, and is not looked at.
+
+    A row is a text, a list of chat messages, a mapping in one of the forms of `form_of`, or an example.
+    """
+    found = []
+    for where, row in rows:
+        try:
+            found.append(row if isinstance(row, Example) else _question(row))
+        except RowFault as fault:
+            problems.add_row(where, str(fault))
+    return found
+
+
+def as_questions(rows: Iterable[object]) -> list[Example]:
+    """`to_questions` of anything that yields such rows.
+
+    Raises
+    ------
+    DataError
+        A row is malformed or empty, or there is none; all of them are named.
+    """
+    problems = Problems()
+    found = to_questions(((f"question {number}", row) for number, row in enumerate(rows, start=1)), problems)
+    if not found:
+        problems.add("questions", "there are none")
+    problems.raise_if_any()
+    return found
+
+
+def _question(row: object) -> Example:
+    if isinstance(row, str | list | tuple):
+        row = {"prompt": row}
+    if not isinstance(row, Mapping):
+        raise RowFault(f"a question is a text, chat messages, or an object with them, got {kind_of(row)}")
+    chat = next((name for name in ("messages", "conversations") if name in row), None)
+    prompt: str | tuple[Message, ...]
+    if "prompt" in row or (chat is None and not {"instruction", "text"} & row.keys()):
+        prompt = _prompt(_get(row, "prompt"), "prompt")
+    elif chat is not None:
+        turns = read_messages(row[chat], chat)
+        prompt = _with_system(row, turns[:-1] if turns[-1]["role"] == "assistant" else turns)
+    elif "instruction" in row:
+        prompt = _instruction(row)
+    else:
+        prompt = _text(row["text"], "text")
+    if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+        raise RowFault("an empty question: there is nothing to answer")
+    _refuse_half_characters({"prompt": prompt})
+    return Example(prompt, "", (), _tools(row, prompt))
+
+
 def _example(row: object, columns: Columns, form: Form) -> Example:
     if not isinstance(row, Mapping):
         raise RowFault(
@@ -210,11 +262,14 @@ def _with_system(row: Row, turns: tuple[Message, ...]) -> tuple[Message, ...]:
 
 
 def _alpaca(row: Row) -> tuple[str, str]:
+    return _instruction(row), _completion(_get(row, "output"), "output")
+
+
+def _instruction(row: Row) -> str:
     instruction = _text(_get(row, "instruction"), "instruction")
     given = row.get("input")
     given = "" if given is None else _text(given, "input")
-    prompt = f"{instruction}\n{given}" if given.strip() else instruction
-    return prompt, _completion(_get(row, "output"), "output")
+    return f"{instruction}\n{given}" if given.strip() else instruction
 
 
 def _get(row: Row, column: str) -> Any:

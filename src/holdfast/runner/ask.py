@@ -1,0 +1,109 @@
+"""``holdfast ask``: questions to what a folder holds, one by one or a file of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from holdfast.errors import ConfigError, StorageError
+from holdfast.learner import Learner
+from holdfast.learner.skills import read_skills
+from holdfast.models import onto_gpu
+from holdfast.places import local_path
+from holdfast.progress import Progress
+from holdfast.tasks.load import read_questions
+from holdfast.tasks.task import Example
+
+GENERATED, BY_BASE = "generated", "generated_by_base"  # what is added to a row
+_AT_ONCE = 128  # questions answered, sorted by length, from one write to the next
+
+
+def load_to_ask(folder: Path, after: str | None, progress: Progress) -> Learner:
+    """The learner of a folder, as it stands or as it was after one of its tasks, on a GPU where there is one.
+
+    Raises
+    ------
+    HoldfastError
+        There is no learner, or nothing of that name was learned.
+    """
+    number = None
+    if after is not None:
+        names = [skill.name for skill in read_skills(folder).skills]
+        if after not in names:
+            raise ConfigError(f"--after: nothing was learned as '{after}'; learned: {', '.join(names)}.")
+        number = names.index(after) + 1
+    learner = Learner.load(folder, progress=progress, after=number)
+    onto_gpu(learner.model)
+    return learner
+
+
+def ask_file(
+    learner: Learner, data: Path, out: Path, *, base: bool, progress: Progress, **options: Any
+) -> int:
+    """Answer a file's questions into a JSONL file of its rows with their answers; how many there were.
+
+    Killed, the same call goes on: answers are kept in ``OUT.<digest>.partial`` as they come, the digest of
+    questions, options and weights.
+
+    Parameters
+    ----------
+    base : bool
+        Also ask the model as it was before the first task.
+    **options
+        As of `Learner.answer`.
+
+    Raises
+    ------
+    HoldfastError
+        A question can't be read, or the output is there already.
+    """
+    if out.exists():
+        raise StorageError(f"--out: {out} is there already, and is not written over. Give another name.")
+    rows, questions = read_questions(local_path(data))
+    cut = sum(learner.encoder.question(question).cut > 0 for question in questions)
+    if cut:
+        template = learner.config.template
+        progress.say(
+            f"{data}: {cut} of {len(questions)} questions are longer than template.max_prompt_tokens "
+            f"({template.max_prompt_tokens}), as it was learned; their {template.keep} tokens are kept."
+        )
+    partial = out.with_name(f"{out.name}.{_digest(learner, questions, base, options)}.partial")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    done = _whole_lines(partial)
+    if done:
+        progress.say(f"{partial}: {done} of {len(questions)} are answered already")
+    size = max(_AT_ONCE, learner.config.evaluation.batch_size)
+    with partial.open("a", encoding="utf-8") as file, progress.bar(f"ask {data.name}", len(questions)) as bar:
+        bar(done)
+        for start in range(done, len(questions), size):
+            part = questions[start : start + size]
+            added = [{GENERATED: answer} for answer in learner.answer(part, **options)]
+            if base:
+                asked = {key: value for key, value in options.items() if key != "task"}
+                for row, answer in zip(added, learner.answer(part, base=True, **asked), strict=True):
+                    row[BY_BASE] = answer
+            for row, more in zip(rows[start : start + size], added, strict=True):
+                file.write(json.dumps(row | more, ensure_ascii=False, default=str) + "\n")
+            file.flush()
+            bar(start + len(part))
+    partial.replace(out)
+    return len(questions)
+
+
+def _digest(learner: Learner, questions: list[Example], base: bool, options: dict[str, Any]) -> str:
+    manifests = sorted(learner.folder.path.glob("tasks/*/manifest.json"))[: len(learner.learned)]
+    weights = [hashlib.sha256(manifest.read_bytes()).hexdigest() for manifest in manifests]
+    identity = repr((weights, questions, base, sorted(options.items())))
+    return hashlib.sha256(identity.encode()).hexdigest()[:8]
+
+
+def _whole_lines(partial: Path) -> int:
+    """How many answers a killed call left; half a line at the end is taken off."""
+    if not partial.exists():
+        return 0
+    with partial.open("r+b") as file:
+        written = file.read()
+        file.truncate(written.rfind(b"\n") + 1)
+    return written.count(b"\n")
