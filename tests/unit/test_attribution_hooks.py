@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from types import MethodType
+import sys
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import MixtralConfig
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import holdfast
+from holdfast.attribution import kernels
 from holdfast.attribution.mode import attributable
 from holdfast.models import tiny_llama
 from holdfast.tasks import toy_tokenizer
@@ -122,3 +128,60 @@ def test_an_importance_that_is_zero_everywhere_says_so() -> None:
     options = {"name": "inputs", "correct_only": False}
     with pytest.warns(UserWarning, match=r"'inputs': all 14 tensors came out as zero.*new \(B = 0\)"):
         holdfast.attribute(model, tokenizer, rows, importance=options, progress=False)
+
+
+class _FusedProduct(torch.autograd.Function):
+    """As Liger's, whose derivative gives the relevance of a product twice."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, *_: Any) -> torch.Tensor:
+        return torch.nn.functional.silu(gate.detach()) * up.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        return gradients[0], gradients[0], None, None
+
+
+def test_classes_that_stand_on_ligers_functions_are_rated_as_those_they_replace(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    norm_by = type("LigerRMSNormFunction", (_FusedNorm,), {})
+    product_by = type("LigerSiLUMulFunction", (_FusedProduct,), {})
+    functions = SimpleNamespace(LigerRMSNormFunction=norm_by, LigerSiLUMulFunction=product_by)
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops", functions)  # type: ignore[arg-type]
+    norm = {"forward": lambda self, x: norm_by.apply(x, self.weight, self.variance_epsilon)}
+    mlp = {"forward": lambda self, x: self.down_proj(product_by.apply(self.gate_proj(x), self.up_proj(x)))}
+    tokenizer, found = toy_tokenizer(), []
+    rows = [{"prompt": "ab=", "completion": "a"}, {"prompt": "cde=", "completion": "c"}]
+    for liger in (False, True):
+        model = tiny_llama(tokenizer, hidden=32, layers=2, heads=2)
+        for module in model.modules() if liger else ():  # as apply_liger_kernel_to_llama() lets them be made
+            if type(module) is LlamaRMSNorm:
+                module.__class__ = type("LigerRMSNorm", (LlamaRMSNorm,), norm)
+            elif type(module) is LlamaMLP:
+                module.__class__ = type("LigerSwiGLUMLP", (LlamaMLP,), mlp)
+        options = {"name": "inputs", "correct_only": False}
+        found.append(holdfast.attribute(model, tokenizer, rows, importance=options, progress=False).tensors)
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+    assert "apply" not in vars(norm_by)
+    assert "apply" not in vars(product_by)
+
+
+def test_what_stands_in_for_ligers_functions_computes_what_transformers_does() -> None:
+    x_ND, weight_D = torch.randn(7, 6), torch.randn(6)
+    norms = {"llama": LlamaRMSNorm(6, 1e-5), "gemma": GemmaRMSNorm(6, 1e-5)}
+    for mode, norm in norms.items():
+        norm.weight.data = weight_D
+        shown = kernels._rms_norm(x_ND, weight_D, 1e-5, 1.0 if mode == "gemma" else 0.0, mode)
+        assert torch.equal(shown, norm(x_ND))
+    gate, up = torch.randn(2, 7, 6)
+    assert torch.equal(kernels._gelu_mul(gate, up), torch.nn.functional.gelu(gate, approximate="tanh") * up)
+    assert torch.equal(kernels._silu_mul(gate, up, 2.0, 3.0), torch.nn.functional.silu(2 * gate) * up * 3)
+    config = MixtralConfig(hidden_size=6, intermediate_size=5, num_local_experts=4)
+    config._experts_implementation = "eager"
+    experts = MixtralExperts(config)
+    for parameter in experts.parameters():
+        parameter.data.normal_()
+    chosen_NK, weights_NK = torch.rand(7, 4).topk(2).indices, torch.rand(7, 2)
+    shown = kernels._experts(x_ND, experts.gate_up_proj, experts.down_proj, chosen_NK.int(), weights_NK)
+    assert torch.allclose(shown, experts(x_ND, chosen_NK, weights_NK), atol=1e-6)

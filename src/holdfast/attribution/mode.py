@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 import holdfast.attribution.attention  # noqa: F401  (registers its rules)
 from holdfast.attribution import normaliser
+from holdfast.attribution.kernels import by_operations
 from holdfast.attribution.rules import MADE_OF, RULES, SHADOW, cast, in_place, made_of, whole_module
 from holdfast.attribution.samples import follow
 from holdfast.attribution.trace import Trace, tensors_in, tracked
@@ -170,8 +171,8 @@ def attributable(model: nn.Module, leaves: list[Tensor]) -> Iterator[None]:
     Parameters
     ----------
     model : nn.Module
-        Put into evaluation mode, with all parameters frozen. Compiled parts run as they were written,
-        experts one by one, and attention as torch has it, so that every operation is seen.
+        Put into evaluation mode, with all parameters frozen. It computes by operations that torch shows
+        (`holdfast.attribution.kernels`).
     leaves : list of Tensor
         Each forward pass appends the embeddings' outputs, where relevance ends.
     """
@@ -185,10 +186,7 @@ def attributable(model: nn.Module, leaves: list[Tensor]) -> Iterator[None]:
         return leaf.clone()  # a model may scale it in place
 
     with ExitStack() as stack:
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_by_operations(model))
-        stack.enter_context(_as_written(model))
-        stack.enter_context(_linear_of_torch())
+        stack.enter_context(by_operations(model))
         stack.enter_context(own_forward(model))
         for module in _embeddings(model):
             # first of all hooks: one of PEFT's and TRL's makes the output require a gradient
@@ -204,58 +202,6 @@ def attributable(model: nn.Module, leaves: list[Tensor]) -> Iterator[None]:
                 parameter.requires_grad_(flag)
             for module, mode in modes:
                 module.training = mode
-
-
-@contextmanager
-def _linear_of_torch() -> Iterator[None]:
-    """Let nn.Linear show its operation: DeepSpeed's ZeRO-3 puts a function without one in its place."""
-    found = nn.functional.linear
-    try:
-        nn.functional.linear = torch._C._nn.linear
-        yield
-    finally:
-        nn.functional.linear = found
-
-
-@contextmanager
-def _by_operations(model: Any) -> Iterator[None]:
-    """Let the model compute by operations that torch shows what kernels of others do in one step.
-
-    Each expert of a mixture is a linear map of its own (fused kernels copy the weights), and attention is
-    torch's (flash and flex attention are functions that show nothing of what they do).
-    """
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    attention = "sdpa" if getattr(model, "_supports_sdpa", True) else "eager"
-    shown = {"_experts_implementation": ("eager",), "_attn_implementation": ("eager", "sdpa")}
-    before = [
-        (config, option, chosen)
-        for config in configs.values()
-        for option in shown
-        if (chosen := getattr(config, option, None)) is not None
-    ]
-    try:
-        for config, option, chosen in before:
-            if chosen not in shown[option]:
-                setattr(config, option, attention if option == "_attn_implementation" else "eager")
-        yield
-    finally:
-        for config, option, chosen in before:  # what is set of a whole is set of its parts: these come later
-            setattr(config, option, chosen)
-
-
-@contextmanager
-def _as_written(model: nn.Module) -> Iterator[None]:
-    """Take off the fused kernels that Liger puts into modules (the Trainer's ``use_liger_kernel``)."""
-    fused = [
-        (module, module.__dict__.pop("forward"))
-        for module in model.modules()
-        if getattr(module.__dict__.get("forward"), "__module__", "").startswith("liger_kernel.")
-    ]
-    try:
-        yield
-    finally:
-        for module, forward in fused:
-            module.__dict__["forward"] = forward
 
 
 def _embeddings(model: Any) -> list[nn.Module]:
