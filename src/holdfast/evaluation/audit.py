@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from holdfast.evaluation.evaluate import (
 )
 from holdfast.evaluation.scores import normalise
 from holdfast.models import context_length, is_encoder_decoder
-from holdfast.tasks.encode import Encoded, Encoder
+from holdfast.tasks.encode import Encoded, Encoder, Template
 from holdfast.tasks.task import Example, Task
 
 
@@ -55,14 +55,14 @@ def audit(
             rows += encoder.many(part, progress)
         except HoldfastError as error:
             found.problems.append(f"{task.name}: {error}")
-    if found.problems or not rows or not task.test:
+    if found.problems or not rows:
         return found
     try:
         encoded = encode_task(task, encoder, options)
     except HoldfastError as error:
         found.problems.append(f"{task.name}: {error}")
         return found
-    _cut(task, rows, encoder, found)
+    _cut(task, rows, encoder.template, found)
     _control_tokens(task, encoder, found)
     if task.metric == "options":
         _options(encoded, found)
@@ -77,20 +77,30 @@ def audit(
     return found
 
 
-def _cut(task: Task, rows: list[Encoded], encoder: Encoder, found: Audit) -> None:
-    template = encoder.template
-    cut = [row.cut for row in rows if row.cut]
+def _cut(task: Task, rows: Sequence[Encoded], template: Template, found: Audit) -> None:
+    pairs = list(zip((*task.train, *task.test), rows, strict=True))
+    asked, texts = ([row for example, row in pairs if example.raw == raw] for raw in (False, True))
+    cut = [row.cut for row in asked if row.cut]
     if cut:
         found.remarks.append(
-            f"{task.name}: {len(cut)} of {len(rows)} prompts are longer than template.max_prompt_tokens "
+            f"{task.name}: {len(cut)} of {len(asked)} prompts are longer than template.max_prompt_tokens "
             f"({template.max_prompt_tokens}); their {template.keep} tokens are kept, "
             f"up to {max(cut)} are cut."
         )
-    answers = sum(row.completion_cut > 0 for row in rows)
+    answers = sum(row.completion_cut > 0 for row in asked)
     if answers:
         found.remarks.append(
             f"{task.name}: {answers} completions are longer than template.max_completion_tokens = "
             f"{template.max_completion_tokens} and lose their end."
+        )
+    lost = [row.completion_cut for row in texts if row.completion_cut]
+    if lost:
+        limit = template.max_prompt_tokens + template.max_completion_tokens
+        tokens = sum(lost) + sum(len(row.completion_ids) for row in texts)
+        found.remarks.append(
+            f"{task.name}: {len(lost)} of {len(texts)} texts are longer than template.max_prompt_tokens + "
+            f"template.max_completion_tokens ({limit}); what is behind that, {sum(lost)} of {tokens} tokens, "
+            "is left out. Divide long texts (in a .txt file by an empty line), or raise one of the two."
         )
 
 
@@ -182,7 +192,7 @@ def _context(encoded: EncodedTask, rows: list[Encoded], model: nn.Module, found:
             "template.max_prompt_tokens or template.max_completion_tokens."
         )
         return
-    if not encoded.max_new_tokens:
+    if not encoded.max_new_tokens or not encoded.rows:
         return
     longest_test = max(len(row.prompt_ids) for row in encoded.rows)
     room = room_for_answers(model, longest_test, encoded.max_new_tokens)

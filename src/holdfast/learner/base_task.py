@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from holdfast.errors import ConfigError, DataError, RunDirectoryError
+from holdfast.evaluation.audit import audit
 from holdfast.evaluation.writing import Written, write_rows
 from holdfast.learner.known import write_task
 from holdfast.models import load_weights, save_model
@@ -90,7 +91,7 @@ class BaseTask:
         return replace(stage, index=stage.index + 1, total=total)
 
     def check(self) -> None:
-        """See before anything is trained that the file can be read.
+        """See before anything is trained that the file can be read and learned, and say what is cut of it.
 
         Raises
         ------
@@ -98,7 +99,13 @@ class BaseTask:
             It can't.
         """
         if self.options is not None and self.options.general is not None and self.due:
-            self._given(self.options.general)
+            learner = self.learner
+            task = Task("protect_base.general", self._given(self.options.general), ())
+            found = audit(task, learner.encoder, learner.model, learner.config.evaluation)
+            for remark in found.remarks:
+                learner.progress.say(remark)
+            if found.problems:
+                raise DataError("\n".join(found.problems))
 
     def end(self, total: int | None) -> None:
         """Write the rows, let the strategy end the task, and keep what comes of it.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from holdfast.runner.table import Rows
 from holdfast.strategies import Strategy, build_strategy
 from holdfast.tasks import Encoder, inspect_stream, load_task, toy_tokenizer
 from holdfast.tasks.memory import Rehearsal, WritingOptions, stand_in
-from holdfast.tasks.task import Example, TaskStream
+from holdfast.tasks.task import Example, Task, TaskStream
 from holdfast.training.options import TrainingOptions
 
 
@@ -92,9 +92,12 @@ def check(config: RunConfig, directory: bool = True) -> Findings:
             findings.problems.append(str(error))
     if directory:
         _check_output(config, findings)
+    given: list[Task] = []  # rows of files beside the stream's
     if config.protect_base is not None and config.protect_base.general is not None:
         try:
-            load_task(config.protect_base.general)
+            given.append(
+                replace(load_task(config.protect_base.general), name="protect_base.general", test=())
+            )
         except HoldfastError as error:
             findings.problems.append(f"protect_base.general: {error}")
     strategy, fits = build_strategy(config.strategy), model is not None
@@ -106,7 +109,7 @@ def check(config: RunConfig, directory: bool = True) -> Findings:
             findings.problems.append(str(error))
     if stream is not None and tokenizer is not None:
         try:
-            _check_tasks(config, stream, model, tokenizer, findings)
+            _check_tasks(config, [*stream, *given], model, tokenizer, findings)
         except HoldfastError as error:
             findings.problems.append(str(error))
     if model is not None and config.training.trainer == "sft" and is_encoder_decoder(model):
@@ -136,10 +139,10 @@ def _check_output(config: RunConfig, findings: Findings) -> None:
 
 
 def _check_tasks(
-    config: RunConfig, stream: TaskStream, model: Any, tokenizer: Any, findings: Findings
+    config: RunConfig, tasks: Sequence[Task], model: Any, tokenizer: Any, findings: Findings
 ) -> None:
     encoder = Encoder(tokenizer, config.template, encoder_decoder=is_encoder_decoder(model))
-    for task in stream:
+    for task in tasks:
         if task.read_as:
             findings.remarks.append(f"{task.name}: read as {task.read_as}.")
         found = audit(task, encoder, model, config.evaluation)

@@ -280,6 +280,12 @@ def _task(
         if count:
             train = subsample(loaded.train, len(loaded.train) - count, seed, name, "learn")
             tests = left_out(loaded.train, len(loaded.train) - count, seed, name, "learn")
+            if len(tests) < count:
+                progress.say(
+                    f"{data}: {count - len(tests)} of the {count} rows drawn to be kept aside ask what is "
+                    "trained on too, so they can't tell what was learned: they are left out of both "
+                    "(--test FILE keeps all rows for training)."
+                )
     if not train:
         raise DataError(f"{data}: there are no rows to train on.")
     words = [len(row.completion.split()) for row in train]

@@ -1,0 +1,79 @@
+"""What a user's rows lose on the way is told before training, whatever the rows are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from holdfast.errors import DataError
+from holdfast.evaluation.audit import Audit, audit
+from holdfast.evaluation.evaluate import EvaluationOptions
+from holdfast.progress import Progress
+from holdfast.runner.learn import learn_data
+from holdfast.tasks import Encoder, Example, Task, Template, toy_tokenizer
+from learning_data import SHORT, TOY, rows_of, write_rows
+from tiny_models import tiny_model
+
+
+class Noted(Progress):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.said: list[str] = []
+
+    def say(self, text: str, /, *_: Any, **__: Any) -> None:
+        self.said.append(text)
+
+
+def found_in(
+    train: list[Example], test: list[Example], metric: Any = "exact_match", **template: Any
+) -> Audit:
+    encoder = Encoder(toy_tokenizer(), Template(**template), encoder_decoder=False)
+    return audit(Task("t", train, test, metric), encoder, tiny_model("llama"), EvaluationOptions())
+
+
+def test_what_is_cut_is_told_where_no_row_was_kept_aside() -> None:
+    found = found_in([Example("abcd", "abcdef")], [], max_prompt_tokens=3, max_completion_tokens=2)
+    assert found.remarks == [
+        "t: 1 of 1 prompts are longer than template.max_prompt_tokens (3); their first tokens are kept, "
+        "up to 1 are cut.",
+        "t: 1 completions are longer than template.max_completion_tokens = 2 and lose their end.",
+    ]
+    (problem,) = found_in([Example("a" * 9000, "b")], [], max_prompt_tokens=9000).problems
+    assert "the longest row (prompt and answer) has" in problem
+
+
+def test_of_running_text_the_limit_is_told_that_cuts_it_and_how_much_is_lost() -> None:
+    texts = [Example.text("abcdefgh"), Example.text("ab"), Example("a", "b")]
+    for train, test in ((texts, []), (texts[:1], texts[1:2])):
+        (remark,) = found_in(train, test, "perplexity", max_prompt_tokens=3, max_completion_tokens=2).remarks
+        assert remark.startswith(
+            "t: 1 of 2 texts are longer than template.max_prompt_tokens + template.max_completion_tokens "
+            "(5); what is behind that, 3 of 11 tokens, is left out."
+        )
+
+
+def test_rows_that_are_neither_trained_on_nor_kept_aside_are_told(tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "may.jsonl", [*rows_of("may", 20), *rows_of("may", 20)])
+    progress = Noted()
+    known = learn_data(data, tmp_path / "s", assignments=[*TOY, *SHORT], progress=progress)
+    (skill,) = known.skills
+    lost = 40 - (skill.train_rows or 0) - skill.test_rows
+    assert lost > 0
+    assert any(
+        f"{lost} of the 4 rows drawn to be kept aside ask what is trained on too" in s for s in progress.said
+    )
+
+
+def test_of_the_file_that_the_base_is_held_by_it_is_told_what_is_cut_and_what_does_not_fit(
+    tmp_path: Path,
+) -> None:
+    data, notes = write_rows(tmp_path / "may.jsonl", rows_of("may", 20)), tmp_path / "notes.txt"
+    notes.write_text("abcd " * 1000)
+    progress = Noted()
+    with pytest.raises(DataError, match=r"protect_base\.general: the longest row .* the model takes"):
+        learn_data(data, tmp_path / "s", general=notes, assignments=[*TOY, *SHORT], progress=progress)
+    assert any("protect_base.general: 1 of 1 texts are longer than" in said for said in progress.said)
