@@ -90,10 +90,13 @@ class RunMetrics(Record):
         Name of its strategy.
     tasks : list of str
         In the order in which they are learned.
+    same_as : dict
+        Of tasks that came into the stream before: name to the name that they had the first time.
     matrix : list of list of float or None
         Scores in percent, (T + 1) × T: ``a[j][i]`` on task i after j tasks; row 0 is before any training.
     ap, fwt, bwt, forgetting, learning_accuracy : float or None
-        What `holdfast.evaluation.metrics` makes of the matrix; None where an entry is missing.
+        What `holdfast.evaluation.metrics` makes of the matrix, where a task that comes again counts once;
+        None where an entry is missing.
     seconds : dict
         Of ``train``, ``prior`` and ``evaluate``, of ``general`` and ``harness`` where they were asked for,
         and their sum ``total``.
@@ -118,6 +121,7 @@ class RunMetrics(Record):
     label: str
     strategy: str
     tasks: list[str]
+    same_as: dict[str, str] = {}
     matrix: list[list[Score]]
     ap: Score = None
     fwt: Score = None

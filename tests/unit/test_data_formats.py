@@ -418,6 +418,7 @@ def test_a_task_that_comes_again_has_the_same_rows_and_a_name_of_its_own(folder:
     stream, problems = inspect_stream(config)
     assert problems.found == []
     assert stream.names == ["a", "b", "a (2)", "a (3)"]
+    assert [task.same_as for task in stream] == ["", "", "a", "a"]
     first, _, second, third = stream
     assert first.train == second.train == third.train
     assert first.test == second.test == third.test

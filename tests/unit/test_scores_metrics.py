@@ -92,6 +92,19 @@ def test_one_task_has_no_transfer() -> None:
     assert metrics["fwt"] is metrics["bwt"] is metrics["forgetting"] is None
 
 
+def test_a_task_that_comes_again_counts_once_and_hides_nothing_that_others_lost() -> None:
+    # copy, head, copy once more: copy rises to 90, and head falls from 100 to 48
+    matrix = [[0.0, 0.0, 0.0], [2.0, 4.0, 2.0], [0.0, 100.0, 0.0], [90.0, 48.0, 90.0]]
+    assert summarise(matrix, ["copy", "head", "copy"]) == {
+        "ap": (48 + 90) / 2,
+        "fwt": 4.0,
+        "bwt": 48.0 - 100.0,
+        "forgetting": 100.0 - 48.0,
+        "learning_accuracy": (100 + 90) / 2,
+    }
+    assert summarise(matrix, ["copy", "head", "flip"]) == summarise(matrix)
+
+
 SCORE = st.floats(0, 100)
 
 

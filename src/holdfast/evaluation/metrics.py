@@ -3,6 +3,10 @@
 ``matrix[j][i]`` is the score (0 to 100) on task i after j tasks were learned; row 0 is the zero-shot
 score before any training, so a stream of T tasks has T + 1 rows. None means "not measured"; a metric
 that needs such an entry is None.
+
+The equations are of tasks that differ. Where a task comes into a stream again, `tasks` says which columns
+are one task: it counts once, since it was last learned, and in FWT before it was first learned. Counted at
+each of its places, what it gained by being learned again would hide what others lost.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 Matrix = Sequence[Sequence[float | None]]
+Tasks = Sequence[str] | None
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -22,39 +27,47 @@ def _difference(a: float | None, b: float | None) -> float | None:
     return None if a is None or b is None else a - b
 
 
-def average_performance(matrix: Matrix) -> float | None:
+def _places(matrix: Matrix, tasks: Tasks, *, last: bool = True) -> list[int]:
+    """One column of each task: of its last time in the stream, or of its first."""
+    names = range(len(matrix[0])) if tasks is None else tasks
+    found: dict[object, int] = {}
+    for i, name in enumerate(names):
+        if last or name not in found:
+            found[name] = i
+    return sorted(found.values())
+
+
+def average_performance(matrix: Matrix, tasks: Tasks = None) -> float | None:
     """AP (K, eq. 18): mean over all tasks after the last one was learned."""
-    return _mean(matrix[-1])
+    return _mean([matrix[-1][i] for i in _places(matrix, tasks)])
 
 
-def forward_transfer(matrix: Matrix) -> float | None:
-    """FWT (K, eq. 19): mean score on each task (from the second on) just before it is learned."""
-    tasks = len(matrix[0])
-    return _mean([matrix[i][i] for i in range(1, tasks)])
+def forward_transfer(matrix: Matrix, tasks: Tasks = None) -> float | None:
+    """FWT (K, eq. 19): mean score on each task (from the second on) just before it is first learned."""
+    return _mean([matrix[i][i] for i in _places(matrix, tasks, last=False)[1:]])
 
 
-def backward_transfer(matrix: Matrix) -> float | None:
+def backward_transfer(matrix: Matrix, tasks: Tasks = None) -> float | None:
     """BWT (K, eq. 20): mean change of each earlier task from when it was learned to the end.
 
     Below 0 is forgetting.
     """
-    tasks = len(matrix[0])
-    return _mean([_difference(matrix[-1][i], matrix[i + 1][i]) for i in range(tasks - 1)])
+    earlier = _places(matrix, tasks)[:-1]
+    return _mean([_difference(matrix[-1][i], matrix[i + 1][i]) for i in earlier])
 
 
-def learning_accuracy(matrix: Matrix) -> float | None:
+def learning_accuracy(matrix: Matrix, tasks: Tasks = None) -> float | None:
     """Mean score on each task right after it was learned: the diagonal."""
-    return _mean([matrix[i + 1][i] for i in range(len(matrix[0]))])
+    return _mean([matrix[i + 1][i] for i in _places(matrix, tasks)])
 
 
-def forgetting(matrix: Matrix) -> float | None:
+def forgetting(matrix: Matrix, tasks: Tasks = None) -> float | None:
     """Mean drop of each earlier task from its best score before the last stage to the end.
 
     Chaudhry et al. 2018, arXiv 1801.10112, eq. 3: negative where a task ends above all it had before.
     """
-    tasks = len(matrix[0])
     drops: list[float | None] = []
-    for i in range(tasks - 1):
+    for i in _places(matrix, tasks)[:-1]:
         column = [row[i] for row in matrix[i + 1 : -1]]
         if matrix[-1][i] is None or any(v is None for v in column):
             return None
@@ -63,12 +76,18 @@ def forgetting(matrix: Matrix) -> float | None:
     return _mean(drops)
 
 
-def summarise(matrix: Matrix) -> dict[str, float | None]:
-    """All metrics under the names of ``metrics.json``."""
+def summarise(matrix: Matrix, tasks: Tasks = None) -> dict[str, float | None]:
+    """All metrics under the names of ``metrics.json``.
+
+    Parameters
+    ----------
+    tasks : sequence, optional
+        Which task each column is of; by default all differ.
+    """
     return {
-        "ap": average_performance(matrix),
-        "fwt": forward_transfer(matrix),
-        "bwt": backward_transfer(matrix),
-        "forgetting": forgetting(matrix),
-        "learning_accuracy": learning_accuracy(matrix),
+        "ap": average_performance(matrix, tasks),
+        "fwt": forward_transfer(matrix, tasks),
+        "bwt": backward_transfer(matrix, tasks),
+        "forgetting": forgetting(matrix, tasks),
+        "learning_accuracy": learning_accuracy(matrix, tasks),
     }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from holdfast.folder import CONFIG, Folder
 from holdfast.learner.base_task import BASE
 from holdfast.learner.config import STAGES, recorded_config
 from holdfast.learner.known import ABOUT, read_about
-from holdfast.records import StageMetrics
+from holdfast.records import RunMetrics, StageMetrics
+
+RUN = "metrics.json"  # in the folder of a run
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ class Skills:
         lm-eval's scores (``arc_easy acc``) before the first task and after each; empty where it wasn't asked.
     base : Skill or None
         The base itself, where it is held (``protect_base``): its rows, and how far the model is from it now.
+    same_as : mapping
+        In a run: name of a task that came into the stream before to the name that it had the first time.
     unfinished : list of str
         Tasks that were begun and not finished.
     disk : int
@@ -81,6 +86,7 @@ class Skills:
     disk: int
     harness: dict[str, list[float | None]]
     base: Skill | None = None
+    same_as: Mapping[str, str] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
         """JSON-able."""
@@ -90,7 +96,7 @@ class Skills:
             **({} if self.base is None else {"base": asdict(self.base)}),
             "skills": [asdict(skill) for skill in self.skills],
             "matrix": self.matrix,
-            **summarise(self.matrix),
+            **summarise(self.matrix, [self.same_as.get(skill.name, skill.name) for skill in self.skills]),
             "harness": self.harness,
             "unfinished": self.unfinished,
             "disk": self.disk,
@@ -151,6 +157,7 @@ def read_skills(path: str | Path) -> Skills:
         _size(root),
         harness,
         _base(root / BASE, metrics[-1].kl_base if metrics else None),
+        RunMetrics.read(root / RUN).same_as if (root / RUN).is_file() else {},
     )
 
 
@@ -198,7 +205,7 @@ def undo(path: str | Path) -> str:
         begun = folder.partial(STAGES) or folder.parts(STAGES)[-1:]
         if not begun:
             raise RunDirectoryError(f"{root}: nothing was learned here, so there is nothing to take back.")
-        if (root / "metrics.json").exists() and not (root / begun[-1] / ABOUT).exists():
+        if (root / RUN).exists() and not (root / begun[-1] / ABOUT).exists():
             raise RunDirectoryError(
                 f"{root}: the last task is one of a run, which is what its configuration says. Take tasks "
                 "out of tasks.order and run that in a directory of its own."

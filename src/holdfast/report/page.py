@@ -79,6 +79,7 @@ def build(records: Sequence[Folder], title: str | None) -> str:
         "runs": [{"name": run.name, **style} for run, style in styled],
         "legend": [{"name": g.label, **draw.style_of(i, g.joint)} for i, g in enumerate(groups)],
         "columns": COLUMNS,
+        "repeats": any(run.metrics.same_as for run in runs),
         "rows": table(groups) if groups else [],
         "overview": _add(figures, "overview", draw.overview(groups)),
         "comparison": comparison_blocks(figures, [r.sweep for r in sweeps], groups),

@@ -217,6 +217,7 @@ def collect_metrics(
             for record in _records(path, part):
                 for key, value in record.seconds.items():
                     seconds[key] = seconds.get(key, 0.0) + value
+    same_as = {task.name: task.same_as for stage in stages for task in stage.tasks if task.same_as}
     for record in [record for name in names for record in _records(path, name)[:1]]:
         for key in general:
             general[key].append(getattr(record, key))
@@ -224,8 +225,9 @@ def collect_metrics(
         "label": config.title,
         "strategy": config.strategy.name,
         "tasks": list(tasks),
+        "same_as": same_as,
         "matrix": matrix,
-        **summarise(matrix),
+        **summarise(matrix, [same_as.get(task, task) for task in tasks]),
         **(general if config.evaluation.general else {}),
         **({"harness": _harness(path, names)} if config.evaluation.harness else {}),
         "seconds": {**seconds, "total": sum(seconds.values())},

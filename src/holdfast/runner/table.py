@@ -96,7 +96,8 @@ def metrics_table(runs: Sequence[RunMetrics]) -> Rows:
         ("run", "AP", "BWT", "FWT", "learning accuracy", *(("KL to base",) if away else ()), "seconds"),
         rows,
         caption="AP and learning accuracy: higher is better; BWT: 0 is no forgetting (percent)"
-        + ("; KL to base: nats a token" if away else ""),
+        + ("; KL to base: nats a token" if away else "")
+        + ("; a task that comes again counts once" if any(run.same_as for run in runs) else ""),
         numbers=True,
     )
 

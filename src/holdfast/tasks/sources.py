@@ -70,7 +70,7 @@ def inspect_stream(config: SourceOptions, seed: int = 0) -> tuple[TaskStream, Pr
             if task is None:
                 continue
             read[name] = _finish(task, config, problems, seed)
-        tasks.append(replace(read[name], name=called))
+        tasks.append(replace(read[name], name=called, same_as=name if called != name else ""))
     title = config.order if isinstance(config.order, str) else config.title()
     return TaskStream(title, tuple(tasks)), problems
 

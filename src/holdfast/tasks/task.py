@@ -78,6 +78,8 @@ class Task:
         The allowed answers, for ``metric="options"``.
     read_as : str
         The form that its files were recognised to have; "" for prompt and completion.
+    same_as : str
+        Which task of its stream it is once more, under another name; "" where it comes the first time.
     """
 
     name: str
@@ -86,6 +88,7 @@ class Task:
     metric: MetricName = "exact_match"
     options: tuple[str, ...] = ()
     read_as: str = ""
+    same_as: str = ""
 
 
 @dataclass(frozen=True, slots=True)
