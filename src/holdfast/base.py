@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from holdfast.adapters import flags_kept, lora_factors
-from holdfast.models import evaluating
+from holdfast.models import evaluating, fingerprints, quantisation_of
 
 _OFF = ("lora_", "modules_to_save")  # in the names of what PEFT switches off together with the adapter
 
@@ -24,6 +25,18 @@ def adapter_is_new(model: Any) -> bool:
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     inside = all(any(part in name for part in _OFF) for name in trained)
     return bool(factors) and inside and not any(f.b.detach().any() for f in factors)
+
+
+def identity_of(model: Any) -> str | None:
+    """What tells one base from another: a digest of `fingerprints`, adapters left out.
+
+    It is the same on every device and in every float type. None of quantised weights, which are packed
+    otherwise on each kind of device.
+    """
+    if quantisation_of(model) is not None:
+        return None
+    own = {n: f for n, f in fingerprints(model).items() if not any(part in n for part in _OFF)}
+    return hashlib.sha256(repr(sorted(own.items())).encode()).hexdigest()
 
 
 class Base:

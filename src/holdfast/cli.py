@@ -173,7 +173,8 @@ def learn_command(
     skills: Annotated[Path, typer.Option(help="the folder of what is learned; the first task makes it")],
     options: Overrides = None,
     model: Annotated[
-        str | None, typer.Option(help="folder or hub id of the model; needed for the first task only")
+        str | None,
+        typer.Option(help="folder or hub id of the model; needed for the first task, or where it has moved"),
     ] = None,
     name: Annotated[str | None, typer.Option(help="of the skill; by default the name of the data")] = None,
     test: Annotated[
@@ -253,6 +254,9 @@ def skills_command(
     push: Annotated[
         str | None, typer.Option(metavar="REPO", help="upload the model to the hub, with a model card")
     ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="where the base is now, if it has moved since; it is remembered")
+    ] = None,
     private: Annotated[bool, typer.Option("--private", help="--push makes a private repository")] = False,
     undo: Annotated[
         bool, typer.Option("--undo", help="take the last task back: the folder as it was before, bit for bit")
@@ -278,12 +282,15 @@ def skills_command(
         import json
 
         from holdfast.learner import Learner
+        from holdfast.learner.ownership import move_base
         from holdfast.learner.skills import read_skills
         from holdfast.learner.skills import undo as take_back
         from holdfast.runner.table import harness_table, skills_table
 
         if rank is not None and export is None:
             raise HoldfastError("--rank: it is the rank of what --export writes; give --export FOLDER too.")
+        if model is not None:
+            move_base(folder, model)
         if undo:
             console.print(f"Taken back: {take_back(folder)}", highlight=False, markup=False)
         known = read_skills(folder)

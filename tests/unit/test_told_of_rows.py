@@ -10,22 +10,11 @@ import pytest
 from holdfast.errors import DataError
 from holdfast.evaluation.audit import Audit, audit
 from holdfast.evaluation.evaluate import EvaluationOptions
-from holdfast.progress import Progress
 from holdfast.runner.learn import learn_data
 from holdfast.tasks import Encoder, Example, Task, Template, toy_tokenizer
 from learning_data import SHORT, TOY, rows_of, write_rows
+from noted import Noted
 from tiny_models import tiny_model
-
-
-class Noted(Progress):
-    """Keeps what is said."""
-
-    def __init__(self) -> None:
-        super().__init__(quiet=True)
-        self.said: list[str] = []
-
-    def say(self, text: str, /, *_: Any, **__: Any) -> None:
-        self.said.append(text)
 
 
 def found_in(

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from holdfast import world
 from holdfast.adapters import is_adapted, recompress, stay_differentiable
-from holdfast.base import Base, adapter_is_new
+from holdfast.base import Base, adapter_is_new, identity_of
 from holdfast.config import validate
 from holdfast.errors import ConfigError, DataError, ModelError, RunDirectoryError
 from holdfast.evaluation.asking import ask
@@ -36,7 +36,15 @@ from holdfast.learner.harness import Harness, check_askable
 from holdfast.learner.keep import thin
 from holdfast.learner.known import ABOUT, TEST, read_about, read_task, write_task
 from holdfast.learner.learning import Learning
-from holdfast.learner.ownership import FIXED, began_new, check_learned_under, claim, rebuilt
+from holdfast.learner.ownership import (
+    FIXED,
+    began_new,
+    check_learned_under,
+    claim,
+    is_same_base,
+    rebuilt,
+    write_identity,
+)
 from holdfast.learner.skills import Skills, read_skills
 from holdfast.models import (
     is_encoder_decoder,
@@ -146,6 +154,7 @@ class Learner:
         self._check_engine(model)
         self._owns = not isinstance(folder, Folder)
         new = adapter_is_new(model)
+        self._identity = None if self.config.model is None else identity_of(model)
         self.folder = self._open(folder, model, new)
         try:
             self._begin(model, base_model, after, new)
@@ -292,6 +301,7 @@ class Learner:
             )
         if settings := read_about(last).get("settings"):
             check_learned_under(self.config, self.folder.path, last, settings)
+        self._check_base(last)
         try:
             load_weights(self.model, last / "model")
         except (RuntimeError, ValueError, KeyError) as error:
@@ -308,6 +318,22 @@ class Learner:
             self._recall(part)
         if not self._past:  # a kill may have come between a task's commit and this
             thin(self.folder, STAGES, self.config.keep)
+
+    def _check_base(self, last: Path) -> None:
+        """See that the base is the one that was learned on: what an adapter says on another is nonsense."""
+        if is_same_base(last, self._identity) is not False:
+            return
+        path = self.config.model.path if self.config.model is not None else None
+        told = f"{path}: these are not the weights that {last.name} in {self.folder.path} was learned on"
+        if is_adapted(unwrapped(self.model)) and not self.strategy.changes_base:
+            raise ModelError(
+                f"{told}, and the adapter there means nothing on others. Put the right ones back, or say "
+                f"where they are (holdfast skills {self.folder.path} --model FOLDER)."
+            )
+        self.progress.say(
+            f"{told}. What was learned is whole in the folder and goes on; what is compared with the base is "
+            "compared with these."
+        )
 
     def _recall(self, name: str) -> None:
         part = self.folder.path / name
@@ -648,6 +674,7 @@ class Learner:
         if tensors:
             write_tensors(folder / "strategy.safetensors", tensors)
         write_json(folder / "strategy.json", values)
+        write_identity(folder, self._identity)
         if self.replay is not None:
             write_json(folder / "replay.json", self.replay.memory.state_dict())
 

@@ -7,18 +7,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from holdfast.config import differences, validate, write_recorded
+from holdfast.base import identity_of
+from holdfast.config import differences, read_recorded, validate, write_recorded
 from holdfast.environment import describe_environment, environment_recorded
-from holdfast.errors import HoldfastError, ModelError, RunDirectoryError
+from holdfast.errors import ConfigError, HoldfastError, ModelError, RunDirectoryError
 from holdfast.folder import CONFIG, ENVIRONMENT, LOCK, Folder
 from holdfast.learner.config import STAGES, LearnerConfig, recorded_config
-from holdfast.models import load_model, load_saved, quantisation_of
+from holdfast.models import ModelOptions, load_model, load_saved, quantisation_of
 from holdfast.names import canonical_name
 from holdfast.storage import write_json
 from holdfast.tasks import toy_tokenizer
 
 FIXED = ("strategy", "replay", "protect_base", "template", "seed")  # what can't be another later
 TRAINED = "trained.json"  # of a model that was made in a script: which weights are trained
+BEGAN = "began.json"  # of a task: what tells the base that it was learned on
 
 
 def claim(folder: Folder, config: LearnerConfig, model: Any, new_adapter: bool) -> None:
@@ -117,10 +119,90 @@ def _differing(before: LearnerConfig, now: LearnerConfig, old: str, new: str) ->
             yield part, ", ".join(found.values()) if name is None else name
 
 
+def write_identity(stage: Path, identity: str | None) -> None:
+    """Note with a task on which base it was learned."""
+    if identity is not None:
+        write_json(stage / BEGAN, {"base": identity})
+
+
+def is_same_base(stage: Path, identity: str | None) -> bool | None:
+    """Whether a base is the one that a task was learned on; None where that isn't known."""
+    try:
+        then = json.loads((stage / BEGAN).read_text(encoding="utf-8"))["base"]
+    except FileNotFoundError:  # of an earlier version, quantised, or made in a script
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunDirectoryError(f"{stage / BEGAN}: can't be read ({error}).") from error
+    return None if identity is None else bool(then == identity)
+
+
+def move_base(path: str | Path, model: str) -> None:
+    """Take note that the base of a learner's folder lies elsewhere now; of no base or the same, do nothing.
+
+    Raises
+    ------
+    ConfigError
+        The model there is another, or that can't be told.
+    HoldfastError
+        It can't be loaded, or another process works in the folder.
+    """
+    root = Path(path).expanduser()
+    config = recorded_config(root, {})
+    model = absolute_model(model)
+    was = config.model.path if config.model is not None else None
+    if model == was:
+        return
+    folder = Folder(root)
+    parts = folder.parts(STAGES)
+    if config.model is None or was is None or not parts:
+        raise ConfigError(
+            f"{root}: what was learned here has --model {was}, not {model}. Leave --model out, or begin "
+            "another folder."
+        )
+    options = config.model.model_copy(update={"path": model})
+    same = is_same_base(root / parts[-1], identity_of(load_model(options, config.seed, toy_tokenizer)[0]))
+    if not same:
+        told = (
+            "that is another model: its weights differ"
+            if same is False
+            else "whether that is the same can't be told (the folder is of an earlier version, or the "
+            f"weights are quantised). If you know that it is, write it into {root / CONFIG} (model.path)"
+        )
+        raise ConfigError(
+            f"{root}: what was learned here has --model {was}, not {model}, and {told}. Leave --model out if "
+            "the old one is still there, or begin another folder."
+        )
+    folder.lock("learner")
+    try:
+        recorded = read_recorded(root / CONFIG)
+        write_recorded(root / CONFIG, {**recorded, "model": {**recorded["model"], "path": model}})
+    finally:
+        folder.release()
+
+
+def absolute_model(model: str) -> str:
+    """A folder's own path, so that the next call may come from anywhere; a hub id as it is."""
+    folder = Path(model).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else model
+
+
+def begun_with(path: Path, options: ModelOptions, seed: int) -> tuple[Any, Any]:
+    """The model of a configuration; where it is gone from a folder that is begun, how to say where it is."""
+    try:
+        return load_model(options, seed, toy_tokenizer)
+    except ModelError as error:
+        where = None if options.path is None else Path(options.path)
+        if where is None or not where.is_absolute() or where.exists() or not begun(path):
+            raise
+        raise ModelError(
+            f"{error}\nIf it has moved, say once where it is: holdfast skills {path} --model FOLDER"
+        ) from error
+
+
 def rebuilt(path: Path, config: LearnerConfig) -> tuple[Any, Any]:
     """Model and tokenizer as the learner began with them; the weights are put in later."""
     if config.model is not None:
-        return load_model(config.model, config.seed, toy_tokenizer)
+        return begun_with(path, config.model, config.seed)
     parts = Folder(path).parts(STAGES)
     if not parts:
         raise ModelError(

@@ -18,11 +18,11 @@ from holdfast.hold.cost import advised_rank
 from holdfast.importance.inputs import InputsOptions
 from holdfast.learner import Learner, LearnerConfig
 from holdfast.learner.config import ProtectBaseOptions, cannot_hold_base, recorded_config
-from holdfast.learner.ownership import begun
+from holdfast.learner.ownership import absolute_model, begun, begun_with, move_base
 from holdfast.learner.skills import Skills, read_skills
-from holdfast.models import load_model, onto_gpu
+from holdfast.models import onto_gpu
 from holdfast.progress import Progress, stoppable
-from holdfast.tasks import load_task, toy_tokenizer
+from holdfast.tasks import load_task
 from holdfast.tasks.options import left_out, subsample
 from holdfast.tasks.task import Example, MetricName, Task
 
@@ -86,6 +86,8 @@ def learn_data(
     world.start()
     skills = skills.expanduser()
     usual_rate = usual_frame = usual_rank = not begun(skills)
+    if model is not None and begun(skills):
+        world.first(lambda: move_base(skills, model))
     config = _config(skills, model, strategy, lora, assignments)
     usual_base = usual_frame and protect_base is None and "protect_base" not in config.model_fields_set
     config = _with_base(skills, config, protect_base, general)
@@ -121,7 +123,7 @@ def learn_data(
 def _config(
     skills: Path, model: str | None, strategy: str | None, lora: bool, assignments: Sequence[str]
 ) -> LearnerConfig:
-    model = None if model is None else _absolute(model)
+    model = None if model is None else absolute_model(model)
     if not begun(skills):
         values: dict[str, Any] = {"strategy": strategy or DEFAULT}
         if model is not None:
@@ -136,9 +138,8 @@ def _config(
             )
         return validate(LearnerConfig, values, "holdfast learn")
     recorded = recorded_config(skills, {})
-    given = {"--model": model, "--strategy": strategy, "--lora": lora or None}
+    given = {"--strategy": strategy, "--lora": lora or None}
     there = {
-        "--model": recorded.model.path if recorded.model else None,
         "--strategy": recorded.strategy.name,
         "--lora": bool(recorded.model and recorded.model.lora) or None,
     }
@@ -188,12 +189,6 @@ def _absolute_file(file: Path) -> str:
     return str(file.expanduser().resolve())
 
 
-def _absolute(model: str) -> str:
-    """A folder's own path, so that the next call may come from anywhere; a hub id as it is."""
-    folder = Path(model).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else model
-
-
 def _learner(
     skills: Path,
     config: LearnerConfig,
@@ -205,7 +200,7 @@ def _learner(
 ) -> Learner:
     if config.model is None:  # begun in a script
         return Learner.load(skills, progress=progress, **config.model_dump(include=set(CHANGEABLE)))
-    model, tokenizer = load_model(config.model, config.seed, toy_tokenizer)
+    model, tokenizer = begun_with(skills, config.model, config.seed)
     onto_gpu(model)
     if usual_frame and getattr(tokenizer, "chat_template", None):  # as an instruct model is asked
         template = config.template.model_copy(update={"chat": True})
