@@ -161,7 +161,22 @@ class Metric(StrEnum):
 
     exact_match = "exact_match"
     rouge_l = "rouge_l"
+    options = "options"
+    choice = "choice"
+    edit_similarity = "edit_similarity"
+    sari = "sari"
     perplexity = "perplexity"
+
+
+Column = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--column",
+        metavar="KEY=COLUMN",
+        help="which column is which, where the data have other names: prompt=question, completion=answer; "
+        "a text with {column} in it combines several; also references, messages, text",
+    ),
+]
 
 
 @app.command("learn")
@@ -182,8 +197,13 @@ def learn_command(
         typer.Option(help="rows to test the skill with; default: 10 % of the data, at most 200, kept aside"),
     ] = None,
     metric: Annotated[
-        Metric | None, typer.Option(help="how answers are scored; by default their length decides")
+        Metric | None,
+        typer.Option(
+            help="how answers are scored (holdfast list metrics); by default their length decides; options: "
+            "the likeliest of those in the labels.json beside the data"
+        ),
     ] = None,
+    column: Column = None,
     strategy: Annotated[
         str | None,
         typer.Option(
@@ -216,6 +236,8 @@ def learn_command(
 
       holdfast learn july.jsonl --skills skills --test july-test.jsonl
 
+      holdfast learn august.csv --skills skills --column prompt=question --column completion=answer
+
     Then `holdfast skills skills` shows what is kept.
     """
     with _told("The same command again continues.", processes=True), Progress() as progress:
@@ -229,6 +251,7 @@ def learn_command(
             name=name,
             test=test,
             metric=metric.value if metric is not None else None,
+            columns=column or [],
             strategy=strategy,
             lora=lora,
             protect_base=protect_base,
@@ -568,6 +591,7 @@ def attribute(
             help="inputs: what the default hold keeps; lrp, fisher, ...: every weight (see: list importances)"
         ),
     ] = "inputs",
+    column: Column = None,
     like: Annotated[
         Path | None,
         typer.Option(
@@ -618,6 +642,7 @@ def attribute(
             progress=progress,
             like=like,
             store=store,
+            columns=column or [],
         )
 
 

@@ -22,6 +22,7 @@ from holdfast.resume import Partial
 from holdfast.runner.config import load_config
 from holdfast.runner.faithfulness import faithfulness_in_folder
 from holdfast.tasks import Encoder, Template, load_task, toy_tokenizer
+from holdfast.tasks.rows import Columns
 
 
 class AttributeConfig(Options):
@@ -51,11 +52,13 @@ def attribute_to_folder(
     progress: Progress,
     like: Path | None = None,
     store: str = "float32",
+    columns: Sequence[str] = (),
 ) -> ImportancePrior:
     """Compute a prior and write it to a folder; with `faithfulness` also ``faithfulness.json``.
 
     `like` is a run's folder or a run's configuration, whose ``template`` and ``evaluation`` hold unless the
-    assignments say otherwise. `store` is the prior's width on disk, see `ImportancePrior.save`.
+    assignments say otherwise. `store` is the prior's width on disk, see `ImportancePrior.save`. `columns` are
+    other names of the data's columns (``prompt=question``).
 
     While both are computed, what there is stands in ``partial`` in that folder. Called again after a kill
     with the same arguments, it goes on from there; the result is that of an uninterrupted one, bit for bit.
@@ -80,7 +83,7 @@ def attribute_to_folder(
             f"--test-faithfulness zeroes the weights that a prior calls important, and '{importance}' rates "
             "directions of inputs. Leave it out, or choose an importance by weight such as lrp."
         )
-    task = load_task(data)
+    task = load_task(data, Columns.of(columns))
     if task.read_as:
         progress.say(f"{data}: read as {task.read_as}.")
     if faithfulness and not task.test:

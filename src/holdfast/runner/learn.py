@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -24,6 +25,9 @@ from holdfast.models import onto_gpu
 from holdfast.progress import Progress, stoppable
 from holdfast.tasks import load_task
 from holdfast.tasks.options import left_out, subsample
+from holdfast.tasks.problems import Problems
+from holdfast.tasks.rows import Columns
+from holdfast.tasks.sources import check_options
 from holdfast.tasks.task import Example, MetricName, Task
 
 # what kept most without an old row (docs/results.md)
@@ -42,6 +46,7 @@ def learn_data(
     name: str | None = None,
     test: Path | None = None,
     metric: MetricName | None = None,
+    columns: Sequence[str] = (),
     strategy: str | None = None,
     lora: bool = False,
     protect_base: bool | None = None,
@@ -69,7 +74,9 @@ def learn_data(
         rows, at most 200, which are then not trained on.
     metric : str, optional
         By default exact match, or ROUGE-L where half of the answers have more than five words; of running
-        text perplexity.
+        text perplexity. ``options`` needs a ``labels.json`` beside the data.
+    columns : sequence of str
+        Such as ``prompt=question``: other names of the columns of `data` and `test`, see `Columns`.
     protect_base : bool, optional
         Hold what the base can do, from rows that it writes itself; by default where its tokenizer has a chat
         template and the strategy can.
@@ -94,7 +101,7 @@ def learn_data(
     usual_base &= config.protect_base is None
     usual_rate &= "learning_rate" not in config.training.model_fields_set
     usual_frame &= not {"chat", "prompt"} & config.template.model_fields_set
-    task = _task(data, name, test, metric, config.seed, progress)
+    task = _task(data, name, test, metric, Columns.of(columns), config.seed, progress)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     usual = (usual_rate, usual_frame, usual_base, usual_rank)
@@ -261,15 +268,21 @@ def _audit(learner: Learner, task: Task, progress: Progress) -> None:
 
 
 def _task(
-    data: Path, name: str | None, test: Path | None, metric: MetricName | None, seed: int, progress: Progress
+    data: Path,
+    name: str | None,
+    test: Path | None,
+    metric: MetricName | None,
+    columns: Columns,
+    seed: int,
+    progress: Progress,
 ) -> Task:
     """The rows to train on and those kept aside, and how answers are scored."""
-    loaded = load_task(data)
+    loaded = load_task(data, columns)
     if loaded.read_as:
         progress.say(f"{data}: read as {loaded.read_as}.")
     name = name or loaded.name
     train: Sequence[Example] = loaded.train
-    tests: Sequence[Example] = loaded.test if test is None else load_task(test).train
+    tests: Sequence[Example] = loaded.test if test is None else load_task(test, columns).train
     if not tests:
         count = min(KEPT_MOST, round(KEPT_SHARE * len(loaded.train)))
         if count:
@@ -287,4 +300,11 @@ def _task(
     chosen: MetricName = "rouge_l" if median(words) >= LONG_ANSWER else "exact_match"
     if any(row.raw for row in train):
         chosen = "perplexity"
-    return Task(name, list(train), list(tests), metric or chosen)
+    task = Task(name, list(train), list(tests), metric or chosen)
+    if task.metric != "options":
+        return task
+    problems = Problems()
+    give = "put a labels.json with a list of them into a folder, and the data as train.jsonl beside it"
+    check_options(task, loaded.options, give, problems)
+    problems.raise_if_any()
+    return replace(task, options=loaded.options)

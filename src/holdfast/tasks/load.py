@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from datasets import DatasetDict
 
 
+_OTHER_COLUMNS = (
+    "Other names of columns can be said: `--column prompt=NAME --column completion=NAME` to learn and "
+    "attribute, `columns: {prompt: NAME, completion: NAME}` in a configuration, Columns in Python."
+)
+
+
 def load_task(path: str | Path, columns: Columns = STANDARD) -> Task:
     """One task with its training rows and, where they are there, its test rows.
 
@@ -32,7 +38,7 @@ def load_task(path: str | Path, columns: Columns = STANDARD) -> Task:
         There is no such data, or it is empty or malformed; every bad row is named by its line, or by its
         number where the file has no lines.
     """
-    problems, root = Problems(), local_path(path)
+    problems, root = Problems(other_columns=_OTHER_COLUMNS), local_path(path)
     try:
         if root.is_dir():
             task = _folder(root, columns, problems)

@@ -14,12 +14,25 @@ class RowFault(Exception):
     """What is wrong with a row; caught where the row's place is known."""
 
 
-class Problems:
-    """A growing list of what is wrong and where, such as ``train.jsonl:17: empty completion``."""
+class NoColumn(RowFault):
+    """A row lacks a column that it is asked for."""
 
-    def __init__(self, *, skip_rows: bool = False) -> None:
+
+class Problems:
+    """A growing list of what is wrong and where, such as ``train.jsonl:17: empty completion``.
+
+    Parameters
+    ----------
+    skip_rows : bool
+        Whether bad rows are no problems.
+    other_columns : str
+        How to name the columns; said once, where rows lack one.
+    """
+
+    def __init__(self, *, skip_rows: bool = False, other_columns: str = "") -> None:
         self.found: list[str] = []
         self.skipped: list[str] = []
+        self._other_columns, self._lacking = other_columns, False
         self._rows = self.skipped if skip_rows else self.found
         self._known: set[str] = set()  # a file that serves two splits is read twice
 
@@ -30,8 +43,9 @@ class Problems:
         """Note one problem; `where` is a file with its line, or the name of a setting."""
         self._note(self.found, f"{where}: {what}")
 
-    def add_row(self, where: object, what: str) -> None:
+    def add_row(self, where: object, what: object) -> None:
         """Note a bad row: a problem, or merely skipped if that was asked for."""
+        self._lacking |= isinstance(what, NoColumn)
         self._note(self._rows, f"{where}: {what}")
 
     def _note(self, problems: list[str], text: str) -> None:
@@ -49,12 +63,13 @@ class Problems:
         """
         if not self.found:
             return
+        advice = [self._other_columns] if self._lacking and self._other_columns else []
         if len(self.found) == 1:
-            raise DataError(self.found[0])
+            raise DataError("\n".join([*self.found, *advice]))
         lines = [f"{len(self.found)} problems in the data:", *(f"  {line}" for line in self.found[:SHOWN])]
         if len(self.found) > SHOWN:
             lines.append(f"  ... and {len(self.found) - SHOWN} more")
-        raise DataError("\n".join(lines))
+        raise DataError("\n".join([*lines, *advice]))
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:

@@ -8,9 +8,10 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from holdfast.config import Options, half_character
+from holdfast.config import Options, half_character, validate
+from holdfast.errors import ConfigError
 from holdfast.tasks.chat import read_answer, read_messages
-from holdfast.tasks.problems import Problems, RowFault, kind_of
+from holdfast.tasks.problems import NoColumn, Problems, RowFault, kind_of
 from holdfast.tasks.task import Example, Message
 
 ANSWERS = ("response", "answer")  # what a completion is called where exactly one of them is there
@@ -48,6 +49,24 @@ class Columns(Options):
         if self.text is not None and any(other is not None for other in others):
             raise ValueError("`text` is for rows without a question; leave out the other columns")
         return self
+
+    @classmethod
+    def of(cls, assignments: Iterable[str]) -> Columns:
+        """Columns from texts such as ``prompt=question``; what is behind the sign is taken to the letter.
+
+        Raises
+        ------
+        ConfigError
+            One has no sign or no such key, or they don't go together.
+        """
+        values: dict[str, str] = {}
+        for text in assignments:
+            key, sign, name = text.partition("=")
+            if not sign or not name or key in values:
+                what = "is given twice" if key in values else "must be KEY=COLUMN, such as prompt=question"
+                raise ConfigError(f"--column: '{text}' {what}. Keys: {', '.join(cls.model_fields)}.")
+            values[key] = name
+        return validate(cls, values, "--column")
 
 
 STANDARD = Columns()
@@ -124,7 +143,7 @@ def _to_example(row: object, where: str, problems: Problems, columns: Columns, f
             )
         return _example(row, columns, form)
     except RowFault as fault:
-        problems.add_row(where, str(fault))
+        problems.add_row(where, fault)
         return None
 
 
@@ -278,7 +297,7 @@ def _get(row: Row, column: str) -> Any:
     if column in row:
         return row[column]
     if "{" not in column:
-        raise RowFault(f"no column '{column}'; columns of this row: {present}")
+        raise NoColumn(f"no column '{column}'; columns of this row: {present}")
     try:
         return column.format_map(
             {key: _text(value, str(key)) for key, value in row.items() if f"{{{key}}}" in column}

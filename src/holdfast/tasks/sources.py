@@ -158,7 +158,8 @@ def _finish(task: Task, config: SourceOptions, problems: Problems, seed: int) ->
     )
     metric = _metric(config, task)
     if metric == "options":
-        _check_options(task, options, problems)
+        where = f"give tasks.options.{task.name} or a labels.json"
+        check_options(task, options, where, problems)
     drawn = config.test_split == "validation" and not config.makes_validation
     tested = _validation_rows(task, config, problems, seed) if drawn else task.test
     return replace(
@@ -195,14 +196,11 @@ def _metric(config: SourceOptions, task: Task) -> MetricName:
     return next(given, usual)
 
 
-def _check_options(task: Task, options: tuple[str, ...], problems: Problems) -> None:
+def check_options(task: Task, options: tuple[str, ...], give: str, problems: Problems) -> None:
+    """See that there are allowed answers (or say how to `give` them), and every answer is one of them."""
     where = f"task '{task.name}'"
     if not options:
-        problems.add(
-            where,
-            "the metric 'options' needs the allowed answers: "
-            f"give tasks.options.{task.name} or a labels.json",
-        )
+        problems.add(where, f"the metric 'options' needs the allowed answers: {give}")
         return
     answers = {answer for row in (*task.train, *task.test) for answer in row.answers}
     for answer in sorted(answers - set(options)):
