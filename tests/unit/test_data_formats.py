@@ -395,6 +395,33 @@ def test_empty_and_repeated_options_in_a_configuration_are_refused() -> None:
         ADAPTER.validate_python({**config, "options": {"a": ["x", "x"]}})
 
 
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"prompt": "a", "completion": "b", "id": 1, "references": ["b"]}, ""),
+        ({"prompt": "a", "completion": "b", "system": ""}, ""),
+        (
+            {"prompt": "a", "completion": "b", "system": "Be brief."},
+            "prompt and completion; columns that are not read: system",
+        ),
+        (
+            {"instruction": "a", "input": "", "output": "b", "system": "s", "history": [["x", "y"]]},
+            "Alpaca: instruction, a line break and input; output; columns that are not read: system, history",
+        ),
+        (
+            {
+                "system": "s",
+                "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}],
+            },
+            "ShareGPT: conversations",
+        ),
+    ],
+)
+def test_columns_that_hold_something_and_are_not_read_are_told(tmp_path: Path, row: Any, told: str) -> None:
+    file = write(tmp_path / "a.jsonl", lines(row))
+    assert load_task(file).read_as == told
+
+
 # an order in which a task comes again
 
 

@@ -21,7 +21,7 @@ def test_the_standard_row():
     assert rows[0].answers == ("b", "c")
 
 
-@pytest.mark.parametrize("references", [None, [], "absent"])
+@pytest.mark.parametrize("references", [None, [], "", " ", "absent"])
 def test_without_references_the_completion_alone_is_right(references):
     row = {"prompt": "a", "completion": "b"} | ({} if references == "absent" else {"references": references})
     assert as_examples([row])[0].answers == ("b",)

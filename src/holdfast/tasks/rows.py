@@ -16,6 +16,7 @@ from holdfast.tasks.task import Example, Message
 
 ANSWERS = ("response", "answer")  # what a completion is called where exactly one of them is there
 _REMARKS = ("id", "meta", "source", "url", "title", "date")  # columns that say where a text is from
+_BESIDE = ("references", "tools", *_REMARKS)  # columns that any form may have
 
 
 class Columns(Options):
@@ -83,12 +84,15 @@ class Form:
         How it is said; "" for prompt and completion, and for what the user has set.
     read : callable
         From a row to (prompt, completion); raises `RowFault`.
+    uses : frozenset of str
+        The columns that it reads, beside references and tools.
     raw : bool
         Whether rows are running text (`Example.raw`).
     """
 
     name: str
     read: Callable[[Row], tuple[str | tuple[Message, ...], str]]
+    uses: frozenset[str] = frozenset()
     raw: bool = False
 
 
@@ -112,7 +116,8 @@ def form_of(row: object, columns: Columns = STANDARD) -> Form | None:
     if "prompt" not in row and "conversations" in row:
         return _chat("conversations", "ShareGPT: conversations")
     if "instruction" in row and "output" in row:
-        return Form("Alpaca: instruction, a line break and input; output", _alpaca)
+        name, uses = "Alpaca: instruction, a line break and input; output", ("instruction", "input", "output")
+        return Form(name, _alpaca, frozenset(uses))
     if "text" in row and not set(row) - {"text", *_REMARKS}:  # beside a label it would be a prompt
         return _running("text", "running text")
     return None
@@ -153,13 +158,21 @@ def to_examples(
     """The examples of one file's rows, given with their places, and the form in which they are written.
 
     A file has one form, that of its first row that has any: a row in another one is a fault. Its name is ""
-    for prompt and completion.
+    for prompt and completion; where a form was recognised and leaves columns unread, these are told with it.
     """
     placed = list(rows)
     forms = (form_of(row, columns) for _, row in placed)
     form = next((form for form in forms if form is not None), PLAIN)
     found = (_to_example(row, where, problems, columns, form) for where, row in placed)
-    return [example for example in found if example is not None], form.name
+    unread = _unread(form, [row for _, row in placed]) if columns == STANDARD else []
+    told = f"{form.name or 'prompt and completion'}; columns that are not read: {', '.join(unread)}"
+    return [example for example in found if example is not None], told if unread else form.name
+
+
+def _unread(form: Form, rows: Iterable[object]) -> list[str]:
+    """Columns that hold something and that nothing is made of, such as a system message beside a prompt."""
+    held = {key: None for row in rows if isinstance(row, Mapping) for key in row if _holds(row[key])}
+    return [str(key) for key in held if key not in form.uses and key not in _BESIDE]
 
 
 def as_examples(rows: Iterable[Example | Mapping[str, Any]], columns: Columns = STANDARD) -> list[Example]:
@@ -248,7 +261,7 @@ def _pair(asked: str, answered: str, name: str) -> Form:
     def read(row: Row) -> tuple[str | tuple[Message, ...], str]:
         return _prompt(_get(row, asked), asked), _completion(_get(row, answered), answered)
 
-    return Form(name, read)
+    return Form(name, read, frozenset((asked, answered)))
 
 
 PLAIN = _pair("prompt", "completion", "")
@@ -258,7 +271,7 @@ def _running(column: str, name: str) -> Form:
     def read(row: Row) -> tuple[str, str]:
         return "", _text(_get(row, column), column)
 
-    return Form(name, read, raw=True)
+    return Form(name, read, frozenset((column,)), raw=True)
 
 
 def _chat(column: str, name: str) -> Form:
@@ -269,7 +282,7 @@ def _chat(column: str, name: str) -> Form:
             raise RowFault(f"'{column}' has an answer, but no message before it")
         return _with_system(row, turns[:-1]), answer
 
-    return Form(name, read)
+    return Form(name, read, frozenset((column, "system")))
 
 
 def _with_system(row: Row, turns: tuple[Message, ...]) -> tuple[Message, ...]:
@@ -289,6 +302,10 @@ def _instruction(row: Row) -> str:
     given = row.get("input")
     given = "" if given is None else _text(given, "input")
     return f"{instruction}\n{given}" if given.strip() else instruction
+
+
+def _holds(value: object) -> bool:
+    return value is not None and not (isinstance(value, str | list | tuple | dict) and not value)
 
 
 def _get(row: Row, column: str) -> Any:
@@ -352,7 +369,7 @@ def _references(row: Row, columns: Columns) -> tuple[str, ...]:
     if value is None:
         return ()
     if isinstance(value, str):
-        return (value,)
+        return (value,) if value.strip() else ()  # an empty cell of a table is none
     if not isinstance(value, Sequence) or not all(isinstance(item, str) for item in value):
         raise RowFault(f"'{column}' must be a list of texts, got {kind_of(value)}")
     return tuple(value)
