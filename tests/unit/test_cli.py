@@ -314,6 +314,11 @@ def test_attribute_tests_faithfulness(trained: Path, head_data: Path, tmp_path: 
     assert intact.pop() >= 50, "the model has not learned its task: the curves say nothing"
     assert all(min(curve) < curve[0] for curve in curves.values()), "zeroing 30 % changed nothing"
     assert "importance:" in result.output
+    again = ("attribute", "--model", trained / "tasks/01-head/model", "--data", head_data, "--out", out)
+    assert holdfast_cli(*again, "--importance", "fisher", "--set", "samples=8").exit_code == 0
+    assert (out / "faithfulness.json").exists(), "the prior is the same"
+    assert holdfast_cli(*again, "--importance", "magnitude").exit_code == 0
+    assert not (out / "faithfulness.json").exists(), "it was measured with another prior"
 
 
 def test_attribute_takes_the_template_of_a_run_and_set_wins(

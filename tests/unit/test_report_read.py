@@ -125,3 +125,21 @@ def test_a_prior_record_without_its_tensors_is_refused(tmp_path):
     (tmp_path / "prior.safetensors").unlink()
     with pytest.raises(DataError, match=r"prior\.safetensors: missing.*holdfast attribute"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("learned", "told"),
+    [
+        (list(TASKS), "arc_easy acc"),
+        (list(TASKS)[:2], f"arc_easy acc (asked after {TASKS[1]})"),
+        ([*TASKS[:3], "taken back"], "arc_easy acc (asked after taken back)"),
+        ([], "arc_easy acc"),  # of an earlier version
+    ],
+)
+def test_scores_of_lm_eval_of_an_earlier_state_say_of_which(tmp_path, learned, told):
+    path = write_run(tmp_path / "r", "x")
+    scores = [{"arc_easy": {"acc,none": value}} for value in (0.25, 0.5)]
+    write_json(path / "harness.json", {"base": scores[0], "now": scores[1], "learned": learned})
+    run = read(path)
+    assert isinstance(run, RunRecord)
+    assert run.metrics.harness == {told: [0.25, 0.5]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -194,20 +194,31 @@ def _metrics_of_skills(path: Path) -> RunMetrics:
 
 def _read_run(path: Path, metrics: RunMetrics | None = None) -> RunRecord:
     metrics = metrics or RunMetrics.read(path / "metrics.json")
-    asked = _read_if(HarnessAnswers, path / "harness.json")
-    if not metrics.harness and asked is not None:
-        metrics = metrics.model_copy(update={"harness": courses([asked.base, asked.now])})
     folders = sorted(p for p in (path / "tasks").glob("[0-9]*-*") if p.is_dir() and p.suffix != ".partial")
     named = [] if metrics.strategy == "multitask" else metrics.tasks  # a folder's name may be a cleaned one
+    stages = tuple(_read_stage(folder, named) for folder in folders)
+    asked = _read_if(HarnessAnswers, path / "harness.json")
+    if not metrics.harness and asked is not None:
+        metrics = metrics.model_copy(update={"harness": _asked_when(asked, [s.task for s in stages], named)})
     config = path / CONFIG
     return RunRecord(
         path=path,
         name=metrics.label,
         metrics=metrics,
-        stages=tuple(_read_stage(folder, named) for folder in folders),
+        stages=stages,
         config=_text(config) if config.is_file() else "",
         environment=_read_if(Environment, path / ENVIRONMENT) or Environment(),
     )
+
+
+def _asked_when(asked: HarnessAnswers, learned: Sequence[str], named: Sequence[str]) -> dict[str, list[Any]]:
+    """The scores of lm-eval; where tasks were learned or taken back since, after which task they are."""
+    scores = courses([asked.base, asked.now])
+    then = asked.learned
+    same = then == list(learned) if named else len(then) == len(learned)
+    if same or not then:
+        return scores
+    return {f"{name} (asked after {then[-1]})": values for name, values in scores.items()}
 
 
 def _read_comparison(path: Path) -> ComparisonRecord:

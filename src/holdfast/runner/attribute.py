@@ -13,6 +13,7 @@ from holdfast.errors import ConfigError, DataError
 from holdfast.evaluation.evaluate import EvaluationOptions
 from holdfast.folder import CONFIG
 from holdfast.importance import ImportanceOptions, ImportancePrior, compute_prior
+from holdfast.importance.prior import TENSORS
 from holdfast.importance.registry import REGISTRY
 from holdfast.importance.stored import Width
 from holdfast.models import ModelOptions, is_encoder_decoder, load_model
@@ -20,7 +21,8 @@ from holdfast.progress import Progress
 from holdfast.quantities import count, number, short
 from holdfast.resume import Partial
 from holdfast.runner.config import load_config
-from holdfast.runner.faithfulness import faithfulness_in_folder
+from holdfast.runner.faithfulness import FAITHFULNESS, faithfulness_in_folder
+from holdfast.storage import sha256
 from holdfast.tasks import Encoder, Template, load_task, toy_tokenizer
 from holdfast.tasks.rows import Columns
 
@@ -105,7 +107,10 @@ def attribute_to_folder(
             progress=bar,
             partial=partial,
         )
+    before = _digest_of(out)
     prior.save(out, config.store)
+    if _digest_of(out) != before:
+        (out / FAITHFULNESS).unlink(missing_ok=True)  # of another prior
     what = (
         f"{count(prior.elements)} weights" if prior.kind == "weights" else "one matrix a linear map's inputs"
     )
@@ -131,6 +136,12 @@ def attribute_to_folder(
             )
     partial.clear()
     return prior
+
+
+def _digest_of(folder: Path) -> str | None:
+    """Of the prior in a folder, if there is one."""
+    file = folder / TENSORS
+    return sha256(file) if file.is_file() else None
 
 
 def _sections_of(path: Path) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from holdfast.storage import sha256
 from holdfast.tasks import Encoder
 from holdfast.tasks.task import Task
 
+FAITHFULNESS = "faithfulness.json"
+
 
 def faithfulness_in_folder(
     model: Any,
@@ -67,5 +69,5 @@ def faithfulness_in_folder(
         known=known,
         keep=keep,
     )
-    result.write(out / "faithfulness.json")
+    result.write(out / FAITHFULNESS)
     return result
