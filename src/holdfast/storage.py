@@ -112,6 +112,11 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def text_lines(text: str) -> list[str]:
+    """The lines of a file. What else Unicode calls the end of a line, such as U+2028, is part of a text."""
+    return text.replace("\r\n", "\n").split("\n")
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a UTF-8 text file atomically, in rank 0 alone; raises `StorageError` as `atomic_write` does."""
     if not world.leads():

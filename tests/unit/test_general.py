@@ -16,7 +16,15 @@ from holdfast import Learner
 from holdfast.cli import app
 from holdfast.config import validate
 from holdfast.errors import ConfigError
-from holdfast.evaluation.general import Answers, ask_base, divergence, encode_own, own_rows
+from holdfast.evaluation.general import (
+    Answers,
+    ask_base,
+    divergence,
+    encode_own,
+    load_own,
+    own_rows,
+    save_own,
+)
 from holdfast.models import LoraOptions, add_lora
 from holdfast.report import write_report
 from holdfast.runner import RunConfig, run
@@ -114,6 +122,14 @@ def test_a_chat_template_makes_user_turns_and_answers() -> None:
         first.prompt_ids
         == tokenizer(f"<user>{rows[0].prompt[0]['content']};<a>", add_special_tokens=False).input_ids
     )  # type: ignore
+
+
+def test_rows_of_the_base_come_back_whatever_ends_of_lines_it_wrote(tmp_path: Path) -> None:
+    rows = [Example("a\u2028b\r\nc", "d\x85e\n"), Example.text("\u2029\x0c")]
+    save_own(tmp_path, rows, Answers.of(torch.randn(2, 5), generator()))
+    kept = load_own(tmp_path)
+    assert kept is not None
+    assert kept[0] == rows
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -161,6 +161,16 @@ def test_a_text_is_learned_whole_and_without_a_frame() -> None:
     assert "text" not in Example("a", "b").record()
 
 
+def test_a_general_text_keeps_what_only_looks_like_the_end_of_a_line(tmp_path: Path) -> None:
+    texts = ["abc\u2028def", "g\x85h"]
+    begun = "\ufeff"  # as some editors begin a file
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    (tmp_path / "a.jsonl").write_bytes((begun + "\r\n".join(lines)).encode())
+    (tmp_path / "a.txt").write_bytes((begun + "\r\n".join(texts)).encode())
+    for name in ("a.jsonl", "a.txt"):
+        assert [row.completion for row in read_texts(str(tmp_path / name))] == texts
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -39,8 +39,11 @@ def encoder_of(kind: str = "llama", **template: Any) -> Encoder:
 
 
 def test_a_text_file_is_read_by_paragraphs_and_a_column_by_rows(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("one\nline\n\n\ntwo\n", encoding="utf-8")
-    assert load_task(tmp_path / "a.txt").train == [Example.text("one\nline"), Example.text("two")]
+    (tmp_path / "a.txt").write_text("one\nline\n\n\ntwo\u2028still two\n", encoding="utf-8")
+    assert load_task(tmp_path / "a.txt").train == [
+        Example.text("one\nline"),
+        Example.text("two\u2028still two"),
+    ]
     (tmp_path / "b.jsonl").write_text('{"text": "one", "id": 7}\n')
     task = load_task(tmp_path / "b.jsonl")
     assert (task.train, task.read_as) == ([Example.text("one")], "running text")

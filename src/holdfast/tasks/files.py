@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from holdfast.storage import text_lines
 from holdfast.tasks.problems import Problems
 
 Placed = tuple[str, object]  # where a row stands, such as "train.jsonl:17", and the row
@@ -182,7 +183,7 @@ def _paragraphs(path: Path, problems: Problems) -> list[Placed]:
     if raw is None:
         return []
     try:
-        lines = raw.decode("utf-8-sig").splitlines()
+        lines = text_lines(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         problems.add(f"{path}:{line}", "not UTF-8. Save the text in the encoding UTF-8")

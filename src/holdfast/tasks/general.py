@@ -11,6 +11,7 @@ from pydantic import Field
 
 from holdfast.config import Options
 from holdfast.errors import ConfigError
+from holdfast.storage import text_lines
 from holdfast.tasks.task import Example
 
 
@@ -31,7 +32,7 @@ def read_texts(path: str) -> list[Example]:
     """
     where = f"general.file: {path}"
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+        lines = text_lines(Path(path).expanduser().read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{where}: can't be read as UTF-8 text ({error}).") from error
     texts = []
