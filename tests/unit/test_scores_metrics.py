@@ -105,6 +105,19 @@ def test_a_task_that_comes_again_counts_once_and_hides_nothing_that_others_lost(
     assert summarise(matrix, ["copy", "head", "flip"]) == summarise(matrix)
 
 
+def test_a_task_that_no_row_tests_counts_nowhere() -> None:
+    # june is learned between may and july, and nothing asks for it
+    matrix = [[None] * 3, [90.0, None, None], [80.0, None, None], [70.0, None, 60.0]]
+    found = summarise(matrix, ["may", None, "july"])
+    assert (found["ap"], found["bwt"], found["forgetting"]) == (65.0, -20.0, 20.0)
+    assert found["learning_accuracy"] == 75.0
+    assert summarise(matrix)["ap"] is None
+    last = summarise([row[:2] for row in matrix[:3]], ["may", None])
+    assert (last["ap"], last["bwt"]) == (80.0, -10.0), (
+        "may is an earlier task, though the only one that is asked"
+    )
+
+
 SCORE = st.floats(0, 100)
 
 

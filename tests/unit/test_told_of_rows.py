@@ -10,6 +10,7 @@ import pytest
 from holdfast.errors import DataError
 from holdfast.evaluation.audit import Audit, audit
 from holdfast.evaluation.evaluate import EvaluationOptions
+from holdfast.report import write_report
 from holdfast.runner.learn import learn_data
 from holdfast.tasks import Encoder, Example, Task, Template, toy_tokenizer
 from learning_data import SHORT, TOY, rows_of, write_rows
@@ -66,3 +67,18 @@ def test_of_the_file_that_the_base_is_held_by_it_is_told_what_is_cut_and_what_do
     with pytest.raises(DataError, match=r"protect_base\.general: the longest row .* the model takes"):
         learn_data(data, tmp_path / "s", general=notes, assignments=[*TOY, *SHORT], progress=progress)
     assert any("protect_base.general: 1 of 1 texts are longer than" in said for said in progress.said)
+
+
+def test_a_month_without_rows_aside_leaves_the_means_of_the_others(tmp_path: Path) -> None:
+    for name, count in (("may", 20), ("few", 3), ("july", 20)):
+        data = write_rows(tmp_path / f"{name}.jsonl", rows_of(name, count))
+        options = [*(TOY if name == "may" else ()), *SHORT]
+        known = learn_data(data, tmp_path / "s", assignments=options, progress=Noted())
+    may, few, july = known.skills
+    assert few.now is None
+    assert may.now is not None
+    assert july.now is not None
+    assert known.record()["ap"] == (may.now + july.now) / 2
+    page = write_report([tmp_path / "s"], tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "No rows were kept aside for few: it counts in none of these." in page
+    assert "–\u00a0% on average" not in page

@@ -6,7 +6,8 @@ that needs such an entry is None.
 
 The equations are of tasks that differ. Where a task comes into a stream again, `tasks` says which columns
 are one task: it counts once, since it was last learned, and in FWT before it was first learned. Counted at
-each of its places, what it gained by being learned again would hide what others lost.
+each of its places, what it gained by being learned again would hide what others lost. A task that no row
+tests (None in `tasks`) counts nowhere.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 Matrix = Sequence[Sequence[float | None]]
-Tasks = Sequence[str] | None
+Tasks = Sequence[str | None] | None
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -32,9 +33,14 @@ def _places(matrix: Matrix, tasks: Tasks, *, last: bool = True) -> list[int]:
     names = range(len(matrix[0])) if tasks is None else tasks
     found: dict[object, int] = {}
     for i, name in enumerate(names):
-        if last or name not in found:
+        if name is not None and (last or name not in found):
             found[name] = i
     return sorted(found.values())
+
+
+def _earlier(matrix: Matrix, tasks: Tasks) -> list[int]:
+    """One column of each task but the one that was learned last."""
+    return [i for i in _places(matrix, tasks) if i < len(matrix[0]) - 1]
 
 
 def average_performance(matrix: Matrix, tasks: Tasks = None) -> float | None:
@@ -44,7 +50,7 @@ def average_performance(matrix: Matrix, tasks: Tasks = None) -> float | None:
 
 def forward_transfer(matrix: Matrix, tasks: Tasks = None) -> float | None:
     """FWT (K, eq. 19): mean score on each task (from the second on) just before it is first learned."""
-    return _mean([matrix[i][i] for i in _places(matrix, tasks, last=False)[1:]])
+    return _mean([matrix[i][i] for i in _places(matrix, tasks, last=False) if i > 0])
 
 
 def backward_transfer(matrix: Matrix, tasks: Tasks = None) -> float | None:
@@ -52,8 +58,7 @@ def backward_transfer(matrix: Matrix, tasks: Tasks = None) -> float | None:
 
     Below 0 is forgetting.
     """
-    earlier = _places(matrix, tasks)[:-1]
-    return _mean([_difference(matrix[-1][i], matrix[i + 1][i]) for i in earlier])
+    return _mean([_difference(matrix[-1][i], matrix[i + 1][i]) for i in _earlier(matrix, tasks)])
 
 
 def learning_accuracy(matrix: Matrix, tasks: Tasks = None) -> float | None:
@@ -67,7 +72,7 @@ def forgetting(matrix: Matrix, tasks: Tasks = None) -> float | None:
     Chaudhry et al. 2018, arXiv 1801.10112, eq. 3: negative where a task ends above all it had before.
     """
     drops: list[float | None] = []
-    for i in _places(matrix, tasks)[:-1]:
+    for i in _earlier(matrix, tasks):
         column = [row[i] for row in matrix[i + 1 : -1]]
         if matrix[-1][i] is None or any(v is None for v in column):
             return None
@@ -82,7 +87,7 @@ def summarise(matrix: Matrix, tasks: Tasks = None) -> dict[str, float | None]:
     Parameters
     ----------
     tasks : sequence, optional
-        Which task each column is of; by default all differ.
+        Which task each column is of, None where no row tests it; by default all differ.
     """
     return {
         "ap": average_performance(matrix, tasks),

@@ -88,6 +88,11 @@ class Skills:
     base: Skill | None = None
     same_as: Mapping[str, str] = field(default_factory=dict)
 
+    def metrics(self) -> dict[str, float | None]:
+        """AP, BWT and the others, of the skills that rows were kept aside for."""
+        names = [self.same_as.get(s.name, s.name) if s.test_rows else None for s in self.skills]
+        return summarise(self.matrix, names)
+
     def record(self) -> dict[str, Any]:
         """JSON-able."""
         return {
@@ -96,7 +101,7 @@ class Skills:
             **({} if self.base is None else {"base": asdict(self.base)}),
             "skills": [asdict(skill) for skill in self.skills],
             "matrix": self.matrix,
-            **summarise(self.matrix, [self.same_as.get(skill.name, skill.name) for skill in self.skills]),
+            **self.metrics(),
             "harness": self.harness,
             "unfinished": self.unfinished,
             "disk": self.disk,

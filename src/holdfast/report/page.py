@@ -80,6 +80,7 @@ def build(records: Sequence[Folder], title: str | None) -> str:
         "legend": [{"name": g.label, **draw.style_of(i, g.joint)} for i, g in enumerate(groups)],
         "columns": COLUMNS,
         "repeats": any(run.metrics.same_as for run in runs),
+        "untested": [name for run in runs for name in run.untested],
         "rows": table(groups) if groups else [],
         "overview": _add(figures, "overview", draw.overview(groups)),
         "comparison": comparison_blocks(figures, [r.sweep for r in sweeps], groups),

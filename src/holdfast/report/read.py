@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 from holdfast.config import recorded_in
 from holdfast.errors import DataError
 from holdfast.evaluation.harness import courses
-from holdfast.evaluation.metrics import summarise
 from holdfast.evaluation.predictions import read_predictions
 from holdfast.folder import CONFIG, ENVIRONMENT, MANIFEST
 from holdfast.learner.skills import read_skills
@@ -114,6 +113,13 @@ class RunRecord:
         return str(strategy.get("prior_from", "sequential")) if isinstance(strategy, dict) else ""
 
     @property
+    def untested(self) -> list[str]:
+        """Tasks that were learned and that no row tests; they count in no mean."""
+        columns = enumerate(zip(*self.metrics.matrix, strict=True))
+        names = [self.metrics.tasks[i] for i, scores in columns if all(a is None for a in scores)]
+        return names if self.metrics.finished and self.seen else []
+
+    @property
     def seen(self) -> int:
         """How many tasks were learned and tested."""
         rows = [j for j, row in enumerate(self.metrics.matrix) if any(a is not None for a in row)]
@@ -188,7 +194,7 @@ def _metrics_of_skills(path: Path) -> RunMetrics:
         kl_base=[skill.kl_base for skill in known.skills],
         kl_new=[skill.kl_new for skill in known.skills],
         harness=known.harness,
-        **summarise(known.matrix),
+        **known.metrics(),
     )
 
 
