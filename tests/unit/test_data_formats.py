@@ -400,6 +400,7 @@ def test_empty_and_repeated_options_in_a_configuration_are_refused() -> None:
     [
         ({"prompt": "a", "completion": "b", "id": 1, "references": ["b"]}, ""),
         ({"prompt": "a", "completion": "b", "system": ""}, ""),
+        ({"": 0, "prompt": "a", "completion": "b"}, ""),  # the index of a data frame
         (
             {"prompt": "a", "completion": "b", "system": "Be brief."},
             "prompt and completion; columns that are not read: system",

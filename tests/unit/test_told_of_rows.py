@@ -7,15 +7,19 @@ from typing import Any
 
 import pytest
 
+from holdfast.config import validate
 from holdfast.errors import DataError
 from holdfast.evaluation.audit import Audit, audit
 from holdfast.evaluation.evaluate import EvaluationOptions
 from holdfast.report import write_report
+from holdfast.runner import RunConfig
+from holdfast.runner.findings import check
 from holdfast.runner.learn import learn_data
 from holdfast.tasks import Encoder, Example, Task, Template, toy_tokenizer
 from learning_data import SHORT, TOY, rows_of, write_rows
 from noted import Noted
 from tiny_models import tiny_model
+from tiny_runs import tiny_run
 
 
 def found_in(
@@ -82,3 +86,29 @@ def test_a_month_without_rows_aside_leaves_the_means_of_the_others(tmp_path: Pat
     page = write_report([tmp_path / "s"], tmp_path / "r.html").read_text(encoding="utf-8")
     assert "No rows were kept aside for few: it counts in none of these." in page
     assert "–\u00a0% on average" not in page
+
+
+def test_test_rows_that_are_trained_on_are_told_of_this_month_and_of_earlier_ones(tmp_path: Path) -> None:
+    may, more = rows_of("may", 40), rows_of("more", 40)
+    names = {"may": may, "june": [*may, *more], "july": more[:8]}
+    data = {name: write_rows(tmp_path / f"{name}.jsonl", rows) for name, rows in names.items()}
+
+    def said_of(name: str, **further: Any) -> list[str]:
+        progress, first = Noted(), name == "may"
+        options = [*(TOY if first else ()), *SHORT]
+        learn_data(data[name], tmp_path / "s", assignments=options, progress=progress, **further)
+        return [text for text in progress.said if "that are trained on" in text]
+
+    assert said_of("may") == []
+    (cumulative,) = said_of("june")
+    assert cumulative.startswith("may: ")
+    assert "of 4 rows kept aside ask what is asked in the rows of 'june'" in cumulative
+    assert any(text.startswith("july: 8 of 8 rows") for text in said_of("july", test=data["july"]))
+
+
+def test_check_tells_test_rows_that_are_trained_on(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        write_rows(tmp_path / "tasks" / "a" / f"{part}.jsonl", rows_of("may", 5))
+    tasks = {"source": "jsonl", "path": str(tmp_path / "tasks")}
+    config = validate(RunConfig, tiny_run(tmp_path / "run", tasks=tasks), "test")
+    assert "a: 5 of 5 test rows ask what is asked in its training rows" in " ".join(check(config).remarks)

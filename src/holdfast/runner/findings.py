@@ -27,6 +27,7 @@ from holdfast.runner.table import Rows
 from holdfast.strategies import Strategy, build_strategy
 from holdfast.tasks import Encoder, inspect_stream, load_task, toy_tokenizer
 from holdfast.tasks.memory import Rehearsal, WritingOptions, stand_in
+from holdfast.tasks.options import also_trained
 from holdfast.tasks.task import Example, Task, TaskStream
 from holdfast.training.options import TrainingOptions
 
@@ -145,6 +146,11 @@ def _check_tasks(
     for task in tasks:
         if task.read_as:
             findings.remarks.append(f"{task.name}: read as {task.read_as}.")
+        if met := also_trained(task.test, task.train):
+            findings.remarks.append(
+                f"{task.name}: {met} of {len(task.test)} test rows ask what is asked in its training rows; "
+                "of those the score tells what was seen."
+            )
         found = audit(task, encoder, model, config.evaluation)
         encoder.forget()
         findings.problems += found.problems

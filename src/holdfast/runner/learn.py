@@ -24,7 +24,7 @@ from holdfast.learner.skills import Skills, read_skills
 from holdfast.models import onto_gpu
 from holdfast.progress import Progress, stoppable
 from holdfast.tasks import load_task
-from holdfast.tasks.options import left_out, subsample
+from holdfast.tasks.options import also_trained, left_out, subsample
 from holdfast.tasks.problems import Problems
 from holdfast.tasks.rows import Columns
 from holdfast.tasks.sources import check_options
@@ -257,12 +257,19 @@ def _usual_rate(config: LearnerConfig, model: Any) -> float:
 
 
 def _audit(learner: Learner, task: Task, progress: Progress) -> None:
-    """Say what is cut, and refuse what can't be answered or doesn't fit."""
+    """Say what is cut and which test rows are trained on; refuse what can't be answered or doesn't fit."""
     learner.config.training.check_installed()
     with progress.bar(f"read {task.name}", total=len(task.train)) as bar:
         found = audit(task, learner.encoder, learner.model, learner.config.evaluation, bar)
     for remark in found.remarks:
         progress.say(remark)
+    for known in (*learner.tests, task):
+        if met := also_trained(known.test, task.train):
+            progress.say(
+                f"{known.name}: {met} of {len(known.test)} rows kept aside ask what is asked in the rows of "
+                f"'{task.name}' that are trained on; of those the score tells what was seen, and not what "
+                "is kept."
+            )
     if found.problems:
         raise DataError("\n".join(found.problems))
 

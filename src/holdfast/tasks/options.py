@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -106,6 +106,12 @@ def left_out(rows: Sequence[Example], limit: int | None, seed: int, *stream: str
     drawn, rest = _drawn(len(rows), limit, seed, stream)
     known = {_key(rows[i]) for i in drawn}
     return [rows[i] for i in sorted(rest) if _key(rows[i]) not in known]
+
+
+def also_trained(tests: Iterable[Example], rows: Iterable[Example]) -> int:
+    """How many test rows ask what is asked in training rows, too: of those a score tells what was seen."""
+    seen = {_key(row) for row in rows}
+    return sum(_key(row) in seen for row in tests)
 
 
 def _drawn(count: int, limit: int | None, seed: int, stream: Sequence[str]) -> tuple[list[int], list[int]]:

@@ -172,7 +172,7 @@ def to_examples(
 def _unread(form: Form, rows: Iterable[object]) -> list[str]:
     """Columns that hold something and that nothing is made of, such as a system message beside a prompt."""
     held = {key: None for row in rows if isinstance(row, Mapping) for key in row if _holds(row[key])}
-    return [str(key) for key in held if key not in form.uses and key not in _BESIDE]
+    return [str(key) for key in held if str(key).strip() and key not in form.uses and key not in _BESIDE]
 
 
 def as_examples(rows: Iterable[Example | Mapping[str, Any]], columns: Columns = STANDARD) -> list[Example]:
