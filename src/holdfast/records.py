@@ -98,8 +98,9 @@ class RunMetrics(Record):
         What `holdfast.evaluation.metrics` makes of the matrix, where a task that comes again counts once;
         None where an entry is missing.
     seconds : dict
-        Of ``train``, ``prior`` and ``evaluate``, of ``general`` and ``harness`` where they were asked for,
-        and their sum ``total``.
+        Of ``train``, ``prior`` and ``evaluate``, of ``base`` (task 0: writing its rows, and what the strategy
+        makes of them), ``general`` and ``harness`` where they were asked for, and their sum ``total``. Of a
+        stage that was stopped and continued, those since it was continued.
     parameters, trainable : int or None
         Numbers in the model at the end, and those that the first stage trained.
     seed : int or None

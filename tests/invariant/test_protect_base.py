@@ -301,3 +301,11 @@ def test_rows_of_the_base_that_don_t_end_are_held_as_far_as_they_go(tmp_path: Pa
         counts = json.loads((tmp_path / "s" / "base" / "memory.json").read_text())
         assert counts["unfinished"] == 0
         assert 0 < counts["cut"] <= counts["kept"]
+
+
+def test_the_time_that_the_base_takes_is_part_of_the_whole(tmp_path: Path) -> None:
+    seconds = run(config_of(tmp_path / "run", "ewc"))["seconds"]
+    about = json.loads((tmp_path / "run" / "base" / "task.json").read_text())
+    assert seconds["base"] == about["seconds"]
+    assert seconds["total"] == pytest.approx(sum(s for phase, s in seconds.items() if phase != "total"))
+    assert "base" not in run(config_of(tmp_path / "without", "ewc", protect_base=None))["seconds"]

@@ -13,6 +13,7 @@ _PHASES = (
     ("train", "training"),
     ("prior", "importance"),
     ("evaluate", "evaluation"),
+    ("base", "the base as task 0"),
     ("general", "general ability"),
     ("harness", "lm-eval"),
 )

@@ -50,7 +50,8 @@ COLUMNS = (
     ),
     Column(
         "seconds", "Time", "total time",
-        "Wall-clock time of the whole run: training, importance, evaluation.",
+        "Wall-clock time of the whole run: training, importance, evaluation, and what else was asked for. Of "
+        "a task that was stopped and continued, that since it was continued.",
         higher_is_better=False,
     ),
 )  # fmt: skip

@@ -18,6 +18,8 @@ from holdfast.evaluation.metrics import summarise
 from holdfast.evaluation.predictions import file_safe
 from holdfast.folder import PARTIAL
 from holdfast.learner import Learner
+from holdfast.learner.base_task import BASE
+from holdfast.learner.known import read_about
 from holdfast.models import load_model, onto_gpu
 from holdfast.progress import Progress, stoppable
 from holdfast.records import RunMetrics, StageMetrics, TrainingLog
@@ -217,6 +219,9 @@ def collect_metrics(
             for record in _records(path, part):
                 for key, value in record.seconds.items():
                     seconds[key] = seconds.get(key, 0.0) + value
+    told = read_about(path / BASE).get("seconds")
+    if told is not None:
+        seconds["base"] = float(told)
     same_as = {task.name: task.same_as for stage in stages for task in stage.tasks if task.same_as}
     for record in [record for name in names for record in _records(path, name)[:1]]:
         for key in general:
