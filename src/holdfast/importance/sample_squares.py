@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -110,9 +110,14 @@ class SampleSquares:
         self._fold = _SumOfSquares(parameters)
         self._maps = WeightMaps(model, parameters, self._fold, factor=1.0)
         self._tokens = 0
-        self._removers = [
+        self._removers: list[Callable[[], None]] = []
+        self.attach()
+
+    def attach(self) -> None:
+        """Put the hooks on the model, after `remove`; where they are it does nothing."""
+        self._removers = self._removers or [
             module.register_forward_hook(self._hook(isinstance(module, nn.Linear))).remove
-            for _, module in linear_modules(model)
+            for _, module in linear_modules(self._model)
             if any(map(self._maps.wants, module.parameters(recurse=False)))
         ]
 

@@ -68,6 +68,11 @@ class Sensitivity:
         if self.squares is not None:
             self.squares.begin(batch["labels"])
 
+    def attach(self) -> None:
+        """Put the hooks on the model again, after `remove`."""
+        if self.squares is not None:
+            self.squares.attach()
+
     def remove(self) -> None:
         """Take the hooks off the model."""
         if self.squares is not None:

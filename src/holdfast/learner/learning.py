@@ -38,7 +38,8 @@ class Learning:
 
     Train with one of three: `train`, the loop of ``holdfast run``; `trainer`, any Trainer class; or a loop of
     your own, which calls `attach` once, `watch` before and `loss` after each forward pass, and `before_step`
-    when the gradient of a step is complete and not yet clipped.
+    when the gradient of a step is complete and not yet clipped. A task may have several trainings, one after
+    the other (SFT, then DPO): each is held to the weights that the task began with.
 
     Attributes
     ----------
@@ -181,7 +182,7 @@ class Learning:
                 "Trainer on a train_dataset of yours). Use stage.train() or a plain Trainer on the stage's "
                 "rows, or leave it out."
             )
-        steps = Steps(self.strategy, self.record)
+        steps = Steps(self.strategy, self.record, before=self._detach)
         arguments.setdefault("processing_class", context.tokenizer)
         callbacks = [*(arguments.pop("callbacks", None) or ()), steps]
         trainer = bridged(cls, own_loss=ours)(model=context.model, callbacks=callbacks, **arguments)
@@ -236,6 +237,8 @@ class Learning:
                 f"stage.attach: {special}, and a loop of your own computes its own loss. Use stage.train(), "
                 "or leave it out."
             )
+        for before in self._steps:
+            before.release()
         if steps is not None:
             tell_total_rate(optimizer, scheduler, steps)
         self._handles += self.strategy.attach(self.context.model, optimizer)
@@ -273,13 +276,17 @@ class Learning:
         handles = [*self._handles, *(handle for steps in self._steps for handle in steps.handles)]
         return next((handle.drift() for handle in handles if handle.meter is not None), None)
 
-    def release(self) -> None:
-        """Take all holds off."""
+    def _detach(self) -> None:
+        """Take off what the strategy has put on the model and on optimizers: two of it would act twice."""
         while self._handles:
             self._handles.pop().remove()
         for steps in self._steps:
             steps.release()
             self.trained |= steps.attached
+
+    def release(self) -> None:
+        """Take all holds off, and what trainers have left on the model."""
+        self._detach()
         if self._steps:  # each trainer prepares the model for itself; a loop of one's own may once for all
             unprepare(unwrapped(self.context.model))
 

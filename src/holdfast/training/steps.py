@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,15 +43,24 @@ class Steps(TrainerCallback):
     ----------
     bar : Bar, optional
         Shows the steps; without it the trainer shows its own progress.
+    before : callable, optional
+        Takes off what earlier trainings have left on the model; by default what this one has.
     """
 
-    def __init__(self, verbs: Verbs, record: TrainingRecord, bar: Any = None) -> None:
+    def __init__(
+        self,
+        verbs: Verbs,
+        record: TrainingRecord,
+        bar: Any = None,
+        before: Callable[[], None] | None = None,
+    ) -> None:
         self.verbs, self.record, self.bar = verbs, record, bar
+        self.before = before or self.release
         self.handles: list[Handle] = []
         self.attached = self.stopping = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.release()  # of a training that failed
+        self.before()  # of a training that failed, or that came before this one
         tell_total_rate(kwargs["optimizer"], kwargs.get("lr_scheduler"), state.max_steps)
         self.handles = list(self.verbs.attach(kwargs["model"], kwargs["optimizer"]))
         self.attached = True

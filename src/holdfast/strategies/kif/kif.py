@@ -56,6 +56,7 @@ class Kif(Strategy):
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
         """Keep units apart (eq. 5)."""
+        self.sensitivity.attach()  # a task may be trained twice, and each time ends with its removal
         handles = [Handle([self.sensitivity.remove])]
         if self.options.orthogonality > 0:
             apart = Orthogonality(self.parameters, self.options.orthogonality)

@@ -1,0 +1,80 @@
+"""A task under a Learner, trained by trainers of the user: several, evaluation, losses of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from holdfast.learner import Learner
+from holdfast.tasks import toy_tokenizer
+from learning_data import rows_of
+from strategy_runs import options_of
+from tiny_models import tiny_model
+
+TRAINING = {"max_steps": 2, "batch_size": 4, "learning_rate": 1e-2}
+
+
+def adapted(**values: Any) -> Any:
+    return get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], **values))
+
+
+def arguments(folder: Path, cls: Any = TrainingArguments, **values: Any) -> Any:
+    common: dict[str, Any] = {
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    return cls(output_dir=str(folder), **(common | values))
+
+
+class Touched(TrainerCallback):
+    """How many hooks and forwards are on the model's modules while it is trained."""
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.counts.append(touched(kwargs["model"]))
+
+
+def touched(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + ("forward" in m.__dict__) for m in model.modules())
+
+
+@pytest.mark.parametrize("anew", [True, False], ids=["another", "the same"])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "o-lora",
+        "attribution, a LoRA a task",
+        "sapt-lora",
+        "migu",
+        {"name": "kif", "sensitivity": {"order": "second"}},
+    ],
+    ids=str,
+)
+def test_a_second_training_of_a_task_has_the_strategy_on_the_model_once(
+    strategy: Any, anew: bool, tmp_path: Path
+) -> None:
+    options = options_of(strategy) if isinstance(strategy, str) else strategy
+    learner, seen = Learner(adapted(), toy_tokenizer(), options, training=TRAINING), Touched()
+    with learner.task("first", rows_of("first", 8)) as stage:
+        stage.train()
+    with learner.task("second", rows_of("second", 8)) as stage:
+        for number in range(2):
+            if anew or number == 0:
+                trainer = stage.trainer(Trainer, args=arguments(tmp_path), callbacks=[seen])
+            trainer.train()
+    assert seen.counts[0] > 0
+    assert seen.counts == [seen.counts[0]] * 4
+    assert touched(learner.model) == 0
+    learner.close()
