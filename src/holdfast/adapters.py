@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -137,6 +138,41 @@ def check_plain_lora(model: Any, strategy: str, does: str, needs: str) -> None:
             f"strategy.name: '{strategy}' {needs}. That is defined for plain LoRA on linear layers alone, "
             f"and this adapter has {said}. Give a plain one (model.lora), or take another strategy."
         )
+
+
+def check_saved_whole(model: Any) -> None:
+    """See that all that is trained is in what PEFT saves of the one adapter.
+
+    Raises
+    ------
+    ModelError
+        Weights of the base are trained beside the adapter, or the adapter has a name of its own.
+    """
+    if not is_adapted(model):
+        return
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    left = [name for name in trained if NAME not in name.split(".")]
+    if left and NAME in model.peft_config:
+        saved = _names_saved(model)  # biases, and embeddings that were resized
+        left = [name for name in left if name not in saved]
+    if not left:
+        return
+    names = ", ".join(canonical_name(name) for name in left[:3])
+    raise ModelError(
+        f"Learner: what is learned is kept as PEFT's adapter '{NAME}', and {len(left)} of the {len(trained)} "
+        f"trained tensors are not in it: {names}{', ...' if left[3:] else ''}. They would be lost when the "
+        "model is loaded again. Give the adapter no name of its own (get_peft_model(model, config)), name "
+        "modules that are trained beside it in the config's `modules_to_save`, or don't train them."
+    )
+
+
+def _names_saved(model: Any) -> set[str]:
+    """What of a model PEFT saves with the adapter, without the adapter's name."""
+    from peft import get_peft_model_state_dict
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it tells of embeddings, and does so again when it saves
+        return set(get_peft_model_state_dict(model, adapter_name=NAME))
 
 
 def grow(model: Any, ranks: int, seed: int) -> None:

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from holdfast.errors import ModelError
 from holdfast.learner import Learner
 from holdfast.tasks import toy_tokenizer
 from learning_data import rows_of
@@ -78,3 +79,33 @@ def test_a_second_training_of_a_task_has_the_strategy_on_the_model_once(
     assert seen.counts == [seen.counts[0]] * 4
     assert touched(learner.model) == 0
     learner.close()
+
+
+def test_what_an_adapter_s_folder_would_lose_is_refused_before_anything_is_learned(tmp_path: Path) -> None:
+    beside = adapted()
+    beside.get_parameter("base_model.model.model.norm.weight").requires_grad_(True)
+    said = (
+        r"1 of the 9 trained tensors are not in it: model\.norm\.weight\. They would be lost.*modules_to_save"
+    )
+    with pytest.raises(ModelError, match=said):
+        Learner(beside, toy_tokenizer(), "sequential", folder=tmp_path)
+    named = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"]), adapter_name="june")
+    with pytest.raises(ModelError, match=r"lora_A\.june\.weight.*Give the adapter no name of its own"):
+        Learner(named, toy_tokenizer(), "sequential", folder=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"]),
+        LoraConfig(target_modules=["q_proj"], bias="all"),
+        LoraConfig(target_modules=["q_proj"], use_dora=True, trainable_token_indices=[1, 2]),
+        IA3Config(target_modules=["v_proj"], feedforward_modules=[]),
+        PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+    ],
+    ids=["modules to save", "biases", "DoRA and tokens", "IA3", "prompts"],
+)
+def test_what_peft_saves_with_its_adapter_is_taken(config: Any) -> None:
+    model = get_peft_model(tiny_model("qwen2"), config)
+    Learner(model, toy_tokenizer(), "sequential").close()

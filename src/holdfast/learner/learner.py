@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from holdfast import world
-from holdfast.adapters import is_adapted, recompress, stay_differentiable
+from holdfast.adapters import check_saved_whole, is_adapted, recompress, stay_differentiable
 from holdfast.base import Base, adapter_is_new, identity_of
 from holdfast.config import validate
 from holdfast.errors import ConfigError, DataError, ModelError, RunDirectoryError
@@ -75,7 +75,8 @@ class Learner:
     Parameters
     ----------
     model : nn.Module
-        A transformers model, with or without PEFT, trained in place. What has ``requires_grad`` is trained.
+        A transformers model, with or without PEFT, trained in place. What has ``requires_grad`` is trained;
+        with PEFT it must be what is saved with the adapter ``default`` (`modules_to_save` included).
     tokenizer : PreTrainedTokenizerBase
     strategy : str, mapping or LearnerConfig
         A name (``"ewc"``), a name with options (``{"name": "ewc", "strength": 1e4}``), or everything at once.
@@ -151,6 +152,7 @@ class Learner:
         self._homeless = folder is None
         stay_differentiable(model)
         self.strategy.check(model)  # before anything is written
+        check_saved_whole(unwrapped(model))
         self._check_engine(model)
         self._owns = not isinstance(folder, Folder)
         new = adapter_is_new(model)
