@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from holdfast.errors import ModelError
+from holdfast.errors import ConfigError, ModelError
 from holdfast.learner import Learner
 from holdfast.tasks import toy_tokenizer
+from holdfast.training.verbs import model_inputs
 from learning_data import rows_of
 from strategy_runs import options_of
 from tiny_models import tiny_model
@@ -109,3 +113,31 @@ def test_what_an_adapter_s_folder_would_lose_is_refused_before_anything_is_learn
 def test_what_peft_saves_with_its_adapter_is_taken(config: Any) -> None:
     model = get_peft_model(tiny_model("qwen2"), config)
     Learner(model, toy_tokenizer(), "sequential").close()
+
+
+def no_loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
+    return outputs.logits.sum() * 0
+
+
+@pytest.mark.parametrize("how", ["label smoothing", "a function"])
+def test_a_loss_that_a_plain_trainer_is_given_is_the_one_that_is_trained(how: str, tmp_path: Path) -> None:
+    smooths = how == "label smoothing"
+    values: dict[str, Any] = {} if smooths else {"compute_loss_func": no_loss}
+    values["args"] = arguments(tmp_path, label_smoothing_factor=0.5 if smooths else 0.0)
+    model = tiny_model("llama")
+    alone, learner = copy.deepcopy(model), Learner(model, toy_tokenizer(), "sequential", training=TRAINING)
+    with learner.task("one", rows_of("one", 8)) as stage:
+        stage.trainer(Trainer, **values).train()
+        rows, collate = stage.numbered, stage.collate
+    learner.close()
+    plain = Trainer(
+        alone, train_dataset=rows, data_collator=lambda items: model_inputs(collate(items)), **values
+    )
+    plain.train()
+    for ours, theirs in zip(model.parameters(), alone.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    special = {"training": {**TRAINING, "loss": "eaft"}}
+    learner = Learner(tiny_model("llama"), toy_tokenizer(), "sequential", **special)
+    said, task = "with label smoothing, or with a compute_loss_func", learner.task("one", rows_of("one", 8))
+    with pytest.raises(ConfigError, match=said), task as stage:
+        stage.trainer(Trainer, **values)

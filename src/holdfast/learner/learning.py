@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -175,12 +175,13 @@ class Learning:
                 "which this train_dataset lacks. Leave train_dataset out, or give stage.dataset."
             )
         ours = cls.compute_loss is Trainer.compute_loss and isinstance(arguments["train_dataset"], Rows)
+        ours = ours and not _asks_for_another_loss(arguments)
         loss, special = self.config.training.loss, self._special_loss()
         if not ours and special:
             raise ConfigError(
                 f"stage.trainer: {special}, and {cls.__name__} computes a loss of its own (so does any "
-                "Trainer on a train_dataset of yours). Use stage.train() or a plain Trainer on the stage's "
-                "rows, or leave it out."
+                "Trainer on a train_dataset of yours, with label smoothing, or with a compute_loss_func). "
+                "Use stage.train() or a plain Trainer on the stage's rows, or leave it out."
             )
         steps = Steps(self.strategy, self.record, before=self._detach)
         arguments.setdefault("processing_class", context.tokenizer)
@@ -289,6 +290,12 @@ class Learning:
         self._detach()
         if self._steps:  # each trainer prepares the model for itself; a loop of one's own may once for all
             unprepare(unwrapped(self.context.model))
+
+
+def _asks_for_another_loss(arguments: Mapping[str, Any]) -> bool:
+    """Whether a plain Trainer is told to compute another loss than the cross-entropy of the answers."""
+    smooths = getattr(arguments.get("args"), "label_smoothing_factor", 0)
+    return bool(smooths) or arguments.get("compute_loss_func") is not None
 
 
 def _refuse_parts(where: str) -> None:
