@@ -115,6 +115,47 @@ def test_what_peft_saves_with_its_adapter_is_taken(config: Any) -> None:
     Learner(model, toy_tokenizer(), "sequential").close()
 
 
+@pytest.mark.parametrize(
+    "strategy",
+    [{"name": "kif", "sensitivity": {"order": "second"}}, {"name": "l2p", "diversify": True}],
+    ids=str,
+)
+def test_rows_that_a_trainer_evaluates_are_not_counted_as_learned(strategy: Any, tmp_path: Path) -> None:
+    states = []
+    for values in ({}, {"eval_strategy": "steps", "eval_steps": 1}):
+        torch.manual_seed(0)
+        model = tiny_model("llama") if strategy["name"] == "l2p" else adapted()
+        learner = Learner(model, toy_tokenizer(), strategy, training=TRAINING)
+        with learner.task("one", rows_of("one", 8)) as stage:
+            evaluated = {"eval_dataset": stage.numbered} if values else {}
+            stage.trainer(Trainer, args=arguments(tmp_path, **values), **evaluated).train()
+        states.append(learner.strategy.state_dict()[0])
+        learner.close()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_an_evaluation_s_loss_is_the_task_s_and_its_logits_are_of_all_positions(tmp_path: Path) -> None:
+    """A penalty of thousands is in the loss that is trained, not in what a checkpoint is chosen by."""
+    shapes = []
+
+    def metrics(answers: Any) -> dict[str, float]:
+        shapes.append((answers.predictions.shape[:2], answers.label_ids.shape))
+        return {}
+
+    options = {"name": "o-lora", "norm": 1e3}
+    learner = Learner(adapted(), toy_tokenizer(), options, training=TRAINING)
+    with learner.task("one", rows_of("one", 8)) as stage:
+        args = arguments(tmp_path, learning_rate=0.0, logging_steps=1, eval_strategy="steps", eval_steps=1)
+        trainer = stage.trainer(Trainer, args=args, eval_dataset=stage.numbered, compute_metrics=metrics)
+        trainer.train()
+    learner.close()
+    trained = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert min(trained) > 1000
+    assert max(evaluated) < 10
+    assert all(predicted == labels for predicted, labels in shapes)
+
+
 def no_loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
     return outputs.logits.sum() * 0
 

@@ -64,8 +64,8 @@ class Sensitivity:
         self.squares = SampleSquares(model, parameters) if options.order == "second" else None
 
     def watch(self, batch: Mapping[str, Any]) -> None:
-        """Before each micro-batch's forward pass."""
-        if self.squares is not None:
+        """Before each micro-batch's forward pass; what is only evaluated doesn't count."""
+        if self.squares is not None and torch.is_grad_enabled():
             self.squares.begin(batch["labels"])
 
     def attach(self) -> None:

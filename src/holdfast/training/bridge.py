@@ -94,8 +94,9 @@ class Bridge:
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        verbs, batch, own = self.verbs, dict(inputs), has(self.verbs, "loss")
-        bare = unwrapped(model)
+        verbs, batch, bare = self.verbs, dict(inputs), unwrapped(model)
+        learns = torch.is_grad_enabled()  # an evaluation is of the task's own loss
+        own, prompt_loss = learns and has(verbs, "loss"), self.prompt_loss if learns else None
         verbs.watch(bare, batch)
         if self.own_loss:
             loss, outputs = self._completion_loss(model, batch, num_items_in_batch)
@@ -103,7 +104,7 @@ class Bridge:
             if of_all and world.size() > 1:
                 loss = loss * world.size()
         else:
-            looks = own or self.prompt_loss is not None
+            looks = own or prompt_loss is not None
             wanted = return_outputs or (looks and not self.without_logits)
             result = super().compute_loss(  # type: ignore[misc]
                 model, model_inputs(batch), return_outputs=wanted, num_items_in_batch=num_items_in_batch
@@ -115,11 +116,11 @@ class Bridge:
         # the trainer's loss may be this micro-batch's part of the step's; others are of a whole one
         part = self.model_accepts_loss_kwargs and num_items_in_batch is not None  # type: ignore[attr-defined]
         parts = self.current_gradient_accumulation_steps if part else 1  # type: ignore[attr-defined]
-        if self.prompt_loss is not None:
-            loss = loss + self.prompt_loss(model, batch, outputs) / parts
+        if prompt_loss is not None:
+            loss = loss + prompt_loss(model, batch, outputs) / parts
         if own:
             loss = verbs.loss(bare, batch, outputs, loss * parts) / parts
-        if not torch.isfinite(loss):
+        if learns and not torch.isfinite(loss):
             self._stop_diverged(float(loss.detach()), batch)
         return (loss, outputs) if return_outputs else loss
 
@@ -163,7 +164,9 @@ class Bridge:
             self._unlogged = read["loss"].to(self.args.device), int(read["since"])  # type: ignore[attr-defined]
 
     def _completion_loss(self, model: nn.Module, batch: dict[str, Any], count: Any) -> tuple[Tensor, Any]:
-        rows_S, batch = batch.get(ROWS), model_inputs(batch)
+        # rows of an evaluation are numbered by themselves, and their logits may be wanted as they are
+        learns = torch.is_grad_enabled()
+        rows_S, batch = batch.get(ROWS) if learns else None, model_inputs(batch)
         labels, by_token = batch["labels"], self.token_loss or self.soft_targets
         if is_encoder_decoder(model):
             outputs = model(**batch)
@@ -175,7 +178,7 @@ class Bridge:
             )
             return total / (count if count is not None else (labels != -100).sum().clamp(min=1)), outputs
         keep = labels.shape[1]
-        if self.prompt_loss is None:
+        if self.prompt_loss is None and learns:
             # rows are padded on the left, so completions end the row: logits before them are never needed
             keep -= max(int((labels != -100).any(0).float().argmax()) - 1, 0)
         extra = {"logits_to_keep": keep} if accepts(unwrapped(model), "logits_to_keep") else {}

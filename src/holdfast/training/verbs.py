@@ -19,7 +19,8 @@ class Verbs:
 
     They are called in this order: `attach` once, when the optimizer exists; for each micro-batch `watch`,
     the forward pass, `loss`, the backward pass; once per optimizer step `observe`, then the step.
-    `stage_state_dict` goes into every checkpoint.
+    `stage_state_dict` goes into every checkpoint. Where a trainer evaluates, `watch` sees those batches too,
+    without gradients; `loss` is of the training alone.
 
     Attributes
     ----------
@@ -34,7 +35,7 @@ class Verbs:
         return ()
 
     def watch(self, model: nn.Module, batch: Batch) -> None:
-        """Look at a micro-batch before its forward pass."""
+        """Look at a micro-batch before its forward pass: of the training, or without gradients of a test."""
 
     def loss(self, model: nn.Module, batch: Batch, outputs: Any, loss: Tensor) -> Tensor:
         """The loss of a micro-batch: the one given, something added to it, or another in its place.

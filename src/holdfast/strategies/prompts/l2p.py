@@ -78,8 +78,9 @@ class L2p(Strategy):
         self._query = query(model, batch["input_ids"], asked, self.options.query)
         weights = self.tensors["counts"] + 1 if self.options.diversify else None
         self._indices = self._pool.nearest(self._query, self.options.chosen, weights)
-        taken = self._indices.cpu().flatten().bincount(minlength=self.options.pool)
-        self._counts = self._counts + taken
+        if torch.is_grad_enabled():
+            taken = self._indices.cpu().flatten().bincount(minlength=self.options.pool)
+            self._counts = self._counts + taken
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any], outputs: Any, loss: Tensor) -> Tensor:
         """With the pull of the chosen keys to the queries."""
