@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-
+from datasets import Dataset
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -182,3 +182,61 @@ def test_a_loss_that_a_plain_trainer_is_given_is_the_one_that_is_trained(how: st
     said, task = "with label smoothing, or with a compute_loss_func", learner.task("one", rows_of("one", 8))
     with pytest.raises(ConfigError, match=said), task as stage:
         stage.trainer(Trainer, **values)
+
+
+def grpo(stage: Any, folder: Path) -> Any:
+    trl = pytest.importorskip("trl")
+    few = {"num_generations": 4, "max_completion_length": 4, "bf16": False}
+    return stage.trainer(
+        trl.GRPOTrainer,
+        args=arguments(folder, trl.GRPOConfig, **few),
+        reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
+        train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in rows_of("one", 8)]),
+    )
+
+
+def dpo(stage: Any, folder: Path) -> Any:
+    trl = pytest.importorskip("trl")
+    pairs = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": "a"} for r in rows_of("one", 8)]
+    args = arguments(folder, trl.DPOConfig, bf16=False)
+    return stage.trainer(trl.DPOTrainer, args=args, train_dataset=Dataset.from_list(pairs))
+
+
+@pytest.mark.parametrize("make", [grpo, dpo])
+def test_a_penalty_on_weights_goes_with_a_trainer_whose_batches_have_no_answers(
+    make: Any, tmp_path: Path
+) -> None:
+    learner = Learner(adapted(), toy_tokenizer(), {"name": "o-lora", "norm": 0.1}, training=TRAINING)
+    with learner.task("one", rows_of("one", 8)) as stage:
+        trainer = make(stage, tmp_path)
+        trainer.train()
+    learner.close()
+    assert trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize("make", [grpo, dpo])
+def test_a_loss_on_answers_is_refused_by_name_where_batches_have_none(make: Any, tmp_path: Path) -> None:
+    learner = Learner(adapted(), toy_tokenizer(), "lwf", training=TRAINING)
+    said, task = r"strategy 'lwf' reads .*labels of each batch", learner.task("one", rows_of("one", 8))
+    with pytest.raises(ConfigError, match=said), task as stage:
+        make(stage, tmp_path).train()
+
+
+def test_a_penalty_on_weights_costs_no_forward_pass_more(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    calls = []
+    for strategy in ("inc-lora", {"name": "o-lora", "norm": 0.1}):
+        learner = Learner(adapted(), toy_tokenizer(), strategy, training=TRAINING)
+        with learner.task("one", rows_of("one", 8)) as stage:
+            args = arguments(tmp_path, trl.SFTConfig, bf16=False, gradient_checkpointing=False)
+            trainer = stage.trainer(trl.SFTTrainer, args=args)
+            calls.append(0)
+
+            def count(*_: Any) -> None:
+                calls[-1] += 1
+
+            hook = learner.model.get_input_embeddings().register_forward_hook(count)
+            trainer.train()
+            hook.remove()
+        learner.close()
+    assert calls[0] == calls[1] > 0

@@ -75,6 +75,7 @@ class Kpig(Strategy):
     paper = "He et al. 2025, arXiv 2403.10056"
     summary = "replays rows whose answers need their instruction least, and trains to need it"
     Options = KpigOptions
+    reads = ("input_ids", "attention_mask", "labels")
     rehearsal_free = False
     state = "per task"
 

@@ -39,6 +39,7 @@ class Lwf(Strategy):
     paper = "Li & Hoiem 2016, arXiv 1606.09282"
     summary = "on the new inputs, stays close to the answers of the model before the task"
     Options = LwfOptions
+    reads = ("input_ids", "labels")
     ends_untrained = True
 
     def __init__(self, options: LwfOptions) -> None:

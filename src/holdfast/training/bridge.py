@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import Trainer
 
 from holdfast import world
-from holdfast.errors import TrainingDivergedError
+from holdfast.errors import ConfigError, TrainingDivergedError
 from holdfast.hold.drift import MOVED, Drift
 from holdfast.models import accepts, is_encoder_decoder, unwrapped
 from holdfast.storage import atomic_write, save_tensors, write_tensors
@@ -97,6 +97,7 @@ class Bridge:
         verbs, batch, bare = self.verbs, dict(inputs), unwrapped(model)
         learns = torch.is_grad_enabled()  # an evaluation is of the task's own loss
         own, prompt_loss = learns and has(verbs, "loss"), self.prompt_loss if learns else None
+        self._require_read(batch, prompt_loss)
         verbs.watch(bare, batch)
         if self.own_loss:
             loss, outputs = self._completion_loss(model, batch, num_items_in_batch)
@@ -104,7 +105,7 @@ class Bridge:
             if of_all and world.size() > 1:
                 loss = loss * world.size()
         else:
-            looks = own or prompt_loss is not None
+            looks = (own and verbs.looks) or prompt_loss is not None
             wanted = return_outputs or (looks and not self.without_logits)
             result = super().compute_loss(  # type: ignore[misc]
                 model, model_inputs(batch), return_outputs=wanted, num_items_in_batch=num_items_in_batch
@@ -123,6 +124,21 @@ class Bridge:
         if learns and not torch.isfinite(loss):
             self._stop_diverged(float(loss.detach()), batch)
         return (loss, outputs) if return_outputs else loss
+
+    def _require_read(self, batch: dict[str, Any], prompt_loss: PromptLoss | None) -> None:
+        """See that a batch has what the method and the loss on prompts read of it."""
+        method = getattr(self.verbs, "name", type(self.verbs).__name__)
+        wanted = {f"strategy '{method}'": self.verbs.reads}
+        if prompt_loss is not None:
+            wanted["training.lm_weight"] = ("input_ids", "labels")
+        for who, keys in wanted.items():
+            if missing := [key for key in keys if key not in batch]:
+                raise ConfigError(
+                    f"stage.trainer: {who} reads {', '.join(missing)} of each batch, and a batch of this "
+                    f"trainer has {', '.join(batch)}. Use a trainer of prompts and completions (Trainer, or "
+                    "SFTTrainer without packing), or a strategy that acts on weights alone, such as "
+                    "attribution, ewc or o-lora."
+                )
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         if self._unlogged is not None:  # transformers drops what a checkpoint had not logged yet

@@ -26,9 +26,15 @@ class Verbs:
     ----------
     trains : bool
         Whether there is anything to train; where not, a training makes no step, and none of these is called.
+    reads : tuple of str
+        What `watch` and `loss` need of each batch; a trainer whose batches are others is refused.
+    looks : bool
+        Whether `loss` looks at ``outputs``: some trainers make none, and are spared a forward pass more.
     """
 
     trains: ClassVar[bool] = True
+    reads: tuple[str, ...] = ()
+    looks: ClassVar[bool] = True
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
         """Put holds on the optimizer; the handles are removed when the training ends."""
@@ -45,7 +51,8 @@ class Verbs:
         batch : mapping of str to Tensor
             What the model was given, its ``labels``, and in our own loop ``row_ids``.
         outputs : ModelOutput
-            What it answered; a causal model's logits may be those of the last positions only.
+            What it answered; a causal model's logits may be those of the last positions only. It may be None
+            where `looks` is False.
         loss : Tensor
             A scalar, scaled as if this micro-batch were its whole optimizer step.
         """

@@ -38,6 +38,8 @@ class Kif(Strategy):
         super().__init__(options)
         self.accumulated: Tensor | None = None
         self.memory = None if options.memory is None else Memory(options.memory)
+        if options.sensitivity.order == "second":
+            self.reads = ("labels",)
 
     def check(self, model: nn.Module) -> None:
         """See that the model has what the options are about."""

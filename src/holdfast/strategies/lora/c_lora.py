@@ -49,6 +49,7 @@ class CLora(Strategy):
     paper = "Lu et al. 2025, arXiv 2410.16801"
     summary = "one LoRA whose update is kept out of fixed subspaces of inputs and outputs"
     Options = CLoraOptions
+    looks = False
 
     def check(self, model: nn.Module) -> None:
         """See that the model has a plain LoRA adapter."""

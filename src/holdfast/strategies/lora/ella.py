@@ -44,6 +44,7 @@ class Ella(Strategy):
     paper = "Das Biswas et al. 2026, arXiv 2601.02232"
     summary = "a new LoRA for each task, penalised where the earlier ones together changed a weight"
     Options = EllaOptions
+    looks = False
     state = "per task"
     inference = "per task"
 

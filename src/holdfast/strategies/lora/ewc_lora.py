@@ -55,6 +55,7 @@ class EwcLora(Strategy):
     paper = "Zheng et al. 2026, arXiv 2602.17559"
     summary = "quadratic penalty on moving LoRA's product, scaled by the Fisher of the full weights"
     Options = EwcLoraOptions
+    looks = False
     state = "constant"
     ends_untrained = True
 

@@ -96,6 +96,7 @@ class LoraMoe(Strategy):
     paper = "Dou et al. 2024, arXiv 2312.09979"
     summary = "experts of LoRA, weighted for each token by a router under a balancing constraint"
     Options = LoraMoeOptions
+    looks = False
     state = "constant"
     inference = "constant"
 

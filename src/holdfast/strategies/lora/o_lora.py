@@ -60,6 +60,7 @@ class OLora(Strategy):
     paper = "Wang et al. 2023, arXiv 2310.14152"
     summary = "a new LoRA for each task, kept orthogonal to the frozen ones of earlier tasks"
     Options = OLoraOptions
+    looks = False
     state = "per task"
     inference = "per task"
 

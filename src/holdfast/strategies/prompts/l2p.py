@@ -47,6 +47,8 @@ class L2p(Strategy):
     paper = "Wang et al. 2022, arXiv 2112.08654"
     summary = "each input finds its soft prompts in a pool by their keys; the model is frozen"
     Options = L2pOptions
+    reads = ("input_ids", "attention_mask", "labels")
+    looks = False
     state = "constant"
     inference = "constant"
 

@@ -54,6 +54,8 @@ class SaptLora(Strategy):
     paper = "Zhao et al. 2024, arXiv 2401.08295"
     summary = "one LoRA a task, all mixed by attention from the input; the attention reflects on old rows"
     Options = SaptLoraOptions
+    reads = ("input_ids", "attention_mask", "labels")
+    looks = False
     rehearsal_free = False
     state = "per task"
     inference = "per task"

@@ -42,6 +42,8 @@ class SaptPrompt(Strategy):
     paper = "Zhao et al. 2024, arXiv 2401.08295"
     summary = "one soft prompt a task, all mixed by attention from the input, in front of a frozen model"
     Options = SaptPromptOptions
+    reads = ("input_ids", "attention_mask", "labels")
+    looks = False
     rehearsal_free = False
     state = "per task"
     inference = "per task"
