@@ -234,6 +234,47 @@ def test_callback_added_late_refuses_to_resume_without_a_reference(tmp_path: Pat
         late.train(resume_from_checkpoint=True)
 
 
+def test_each_trainer_that_shares_a_callback_returns_to_the_weights_of_its_own_model(tmp_path: Path) -> None:
+    """Both are made before one is trained; a pull beyond 1 keeps what is held at the weights returned to."""
+    models = [tiny_model(seed=1), tiny_model(seed=2)]
+    before = [weights(model) for model in models]
+    prior = half_prior(models[0])
+    callback = ProtectCallback(prior, strength=1e9)
+    args = arguments(tmp_path, warmup_steps=0, lr_scheduler_type="constant")
+    trainers = [Trainer(model, args, train_dataset=rows(), callbacks=[callback]) for model in models]
+    for trainer, model, old in zip(trainers, models, before, strict=True):
+        trainer.train()
+        assert_held(old, weights(model), prior)
+
+
+def test_a_model_that_the_trainer_makes_anew_returns_to_its_own_weights(tmp_path: Path) -> None:
+    made = []
+
+    def make() -> Any:
+        made.append(tiny_model(seed=len(made)))
+        return made[-1]
+
+    prior = half_prior(tiny_model())
+    args = arguments(tmp_path, warmup_steps=0, lr_scheduler_type="constant")
+    callback = ProtectCallback(prior, strength=1e9)
+    trainer = Trainer(model_init=make, args=args, train_dataset=rows(), callbacks=[callback])
+    trainer.train()
+    assert_held(weights(tiny_model(seed=len(made) - 1)), weights(trainer.model), prior)
+
+
+def test_a_resume_from_another_folder_says_where_the_reference_was_looked_for(tmp_path: Path) -> None:
+    def trainer(model: Any, folder: Path, *more: TrainerCallback) -> Trainer:
+        args = arguments(folder, save_strategy="steps", save_steps=3)
+        callbacks = [ProtectCallback(half_prior(model), strength=10.0), *more]
+        return Trainer(model, args, train_dataset=rows(), callbacks=callbacks)
+
+    trainer(tiny_model(), tmp_path / "one", StopAt(3)).train()
+    checkpoint = tmp_path / "one" / "checkpoint-3"
+    other = trainer(LlamaForCausalLM.from_pretrained(checkpoint), tmp_path / "two")
+    with pytest.raises(ConfigError, match=r"there is no .*two/checkpoint-3/reference.*from another folder"):
+        other.train(resume_from_checkpoint=str(checkpoint))
+
+
 def test_protection_ends_with_the_training(tmp_path: Path) -> None:
     model = tiny_model()
     trainer = Trainer(

@@ -180,9 +180,19 @@ def total_rate(optimizer: Any, scheduler: Any, steps: int) -> float:
     return max(group[TOTAL] for group in optimizer.param_groups)
 
 
+class Greedy:
+    """As transformers' GreedyLR, which is no ReduceLROnPlateau."""
+
+    last_epoch = 0
+
+    def step(self, metrics: float, epoch: int | None = None) -> None:
+        pass
+
+
 def test_total_rate_is_unknown_where_the_schedule_does_not_tell() -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
-    tell_total_rate(optimizer, torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer), 5)
+    for scheduler in (torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer), Greedy()):
+        tell_total_rate(optimizer, scheduler, 5)
     assert TOTAL not in optimizer.param_groups[0]
     assert total_rate(optimizer, None, 5) == pytest.approx(0.5)
 

@@ -395,8 +395,9 @@ class Anchor:
                     raise ConfigError(
                         f"anchor: pull={self.options.pull:g} is the whole pull over a task, but the sum of "
                         "its learning rates is not known. Call holdfast.hold.tell_total_rate(optimizer, "
-                        "scheduler, steps) before the first step, or give `strength` (the pull of a step at "
-                        "rate 1)."
+                        "scheduler, steps) before the first step. Where the scheduler follows a metric "
+                        "(reduce_lr_on_plateau, greedy) nobody knows it: give `strength` (the pull of a step "
+                        "at rate 1)."
                     )
                 rate = rate / group[TOTAL] if group[TOTAL] else 0.0
             if self.options.every > 1:

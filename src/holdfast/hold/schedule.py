@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR
 
 from holdfast.hold.attach import makes_own_rate, unwrap
 
@@ -29,13 +30,13 @@ def tell_total_rate(optimizer: Any, scheduler: Any, steps: int) -> None:
         The optimizer's; None where the rates stay as they are. A `LambdaLR` (all of transformers' schedules)
         is read from its start whatever its state; of others what lies before them is known only at the
         start, so on a scheduler that has moved already, a sum that is there (from a checkpoint) stays. Of
-        `ReduceLROnPlateau` it can't be told.
+        one that follows a metric (`ReduceLROnPlateau`, transformers' GreedyLR) it can't be told.
     steps : int
         Of the optimizer, in the whole task.
     """
     inner = unwrap(optimizer)
     scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate's wrapper
-    if isinstance(scheduler, ReduceLROnPlateau):
+    if scheduler is not None and _follows_a_metric(scheduler):
         return  # nobody knows what it will do
     if makes_own_rate(inner):
         return  # nor whether it is looked at
@@ -52,6 +53,11 @@ def tell_total_rate(optimizer: Any, scheduler: Any, steps: int) -> None:
         totals = _simulated(inner, scheduler, steps)
     for group, total in zip(inner.param_groups, totals, strict=True):
         group[TOTAL] = total
+
+
+def _follows_a_metric(scheduler: Any) -> bool:
+    """Whether it can't step without being given one."""
+    return any(p.default is p.empty for p in inspect.signature(scheduler.step).parameters.values())
 
 
 def _simulated(optimizer: Optimizer, scheduler: Any, steps: int) -> list[float]:

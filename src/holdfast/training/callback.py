@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors.torch import load_file
@@ -28,6 +29,7 @@ from holdfast.hold.drift import MOVED, Drift
 from holdfast.hold.reference import weights_of
 from holdfast.hold.unheld import apart
 from holdfast.importance.prior import ImportancePrior
+from holdfast.models import unwrapped
 from holdfast.storage import write_tensors
 from holdfast.training.beginning import warn_of_other_beginning
 
@@ -40,9 +42,10 @@ class ProtectCallback(TrainerCallback):
     One line for one training, by a mechanism that holds weights. What needs more than that (replay, prompts,
     growing adapters, rating the new task afterwards, one task after another) is `holdfast.Learner`.
 
-    Pass it in the trainer's ``callbacks=[...]``. The weights to return to are those that the model has
-    when the trainer is made. They are saved with each checkpoint, and a training that resumes from one
-    returns to these, whatever model its trainer was made with.
+    Pass it in the trainer's ``callbacks=[...]``. The weights to return to are those that the trainer's model
+    has when the trainer is made, of each model its own where several trainers have the callback. They are
+    saved with each checkpoint, and a training that resumes from one returns to these, whatever model its
+    trainer was made with.
 
     Parameters
     ----------
@@ -103,7 +106,7 @@ class ProtectCallback(TrainerCallback):
         self.mechanism = mechanism_options(mechanism, "ProtectCallback", **options)
         self.given = reference
         self.protection: Protection | None = None
-        self._captured: dict[str, Tensor] | None = None
+        self._captured: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()  # by model
         self._handle, self._handle_beside = Handle(), Handle()
         self._mean: float | None = None  # of the summary, which goes through all weights
 
@@ -131,14 +134,14 @@ class ProtectCallback(TrainerCallback):
         ConfigError
             Training resumes from a checkpoint, and the weights before it are not known.
         """
+        model, optimizer, prior = kwargs["model"], kwargs["optimizer"], self.prior
         if self._needs_reference:
             if state.global_step > 0:
-                self._recall(_checkpoint(args, state) / REFERENCE, kwargs["model"])
-            elif self._captured is None:
-                self._capture(kwargs["model"])
+                self._recall(_checkpoint(args, state) / REFERENCE, model)
+            elif unwrapped(model) not in self._captured:  # added late, or the trainer has made another model
+                self._capture(model)
         self._detach()  # a training that failed left without on_train_end
-        reference = self.given if self.given is not None else self._captured
-        model, optimizer, prior = kwargs["model"], kwargs["optimizer"], self.prior
+        reference = self.given if self.given is not None else self._captured.get(unwrapped(model))
         tell_total_rate(optimizer, kwargs.get("lr_scheduler"), state.max_steps)
         if self.beside is not None:
             prior, beside = apart(prior, self.beside, model)
@@ -154,8 +157,9 @@ class ProtectCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Save the weights to return to with the checkpoint."""
-        if self._captured is not None and _checkpoint(args, state).is_dir():
-            whole = {name: world.whole(weight) for name, weight in self._captured.items()}
+        captured = self._captured.get(unwrapped(kwargs["model"]))
+        if captured is not None and _checkpoint(args, state).is_dir():
+            whole = {name: world.whole(weight) for name, weight in captured.items()}
             if args.should_save:
                 write_tensors(_checkpoint(args, state) / REFERENCE, whole)
 
@@ -214,23 +218,26 @@ class ProtectCallback(TrainerCallback):
 
     def _capture(self, model: nn.Module) -> None:
         if self._needs_reference:
-            self._captured = weights_of(model, [name for prior in self._priors for name in prior.tensors])
+            names = [name for prior in self._priors for name in prior.tensors]
+            self._captured[unwrapped(model)] = weights_of(model, names)
 
     def _recall(self, file: Path, model: nn.Module) -> None:
         """Take the weights to return to from a checkpoint; where it has none, those that were captured."""
         if file.is_file():
-            self._captured = load_file(file)
+            self._captured[unwrapped(model)] = load_file(file)
             return
-        if self._captured is None:
-            why = "the callback was added after the trainer was made"
-        elif all(torch.equal(t, self._captured[n]) for n, t in weights_of(model, self._captured).items()):
+        captured = self._captured.get(unwrapped(model))
+        if captured is None:
+            why = "the callback was added after the trainer was made, or the trainer has made its model anew"
+        elif all(torch.equal(t, captured[n]) for n, t in weights_of(model, captured).items()):
             why = "the trainer was made with the checkpoint's own weights"
         else:
             return
         raise ConfigError(
-            f"ProtectCallback: training resumes from a checkpoint without {REFERENCE}, and {why}, so the "
-            "weights to return to are unknown. Make the trainer with the model that training began with and "
-            "pass the callback in Trainer(callbacks=[...]), or give it `reference=`."
+            f"ProtectCallback: training resumes from a checkpoint without {REFERENCE} (there is no {file}), "
+            f"and {why}, so the weights to return to are unknown. Make the trainer with the model that "
+            "training began with and pass the callback in Trainer(callbacks=[...]); or, where it resumes "
+            f"from another folder than its own, copy {REFERENCE} from there; or give it `reference=`."
         )
 
 
