@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import json
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from pydantic import Field, model_validator
@@ -36,6 +37,8 @@ from holdfast.progress import no_library_bars
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+
+FloatType = Literal["float32", "bfloat16", "float16", "float64"]
 
 _MATRIX = re.compile(r"weight|proj|kernel|^[a-z]\d$")  # what modules call matrices of their own
 
@@ -67,7 +70,7 @@ class ModelOptions(Options):
         "images too the language model is trained",
     )
     toy: bool = Field(False, description="a tiny Llama with a character tokenizer, made on the spot")
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    dtype: FloatType = "float32"
     trainable: Literal["blocks", "all"] | None = Field(
         None, description="blocks (default): the linear maps in the transformer blocks; all: every weight"
     )
@@ -643,14 +646,33 @@ def _order_sets(config: Any, file: Path) -> None:
     file.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
 
 
+def float_type(model: Any) -> FloatType:
+    """The type that a model is loaded in: the widest of its weights', and under an adapter the base's own."""
+    bare = unwrapped(model)
+    if is_adapted(bare):  # PEFT keeps factors on 16-bit weights in float32, and does so again
+        widest = bare.get_base_model().dtype
+    else:
+        types = {p.dtype for p in bare.parameters() if p.is_floating_point()}
+        widest = functools.reduce(torch.promote_types, types) if types else torch.float32
+    named = str(widest).removeprefix("torch.")
+    return cast(FloatType, named) if named in get_args(FloatType) else "float32"
+
+
 @no_library_bars()
-def load_saved(folder: Path, trained: set[str], quantise: Mapping[str, Any] | None = None) -> tuple[Any, Any]:
+def load_saved(
+    folder: Path,
+    trained: set[str],
+    quantise: Mapping[str, Any] | None = None,
+    dtype: FloatType = "float32",
+) -> tuple[Any, Any]:
     """Model and tokenizer that `save_model` wrote, with just these weights trained.
 
     Parameters
     ----------
     trained : set of str
         Canonical names.
+    dtype : str
+        What `float_type` said of the model.
     quantise : mapping, optional
         The `quantization_config` with which an adapter's base is loaded.
 
@@ -659,7 +681,7 @@ def load_saved(folder: Path, trained: set[str], quantise: Mapping[str, Any] | No
     ModelError
         The folder can't be loaded, or an adapter there doesn't name its base model.
     """
-    options = ModelOptions(path=str(folder))
+    options = ModelOptions(path=str(folder), dtype=dtype)
     adapter = (folder / ADAPTER).is_file()
     if adapter:
         model, tokenizer = _load_adapter(folder, options, 0, quantise)
@@ -674,9 +696,9 @@ def load_saved(folder: Path, trained: set[str], quantise: Mapping[str, Any] | No
 @no_library_bars()
 def load_weights(model: Any, folder: Path) -> None:
     """Put weights that `save_model` wrote (whole, or a PEFT adapter) into a model in memory."""
-    if is_adapted(model):
-        load_adapter(model, folder)
+    bare = unwrapped(model)
+    if is_adapted(bare):
+        load_adapter(bare, folder)
         return
-    cls: Any = type(model)
-    saved = cls.from_pretrained(folder, dtype=model.dtype)
-    model.load_state_dict(saved.state_dict())
+    saved = type(bare).from_pretrained(folder, dtype=getattr(torch, float_type(bare)))
+    bare.load_state_dict(saved.state_dict())

@@ -13,7 +13,7 @@ from holdfast.environment import describe_environment, environment_recorded
 from holdfast.errors import ConfigError, HoldfastError, ModelError, RunDirectoryError
 from holdfast.folder import CONFIG, ENVIRONMENT, LOCK, Folder
 from holdfast.learner.config import STAGES, LearnerConfig, recorded_config
-from holdfast.models import ModelOptions, load_model, load_saved, quantisation_of
+from holdfast.models import ModelOptions, float_type, load_model, load_saved, quantisation_of
 from holdfast.names import canonical_name
 from holdfast.storage import write_json
 from holdfast.tasks import toy_tokenizer
@@ -46,7 +46,12 @@ def claim(folder: Folder, config: LearnerConfig, model: Any, new_adapter: bool) 
     (path / TRAINED).unlink(missing_ok=True)
     if config.model is None:
         names = [canonical_name(n) for n, p in model.named_parameters() if p.requires_grad]
-        made = {"trained": names, "new_adapter": new_adapter, "quantised": quantisation_of(model)}
+        made = {
+            "trained": names,
+            "new_adapter": new_adapter,
+            "quantised": quantisation_of(model),
+            "dtype": float_type(model),
+        }
         write_json(path / TRAINED, made)
     write_json(path / ENVIRONMENT, describe_environment(config.seed))
     values = config.model_dump(mode="json", include=set(LearnerConfig.model_fields))
@@ -211,7 +216,8 @@ def rebuilt(path: Path, config: LearnerConfig) -> tuple[Any, Any]:
         )
     try:
         made = json.loads((path / TRAINED).read_text())
-        return load_saved(path / parts[-1] / "model", set(made["trained"]), made.get("quantised"))
+        dtype = made.get("dtype", "float32")
+        return load_saved(path / parts[-1] / "model", set(made["trained"]), made.get("quantised"), dtype)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunDirectoryError(f"{path / TRAINED}: can't be read ({error}).") from error
     except HoldfastError as error:
