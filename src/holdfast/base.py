@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from holdfast.adapters import flags_kept, lora_factors
-from holdfast.models import evaluating, fingerprints, quantisation_of
+from holdfast.adapters import flags_kept, is_adapted, lora_factors
+from holdfast.models import evaluating, fingerprints, quantisation_of, unwrapped
+from holdfast.names import canonical_name
 
 _OFF = ("lora_", "modules_to_save")  # in the names of what PEFT switches off together with the adapter
 
@@ -28,14 +29,20 @@ def adapter_is_new(model: Any) -> bool:
 
 
 def identity_of(model: Any) -> str | None:
-    """What tells one base from another: a digest of `fingerprints`, adapters left out.
+    """What tells one base from another: a digest of `fingerprints`, what an adapter adds left out.
 
     It is the same on every device and in every float type. None of quantised weights, which are packed
     otherwise on each kind of device.
     """
     if quantisation_of(model) is not None:
         return None
-    own = {n: f for n, f in fingerprints(model).items() if not any(part in n for part in _OFF)}
+    bare = unwrapped(model)
+    adapted = {canonical_name(n) for n, p in bare.named_parameters() if p.requires_grad and is_adapted(bare)}
+    own = {
+        name: value
+        for name, value in fingerprints(bare).items()
+        if name not in adapted and not any(part in name for part in _OFF)
+    }
     return hashlib.sha256(repr(sorted(own.items())).encode()).hexdigest()
 
 

@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
+from holdfast.errors import ModelError
 from holdfast.learner import Learner
 from holdfast.models import tiny_llama, unwrapped
 from holdfast.names import canonical_name
@@ -95,3 +96,23 @@ def test_weights_come_back_bit_for_bit_and_in_their_own_type(
         if given or make is not mixed:
             assert found[name].dtype == weight.dtype, name
     assert make is not mixed or len(types) == 2
+
+
+@pytest.mark.parametrize("how", ["the same", "another base", "a start drawn at random"])
+def test_an_adapter_on_other_weights_than_it_was_learned_on_is_refused(how: str, tmp_path: Path) -> None:
+    init: Any = "pissa_niter_2" if how == "a start drawn at random" else True
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=init)
+    model = get_peft_model(base(tmp_path / "base"), config)
+    learner = Learner(model, toy_tokenizer(), "sequential", folder=tmp_path / "skills", training=TRAINING)
+    with learner.task("one", rows_of("one", 8)) as stage:
+        stage.train()
+    learner.close()
+    if how == "another base":
+        other = base(tmp_path / "base")
+        other.get_parameter("model.norm.weight").data += 1
+        other.save_pretrained(tmp_path / "base")
+    if how == "the same":
+        Learner.load(tmp_path / "skills").close()
+        return
+    with pytest.raises(ModelError, match=r"not the weights that 01-one in .* means nothing on others"):
+        Learner.load(tmp_path / "skills")

@@ -156,7 +156,8 @@ class Learner:
         self._check_engine(model)
         self._owns = not isinstance(folder, Folder)
         new = adapter_is_new(model)
-        self._identity = None if self.config.model is None else identity_of(model)
+        needed = self.config.model is not None or is_adapted(unwrapped(model))  # else the folder has it all
+        self._identity = identity_of(model) if needed else None
         self.folder = self._open(folder, model, new)
         try:
             self._begin(model, base_model, after, new)
@@ -325,12 +326,18 @@ class Learner:
         """See that the base is the one that was learned on: what an adapter says on another is nonsense."""
         if is_same_base(last, self._identity) is not False:
             return
-        path = self.config.model.path if self.config.model is not None else None
+        path = self.config.model.path if self.config.model is not None else type(self.model).__name__
         told = f"{path}: these are not the weights that {last.name} in {self.folder.path} was learned on"
         if is_adapted(unwrapped(self.model)) and not self.strategy.changes_base:
+            how = (
+                f"say where they are (holdfast skills {self.folder.path} --model FOLDER)"
+                if self.config.model is not None
+                else "give Learner.load(folder, model, tokenizer) a model on them. Where the adapter's start "
+                "changed them at random (init_lora_weights='pissa_niter_4') they can't be had again: begin "
+                "with one that doesn't, such as 'pissa'"
+            )
             raise ModelError(
-                f"{told}, and the adapter there means nothing on others. Put the right ones back, or say "
-                f"where they are (holdfast skills {self.folder.path} --model FOLDER)."
+                f"{told}, and the adapter there means nothing on others. Put the right ones back, or {how}."
             )
         self.progress.say(
             f"{told}. What was learned is whole in the folder and goes on; what is compared with the base is "
