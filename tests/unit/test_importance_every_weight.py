@@ -6,7 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import (
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoraConfig,
+    OFTConfig,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from torch import Tensor
 
 from holdfast.attribution.targets import make_batch
@@ -23,6 +32,16 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 
 
+OTHERS = {
+    "IA3": IA3Config(target_modules=["k_proj"], feedforward_modules=[], init_ia3_weights=False),
+    "LoHa": LoHaConfig(r=2, target_modules=["q_proj"], init_weights=False),
+    "VeRA": VeraConfig(r=2, target_modules=["q_proj"], init_weights=False),
+    "OFT": OFTConfig(r=0, oft_block_size=4, target_modules=["q_proj"], init_weights=False),
+    "norms": LNTuningConfig(target_modules=["input_layernorm"]),
+    "prompts": PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+}
+
+
 def rows() -> list[Encoded]:
     generator = torch.Generator().manual_seed(0)
 
@@ -33,6 +52,8 @@ def rows() -> list[Encoded]:
 
 
 def model_of(kind: str) -> Any:
+    if kind in OTHERS:
+        return get_peft_model(tiny_model("llama"), OTHERS[kind]).eval()
     made = tiny_model(kind if kind not in ADAPTERS else "gpt2" if kind == "bias" else "llama")
     if kind in ADAPTERS:
         target = ["c_attn"] if kind == "bias" else ["q_proj"]
@@ -56,7 +77,7 @@ def squares_of_autograd(model: Any) -> dict[str, Tensor]:
     return total
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", *ADAPTERS])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", *ADAPTERS, *OTHERS])
 def test_fisher_of_every_trained_weight_is_autograds_one_sample_at_a_time(kind: str) -> None:
     model = model_of(kind)
     expected, prior = squares_of_autograd(model), compute_prior(model, rows(), "fisher", pad_id=0)
@@ -65,11 +86,13 @@ def test_fisher_of_every_trained_weight_is_autograds_one_sample_at_a_time(kind: 
     for name, value in expected.items():
         scale = max(float(value.max()), 1e-12)
         assert float((prior.tensors[name] - value).abs().max()) < 1e-4 * scale, name
-    assert prior.meta["one_at_a_time"]
+    # LoHa's weights are made by products that are followed sample by sample
+    assert bool(prior.meta.get("one_at_a_time")) == (kind != "LoHa")
 
 
-def test_all_that_such_a_prior_rates_is_held_bit_for_bit() -> None:
-    model = model_of("llama")
+@pytest.mark.parametrize("kind", ["llama", *OTHERS])
+def test_all_that_such_a_prior_rates_is_held_bit_for_bit(kind: str) -> None:
+    model = model_of(kind)
     prior = compute_prior(model, rows(), "uniform", pad_id=0)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)

@@ -195,8 +195,12 @@ def test_empty_data_and_frozen_models_are_errors() -> None:
     model = tiny_model()
     with pytest.raises(DataError, match="importance 'fisher': the data set is empty"):
         compute_prior(model, [], "fisher", pad_id=0)
-    with pytest.raises(ModelError, match="no trainable linear map"):
-        compute_prior(model.requires_grad_(False), rows(), "fisher", pad_id=0)
+    model.requires_grad_(False)
+    with pytest.raises(ModelError, match=r"'fisher': \w+ has no trainable weight\. Unfreeze some\.$"):
+        compute_prior(model, rows(), "fisher", pad_id=0)
+    model.get_input_embeddings().requires_grad_(True)
+    with pytest.raises(ModelError, match=r"no trainable linear map in .* or rate .* by one of fisher, "):
+        compute_prior(model, rows(), "inputs", pad_id=0)
 
 
 @pytest.mark.parametrize("name", sorted(REGISTRY))

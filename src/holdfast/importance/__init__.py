@@ -79,7 +79,8 @@ def compute_prior(
     DataError
         There are no rows, or the importance came out as NaN.
     ModelError
-        The model has no trainable linear map in transformer blocks, or is cut up over processes.
+        Nothing that the importance rates is trained (of `lrp` and `inputs`: a linear map in the transformer
+        blocks), or the model is cut up over processes.
     ConservationError, UnruledOperationError
         From the attribution (`lrp` and `inputs` only).
 
@@ -94,9 +95,14 @@ def compute_prior(
     if parameters is None:
         parameters = importance.rated(model)
     if not parameters:
+        what, else_take = "weight", ""
+        if not importance.every_weight:
+            every = ", ".join(name for name, other in sorted(REGISTRY.items()) if other.every_weight)
+            what = "linear map in transformer blocks, which is what it rates"
+            else_take = f", or rate whatever is trained (IA3, LoHa, VeRA, prompts, norms) by one of {every}"
         raise ModelError(
-            f"importance: {type(model).__name__} has no trainable linear map in transformer blocks. "
-            "Unfreeze them, or pass `parameters=` (canonical name to parameter)."
+            f"importance '{chosen.name}': {type(model).__name__} has no trainable {what}. Unfreeze "
+            f"some{else_take}."
         )
     if importance.needs_data and not rows:
         raise DataError(f"importance '{chosen.name}': the data set is empty.")

@@ -77,12 +77,9 @@ class Importance:
     every_weight: bool
 
     def rated(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """Canonical name to parameter, of what it rates by default: all that is trained, as far as it can.
-
-        Nothing where no linear map in the blocks is trained.
-        """
+        """Canonical name to parameter, of what it rates by default: all that is trained, as far as it can."""
         maps = block_parameters(model)
-        return {**maps, **trained_parameters(model)} if maps and self.every_weight else maps
+        return {**maps, **trained_parameters(model)} if self.every_weight else maps
 
 
 REGISTRY: dict[str, Importance] = {}
