@@ -197,6 +197,30 @@ def test_resumed_training_returns_to_the_first_weights_not_to_the_checkpoint(
         assert torch.equal(parameter, block_parameters(resumed.model)[name]), name
 
 
+def test_a_checkpoint_has_no_weights_beside_the_models_for_servers_to_take_for_its_own(
+    tmp_path: Path,
+) -> None:
+    """vLLM and SGLang load every *.safetensors of a folder without an index; a reference has their names."""
+    model = tiny_model()
+    args = arguments(tmp_path, save_strategy="steps", save_steps=3)
+    callback = ProtectCallback(half_prior(model), strength=10.0)
+    Trainer(model, args, train_dataset=rows(), callbacks=[callback]).train()
+    for checkpoint in tmp_path.glob("checkpoint-*"):
+        assert [file.name for file in checkpoint.glob("*.safetensors")] == ["model.safetensors"]
+
+
+def test_a_reference_beside_the_model_as_earlier_versions_wrote_it_is_returned_to(tmp_path: Path) -> None:
+    def trainer(model: Any, *more: TrainerCallback) -> Trainer:
+        args = arguments(tmp_path, save_strategy="steps", save_steps=3)
+        callbacks = [ProtectCallback(half_prior(model), strength=10.0), *more]
+        return Trainer(model, args, train_dataset=rows(), callbacks=callbacks)
+
+    trainer(tiny_model(), StopAt(3)).train()
+    checkpoint = tmp_path / "checkpoint-3"
+    (checkpoint / "holdfast" / "reference.safetensors").rename(checkpoint / "reference.safetensors")
+    trainer(LlamaForCausalLM.from_pretrained(checkpoint)).train(resume_from_checkpoint=True)
+
+
 @pytest.mark.parametrize("saved", [True, False])
 def test_trainer_made_with_the_checkpoints_weights_returns_to_the_first_ones_or_refuses(
     saved: bool, tmp_path: Path
@@ -211,7 +235,7 @@ def test_trainer_made_with_the_checkpoints_weights_returns_to_the_first_ones_or_
     trainer(tiny_model(), tmp_path / "parts", StopAt(3)).train()
     checkpoint = tmp_path / "parts" / "checkpoint-3"
     if not saved:
-        (checkpoint / "reference.safetensors").unlink()
+        (checkpoint / "holdfast" / "reference.safetensors").unlink()
     resumed = trainer(LlamaForCausalLM.from_pretrained(checkpoint), tmp_path / "parts")
     if not saved:
         with pytest.raises(
@@ -271,7 +295,9 @@ def test_a_resume_from_another_folder_says_where_the_reference_was_looked_for(tm
     trainer(tiny_model(), tmp_path / "one", StopAt(3)).train()
     checkpoint = tmp_path / "one" / "checkpoint-3"
     other = trainer(LlamaForCausalLM.from_pretrained(checkpoint), tmp_path / "two")
-    with pytest.raises(ConfigError, match=r"there is no .*two/checkpoint-3/reference.*from another folder"):
+    with pytest.raises(
+        ConfigError, match=r"there is no .*two/checkpoint-3/holdfast/reference.*from another folder"
+    ):
         other.train(resume_from_checkpoint=str(checkpoint))
 
 

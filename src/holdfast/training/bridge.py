@@ -17,6 +17,7 @@ from holdfast.errors import ConfigError, TrainingDivergedError
 from holdfast.hold.drift import MOVED, Drift
 from holdfast.models import accepts, is_encoder_decoder, unwrapped
 from holdfast.storage import atomic_write, save_tensors, write_tensors
+from holdfast.training.checkpoints import ours
 from holdfast.training.losses import TokenLoss
 from holdfast.training.prompt_loss import PromptLoss
 from holdfast.training.soft_targets import SoftTargets
@@ -164,7 +165,9 @@ class Bridge:
         if self._tr_loss is not None:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"  # type: ignore[attr-defined]
             since = torch.tensor(self._globalstep_last_logged)
-            write_tensors(folder / UNLOGGED, {"loss": world.stacked(self._tr_loss).mean(0), "since": since})
+            write_tensors(
+                ours(folder, UNLOGGED), {"loss": world.stacked(self._tr_loss).mean(0), "since": since}
+            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
@@ -172,7 +175,7 @@ class Bridge:
 
     def take_gathered(self, checkpoint: str | Path) -> None:
         """What is ours in a checkpoint; DeepSpeed, which loads its own, leaves it out."""
-        gathered, unlogged = (Path(checkpoint) / name for name in (OBSERVED, UNLOGGED))
+        gathered, unlogged = (ours(Path(checkpoint), name) for name in (OBSERVED, UNLOGGED))
         if gathered.exists():
             self.verbs.load_stage_state_dict(load_file(gathered))
         if unlogged.exists():

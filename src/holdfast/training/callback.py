@@ -32,6 +32,7 @@ from holdfast.importance.prior import ImportancePrior
 from holdfast.models import unwrapped
 from holdfast.storage import write_tensors
 from holdfast.training.beginning import warn_of_other_beginning
+from holdfast.training.checkpoints import ours
 
 REFERENCE = "reference.safetensors"  # in a checkpoint: the weights that training began with
 
@@ -137,7 +138,7 @@ class ProtectCallback(TrainerCallback):
         model, optimizer, prior = kwargs["model"], kwargs["optimizer"], self.prior
         if self._needs_reference:
             if state.global_step > 0:
-                self._recall(_checkpoint(args, state) / REFERENCE, model)
+                self._recall(ours(_checkpoint(args, state), REFERENCE), model)
             elif unwrapped(model) not in self._captured:  # added late, or the trainer has made another model
                 self._capture(model)
         self._detach()  # a training that failed left without on_train_end
@@ -161,7 +162,7 @@ class ProtectCallback(TrainerCallback):
         if captured is not None and _checkpoint(args, state).is_dir():
             whole = {name: world.whole(weight) for name, weight in captured.items()}
             if args.should_save:
-                write_tensors(_checkpoint(args, state) / REFERENCE, whole)
+                write_tensors(ours(_checkpoint(args, state), REFERENCE), whole)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -12,6 +12,13 @@ from holdfast.manifest import problem_of, write_manifest
 from holdfast.training.parts import misfit
 
 SEAL = "seal.json"
+_OURS = "holdfast"  # a folder in a checkpoint: vLLM takes every *.safetensors beside the model's for weights
+
+
+def ours(checkpoint: Path, name: str) -> Path:
+    """Where a file of ours is in a checkpoint, or goes; in those of earlier versions beside the model's."""
+    before = checkpoint / name
+    return before if before.is_file() else checkpoint / _OURS / name
 
 
 def seal_checkpoint(folder: Path) -> None:

@@ -15,7 +15,7 @@ from holdfast.hold.drift import MOVED, Drift
 from holdfast.progress import Interrupted, stop_requested
 from holdfast.quantities import percent
 from holdfast.storage import write_tensors
-from holdfast.training.checkpoints import seal_checkpoint
+from holdfast.training.checkpoints import ours, seal_checkpoint
 from holdfast.training.parts import mark
 from holdfast.training.verbs import Verbs, has
 
@@ -95,7 +95,7 @@ class Steps(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if has(self.verbs, "stage_state_dict"):
-            write_tensors(folder / OBSERVED, self.verbs.stage_state_dict())
+            write_tensors(ours(folder, OBSERVED), self.verbs.stage_state_dict())
         mark(folder, kwargs["model"], last=state.global_step >= state.max_steps)
         world.barrier()  # each process has written its random state there
         if world.leads():
