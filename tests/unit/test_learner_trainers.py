@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -154,6 +155,38 @@ def test_an_evaluation_s_loss_is_the_task_s_and_its_logits_are_of_all_positions(
     assert min(trained) > 1000
     assert max(evaluated) < 10
     assert all(predicted == labels for predicted, labels in shapes)
+
+
+@pytest.mark.parametrize("strategy", [{"name": "lora-moe", "experts": 2}, options_of("sapt-lora")], ids=str)
+def test_what_a_strategy_trains_beside_the_adapter_goes_back_to_the_best_step_with_it(
+    strategy: dict[str, Any], tmp_path: Path
+) -> None:
+    """The first step is the best by a metric that falls; PEFT's own loading brings back the adapter alone."""
+    falling = iter(range(0, -10, -1))
+    learner = Learner(adapted(), toy_tokenizer(), strategy, training=TRAINING)
+    with learner.task("one", rows_of("one", 8)) as stage:
+        stage.train()
+    with learner.task("two", rows_of("two", 8)) as stage:
+        args = arguments(
+            tmp_path,
+            learning_rate=0.1,
+            eval_strategy="steps",
+            eval_steps=1,
+            save_strategy="steps",
+            save_steps=1,
+            load_best_model_at_end=True,
+            metric_for_best_model="falling",
+        )
+        metrics = lambda _: {"falling": float(next(falling))}  # noqa: E731 - what a user would write
+        trainer = stage.trainer(Trainer, args=args, eval_dataset=stage.numbered, compute_metrics=metrics)
+        trainer.train()
+        assert trainer.state.best_global_step == 1
+        kept = {name: value.clone() for name, value in learner.strategy.stage_state_dict().items()}
+    learner.close()
+    steps = [load_file(tmp_path / f"checkpoint-{n}" / "holdfast" / "strategy.safetensors") for n in (1, 2)]
+    assert kept.keys() == steps[0].keys()
+    assert all(torch.equal(kept[name], steps[0][name]) for name in kept)
+    assert any(not torch.equal(steps[0][name], steps[1][name]) for name in kept)
 
 
 def no_loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:

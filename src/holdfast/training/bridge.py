@@ -173,14 +173,24 @@ class Bridge:
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
         self.take_gathered(resume_from_checkpoint)
 
+    def _load_best_model(self) -> None:
+        super()._load_best_model()  # type: ignore[misc]
+        best = self.state.best_model_checkpoint  # type: ignore[attr-defined]
+        if best is not None:  # routers, prompts and counts of that step go with its weights
+            self._take_observed(best)
+
     def take_gathered(self, checkpoint: str | Path) -> None:
         """What is ours in a checkpoint; DeepSpeed, which loads its own, leaves it out."""
-        gathered, unlogged = (ours(Path(checkpoint), name) for name in (OBSERVED, UNLOGGED))
-        if gathered.exists():
-            self.verbs.load_stage_state_dict(load_file(gathered))
+        self._take_observed(checkpoint)
+        unlogged = ours(Path(checkpoint), UNLOGGED)
         if unlogged.exists():
             read = load_file(unlogged)
             self._unlogged = read["loss"].to(self.args.device), int(read["since"])  # type: ignore[attr-defined]
+
+    def _take_observed(self, checkpoint: str | Path) -> None:
+        gathered = ours(Path(checkpoint), OBSERVED)
+        if gathered.exists():
+            self.verbs.load_stage_state_dict(load_file(gathered))
 
     def _completion_loss(self, model: nn.Module, batch: dict[str, Any], count: Any) -> tuple[Tensor, Any]:
         # rows of an evaluation are numbered by themselves, and their logits may be wanted as they are
