@@ -432,3 +432,41 @@ def test_rows_that_begin_otherwise_than_the_prior_s_are_told(frame: str, told: b
     found = [str(w.message) for w in said if "begin with '<bos>'" in str(w.message)]
     assert len(found) == told
     assert not told or found[0].startswith("the prior's rows begin with '<bos>' and the trainer's don't")
+
+
+@pytest.mark.parametrize("kind", ["a stream", "padded on the left", "with a batch dimension"])
+def test_rows_whose_beginning_is_not_at_hand_are_trained_without_a_word(kind: str, tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    def row(ids: Any) -> dict[str, Any]:
+        ids = torch.cat([torch.tensor([1]), ids])  # <bos>
+        if kind == "padded on the left":
+            padded = torch.cat([torch.zeros(3, dtype=ids.dtype), ids])
+            return {"input_ids": padded, "labels": padded, "attention_mask": (padded != 0).long()}
+        return {"input_ids": ids, "labels": ids}
+
+    def flat(items: list[dict[str, Any]]) -> dict[str, Any]:
+        keys = [key for key in items[0] if key in ("input_ids", "labels", "attention_mask")]
+        return {key: torch.stack([torch.as_tensor(item[key]).flatten() for item in items]) for key in keys}
+
+    data: Any = [row(each["input_ids"]) for each in rows()]
+    if kind == "with a batch dimension":
+        data = [{key: value[None] for key, value in each.items()} for each in data]
+    if kind == "a stream":
+        data = Dataset.from_list([{k: v.tolist() for k, v in each.items()} for each in data])
+        data = data.to_iterable_dataset()
+    model = tiny_model()
+    prior = ImportancePrior(half_prior(model).tensors, {"first_token": 1})
+    trainer = Trainer(
+        model,
+        arguments(tmp_path, max_steps=1),
+        train_dataset=data,
+        data_collator=flat,
+        processing_class=character_tokenizer(),
+        callbacks=[ProtectCallback(prior)],
+    )
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer.train()
+    assert trainer.state.global_step == 1
+    assert not [w for w in said if "begin with" in str(w.message)]
