@@ -12,7 +12,13 @@ from datasets import Dataset
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from holdfast.errors import ConfigError, ModelError
 from holdfast.learner import Learner
@@ -157,6 +163,18 @@ def test_an_evaluation_s_loss_is_the_task_s_and_its_logits_are_of_all_positions(
     assert all(predicted == labels for predicted, labels in shapes)
 
 
+def test_an_evaluation_may_write_answers_to_the_stage_s_own_rows(tmp_path: Path) -> None:
+    frame = {"prompt": "{prompt}{eos}"}
+    learner = Learner(tiny_model("t5"), toy_tokenizer(), "sequential", template=frame, training=TRAINING)
+    with learner.task("one", rows_of("one", 8)) as stage:
+        args = arguments(tmp_path, Seq2SeqTrainingArguments, predict_with_generate=True)
+        trainer = stage.trainer(Seq2SeqTrainer, args=args, eval_dataset=stage.numbered)
+        trainer.train()
+        found = trainer.predict(stage.numbered)
+    learner.close()
+    assert len(found.predictions) == 8
+
+
 @pytest.mark.parametrize("strategy", [{"name": "lora-moe", "experts": 2}, options_of("sapt-lora")], ids=str)
 def test_what_a_strategy_trains_beside_the_adapter_goes_back_to_the_best_step_with_it(
     strategy: dict[str, Any], tmp_path: Path
@@ -239,12 +257,15 @@ def dpo(stage: Any, folder: Path) -> Any:
 def test_a_penalty_on_weights_goes_with_a_trainer_whose_batches_have_no_answers(
     make: Any, tmp_path: Path
 ) -> None:
+    """Its evaluations too."""
     learner = Learner(adapted(), toy_tokenizer(), {"name": "o-lora", "norm": 0.1}, training=TRAINING)
     with learner.task("one", rows_of("one", 8)) as stage:
         trainer = make(stage, tmp_path)
         trainer.train()
+        found = trainer.evaluate(trainer.train_dataset)
     learner.close()
     assert trainer.state.global_step == 2
+    assert "eval_loss" in found
 
 
 @pytest.mark.parametrize("make", [grpo, dpo])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,11 @@ class Bridge:
         if learns and not torch.isfinite(loss):
             self._stop_diverged(float(loss.detach()), batch)
         return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Without the rows' numbers, which generate() refuses; a batch of GRPO's is a list of rows."""
+        known = model_inputs(inputs) if isinstance(inputs, Mapping) and ROWS in inputs else inputs
+        return super().prediction_step(model, known, *args, **kwargs)  # type: ignore[misc]
 
     def _require_read(self, batch: dict[str, Any], prompt_loss: PromptLoss | None) -> None:
         """See that a batch has what the method and the loss on prompts read of it."""
