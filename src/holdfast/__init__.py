@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -57,4 +58,6 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:  # torch and transformers load only when something is used
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
+    if find_spec(f"{__name__}.{name}") is not None:  # holdfast.hold.tell_total_rate, as messages have it
+        return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module 'holdfast' has no attribute '{name}'")

@@ -6,6 +6,8 @@ import ast
 import importlib
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -234,6 +236,13 @@ def test_every_name_of_the_package_in_the_docs_exists(page: Path) -> None:
         for part in parts[split:]:
             assert hasattr(value, part), name
             value = getattr(value, part)
+
+
+@pytest.mark.parametrize("name", ["hold.tell_total_rate", "hold.drift.drift", "names.canonical_name"])
+def test_what_docs_and_messages_call_by_its_full_name_is_there_after_import_holdfast(name: str) -> None:
+    """In a process that has imported nothing else of the package, as the snippet of a bare loop has not."""
+    script = f"import holdfast; assert callable(holdfast.{name}); assert not hasattr(holdfast, 'nothing')"
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
