@@ -367,6 +367,7 @@ def ask_command(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="length of an answer; default: template.max_completion_tokens")
     ] = None,
+    column: Column = None,
 ) -> None:
     """Ask what a folder holds: questions are framed as its rows were, and nothing is sampled.
 
@@ -386,14 +387,23 @@ def ask_command(
     with _told("The same command continues."):
         from holdfast.progress import stoppable
         from holdfast.runner.ask import ask_file, load_to_ask
+        from holdfast.tasks import Columns
 
-        if (data is None) != (out is None) or (data is not None and questions):
-            raise HoldfastError("ask: give questions, or --data FILE with --out FILE.jsonl.")
+        if (data is None) != (out is None) or (data is not None and questions) or (column and not data):
+            raise HoldfastError("ask: give questions, or --data FILE with --out FILE.jsonl (and --column).")
         options: dict[str, Any] = {"task": task, "max_new_tokens": max_new_tokens}
         with Progress(quiet=data is None) as progress, load_to_ask(folder, after, progress) as learner:
             if data is not None and out is not None:
                 with stoppable():
-                    count = ask_file(learner, data, out, base=base, progress=progress, **options)
+                    count = ask_file(
+                        learner,
+                        data,
+                        out,
+                        columns=Columns.of(column or []),
+                        base=base,
+                        progress=progress,
+                        **options,
+                    )
                 console.print(f"{count} answers: {out}", highlight=False, markup=False, soft_wrap=True)
                 return
             for question in questions or _lines():

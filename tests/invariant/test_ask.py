@@ -108,6 +108,17 @@ def test_the_command_answers_arguments_lines_and_files_alike(there: Path) -> Non
     rows = [json.loads(line) for line in (there / "a" / "a.jsonl").read_text().splitlines()]
     assert [row["generated"] for row in rows] == said
     assert [row["id"] for row in rows] == [0, 1, 2]
+    write_rows(there / "named.jsonl", [{"question": question} for question in asked])
+    named = ("ask", "s", "--data", "named.jsonl", "--out", "named", "--column", "prompt=question")
+    assert in_this_process(*named, cwd=there).code == 0
+    kept = [json.loads(line) for line in (there / "named").read_text().splitlines()]
+    assert [(row["question"], row["generated"]) for row in kept] == list(zip(asked, said, strict=True))
+    refused(in_this_process(*named[:-2], cwd=there), "named is there already")
+    refused(
+        in_this_process(*named[:-4], "--out", "b", cwd=there),
+        "no column 'prompt'",
+        "to learn, attribute and ask",
+    )
     both = in_this_process("ask", "s", "--base", asked[0], cwd=there)
     assert both.out.splitlines() == [f"base: {rows[0]['generated_by_base']}", f"now:  {said[0]}"]
     then = in_this_process("ask", "s", "--after", "may", asked[0], cwd=there)

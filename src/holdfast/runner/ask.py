@@ -14,6 +14,7 @@ from holdfast.models import onto_gpu
 from holdfast.places import local_path
 from holdfast.progress import Progress
 from holdfast.tasks.load import read_questions
+from holdfast.tasks.rows import STANDARD, Columns
 from holdfast.tasks.task import Example
 
 GENERATED, BY_BASE = "generated", "generated_by_base"  # what is added to a row
@@ -40,7 +41,14 @@ def load_to_ask(folder: Path, after: str | None, progress: Progress) -> Learner:
 
 
 def ask_file(
-    learner: Learner, data: Path, out: Path, *, base: bool, progress: Progress, **options: Any
+    learner: Learner,
+    data: Path,
+    out: Path,
+    *,
+    columns: Columns = STANDARD,
+    base: bool,
+    progress: Progress,
+    **options: Any,
 ) -> int:
     """Answer a file's questions into a JSONL file of its rows with their answers; how many there were.
 
@@ -49,6 +57,8 @@ def ask_file(
 
     Parameters
     ----------
+    columns : Columns
+        Other names of the questions' column.
     base : bool
         Also ask the model as it was before the first task.
     **options
@@ -61,7 +71,7 @@ def ask_file(
     """
     if out.exists():
         raise StorageError(f"--out: {out} is there already, and is not written over. Give another name.")
-    rows, questions = read_questions(local_path(data))
+    rows, questions = read_questions(local_path(data), columns)
     cut = sum(learner.encoder.question(question).cut > 0 for question in questions)
     if cut:
         template = learner.config.template

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 _OTHER_COLUMNS = (
-    "Other names of columns can be said: `--column prompt=NAME --column completion=NAME` to learn and "
-    "attribute, `columns: {prompt: NAME, completion: NAME}` in a configuration, Columns in Python."
+    "Other names of columns can be said: `--column prompt=NAME --column completion=NAME` to learn, "
+    "attribute and ask, `columns: {prompt: NAME, completion: NAME}` in a configuration, Columns in Python."
 )
 
 
@@ -57,7 +57,7 @@ def load_task(path: str | Path, columns: Columns = STANDARD) -> Task:
     return task
 
 
-def read_questions(path: Path) -> tuple[list[dict[str, Any]], list[Example]]:
+def read_questions(path: Path, columns: Columns = STANDARD) -> tuple[list[dict[str, Any]], list[Example]]:
     """The rows of a file of questions, and what they ask; answers may be there or not.
 
     Raises
@@ -65,13 +65,13 @@ def read_questions(path: Path) -> tuple[list[dict[str, Any]], list[Example]]:
     DataError
         There is no such file, or it is empty or malformed.
     """
-    problems, rows = Problems(), []
+    problems, rows = Problems(other_columns=_OTHER_COLUMNS), []
     if not path.is_file() or path.suffix.lower() not in FORMATS:
         what = "none of" if path.is_file() else "no such file; questions are in one of"
         problems.add(path, f"{what} {', '.join(FORMATS)}{'' if path.exists() else near(path)}")
     else:
         rows = read_rows(path, problems)
-    questions = to_questions(rows, problems)
+    questions = to_questions(rows, problems, columns)
     note_if_empty(questions, path, problems)
     problems.raise_if_any()
     return [dict(row) if isinstance(row, Mapping) else {"prompt": row} for _, row in rows], questions

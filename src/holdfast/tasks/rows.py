@@ -192,7 +192,9 @@ def as_examples(rows: Iterable[Example | Mapping[str, Any]], columns: Columns = 
     return [row if isinstance(row, Example) else next(read) for _, row in numbered]
 
 
-def to_questions(rows: Iterable[tuple[str, object]], problems: Problems) -> list[Example]:
+def to_questions(
+    rows: Iterable[tuple[str, object]], problems: Problems, columns: Columns = STANDARD
+) -> list[Example]:
     """What rows ask, given with their places; an answer may be there or not, and is not looked at.
 
     A row is a text, a list of chat messages, a mapping in one of the forms of `form_of`, or an example.
@@ -200,9 +202,9 @@ def to_questions(rows: Iterable[tuple[str, object]], problems: Problems) -> list
     found = []
     for where, row in rows:
         try:
-            found.append(row if isinstance(row, Example) else _question(row))
+            found.append(row if isinstance(row, Example) else _question(row, columns))
         except RowFault as fault:
-            problems.add_row(where, str(fault))
+            problems.add_row(where, fault)
     return found
 
 
@@ -222,22 +224,24 @@ def as_questions(rows: Iterable[object]) -> list[Example]:
     return found
 
 
-def _question(row: object) -> Example:
+def _question(row: object, columns: Columns) -> Example:
     if isinstance(row, str | list | tuple):
-        row = {"prompt": row}
+        row, columns = {"prompt": row}, STANDARD
     if not isinstance(row, Mapping):
         raise RowFault(f"a question is a text, chat messages, or an object with them, got {kind_of(row)}")
-    chat = next((name for name in ("messages", "conversations") if name in row), None)
+    own = columns == STANDARD and "prompt" not in row  # what is there says what it is
+    chat = next((name for name in ("messages", "conversations") if own and name in row), columns.messages)
+    text = "text" if own and "text" in row else columns.text
     prompt: str | tuple[Message, ...]
-    if "prompt" in row or (chat is None and not {"instruction", "text"} & row.keys()):
-        prompt = _prompt(_get(row, "prompt"), "prompt")
-    elif chat is not None:
-        turns = read_messages(row[chat], chat)
+    if chat is not None:
+        turns = read_messages(_get(row, chat), chat)
         prompt = _with_system(row, turns[:-1] if turns[-1]["role"] == "assistant" else turns)
-    elif "instruction" in row:
+    elif own and "instruction" in row:
         prompt = _instruction(row)
+    elif text is not None:
+        prompt = _text(_get(row, text), text)
     else:
-        prompt = _text(row["text"], "text")
+        prompt = _prompt(_get(row, columns.prompt or "prompt"), columns.prompt or "prompt")
     if not prompt or (isinstance(prompt, str) and not prompt.strip()):
         raise RowFault("an empty question: there is nothing to answer")
     _refuse_half_characters({"prompt": prompt})
