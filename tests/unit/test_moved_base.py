@@ -22,6 +22,7 @@ from holdfast.runner.learn import learn_data
 from holdfast.tasks import toy_tokenizer
 from learning_data import SHORT, data_sets
 from noted import Noted
+from processes import launched
 from tiny_runs import tiny_run
 
 
@@ -116,3 +117,13 @@ def test_what_a_task_began_with_is_one_line_of_its_folder(tmp_path: Path) -> Non
     learn(tmp_path, "may", saved(tmp_path / "base"))
     noted = json.loads((tmp_path / "s" / "tasks" / "01-may" / "began.json").read_text())
     assert list(noted) == ["base"]
+
+
+def test_several_processes_take_note_of_a_moved_base_together(tmp_path: Path) -> None:
+    data_sets(tmp_path, "may", "june")
+    learn(tmp_path, "may", saved(tmp_path / "base"))
+    (tmp_path / "base").rename(tmp_path / "moved")
+    command = ("learn", "june.jsonl", "--skills", "s", "--model", "moved", "training.max_steps=1")
+    for rank in launched(2, None, command, tmp_path)():
+        assert rank.code == 0, rank.err
+    assert f"path: {tmp_path / 'moved'}" in (tmp_path / "s" / "config.yaml").read_text()

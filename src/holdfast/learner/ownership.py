@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from holdfast import world
 from holdfast.base import identity_of
 from holdfast.config import differences, read_recorded, validate, write_recorded
 from holdfast.environment import describe_environment, environment_recorded
@@ -180,7 +181,8 @@ def move_base(path: str | Path, model: str) -> None:
     folder.lock("learner")
     try:
         recorded = read_recorded(root / CONFIG)
-        write_recorded(root / CONFIG, {**recorded, "model": {**recorded["model"], "path": model}})
+        values = {**recorded, "model": {**recorded["model"], "path": model}}
+        world.first(lambda: write_recorded(root / CONFIG, values))  # before any process reads it again
     finally:
         folder.release()
 

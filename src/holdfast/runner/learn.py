@@ -94,7 +94,7 @@ def learn_data(
     skills = skills.expanduser()
     usual_rate = usual_frame = usual_rank = not begun(skills)
     if model is not None and begun(skills):
-        world.first(lambda: move_base(skills, model))
+        move_base(skills, model)
     config = _config(skills, model, strategy, lora, assignments)
     usual_base = usual_frame and protect_base is None and "protect_base" not in config.model_fields_set
     config = _with_base(skills, config, protect_base, general)
