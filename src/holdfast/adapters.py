@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from holdfast.errors import ConfigError, ModelError
 from holdfast.names import canonical_name
+from holdfast.storage import write_tensors
 
 ADAPTER = "adapter_config.json"
 NAME = "default"  # the one adapter; PEFT saves it into the folder itself, others into folders of theirs
@@ -358,6 +359,6 @@ def recompress(folder: Path, rank: int) -> float:
         whole += float(sizes_R.square().sum())
     ratio = scale_ratio(bool(config.get("use_rslora")), rank, config["r"])
     config |= {"lora_alpha": config["lora_alpha"] * ratio, "r": rank}
-    save_file(tensors, file, {"format": "pt"})
+    write_tensors(file, tensors, {"format": "pt"})
     (folder / ADAPTER).write_text(json.dumps(config, indent=2, sort_keys=True))
     return left / whole if whole else 1.0

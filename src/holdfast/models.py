@@ -33,6 +33,7 @@ from holdfast.names import canonical_name, layer_of
 from holdfast.places import local_path
 from holdfast.pretrained import GGUF, Bits, load_pretrained
 from holdfast.progress import no_library_bars
+from holdfast.storage import give_usual_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -616,6 +617,7 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     if not world.leads():
         return
     model.save_pretrained(folder)
+    give_usual_mode(folder)
     _keep_processor(model, folder)
     for name, config in getattr(model, "peft_config", {}).items():
         _order_sets(config, folder / ADAPTER if name == NAME else folder / name / ADAPTER)

@@ -171,6 +171,24 @@ def save_tensors(
         path,
         metadata=dict(metadata) if metadata else None,
     )
+    give_usual_mode(path)
+
+
+def give_usual_mode(path: Path) -> None:
+    """Give a file, or the weights in a folder, the mode that any new file gets there: what the umask says.
+
+    safetensors writes files that their owner alone can read.
+    """
+    whole = path.is_dir()
+    new = (path if whole else path.parent) / f".{secrets.token_hex(4)}.tmp"
+    with contextlib.suppress(OSError):  # the weights are whole; some file systems know no modes
+        new.touch()
+        try:
+            mode = stat.S_IMODE(new.stat().st_mode)
+        finally:
+            new.unlink()
+        for file in path.rglob("*.safetensors") if whole else (path,):
+            file.chmod(mode)
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

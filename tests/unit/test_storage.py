@@ -12,10 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from holdfast import storage
+from holdfast.adapters import recompress
 from holdfast.errors import StorageError
+from holdfast.models import save_model
+from holdfast.tasks import toy_tokenizer
+from holdfast.training.checkpoints import seal_checkpoint
+from tiny_models import tiny_model
 
 
 def test_written_files_read_back(tmp_path: Path) -> None:
@@ -24,6 +29,49 @@ def test_written_files_read_back(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "new/folder/a.json").read_text(encoding="utf-8")) == {"ü": 1}
     assert torch.equal(load_file(tmp_path / "b.safetensors")["w"], torch.arange(6.0).view(2, 3).T)
     assert storage.sha256(tmp_path / "new/folder/a.json") == storage.sha256(tmp_path / "new/folder/a.json")
+
+
+@pytest.fixture
+def umask_of_a_group() -> Iterator[None]:
+    """New files are their owner's, readable by the group (0640)."""
+    before = os.umask(0o027)
+    yield
+    os.umask(before)
+
+
+def modes(folder: Path) -> dict[str, int]:
+    return {str(p.relative_to(folder)): p.stat().st_mode & 0o777 for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.usefixtures("umask_of_a_group")
+def test_weights_may_be_read_by_whoever_the_umask_lets_read_other_files(tmp_path: Path) -> None:
+    storage.write_json(tmp_path / "a.json", 1)
+    storage.write_tensors(tmp_path / "a.safetensors", {"w": torch.ones(1)})
+    with storage.atomic_write(tmp_path / "b.safetensors") as temporary:
+        storage.save_tensors(temporary, {"w": torch.ones(1)})
+    assert modes(tmp_path) == dict.fromkeys(("a.json", "a.safetensors", "b.safetensors"), 0o640)
+
+
+@pytest.mark.usefixtures("umask_of_a_group")
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_saved_model_may_be_read_by_whoever_the_umask_lets_read_other_files(
+    lora: bool, tmp_path: Path
+) -> None:
+    model = tiny_model("llama-lora" if lora else "llama")
+    save_model(model, toy_tokenizer(), tmp_path)
+    found = modes(tmp_path)
+    assert ("adapter_model.safetensors" if lora else "model.safetensors") in found
+    assert set(found.values()) == {0o640}
+    if lora:
+        recompress(tmp_path, 2)
+        assert set(modes(tmp_path).values()) == {0o640}
+
+
+@pytest.mark.usefixtures("umask_of_a_group")
+def test_a_checkpoint_may_be_read_by_whoever_the_umask_lets_read_other_files(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(1)}, tmp_path / "model.safetensors")  # as the Trainer does
+    seal_checkpoint(tmp_path)
+    assert modes(tmp_path) == {"model.safetensors": 0o640, "seal.json": 0o640}
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])

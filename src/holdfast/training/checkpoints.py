@@ -9,6 +9,7 @@ from pathlib import Path
 
 from holdfast import world
 from holdfast.manifest import problem_of, write_manifest
+from holdfast.storage import give_usual_mode
 from holdfast.training.parts import misfit
 
 SEAL = "seal.json"
@@ -23,6 +24,7 @@ def ours(checkpoint: Path, name: str) -> Path:
 
 def seal_checkpoint(folder: Path) -> None:
     """Write the digests of a checkpoint's files, the last thing written into it."""
+    give_usual_mode(folder)
     write_manifest(folder, SEAL)
 
 

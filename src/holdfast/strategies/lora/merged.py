@@ -31,6 +31,7 @@ from holdfast.importance.prior import FREE
 from holdfast.models import input_sizes
 from holdfast.names import is_lora
 from holdfast.records import AdapterRanks
+from holdfast.storage import give_usual_mode
 from holdfast.strategies.lora.grown import Grown
 from holdfast.strategies.lora.inputs import freed
 
@@ -225,4 +226,5 @@ def export_merged(model: Any, tokenizer: Any, folder: Any) -> None:
         if not is_lora(name)
     }
     base.save_pretrained(folder, state_dict=tensors)
+    give_usual_mode(folder)
     tokenizer.save_pretrained(folder)
