@@ -141,6 +141,7 @@ def test_every_form_that_people_have_gives_its_example(row: dict[str, Any], exam
             "the arguments of a tool call in 'messages' are no JSON",
         ),
         ({"messages": [USER, ANSWER], "tools": "add"}, "'tools' must be a list of objects"),
+        ({"prompt": "a", "completion": "b", "tools": "saw"}, "means something else needs another name"),
         ({"instruction": "do", "output": ""}, "empty completion"),
         ({"instruction": "do", "input": 0.5, "output": "x"}, "'input' must be a text, got a fraction"),
         (
@@ -168,6 +169,13 @@ def test_a_row_that_cannot_be_read_says_why(row: dict[str, Any], message: str) -
 def test_columns_that_are_given_are_read_and_no_form_is_guessed() -> None:
     row = {"instruction": "do", "input": "this", "output": "done"}
     assert as_examples([row], Columns(prompt="input", completion="output")) == [Example("this", "done")]
+
+
+def test_a_tools_column_that_the_prompt_is_made_of_is_no_list_of_functions() -> None:
+    row = {"question": "what for?", "tools": "saw", "answer": "wood"}
+    assert as_examples([row], Columns(prompt="{tools}: {question}", completion="answer")) == [
+        Example("saw: what for?", "wood")
+    ]
 
 
 def test_a_file_has_one_form_and_it_is_said(tmp_path: Path) -> None:

@@ -13,9 +13,11 @@ from typer.testing import CliRunner
 from holdfast.cli import app
 from holdfast.config import validate
 from holdfast.errors import ConfigError, DataError
+from holdfast.evaluation.audit import audit
 from holdfast.evaluation.evaluate import EvaluationOptions, encode_task
 from holdfast.tasks import Encoder, Example, Template, toy_tokenizer
 from holdfast.tasks.opening import opening_of
+from holdfast.tasks.rows import as_examples, as_questions
 from holdfast.tasks.task import Task
 from tiny_models import tiny_model
 
@@ -38,6 +40,33 @@ def test_a_text_prompt_is_encoded_as_a_user_turn() -> None:
     turn = ({"role": "user", "content": "abc"},)
     assert encoder(Example("abc=", "d")) == as_turn(Example(turn, "d"))
     assert encoder(Example("abc=", "d")) != as_turn(Example("abc", "d"))
+
+
+ADD = {"type": "function", "function": {"name": "add"}}
+
+
+def test_tools_beside_a_text_prompt_are_shown_in_its_turn() -> None:
+    tokenizer = chatting()
+    tokenizer.chat_template = "{% for t in tools or [] %}{{ t.function.name }} {% endfor %}" + CHAT
+    encoder = Encoder(tokenizer, Template(chat=True), encoder_decoder=False)
+    (row,) = as_examples([{"prompt": "abc", "completion": "d", "tools": [ADD]}])
+    (asked,) = as_questions([{"prompt": "abc", "tools": [ADD]}])
+    turn = ({"role": "user", "content": "abc"},)
+    assert encoder(row) == encoder(Example(turn, "d", tools=(ADD,))) != encoder(Example(turn, "d"))
+    assert encoder.question(asked).prompt_ids == encoder(row).prompt_ids
+
+
+def test_tools_that_no_chat_template_shows_are_told() -> None:
+    rows = as_examples([{"prompt": "abc", "completion": "d", "tools": tools} for tools in ([ADD], [], None)])
+    encoder = Encoder(chatting(), Template(), encoder_decoder=False)
+    found = audit(Task("t", rows, []), encoder, tiny_model("llama"), EvaluationOptions())
+    (remark,) = found.remarks
+    assert remark.startswith("t: 1 of 3 rows have tools that the model isn't shown")
+
+
+def test_a_task_without_tools_is_known_by_the_digest_it_had() -> None:
+    rows = as_examples([{"prompt": "abc", "completion": "d", "tools": []}])
+    assert repr(rows) == "[Example(prompt='abc', completion='d', references=(), tools=())]"
 
 
 def test_a_long_one_is_cut_inside_the_turn() -> None:

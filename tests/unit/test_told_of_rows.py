@@ -13,6 +13,7 @@ from holdfast.evaluation.audit import Audit, audit
 from holdfast.evaluation.evaluate import EvaluationOptions
 from holdfast.report import write_report
 from holdfast.runner import RunConfig
+from holdfast.runner.ask import ask_file, load_to_ask
 from holdfast.runner.findings import check
 from holdfast.runner.learn import learn_data
 from holdfast.tasks import Encoder, Example, Task, Template, toy_tokenizer
@@ -71,6 +72,16 @@ def test_of_the_file_that_the_base_is_held_by_it_is_told_what_is_cut_and_what_do
     with pytest.raises(DataError, match=r"protect_base\.general: the longest row .* the model takes"):
         learn_data(data, tmp_path / "s", general=notes, assignments=[*TOY, *SHORT], progress=progress)
     assert any("protect_base.general: 1 of 1 texts are longer than" in said for said in progress.said)
+
+
+def test_of_questions_too_it_is_told_that_their_tools_are_not_shown(tmp_path: Path) -> None:
+    progress, skills = Noted(), tmp_path / "s"
+    data = write_rows(tmp_path / "may.jsonl", rows_of("may", 20))
+    learn_data(data, skills, assignments=[*TOY, *SHORT], progress=progress)
+    asked = write_rows(tmp_path / "q.jsonl", [{"prompt": "a", "tools": [{"name": "add"}]}, {"prompt": "b"}])
+    with load_to_ask(skills, None, progress) as learner:
+        ask_file(learner, asked, tmp_path / "a.jsonl", base=False, progress=progress)
+    assert any("1 of 2 questions have tools that the model isn't shown" in said for said in progress.said)
 
 
 def test_a_month_without_rows_aside_leaves_the_means_of_the_others(tmp_path: Path) -> None:

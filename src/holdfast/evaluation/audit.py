@@ -64,6 +64,7 @@ def audit(
         return found
     _cut(task, rows, encoder.template, found)
     _control_tokens(task, encoder, found)
+    _tools(task, encoder, found)
     if task.metric == "options":
         _options(encoded, found)
     elif any(example.raw for example in task.test) and task.metric != "perplexity":
@@ -116,6 +117,16 @@ def _control_tokens(task: Task, encoder: Encoder, found: Audit) -> None:
         found.remarks.append(
             f"{task.name}: {rows} rows have the tokenizer's control tokens in their text, such as {named}; "
             "they are read as plain text."
+        )
+
+
+def _tools(task: Task, encoder: Encoder, found: Audit) -> None:
+    rows = (*task.train, *task.test)
+    unseen = sum(map(encoder.leaves_out_tools, rows))
+    if unseen:
+        found.remarks.append(
+            f"{task.name}: {unseen} of {len(rows)} rows have tools that the model isn't shown, as no chat "
+            "template frames a text. Set template.chat: true, or write them into the prompts."
         )
 
 

@@ -79,6 +79,12 @@ def ask_file(
             f"{data}: {cut} of {len(questions)} questions are longer than template.max_prompt_tokens "
             f"({template.max_prompt_tokens}), as it was learned; their {template.keep} tokens are kept."
         )
+    unseen = sum(map(learner.encoder.leaves_out_tools, questions))
+    if unseen:
+        progress.say(
+            f"{data}: {unseen} of {len(questions)} questions have tools that the model isn't shown, as no "
+            "chat template frames a text here. Ask in chat messages, or write them into the questions."
+        )
     partial = out.with_name(f"{out.name}.{_digest(learner, questions, base, options)}.partial")
     out.parent.mkdir(parents=True, exist_ok=True)
     done = _whole_lines(partial)

@@ -205,6 +205,10 @@ class Encoder:
         """Whether the tokenizer's chat template frames a prompt."""
         return self.template.chat or not isinstance(prompt, str)
 
+    def leaves_out_tools(self, example: Example) -> bool:
+        """Whether an example has tools and no chat template frames it, which would show them."""
+        return bool(example.tools) and (example.raw or not self.asks_in_turns(example.prompt))
+
     def answer_ids(self, text: str, *, chat: bool = False) -> list[int]:
         """Tokens of an answer in its frame, behind a chat or behind a text; none of an empty one."""
         return self._answer(text, chat=chat)[0]

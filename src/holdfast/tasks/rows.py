@@ -245,7 +245,7 @@ def _question(row: object, columns: Columns) -> Example:
     if not prompt or (isinstance(prompt, str) and not prompt.strip()):
         raise RowFault("an empty question: there is nothing to answer")
     _refuse_half_characters({"prompt": prompt})
-    return Example(prompt, "", (), _tools(row, prompt))
+    return Example(prompt, "", (), _tools(row, columns))
 
 
 def _example(row: object, columns: Columns, form: Form) -> Example:
@@ -256,7 +256,7 @@ def _example(row: object, columns: Columns, form: Form) -> Example:
     prompt, completion = form.read(row)
     if not completion.strip():
         raise RowFault("empty completion: give the row an answer or leave it out")
-    references, tools = _references(row, columns), _tools(row, prompt)
+    references, tools = _references(row, columns), _tools(row, columns)
     _refuse_half_characters({"prompt": prompt, "completion": completion, "references": references})
     return Example(prompt, completion, references, tools, form.raw)
 
@@ -355,13 +355,17 @@ def _completion(value: object, column: str) -> str:
     return read_answer(turns[0], column)
 
 
-def _tools(row: Row, prompt: str | tuple[Message, ...]) -> tuple[Mapping[str, Any], ...]:
-    """The functions that a chat may call, for its template."""
+def _tools(row: Row, columns: Columns) -> tuple[Mapping[str, Any], ...]:
+    """The functions that the answer may call, for a chat template; none where `columns` reads them."""
     value = row.get("tools")
-    if isinstance(prompt, str) or not value:
+    told = any(name == "tools" or "{tools}" in name for name in columns.model_dump().values() if name)
+    if told or not value:
         return ()
     if not isinstance(value, list | tuple) or not all(isinstance(tool, Mapping) for tool in value):
-        raise RowFault(f"'tools' must be a list of objects, got {kind_of(value)}")
+        raise RowFault(
+            f"'tools' must be a list of objects, got {kind_of(value)}; a column that means something else "
+            "needs another name"
+        )
     return tuple(value)
 
 

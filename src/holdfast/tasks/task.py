@@ -23,7 +23,7 @@ class Example:
     references : tuple of str
         All answers that count as right; empty means the completion alone.
     tools : tuple of mappings
-        The functions that a chat may call, as its chat template takes them.
+        The functions that the answer may call, as a chat template takes them.
     raw : bool
         Running text without a question: all of `completion` is learned behind the begin token, and no
         template frames it. The prompt is then empty.
