@@ -16,3 +16,6 @@ class Noted(Progress):
 
     def say(self, text: str, /, *_: Any, **__: Any) -> None:
         self.said.append(text)
+
+    def remark(self, text: str) -> None:
+        self.say(text)

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -166,6 +167,13 @@ class Progress:
     def say(self, text: str) -> None:
         """Print a line above the bars, as it is: names and paths may hold anything."""
         tell(self.console, text)
+
+    def remark(self, text: str) -> None:
+        """Say what nobody should miss: where nothing is shown (library use) it is a warning."""
+        if not self._quiet:
+            self.say(text)
+        elif world.leads():
+            warnings.warn(text, stacklevel=2)
 
     def show_above(self, picture: Callable[[], RenderableType] | None) -> None:
         """Keep what a function draws, such as a table, above the bars; on a terminal only. None ends it."""

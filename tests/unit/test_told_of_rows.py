@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from holdfast.config import validate
 from holdfast.errors import DataError
 from holdfast.evaluation.audit import Audit, audit
 from holdfast.evaluation.evaluate import EvaluationOptions
+from holdfast.learner import Learner
+from holdfast.models import digest
 from holdfast.report import write_report
-from holdfast.runner import RunConfig
+from holdfast.runner import RunConfig, run
 from holdfast.runner.ask import ask_file, load_to_ask
 from holdfast.runner.findings import check
 from holdfast.runner.learn import learn_data
@@ -115,6 +118,82 @@ def test_test_rows_that_are_trained_on_are_told_of_this_month_and_of_earlier_one
     assert cumulative.startswith("may: ")
     assert "of 4 rows kept aside ask what is asked in the rows of 'june'" in cumulative
     assert any(text.startswith("july: 8 of 8 rows") for text in said_of("july", test=data["july"]))
+
+
+CUT = "longer than template.max_prompt_tokens"
+
+
+def long_row(model: Any) -> Example:
+    return Example("a" * 2 * model.config.max_position_embeddings, "b")
+
+
+def test_a_script_is_told_once_of_its_rows_and_each_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[Example] = []
+    encode = Encoder.__call__
+    monkeypatch.setattr(Encoder, "__call__", lambda self, row: (encoded.append(row), encode(self, row))[1])
+    learner = Learner(tiny_model("llama"), toy_tokenizer(), "sequential", template={"max_prompt_tokens": 3})
+    train, test = [Example("abcd", "ab"), Example("bcde", "bc")], [Example("cd", "ab")]
+    with learner, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with learner.task("may", train, test) as stage:
+            stage.train()
+        with learner.task("june", [Example("dddd", "ab")], train) as stage:
+            stage.train()
+    told = [str(w.message) for w in caught if CUT in str(w.message)]
+    assert [text.partition(":")[0] for text in told] == ["may", "june"]
+    assert len(encoded) == 3 + 3
+
+
+def test_a_script_is_refused_rows_that_do_not_fit_before_anything_is_learned(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    template = {"max_prompt_tokens": 9000}
+    with Learner(model, toy_tokenizer(), "sequential", folder=tmp_path / "s", template=template) as learner:
+        before = digest(model)
+        for _ in range(2):
+            with (
+                pytest.raises(DataError, match=r"may: the longest row .* the model takes"),
+                learner.task("may", [long_row(model)]) as stage,
+            ):
+                stage.train()
+        assert digest(model) == before
+        assert not (tmp_path / "s/tasks").exists()
+        with learner.task("may", [Example("a", "b")]) as stage:
+            stage.train()
+        assert learner.learned == ["may"]
+
+
+def test_learn_tells_once_of_rows_that_are_cut(tmp_path: Path) -> None:
+    data, progress = write_rows(tmp_path / "may.jsonl", rows_of("may", 20)), Noted()
+    options = [*TOY, *SHORT, "template.max_prompt_tokens=3"]
+    learn_data(data, tmp_path / "s", assignments=options, progress=progress)
+    assert sum(CUT in said for said in progress.said) == 1
+
+
+def test_a_run_tells_once_of_each_tasks_rows_before_it_trains(tmp_path: Path) -> None:
+    progress = Noted()
+    values = tiny_run(tmp_path / "run") | {"template": {"max_prompt_tokens": 3}}
+    config = validate(RunConfig, values, "test")
+    run(config, progress)
+    told = [i for i, said in enumerate(progress.said) if CUT in said]
+    learned = next(i for i, said in enumerate(progress.said) if ": learned " in said)
+    assert len(told) == len(config.tasks.order or ())
+    assert max(told) < learned
+    again = Noted()
+    run(config, again)
+    assert not any(CUT in said for said in again.said)
+
+
+def test_a_run_refuses_a_later_tasks_rows_before_it_trains(tmp_path: Path) -> None:
+    long = [{"prompt": "a" * 9000, "completion": "b"}]
+    for name, rows in (("a", rows_of("may", 5)), ("b", long)):
+        for part in ("train", "test"):
+            write_rows(tmp_path / "tasks" / name / f"{part}.jsonl", rows)
+    values = tiny_run(tmp_path / "run", tasks={"source": "jsonl", "path": str(tmp_path / "tasks")})
+    config = validate(RunConfig, values | {"template": {"max_prompt_tokens": 9000}}, "test")
+    with pytest.raises(DataError, match=r"b: the longest row .* the model takes"):
+        run(config, Noted())
+    assert not (tmp_path / "run/tasks").exists()
+    assert not (tmp_path / "run/zero_shot").exists()
 
 
 def test_check_tells_test_rows_that_are_trained_on(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ class BaseTask:
             task = Task("protect_base.general", self._given(self.options.general), ())
             found = audit(task, learner.encoder, learner.model, learner.config.evaluation)
             for remark in found.remarks:
-                learner.progress.say(remark)
+                learner.progress.remark(remark)
             if found.problems:
                 raise DataError("\n".join(found.problems))
 

@@ -22,6 +22,7 @@ from holdfast.base import Base, adapter_is_new, identity_of
 from holdfast.config import validate
 from holdfast.errors import ConfigError, DataError, ModelError, RunDirectoryError
 from holdfast.evaluation.asking import ask
+from holdfast.evaluation.audit import audit
 from holdfast.evaluation.evaluate import EncodedTask, EvaluationOptions, encode_task, evaluate_encoded
 from holdfast.evaluation.general import Divergence
 from holdfast.evaluation.predictions import file_safe, write_predictions
@@ -61,7 +62,7 @@ from holdfast.strategies import STRATEGIES, Context, Stage, build_strategy
 from holdfast.tasks import Encoder, as_examples, as_questions, toy_tokenizer
 from holdfast.tasks.memory import MemoryOptions, Rehearsal, WritingOptions
 from holdfast.tasks.opening import opening_of
-from holdfast.tasks.options import subsample
+from holdfast.tasks.options import also_trained, subsample
 from holdfast.tasks.task import Example, MetricName, Task
 from holdfast.training.beside import Beside
 from holdfast.training.loop import save_record, train
@@ -147,6 +148,8 @@ class Learner:
         self.digests: dict[str, str] = {}  # of the rows that these were learned from
         self._encoded: dict[str, EncodedTask] = {}
         self._longest: dict[str, int] = {}  # how long an answer to each may be, in tokens
+        # tasks to be learned that were looked at, by identity, and their rows
+        self._looked: dict[int, tuple[Task, list[Example]]] = {}
         self._broken, self._past = "", False
         self._temporary: Any = None
         self._homeless = folder is None
@@ -398,7 +401,7 @@ class Learner:
         ConfigError
             The name is taken, nothing was trained in the block, or the strategy must know `total`.
         DataError
-            A row is malformed.
+            A row is malformed, doesn't fit the model, or can't be answered (`look`).
         """
         rows = as_examples(train)
         tests = list(test)
@@ -407,6 +410,8 @@ class Learner:
             metric = "perplexity"
         task = Task(name, rows, asked_rows, metric, tuple(options))
         stage = Stage(name, (task,), len(self.learned), total)
+        self._check_can_begin(stage)
+        self.look([task])
         asked = [known for known in (*self.tests, task) if known.test]
         digest = self.digest(task)
         known = {"digest": digest, "training": self.config.training.model_dump(mode="json")}
@@ -421,6 +426,37 @@ class Learner:
             yield learning
         self.tests.append(Task(name, (), task.test, metric, task.options))
         self.digests[name] = digest
+
+    def look(self, tasks: Iterable[Task]) -> None:
+        """See what tasks' rows lose on their way to the model, once; a task looks at its own as it begins.
+
+        Told (`Progress.remark`) is what is cut, what can't be answered, and which test rows are trained on.
+
+        Raises
+        ------
+        DataError
+            Rows can't be encoded, don't fit the model, or can't be scored.
+        """
+        problems: list[str] = []
+        for task in tasks:
+            if id(task) in self._looked:
+                continue
+            with self.progress.bar(f"read {task.name}", total=len(task.train)) as bar:
+                found = audit(task, self.encoder, self.model, self.config.evaluation, bar)
+            problems += found.problems
+            for remark in found.remarks:
+                self.progress.remark(remark)
+            for known in (*self.tests, task):
+                if met := also_trained(known.test, task.train):
+                    self.progress.remark(
+                        f"{known.name}: {met} of {len(known.test)} rows kept aside ask what is asked in the "
+                        f"rows of '{task.name}' that are trained on; of those the score tells what was seen, "
+                        "and not what is kept."
+                    )
+            if not found.problems:
+                self._looked[id(task)] = task, [*task.train, *task.test]
+        if problems:
+            raise DataError("\n".join(problems))
 
     @staticmethod
     def digest(task: Task) -> str:
@@ -445,6 +481,7 @@ class Learner:
         A block that ends in an error leaves the model in the middle of things: make the learner anew.
         """
         self._check_can_begin(stage)
+        self.look(stage.tasks)
         if self.base_task.due:
             self._broken = BASE
             with self._given_up_if_broken():
@@ -509,7 +546,9 @@ class Learner:
             metrics.write(folder / "metrics.json")
             self._save_state(folder)
         self._broken = ""
-        self.encoder.forget()
+        for task in stage.tasks:
+            self._looked.pop(id(task), None)
+        self.encoder.forget(but=(row for _, rows in self._looked.values() for row in rows))
         self.learned.append(stage.name)
         thin(self.folder, STAGES, self.config.keep)
 

@@ -14,7 +14,6 @@ import torch
 from holdfast import world
 from holdfast.config import override, validate
 from holdfast.errors import ConfigError, DataError
-from holdfast.evaluation.audit import audit
 from holdfast.hold.cost import advised_rank
 from holdfast.importance.inputs import InputsOptions
 from holdfast.learner import Learner, LearnerConfig
@@ -24,7 +23,7 @@ from holdfast.learner.skills import Skills, read_skills
 from holdfast.models import onto_gpu
 from holdfast.progress import Progress, stoppable
 from holdfast.tasks import load_task
-from holdfast.tasks.options import also_trained, left_out, subsample
+from holdfast.tasks.options import left_out, subsample
 from holdfast.tasks.problems import Problems
 from holdfast.tasks.rows import Columns
 from holdfast.tasks.sources import check_options
@@ -114,7 +113,7 @@ def learn_data(
                 )
             progress.say(f"{skills}: '{task.name}' is learned already; nothing to do.")
             return read_skills(skills)
-        _audit(learner, task, progress)
+        learner.config.training.check_installed()
         about = {"learned": datetime.now(UTC).isoformat(timespec="seconds"), "data": str(data)}
         with learner.task(
             task.name, task.train, task.test, metric=task.metric, options=task.options, about=about
@@ -254,24 +253,6 @@ def _usual_rate(config: LearnerConfig, model: Any) -> float:
     if config.model is not None and config.model.lora is not None:
         return 2e-4
     return 1e-3 if sum(p.numel() for p in model.parameters()) < SMALL else 2e-5
-
-
-def _audit(learner: Learner, task: Task, progress: Progress) -> None:
-    """Say what is cut and which test rows are trained on; refuse what can't be answered or doesn't fit."""
-    learner.config.training.check_installed()
-    with progress.bar(f"read {task.name}", total=len(task.train)) as bar:
-        found = audit(task, learner.encoder, learner.model, learner.config.evaluation, bar)
-    for remark in found.remarks:
-        progress.say(remark)
-    for known in (*learner.tests, task):
-        if met := also_trained(known.test, task.train):
-            progress.say(
-                f"{known.name}: {met} of {len(known.test)} rows kept aside ask what is asked in the rows of "
-                f"'{task.name}' that are trained on; of those the score tells what was seen, and not what "
-                "is kept."
-            )
-    if found.problems:
-        raise DataError("\n".join(found.problems))
 
 
 def _task(

@@ -81,6 +81,7 @@ class _Run:
                 f"back with `holdfast skills {directory.path} --undo`, or give this run a directory with "
                 "output=DIR."
             )
+        learner.look(task for stage in self.stages[len(learner.learned) :] for task in stage.tasks)
         if before and done == 0:
             with directory.part(ZERO_SHOT) as folder:
                 self._ask(learner, self.stream.tasks, folder, ZERO_SHOT, "zero-shot")

@@ -271,9 +271,10 @@ class Encoder:
                 progress(number)
         return rows
 
-    def forget(self) -> None:
-        """Let go of the rows that are kept against being encoded again."""
-        self._known.clear()
+    def forget(self, but: Iterable[Example] = ()) -> None:
+        """Let go of the rows that are kept against being encoded again, `but` for some."""
+        kept = {id(example) for example in but}
+        self._known = {key: row for key, row in self._known.items() if key in kept}
 
     def frame(self, prompt: str | Sequence[Message]) -> tuple[list[int], list[int]]:
         """The tokens around the text of a prompt, before it and behind it.
