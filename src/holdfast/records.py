@@ -100,7 +100,8 @@ class RunMetrics(Record):
     seconds : dict
         Of ``train``, ``prior`` and ``evaluate``, of ``base`` (task 0: writing its rows, and what the strategy
         makes of them), ``general`` and ``harness`` where they were asked for, and their sum ``total``. Of a
-        stage that was stopped and continued, those since it was continued.
+        stage that was stopped or killed and continued, those since then, and in ``train`` also what was
+        trained before, up to the checkpoint that was continued.
     parameters, trainable : int or None
         Numbers in the model at the end, and those that the first stage trained.
     seed : int or None
@@ -213,7 +214,7 @@ class TrainingLog(Record):
     steps : int or None
         Optimizer steps.
     seconds : float or None
-        Since it was started for the last time.
+        That it took; of attempts that were stopped or killed up to the checkpoint that was continued.
     trained : int or None
         Numbers with a gradient.
     lm_weight : float

@@ -105,6 +105,36 @@ def test_losses_logged_are_the_same_whatever_step_a_run_was_killed_at(
     assert logged(tmp_path / "whole") == logged(tmp_path / "broken")
 
 
+@pytest.mark.parametrize("batch", [15, 25])  # of 24: killed in the training, and after it
+def test_what_an_attempt_took_up_to_the_checkpoint_that_is_continued_counts(
+    batch: int, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = {"max_steps": 24, "batch_size": 4, "checkpoint_steps": 8, "learning_rate": 3e-3}
+    tasks = {"source": "toy", "order": ["copy"], "train_rows": 32, "test_rows": 2}
+    sections = {"training": training, "tasks": tasks, "model": {"toy": True, "hidden": 16, "layers": 1}}
+    config, step = config_of(tiny(tmp_path / "run", **sections)), Bridge.training_step
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.1)
+        return step(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bridge, "training_step", dying(slow, batch))
+        if batch > 24:
+            kill_when(patch, "holdfast.learner.learner.save_record", 1)
+        with pytest.raises(Killed):
+            run(config)
+    began = time.perf_counter()
+    run(config)
+    took = time.perf_counter() - began
+    (stage,) = (tmp_path / "run/tasks").iterdir()
+    trained = json.loads((stage / "training.json").read_text())["seconds"]
+    counted = json.loads((tmp_path / "run/metrics.json").read_text())["seconds"]["train"]
+    slept = 0.8 if batch < 24 else 2.4
+    assert slept < trained < counted
+    assert counted - slept < took + 2
+
+
 @pytest.mark.parametrize("strategy", ["sequential", "osf", "prog-prompt", "ema", "kif"])
 def test_run_killed_after_a_training_that_ended_inside_an_epoch_trains_no_further(
     strategy: str, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -526,7 +526,7 @@ class Learner:
             self.model.eval()
             self.model.zero_grad(set_to_none=True)
             save_record(learning.record, folder / "training.json")
-            seconds["train"] = time.perf_counter() - started
+            seconds["train"] = learning.record.earlier + time.perf_counter() - started
             started = time.perf_counter()
             torch.manual_seed(learning.seed)  # a resumed training leaves the generator elsewhere
             self.strategy.end(self.context, stage)

@@ -23,13 +23,13 @@ from holdfast.records import TrainingLog
 from holdfast.tasks.encode import Encoded, collate
 from holdfast.training.beside import Beside
 from holdfast.training.bridge import bridged
-from holdfast.training.checkpoints import latest_checkpoint
+from holdfast.training.checkpoints import latest_checkpoint, ours
 from holdfast.training.losses import TokenLoss
 from holdfast.training.options import TrainingOptions
 from holdfast.training.parts import copied, give_back, require_engine, take_finished
 from holdfast.training.prompt_loss import PromptLoss
 from holdfast.training.soft_targets import SoftTargets
-from holdfast.training.steps import Steps, TrainingRecord
+from holdfast.training.steps import SPENT, Steps, TrainingRecord
 from holdfast.training.verbs import ROWS, Verbs
 
 # transformers 5 has a new name for it, and warns of the old one
@@ -166,7 +166,7 @@ def train(
             trainer.bad_batch.unlink(missing_ok=True)  # of an attempt that diverged before this one
         record.steps = trainer.state.global_step
         del trainer, trained  # what an engine has cut up goes before the model comes back
-    record.seconds = time.perf_counter() - started
+    record.seconds = record.earlier + time.perf_counter() - started
     unprepare(unwrapped(model))
     model.eval()
     model.zero_grad(set_to_none=True)
@@ -216,6 +216,8 @@ def _run(trainer: Any, checkpoint: Path | None, steps: Steps) -> None:
         return
     state, record = json.loads((checkpoint / "trainer_state.json").read_text()), steps.record
     record.loss, record.learning_rate, record.moved = _history(state["log_history"])
+    if (spent := ours(checkpoint, SPENT)).exists():  # none in those of earlier versions
+        record.earlier = float(json.loads(spent.read_text())["seconds"])
     if state["global_step"] < state["max_steps"]:
         if world.by_deepspeed():  # DeepSpeed loads its own and asks nobody
             trainer.take_gathered(checkpoint)
@@ -249,7 +251,7 @@ def _keep_logs(trainer: Trainer, folder: Path) -> None:
 
 def save_record(record: TrainingRecord, path: Path) -> None:
     """Write ``training.json``."""
-    TrainingLog(**vars(record)).write(path)
+    TrainingLog(**{name: getattr(record, name) for name in TrainingLog.model_fields}).write(path)
 
 
 def _history(entries: list[dict[str, Any]]) -> tuple[list[list[float]], ...]:

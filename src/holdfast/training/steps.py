@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +15,13 @@ from holdfast.hold import Handle, tell_total_rate
 from holdfast.hold.drift import MOVED, Drift
 from holdfast.progress import Interrupted, stop_requested
 from holdfast.quantities import percent
-from holdfast.storage import write_tensors
+from holdfast.storage import write_json, write_tensors
 from holdfast.training.checkpoints import ours, seal_checkpoint
 from holdfast.training.parts import mark
 from holdfast.training.verbs import Verbs, has
 
 OBSERVED = "strategy.safetensors"  # in a checkpoint: what the method has gathered up to this step
+SPENT = "seconds.json"  # in a checkpoint: what the training had taken up to it
 UNLOGGED = "unlogged.safetensors"  # in a checkpoint: the losses since the last that was logged
 
 
@@ -29,6 +31,7 @@ class TrainingRecord:
 
     steps: int = 0
     seconds: float = 0.0
+    earlier: float = 0.0  # of these: of attempts before, up to the checkpoint that was continued; not written
     lm_weight: float = 0.0  # of the loss on prompts
     trained: int = 0  # numbers with a gradient, earlier ranks of a grown LoRA among them
     loss: list[list[float]] = field(default_factory=list)
@@ -58,6 +61,7 @@ class Steps(TrainerCallback):
         self.before = before or self.release
         self.handles: list[Handle] = []
         self.attached = self.stopping = False
+        self._started = time.perf_counter()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.before()  # of a training that failed, or that came before this one
@@ -96,6 +100,8 @@ class Steps(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if has(self.verbs, "stage_state_dict"):
             write_tensors(ours(folder, OBSERVED), self.verbs.stage_state_dict())
+        spent = self.record.earlier + time.perf_counter() - self._started
+        write_json(ours(folder, SPENT), {"seconds": spent})
         mark(folder, kwargs["model"], last=state.global_step >= state.max_steps)
         world.barrier()  # each process has written its random state there
         if world.leads():
