@@ -225,6 +225,16 @@ def data_file(folder: Path, suffix: str) -> Path:
     return write(file, content[suffix])
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+@pytest.mark.parametrize("sign", list(",;\t|"))
+def test_a_table_is_read_by_the_delimiter_of_its_head(sign: str, suffix: str, tmp_path: Path) -> None:
+    others = ",;\t|".replace(sign, "")
+    head = sign.join(('"the ""prompt"", or\n' + others + '."', "completion"))
+    table = write(tmp_path / f"a{suffix}", f"\n{head}\na{sign}b{others}\n")
+    columns = Columns(prompt='the "prompt", or\n' + others + ".")
+    assert load_task(table, columns).train == [Example("a", f"b{others}")]
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv", ".parquet"])
 def test_every_kind_of_file_gives_the_same_rows_as_file_folder_and_task(tmp_path: Path, suffix: str) -> None:
     file = data_file(tmp_path / "mine", suffix) if suffix != ".parquet" else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from holdfast.tasks.problems import Problems
 Placed = tuple[str, object]  # where a row stands, such as "train.jsonl:17", and the row
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 _LONGEST_CELL = 2**31 - 1
+_QUOTED = re.compile(r'"[^"]*"')
+_HEAD = re.compile(r'(?:"[^"]*"|[^"\n])*')
 
 
 def read_rows(path: Path, problems: Problems) -> list[Placed]:
@@ -170,11 +173,11 @@ def _table(path: Path, problems: Problems) -> list[Placed]:
 
 
 def _delimiter(path: Path, text: str) -> str:
-    """Tab for TSV; else the comma, or the semicolon of a head that has no comma."""
-    if path.suffix.lower() == ".tsv":
-        return "\t"
-    head = text.split("\n", 1)[0]
-    return ";" if ";" in head and "," not in head else ","
+    """The first of the usual ones that stands in the head outside of quotes."""
+    usual = "\t,;|" if path.suffix.lower() == ".tsv" else ",;\t|"
+    head = _HEAD.match(text.lstrip("\r\n"))
+    names = _QUOTED.sub("", head[0]) if head else ""
+    return next((sign for sign in usual if sign in names), usual[0])
 
 
 def _paragraphs(path: Path, problems: Problems) -> list[Placed]:
