@@ -15,7 +15,7 @@ import holdfast
 from holdfast.cli import app
 from holdfast.errors import ConfigError, DataError
 from holdfast.importance import ImportancePrior
-from holdfast.runner.table import Rows, listing
+from holdfast.runner.table import Rows, listing, prior_table
 from holdfast.tables import csv_text, latex_text
 
 A, B = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"
@@ -79,6 +79,25 @@ def test_a_bare_file_is_a_prior_and_the_file_of_a_saved_one_is_that_prior(tmp_pa
     save_file({}, tmp_path / "empty.safetensors")
     with pytest.raises(DataError, match="no tensors in it"):
         ImportancePrior.load(tmp_path / "empty.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("kind", "scaled", "said"),
+    [
+        ("weights", False, "blocks: mean importance of a value"),
+        ("weights", True, "blocks: mean importance of a value, where 1 is the mean of each task's prior"),
+        ("inputs", False, "blocks: mean square of a relevant input of its maps"),
+        ("inputs", True, "each map of each prior scaled to 1; summed, every block has the number of priors"),
+    ],
+)
+def test_it_is_said_what_the_numbers_of_blocks_are(kind: str, scaled: bool, said: str) -> None:
+    meta = {"kind": kind} if kind == "inputs" else {}
+    priors = [ImportancePrior({A: size * torch.eye(2), B: torch.eye(2)}, meta) for size in (4.0, 9.0)]
+    parts = [prior.mean_normalised() for prior in priors] if scaled else priors
+    merged = parts[0].merge(parts[1], parts[0].usual_merge)
+    assert str(prior_table(merged, 1).caption).endswith(said)
+    if kind == "inputs" and scaled:
+        assert list(merged.by_layer().values()) == [2.0, 2.0]
 
 
 def test_priors_are_shown_merged_and_compared_by_command(tmp_path: Path) -> None:

@@ -171,7 +171,19 @@ def prior_table(prior: ImportancePrior, top: int) -> Rows:
         (f"top: {place.name}[{', '.join(map(str, place.index))}]", _rounded(place.value))
         for place in prior.top(top)
     ]
-    return Rows(("", ""), rows, caption="blocks: mean importance of a value")
+    return Rows(("", ""), rows, caption=_of_blocks(prior))
+
+
+def _of_blocks(prior: ImportancePrior) -> str:
+    """What the numbers of blocks are, and what scaling has left in them."""
+    inputs, scaled = prior.kind == "inputs", prior.meta.get("unit") == "mean"
+    said = "mean square of a relevant input of its maps" if inputs else "mean importance of a value"
+    if not scaled:
+        return f"blocks: {said}"
+    if not inputs:
+        return f"blocks: {said}, where 1 is the mean of each task's prior"
+    summed = "; summed, every block has the number of priors" if prior.meta.get("merge") == "sum" else ""
+    return f"blocks: {said}, each map of each prior scaled to 1{summed}"
 
 
 def _rounded(value: float | None) -> str:
