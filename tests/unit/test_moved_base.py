@@ -14,10 +14,12 @@ from safetensors.torch import load_file, save_file
 from holdfast import Learner
 from holdfast.base import identity_of
 from holdfast.config import validate
-from holdfast.errors import ConfigError, ModelError
+from holdfast.errors import ConfigError, ModelError, RunDirectoryError
+from holdfast.learner.config import recorded_config
 from holdfast.learner.ownership import move_base
 from holdfast.models import load_model, tiny_llama
 from holdfast.runner import RunConfig, run
+from holdfast.runner.findings import check
 from holdfast.runner.learn import learn_data
 from holdfast.tasks import toy_tokenizer
 from learning_data import SHORT, data_sets
@@ -91,6 +93,44 @@ def test_a_run_is_not_continued_on_another_base(tmp_path: Path) -> None:
     saved(tmp_path / "base", seed=1)
     values["tasks"]["order"] = ["copy", "head"]
     with pytest.raises(ModelError, match="these are not the weights that 01-copy"):
+        run(validate(RunConfig, values, "test"))
+
+
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_run_goes_on_where_its_base_has_moved(
+    lora: bool, told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = {"path": str(saved(tmp_path / "base")), **({"lora": {"r": 2}} if lora else {})}
+    values = tiny_run(tmp_path / "r", model=model)
+    values["tasks"]["order"] = ["copy"]
+    run(validate(RunConfig, values, "test"))
+    before = (tmp_path / "r/tasks/01-copy/manifest.json").read_text()
+    (tmp_path / "base").rename(tmp_path / "moved")
+    values["tasks"]["order"] = ["copy", "head"]
+    if told:
+        move_base(tmp_path / "r", str(tmp_path / "moved"))
+        with pytest.raises(RunDirectoryError, match=rf"give model\.path={tmp_path / 'moved'}"):
+            run(validate(RunConfig, values, "test"))
+    monkeypatch.chdir(tmp_path)
+    model["path"] = "moved"
+    config = validate(RunConfig, values, "test")
+    assert not [text for text in check(config).problems if "output" in text]
+    assert run(config)["finished"]
+    assert (tmp_path / "r/tasks/01-copy/manifest.json").read_text() == before
+    assert recorded_config(tmp_path / "r", {}).model == config.model
+
+
+def test_a_run_is_refused_another_model_at_another_path(tmp_path: Path) -> None:
+    values = tiny_run(tmp_path / "r", model={"path": str(saved(tmp_path / "base"))})
+    values["tasks"]["order"] = ["copy"]
+    run(validate(RunConfig, values, "test"))
+    values["model"] = {"path": str(saved(tmp_path / "other", seed=1))}
+    with pytest.raises(RunDirectoryError, match=r"model\.path \(.* here; the weights are others\)"):
+        run(validate(RunConfig, values, "test"))
+    values["model"] = {"path": str(shutil.copytree(tmp_path / "base", tmp_path / "copy"))}
+    (tmp_path / "r/tasks/01-copy/began.json").unlink()  # as of an earlier version
+    with pytest.raises(RunDirectoryError, match=r"can't be told.* write this path into .*config\.yaml"):
         run(validate(RunConfig, values, "test"))
 
 

@@ -142,6 +142,20 @@ def is_same_base(stage: Path, identity: str | None) -> bool | None:
     return None if identity is None else bool(then == identity)
 
 
+def has_base(path: Path, options: ModelOptions, seed: int) -> bool | None:
+    """Whether a model is the base of what was learned last in a folder; None where that can't be told.
+
+    Raises
+    ------
+    HoldfastError
+        It can't be loaded.
+    """
+    parts = Folder(path).parts(STAGES)
+    if not parts:
+        return None
+    return is_same_base(path / parts[-1], identity_of(load_model(options, seed, toy_tokenizer)[0]))
+
+
 def move_base(path: str | Path, model: str) -> None:
     """Take note that the base of a learner's folder lies elsewhere now; of no base or the same, do nothing.
 
@@ -159,14 +173,12 @@ def move_base(path: str | Path, model: str) -> None:
     if model == was:
         return
     folder = Folder(root)
-    parts = folder.parts(STAGES)
-    if config.model is None or was is None or not parts:
+    if config.model is None or was is None or not folder.parts(STAGES):
         raise ConfigError(
             f"{root}: what was learned here has --model {was}, not {model}. Leave --model out, or begin "
             "another folder."
         )
-    options = config.model.model_copy(update={"path": model})
-    same = is_same_base(root / parts[-1], identity_of(load_model(options, config.seed, toy_tokenizer)[0]))
+    same = has_base(root, config.model.model_copy(update={"path": model}), config.seed)
     if not same:
         told = (
             "that is another model: its weights differ"

@@ -12,8 +12,9 @@ from pydantic import ValidationError
 from holdfast import world
 from holdfast.config import differences, read_recorded, write_recorded
 from holdfast.environment import environment_recorded
-from holdfast.errors import RunDirectoryError
+from holdfast.errors import HoldfastError, RunDirectoryError
 from holdfast.folder import CONFIG, ENVIRONMENT, LOCK, PARTIAL, Folder
+from holdfast.learner.ownership import absolute_model, has_base
 from holdfast.runner.config import RunConfig
 from holdfast.storage import write_json
 from holdfast.strategies import build_strategy
@@ -28,7 +29,8 @@ class RunDirectory(Folder):
     def open(cls, config: RunConfig, environment: dict[str, Any]) -> Iterator[RunDirectory]:
         """Lock the directory for this process, and make sure that it belongs to this configuration.
 
-        A longer ``tasks.order`` that begins with the one there takes the directory over: the run goes on.
+        A longer ``tasks.order`` that begins with the one there takes the directory over, and so does another
+        ``model.path`` where the base is the same: the run goes on.
 
         Raises
         ------
@@ -56,7 +58,8 @@ class RunDirectory(Folder):
             raise RunDirectoryError(
                 f"{self.path}: holds a run with another configuration; different: {', '.join(hindering)}. "
                 "Give this run its own directory with output=DIR, or delete the old one. (A longer "
-                "tasks.order that begins with the one there would go on.)"
+                "tasks.order that begins with the one there would go on, and so would another model.path "
+                "with the same weights.)"
             )
         if path.exists() and self._has_begun():
             if not self.conflicts(config) and environment_recorded(self.path / ENVIRONMENT):
@@ -88,11 +91,20 @@ class RunDirectory(Folder):
 
     @classmethod
     def hindrances(cls, config: RunConfig) -> list[str]:
-        """As `conflicts`, of what stands against going on: a longer order of the same tasks does not."""
+        """As `conflicts`, of what stands against going on.
+
+        A longer order of the same tasks does not, nor does a base that lies elsewhere now.
+        """
         different = cls.conflicts(config)
         recorded = _recorded(Path(config.output) / CONFIG)[1] if different else None
-        longer = recorded is not None and _extends(config, recorded)
-        return [line for line in different if not (longer and line.startswith("tasks.order"))]
+        if recorded is None:
+            return different
+        if _extends(config, recorded):
+            different = [line for line in different if not line.startswith("tasks.order")]
+        if len(different) != 1 or not different[0].startswith("model.path "):
+            return different
+        why = _another_base(config, recorded)
+        return [f"{different[0][:-1]}; {why})"] if why else []
 
     def _has_begun(self) -> bool:
         """Whether any stage was begun: before that a corrected configuration may take the folder over."""
@@ -107,6 +119,25 @@ def _extends(longer: RunConfig, shorter: RunConfig) -> bool:
     before, now = _order(shorter), _order(longer)
     open_ended = build_strategy(longer.strategy).open_ended
     return open_ended and len(now) > len(before) > 0 and now[: len(before)] == before
+
+
+def _another_base(config: RunConfig, recorded: RunConfig) -> str:
+    """Why a model at another path isn't taken for the one that the run began with; empty where it is."""
+    path, there, here = Path(config.output), recorded.model.path, config.model.path
+    if there is None or here is None:
+        return "another model"
+    if absolute_model(there) == absolute_model(here):
+        return ""
+    try:
+        same = has_base(path, config.model, config.seed)
+    except HoldfastError:
+        return f"here no model can be loaded: where the base has moved, give model.path={there}"
+    if same is None:
+        return (
+            "whether they are the same can't be told: nothing was learned yet, or by an earlier version, or "
+            f"the weights are quantised. If you know that they are, write this path into {path / CONFIG}"
+        )
+    return "" if same else "the weights are others"
 
 
 def _order(config: RunConfig) -> tuple[str, ...]:
