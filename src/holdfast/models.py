@@ -560,6 +560,20 @@ def accepts(model: nn.Module, argument: str) -> bool:
 _PREPARED = ("forward", "_original_forward", "_is_accelerate_prepared")
 
 
+def recomputes_reentrantly(model: nn.Module) -> bool:
+    """Whether activations are made anew in the backward pass by torch's reentrant checkpointing.
+
+    A block then runs without a graph first. Its second run makes one, but what has left the block by a hook
+    has none, and what a hook brings in is gone through backward once for each block.
+    """
+    return any(
+        getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {}).get("use_reentrant")
+        is not False
+        for module in model.modules()
+        if getattr(module, "gradient_checkpointing", False)
+    )
+
+
 def unprepare(model: nn.Module) -> None:
     """Take off what accelerate leaves on a model: autocast, and the mark that leaves it out the next time."""
     model.__dict__.pop("_is_accelerate_prepared", None)

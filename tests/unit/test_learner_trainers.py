@@ -31,8 +31,8 @@ from tiny_models import tiny_model
 TRAINING = {"max_steps": 2, "batch_size": 4, "learning_rate": 1e-2}
 
 
-def adapted(**values: Any) -> Any:
-    return get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], **values))
+def adapted(r: int = 2, **values: Any) -> Any:
+    return get_peft_model(tiny_model("llama"), LoraConfig(r=r, target_modules=["q_proj", "v_proj"], **values))
 
 
 def arguments(folder: Path, cls: Any = TrainingArguments, **values: Any) -> Any:
@@ -294,3 +294,56 @@ def test_a_penalty_on_weights_costs_no_forward_pass_more(tmp_path: Path) -> None
             hook.remove()
         learner.close()
     assert calls[0] == calls[1] > 0
+
+
+def recomputing(folder: Path, reentrant: bool) -> Any:
+    return arguments(
+        folder, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": reentrant}
+    )
+
+
+@pytest.mark.parametrize("strategy", ["sapt-lora", "lora-moe"])
+@pytest.mark.parametrize("loop", ["trainer", "own"])
+def test_checkpointing_that_would_lose_a_strategy_s_gradients_is_refused_before_the_first_step(
+    strategy: str, loop: str, tmp_path: Path
+) -> None:
+    learner = Learner(adapted(r=4), toy_tokenizer(), options_of(strategy), training=TRAINING)
+    said = f"'{strategy}'.*use_reentrant.: False"
+    with learner.task("first", rows_of("first", 8)) as stage:
+        if loop == "trainer":
+            with pytest.raises(ConfigError, match=said):
+                stage.trainer(Trainer, args=recomputing(tmp_path, True)).train()
+        else:
+            learner.model.gradient_checkpointing_enable({"use_reentrant": True})
+            optimizer = torch.optim.AdamW([p for p in learner.model.parameters() if p.requires_grad])
+            with pytest.raises(ConfigError, match=said):
+                stage.attach(optimizer)
+        stage.trainer(Trainer, args=recomputing(tmp_path, False)).train()
+    learner.close()
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        {"name": "lora-moe", "balance": 0.0},
+        "lora-routed",
+        "o-lora",
+        {"name": "kif-lora", "sensitivity": {"order": "second"}},
+        "migu",
+    ],
+    ids=str,
+)
+def test_any_checkpointing_trains_the_same_under_a_strategy_that_it_is_not_refused_for(
+    strategy: Any, tmp_path: Path
+) -> None:
+    found = []
+    for args in (arguments(tmp_path), recomputing(tmp_path, False), recomputing(tmp_path, True)):
+        options = options_of(strategy) if isinstance(strategy, str) else strategy
+        learner = Learner(adapted(r=4), toy_tokenizer(), options, training=TRAINING)
+        for name in ("first", "second"):
+            with learner.task(name, rows_of(name, 8)) as stage:
+                stage.trainer(Trainer, args=args).train()
+        found.append([p.detach().clone() for p in learner.model.parameters()])
+        learner.close()
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))

@@ -30,7 +30,7 @@ from holdfast.training.options import TrainingOptions
 from holdfast.training.prompt_loss import PromptLoss
 from holdfast.training.soft_targets import SoftTargets
 from holdfast.training.steps import Steps, TrainingRecord
-from holdfast.training.verbs import Batch
+from holdfast.training.verbs import Batch, attach_verbs
 
 
 class Learning:
@@ -230,7 +230,8 @@ class Learning:
         Raises
         ------
         ConfigError
-            `training.loss` or `targets: logits` of a memory is set: a loop of your own has its own loss.
+            `training.loss` or `targets: logits` of a memory is set: a loop of your own has its own loss; or
+            the model makes activations anew in a way that loses the strategy's gradients.
         """
         _refuse_parts("stage.attach")
         if special := self._special_loss():
@@ -242,7 +243,7 @@ class Learning:
             before.release()
         if steps is not None:
             tell_total_rate(optimizer, scheduler, steps)
-        self._handles += self.strategy.attach(self.context.model, optimizer)
+        self._handles += attach_verbs(self.strategy, self.context.model, optimizer)
         self.trained = True
 
     def watch(self, batch: Batch) -> None:

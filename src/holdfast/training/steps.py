@@ -18,7 +18,7 @@ from holdfast.quantities import percent
 from holdfast.storage import write_json, write_tensors
 from holdfast.training.checkpoints import ours, seal_checkpoint
 from holdfast.training.parts import mark
-from holdfast.training.verbs import Verbs, has
+from holdfast.training.verbs import Verbs, attach_verbs, has
 
 OBSERVED = "strategy.safetensors"  # in a checkpoint: what the method has gathered up to this step
 SPENT = "seconds.json"  # in a checkpoint: what the training had taken up to it
@@ -66,7 +66,7 @@ class Steps(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.before()  # of a training that failed, or that came before this one
         tell_total_rate(kwargs["optimizer"], kwargs.get("lr_scheduler"), state.max_steps)
-        self.handles = list(self.verbs.attach(kwargs["model"], kwargs["optimizer"]))
+        self.handles = attach_verbs(self.verbs, kwargs["model"], kwargs["optimizer"])
         self.attached = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from holdfast.errors import ConfigError
 from holdfast.hold import Handle
+from holdfast.models import recomputes_reentrantly
 
 Batch = Mapping[str, Any]
 ROWS = "row_ids"  # key of a batch: which of the rows trained on it has, (S,) int64
@@ -30,11 +32,15 @@ class Verbs:
         What `watch` and `loss` need of each batch; a trainer whose batches are others is refused.
     looks : bool
         Whether `loss` looks at ``outputs``: some trainers make none, and are spared a forward pass more.
+    around_blocks : bool
+        Whether gradients pass into the model's blocks or out of them otherwise than from block to block.
+        Reentrant checkpointing knows no other way, and a training with it is refused.
     """
 
     trains: ClassVar[bool] = True
     reads: tuple[str, ...] = ()
     looks: ClassVar[bool] = True
+    around_blocks: bool = False
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
         """Put holds on the optimizer; the handles are removed when the training ends."""
@@ -86,6 +92,25 @@ class Held(Verbs):
     def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
         """Attach them all."""
         return [protection.attach(model, optimizer) for protection in self.protections]
+
+
+def attach_verbs(verbs: Verbs, model: nn.Module, optimizer: Optimizer) -> list[Handle]:
+    """`Verbs.attach`, once it is seen that the model's way of training lets the method's gradients through.
+
+    Raises
+    ------
+    ConfigError
+        They pass by ways that reentrant checkpointing doesn't know.
+    """
+    if verbs.around_blocks and recomputes_reentrantly(model):
+        who = getattr(verbs, "name", type(verbs).__name__)
+        raise ConfigError(
+            f"attach: the model makes activations anew with use_reentrant=True, and strategy '{who}' has "
+            "gradients that pass its blocks by hooks, which are lost so, or gone through twice. Give "
+            "{'use_reentrant': False} (the same memory): as gradient_checkpointing_kwargs of "
+            "TrainingArguments, or to model.gradient_checkpointing_enable where you call it."
+        )
+    return list(verbs.attach(model, optimizer))
 
 
 def has(verbs: Verbs, name: str) -> bool:

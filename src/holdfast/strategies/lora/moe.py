@@ -102,6 +102,7 @@ class LoraMoe(Strategy):
 
     def __init__(self, options: LoraMoeOptions) -> None:
         super().__init__(options)
+        self.around_blocks = options.balance > 0  # by what the routers tell the constraint
         self.maps: dict[str, Tensor] = {}  # of the routers, as the last task left them
         self._real: list[Tensor] = []  # True at real tokens: of the input, of the answer
         self._importance: dict[int, Tensor] = {}  # Q of each layer in this micro-batch

@@ -56,6 +56,7 @@ class SaptLora(Strategy):
     Options = SaptLoraOptions
     reads = ("input_ids", "attention_mask", "labels")
     looks = False
+    around_blocks = True
     rehearsal_free = False
     state = "per task"
     inference = "per task"
