@@ -260,7 +260,7 @@ class Anchor:
                 for chunk, operator, reference in zip(chunks, operators, references, strict=True):
                     rate = rates[chunk.group]
                     if rate is not None:
-                        operator.blend_(chunk.parameters, reference, rate)
+                        operator.blend_(chunk.moving(), reference, rate)
 
             handle = hook(inner, after=pull, first=watch.attach)
         handle.meter = meter
@@ -286,8 +286,8 @@ class Anchor:
                     for c, ref, o in zip(chunks, references, operators, strict=True)
                 ]
                 passed = choose([operator.squares(new, ref) for new, ref, operator in rows])
-                for (new, ref, operator), factors in zip(rows, passed, strict=True):
-                    operator.scale_(new, ref, factors)
+                for chunk, (_, ref, operator), factors in zip(chunks, rows, passed, strict=True):
+                    operator.scale_(chunk.moving(), ref, factors)
 
         return hook(inner, after=back, first=watch.attach)
 
@@ -358,8 +358,8 @@ class Anchor:
             nonlocal inside
             if not inside:
                 load()
-                for coordinates in rotated:
-                    coordinates.enter()
+                for chunk, coordinates in zip(chunks, rotated, strict=True):
+                    coordinates.enter([part is not None for part in chunk.moving()])
             inside = True
 
         def leave() -> None:

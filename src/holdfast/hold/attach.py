@@ -101,6 +101,25 @@ class Chunk:
     def __post_init__(self) -> None:
         self.owners = self.owners or list(self.parameters)
 
+    def moving(self) -> list[Tensor | None]:
+        """Of each weight what a mechanism works on in this step; None where it `rests`."""
+        rows = zip(self.parameters, self.owners, strict=True)
+        return [None if rests(owner, part) else part for part, owner in rows]
+
+
+def rests(weight: Tensor, part: Tensor | None = None) -> bool:
+    """Whether a weight is frozen and has no gradient: its optimizer leaves it as it is, and so must a hold.
+
+    One that a batch has not used has none either, but is trained: a hold acts on it. ZeRO steps what is
+    frozen, too, with a gradient of 0.
+
+    Parameters
+    ----------
+    part : Tensor, optional
+        What is worked on in its place, see `Chunk`.
+    """
+    return not weight.requires_grad and (weight if part is None else part).grad is None
+
 
 def unwrap(optimizer: Any) -> Optimizer:
     """The torch optimizer inside a wrapper without step hooks of its own, such as accelerate's.

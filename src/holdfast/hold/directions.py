@@ -134,11 +134,16 @@ class Projector:
     def __init__(self, rows: list[Tensor]) -> None:
         self.rows = rows
 
-    def blend_(self, values: Sequence[Tensor], towards: Sequence[Tensor], rate: Rate | None = None) -> None:
+    def blend_(
+        self, values: Sequence[Tensor | None], towards: Sequence[Tensor], rate: Rate | None = None
+    ) -> None:
         """See `Operator.blend_`. θ ← θ − H (θ − θ*): a weight far from all directions stays bit for bit."""
         if rate is not None:
             raise ValueError("directions are held fully: they take no rate")
-        remove_(values, self.rows, coefficients(values, self.rows, towards))
+        rows = [r for r, value in zip(self.rows, values, strict=True) if value is not None]
+        origins = [t for t, value in zip(towards, values, strict=True) if value is not None]
+        moved = [value for value in values if value is not None]
+        remove_(moved, rows, coefficients(moved, rows, origins))
 
     def reduce_(self, changes: Sequence[Tensor | None]) -> None:
         """See `Operator.reduce_`; all changes must be there, as a direction goes through all weights."""

@@ -33,14 +33,22 @@ class Elementwise:
     def _passed(self) -> list[Tensor]:
         return [1 - share for share in self.shares]
 
-    def blend_(self, values: Sequence[Tensor], towards: Sequence[Tensor], rate: Rate | None = None) -> None:
+    def blend_(
+        self, values: Sequence[Tensor | None], towards: Sequence[Tensor], rate: Rate | None = None
+    ) -> None:
         """See `Operator.blend_`."""
-        shares = self.shares
+        there = [at for at, value in enumerate(values) if value is not None]
+        moved = [value for value in values if value is not None]
+        if not moved:
+            return
+        shares: Any = self.shares  # of each weight, or one number
+        if isinstance(shares, list):
+            shares = [shares[at] for at in there]
         if rate is not None:
             shares = torch._foreach_mul(shares, rate)
             torch._foreach_clamp_max_(shares, 1.0)
-            shares = [share.to(value.dtype) for share, value in zip(shares, values, strict=True)]
-        torch._foreach_lerp_(list(values), list(towards), shares)
+            shares = [share.to(value.dtype) for share, value in zip(shares, moved, strict=True)]
+        torch._foreach_lerp_(moved, [towards[at] for at in there], shares)
 
     def reduce_(self, changes: Sequence[Tensor | None]) -> None:
         """See `Operator.reduce_`."""

@@ -45,14 +45,20 @@ class Inputs:
         """1 − min(1, rate · h), or 1 − h, of each map's directions."""
         return [1 - (h if rate is None else (h * rate).clamp_(max=1.0)) for h in self.shares]
 
-    def blend_(self, values: Sequence[Tensor], towards: Sequence[Tensor], rate: Rate | None = None) -> None:
+    def blend_(
+        self, values: Sequence[Tensor | None], towards: Sequence[Tensor], rate: Rate | None = None
+    ) -> None:
         """See `Operator.blend_`."""
         self.scale_(values, towards, self.passed(rate))
 
-    def scale_(self, values: Sequence[Tensor], towards: Sequence[Tensor], passed: Sequence[Tensor]) -> None:
-        """values ← towards + Δ U diag(passed) Uᵀ, Δ = values − towards."""
+    def scale_(
+        self, values: Sequence[Tensor | None], towards: Sequence[Tensor], passed: Sequence[Tensor]
+    ) -> None:
+        """values ← towards + Δ U diag(passed) Uᵀ, Δ = values − towards; what is None is left out."""
         rows = zip(values, towards, passed, self.bases, self.dims, strict=True)
         for value, target, passed_I, basis, dim in rows:
+            if value is None:
+                continue
             target_OI = outputs_first(target, dim).to(basis.dtype)
             change_OI = outputs_first(value, dim).to(basis.dtype) - target_OI
             outputs_first(value, dim).copy_(target_OI + _along(change_OI, basis, passed_I))
@@ -136,6 +142,7 @@ class Coordinates:
         self._origins = [u.into(ref_OI.to(u.dtype)) for _, ref_OI, u, _ in self._maps]
         self._changes = [torch.empty_like(origin_OI) for origin_OI in self._origins]
         self._left: list[int | None] = [None] * len(self._maps)  # how each weight was when Z was right
+        self._moving = [True] * len(self._maps)  # which of them this step is of
         self._dtypes = {parameter.dtype for parameter in parameters}
         # pages that are new at each step cost more than what is written to them
         sizes = {(o.device, o.dtype): 0 for o in self._origins}
@@ -171,16 +178,25 @@ class Coordinates:
                     back_OI = basis.back(change_OI, ref_OI.to(basis.dtype)).to(weight_OI.dtype)
                     self._left[at] = mark if torch.equal(back_OI, weight_OI) else None
 
-    def enter(self) -> None:
-        """Before the step: W becomes W U, and its gradient G U."""
+    def enter(self, moving: Sequence[bool] | None = None) -> None:
+        """Before the step: W becomes W U, and its gradient G U.
+
+        Parameters
+        ----------
+        moving : sequence of bool, optional
+            Which of the maps this step is of; the others stay as they are. By default it is of all.
+        """
+        self._moving = [True] * len(self._maps) if moving is None else list(moving)
         with products_for(self._dtypes):
             self._enter()
 
     def _enter(self) -> None:
         known = self.carried and any(left is not None for left in self._left)
         marks = self._marks() if known else [0] * len(self._maps)
-        rows = zip(self._maps, self._origins, self._changes, self._left, marks, strict=True)
-        for (parameter, ref_OI, basis, dim), origin_OI, change_OI, left, mark in rows:
+        rows = zip(self._maps, self._origins, self._changes, self._left, marks, self._moving, strict=True)
+        for (parameter, ref_OI, basis, dim), origin_OI, change_OI, left, mark, moves in rows:
+            if not moves:
+                continue
             weight_OI, room_OI = outputs_first(parameter, dim), self._room_for(origin_OI)
             if left is None or left != mark:
                 if weight_OI.dtype == room_OI.dtype:  # one pass where 16 bits take two
@@ -197,8 +213,10 @@ class Coordinates:
 
     def stepped(self) -> None:
         """After the step: take what it changed into Z."""
-        rows = zip(self._maps, self._origins, self._changes, strict=True)
-        for (parameter, _, _, dim), origin_OI, change_OI in rows:
+        rows = zip(self._maps, self._origins, self._changes, self._moving, strict=True)
+        for (parameter, _, _, dim), origin_OI, change_OI, moves in rows:
+            if not moves:
+                continue
             weight_OI, room_OI = outputs_first(parameter, dim), self._room_for(origin_OI)
             # the step alone: in 16 bits W U is too coarse for a small Z, which was kept
             torch.add(origin_OI, change_OI, out=room_OI)
@@ -217,8 +235,10 @@ class Coordinates:
 
     def _leave(self, passed: Sequence[Tensor] | None) -> None:
         factors = [None] * len(self._maps) if passed is None else passed
-        rows = zip(self._maps, self._changes, factors, strict=True)
-        for (parameter, ref_OI, basis, dim), change_OI, passed_I in rows:
+        rows = zip(self._maps, self._changes, factors, self._moving, strict=True)
+        for (parameter, ref_OI, basis, dim), change_OI, passed_I, moves in rows:
+            if not moves:
+                continue
             weight_OI = outputs_first(parameter, dim)
             if passed_I is not None:
                 change_OI *= passed_I
@@ -227,4 +247,5 @@ class Coordinates:
             else:
                 weight_OI.copy_(basis.back(change_OI, ref_OI.to(basis.dtype)))
         if self.carried:
-            self._left = list(self._marks())
+            kept = zip(self._left, self._marks(), self._moving, strict=True)
+            self._left = [mark if moves else left for left, mark, moves in kept]

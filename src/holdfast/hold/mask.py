@@ -22,12 +22,15 @@ class Mask:
     def __init__(self, held: list[Tensor]) -> None:
         self.held = held
 
-    def blend_(self, values: Sequence[Tensor], towards: Sequence[Tensor], rate: Rate | None = None) -> None:
+    def blend_(
+        self, values: Sequence[Tensor | None], towards: Sequence[Tensor], rate: Rate | None = None
+    ) -> None:
         """See `Operator.blend_`. Held values become `towards` bit for bit; there is no part of a mask."""
         if rate is not None:
             raise ValueError("a mask holds fully or not at all: it takes no rate")
         for value, target, held in zip(values, towards, self.held, strict=True):
-            value.copy_(torch.where(held, target, value))
+            if value is not None:
+                value.copy_(torch.where(held, target, value))
 
     def reduce_(self, changes: Sequence[Tensor | None]) -> None:
         """See `Operator.reduce_`."""

@@ -16,8 +16,13 @@ Rate = float | Tensor
 class Operator(Protocol):
     """H, acting on the changes Δ of a list of weights; what ends in ``_`` works in place."""
 
-    def blend_(self, values: Sequence[Tensor], towards: Sequence[Tensor], rate: Rate | None = None) -> None:
-        """values ← towards + (1 − H) (values − towards); with a rate, min(1, rate · H) in place of H."""
+    def blend_(
+        self, values: Sequence[Tensor | None], towards: Sequence[Tensor], rate: Rate | None = None
+    ) -> None:
+        """values ← towards + (1 − H) (values − towards); with a rate, min(1, rate · H) in place of H.
+
+        What is None is left out.
+        """
 
     def reduce_(self, changes: Sequence[Tensor | None]) -> None:
         """Δ ← (1 − H) Δ; what is None is left out."""

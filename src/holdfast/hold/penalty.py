@@ -153,10 +153,13 @@ class Penalty:
                 operator.times_(away)
                 if scale is not None:
                     torch._foreach_mul_(away, scale)
-                for parameter in chunk.parameters:
+                moving = [(p, d) for p, d in zip(chunk.moving(), away, strict=True) if p is not None]
+                for parameter, _ in moving:
                     if parameter.grad is None:  # unused in this batch; the penalty still acts on it
                         parameter.grad = torch.zeros_like(parameter)
-                torch._foreach_add_([p.grad for p in chunk.parameters if p.grad is not None], away)
+                gradients = [p.grad for p, _ in moving if p.grad is not None]
+                if gradients:
+                    torch._foreach_add_(gradients, [d for _, d in moving])
 
         handle = hook(inner, add, needs_gradients="penalty", first=watch.attach)
         handle.meter = self.spectrum.meter(chunks, operators, references)

@@ -93,17 +93,21 @@ class Project:
 
             def project() -> None:
                 for chunk, operator in zip(chunks, operators, strict=True):
+                    moving = chunk.moving()
                     for p in chunk.parameters:
                         if p.grad is None:  # unused in this batch; the projection gives it a gradient
                             p.grad = torch.zeros_like(p)
                     operator.reduce_([p.grad for p in chunk.parameters])
+                    for p, moves in zip(chunk.parameters, moving, strict=True):
+                        if moves is None:
+                            p.grad = None
 
             handle = hook(inner, project, None, "a projection with on='gradient'", first)
         else:
 
             def take_back() -> None:
                 for chunk, operator, reference in zip(chunks, operators, references, strict=True):
-                    operator.blend_(chunk.parameters, reference)
+                    operator.blend_(chunk.moving(), reference)
 
             handle = hook(inner, after=take_back, first=first)
             if isinstance(self.prior, ImportancePrior):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from holdfast.hold.attach import Handle, hook, unwrap
+from holdfast.hold.attach import Handle, hook, rests, unwrap
 
 
 def _gram_terms(factors: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor, bool]]:
@@ -59,6 +59,8 @@ class Orthogonality:
 
         def add() -> None:
             for w, gap, rows in _gram_terms(self.factors):
+                if rests(w):
+                    continue
                 gradient = 4 * self.strength * (gap @ w.float() if rows else w.float() @ gap)
                 w.grad = gradient.to(w) if w.grad is None else w.grad.add_(gradient.to(w))
 

@@ -116,6 +116,8 @@ class Decomposed:
         @torch.enable_grad()
         def project() -> None:
             for factor in factors:
+                if not factor.requires_grad:  # frozen since: it stays as it was projected
+                    continue
                 # PEFT's gradient hook is the projection: here it gets the factor as if it were the gradient
                 (inside,) = torch.autograd.grad(factor.view_as(factor), factor, factor.detach())
                 factor.data.copy_(inside)
