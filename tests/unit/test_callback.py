@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -16,13 +18,15 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.trainer_utils import HPSearchBackend
 
 from holdfast.errors import ConfigError, DataError, PriorMismatchError
 from holdfast.hold.drift import Drift
 from holdfast.importance.prior import ImportancePrior
 from holdfast.models import block_parameters
 from holdfast.training.bridge import Bridge
-from holdfast.training.callback import ProtectCallback
+from holdfast.training.callback import REFERENCE, ProtectCallback
+from holdfast.training.checkpoints import ours
 
 CHARACTERS = "abcdefgh "
 
@@ -246,6 +250,27 @@ def test_trainer_made_with_the_checkpoints_weights_returns_to_the_first_ones_or_
     resumed.train(resume_from_checkpoint=True)
     for name, parameter in block_parameters(whole.model).items():
         assert torch.equal(parameter, block_parameters(resumed.model)[name]), name
+
+
+def test_each_trial_of_a_search_has_the_reference_in_its_own_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial.params)
+    models = [tiny_model(seed) for seed in (0, 1, 2)]
+    starts = [weights(model) for model in models]
+    given = iter(models)
+    args = arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+    callback = ProtectCallback(half_prior(models[0]))
+    trainer = Trainer(
+        model_init=lambda: next(given), args=args, train_dataset=rows(), callbacks=[callback]
+    )  # its first model is of no trial
+    trainer.hp_search_backend, trainer.hp_name = HPSearchBackend.OPTUNA, None
+    trainer.hp_space = lambda trial: trial.params
+    for number in (0, 1):
+        trainer.train(trial=SimpleNamespace(number=number, params={"learning_rate": 1e-3}))
+    for number in (0, 1):
+        saved = load_file(ours(tmp_path / f"run-{number}" / "checkpoint-2", REFERENCE))
+        assert all(torch.equal(saved[n], starts[number + 1][n]) for n in saved)
 
 
 def test_callback_added_late_refuses_to_resume_without_a_reference(tmp_path: Path) -> None:

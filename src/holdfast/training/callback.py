@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from holdfast import world
 from holdfast.errors import ConfigError
@@ -159,10 +160,11 @@ class ProtectCallback(TrainerCallback):
     ) -> None:
         """Save the weights to return to with the checkpoint."""
         captured = self._captured.get(unwrapped(kwargs["model"]))
-        if captured is not None and _checkpoint(args, state).is_dir():
+        folder = _saved(args, state)
+        if captured is not None and folder.is_dir():
             whole = {name: world.whole(weight) for name, weight in captured.items()}
             if args.should_save:
-                write_tensors(ours(_checkpoint(args, state), REFERENCE), whole)
+                write_tensors(ours(folder, REFERENCE), whole)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -248,3 +250,15 @@ def _loaded(prior: ImportancePrior | str | os.PathLike[str]) -> ImportancePrior:
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+
+
+def _saved(args: TrainingArguments, state: TrainerState) -> Path:
+    """The checkpoint of this step: a search for hyperparameters saves each trial in a folder of its own.
+
+    What the trial's folder is called only the trainer knows, so it is the one whose state was written last.
+    """
+    own = _checkpoint(args, state)
+    if not state.is_hyper_param_search:
+        return own
+    states = own.parent.glob(f"*/{own.name}/{TRAINER_STATE_NAME}")
+    return max(states, key=lambda path: path.stat().st_mtime_ns, default=own / TRAINER_STATE_NAME).parent
