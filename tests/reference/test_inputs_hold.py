@@ -303,6 +303,47 @@ def test_hold_attached_to_a_loaded_optimizer_goes_on_bit_for_bit() -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("then", ["no hold", "another prior"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.AdamW(p, lr=ETA),
+        lambda p: torch.optim.SGD(p, lr=ETA, momentum=0.9),
+        lambda p: torch.optim.Adafactor(p, lr=ETA),
+    ],
+    ids=["adamw", "momentum", "adafactor"],
+)
+def test_an_optimizer_used_on_after_the_hold_begins_anew_with_what_was_held(make: Any, then: str) -> None:
+    model = Net()
+    optimizer = make(model.parameters())
+    handle = Anchor(moments(), strength=LAMBDA).attach(model, optimizer)
+    stepped(optimizer, model)
+    handle.remove()
+    fresh = copy.deepcopy(model)
+    anew = make(fresh.parameters())
+    unheld = zip(model.named_parameters(), fresh.parameters(), strict=True)
+    kept = {q: copy.deepcopy(optimizer.state[p]) for (n, p), q in unheld if n not in NAMES}
+    anew.state.update(kept)
+    for m, o in ((model, optimizer), (fresh, anew)):
+        if then == "another prior":
+            Anchor(moments(7), strength=LAMBDA).attach(m, o)
+        stepped(o, m)
+    assert all(map(torch.equal, model.parameters(), fresh.parameters()))
+
+
+def test_moments_that_were_loaded_before_a_hold_is_removed_stay() -> None:
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=ETA)
+    handle = Anchor(moments(), strength=LAMBDA).attach(model, optimizer)
+    stepped(optimizer, model)
+    saved = copy.deepcopy(optimizer.state_dict())
+    stepped(optimizer, model)
+    optimizer.load_state_dict(saved)
+    handle.remove()  # of a training that failed, as a trainer does that resumes
+    found = optimizer.state_dict()["state"]
+    assert all(torch.equal(found[i]["exp_avg_sq"], s["exp_avg_sq"]) for i, s in saved["state"].items())
+
+
 @pytest.mark.parametrize("how", ["in place", "by .data", "replaced", "another reference"])
 def test_weights_that_somebody_sets_between_steps_are_gone_on_from(how: str) -> None:
     model = Net()

@@ -167,6 +167,10 @@ class Anchor:
     see `Inputs`; memory θ*, U (I² float32 a map; 2 I K where the prior has K directions of it), and with
     coordinates ``inputs`` θ* U and Z. The state of `every` is in the optimizer's parameter groups, so that it
     goes into checkpoints.
+
+    With coordinates ``inputs`` the optimizer's moments of these weights are in the basis of C, and squares
+    have no way back. So attach before its first step; and when the handle is removed they go, and an
+    optimizer that is used on, without a hold or under another prior, begins with these weights anew.
     """
 
     def __init__(
@@ -352,6 +356,13 @@ class Anchor:
                 for chunk, coordinates in zip(chunks, rotated, strict=True):
                     coordinates.load_state([kept.get(name) for name in chunk.names])
 
+        stepped: list[tuple[Tensor, Any]] = []  # each weight, and its state in the optimizer
+
+        def forget() -> None:
+            for weight, state in stepped:
+                if inner.state.get(weight) is state:  # nobody has loaded another
+                    inner.state.pop(weight, None)
+
         inside = False  # torch runs the hooks twice where an optimizer's step calls its parent's
 
         def enter() -> None:
@@ -369,10 +380,11 @@ class Anchor:
                     coordinates.stepped()
                 for coordinates, passed in zip(rotated, factors(), strict=True):
                     coordinates.leave(passed)
+                stepped[:] = [(p, inner.state[p]) for c in chunks for p in c.owners if p in inner.state]
             inside = False
 
         handle = hook(inner, enter, leave, "anchor with coordinates 'inputs'", watch.attach)
-        handle.removers.append(inner.register_state_dict_post_hook(save).remove)
+        handle.removers += [inner.register_state_dict_post_hook(save).remove, forget]
         return handle
 
     def _due(self, inner: Optimizer) -> bool:
