@@ -392,6 +392,23 @@ def test_prior_by_inputs_is_held_by_its_whole_pull(tmp_path: Path) -> None:
     assert callback.protection.summary()["mean"] == pytest.approx(0.6 * 1e-2 / 3e-2)
 
 
+@pytest.mark.parametrize("scheduler", ["reduce_lr_on_plateau", "greedy"])
+def test_a_pull_under_a_schedule_that_follows_a_metric_is_refused_before_anything_is_computed(
+    scheduler: str, tmp_path: Path
+) -> None:
+    model, calls = tiny_model(), []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    names = block_parameters(model)
+    prior = ImportancePrior({n: torch.eye(p.shape[1]) for n, p in names.items()}, {"kind": "inputs"})
+    args = arguments(tmp_path, lr_scheduler_type=scheduler, eval_strategy="steps", eval_steps=2)
+    data = {"train_dataset": rows(), "eval_dataset": rows()[:4]}
+    with pytest.raises(ConfigError, match=r"reduce_lr_on_plateau, greedy\) nobody knows it: give `strength`"):
+        Trainer(model, args, callbacks=[ProtectCallback(prior)], **data).train()
+    assert not calls
+    Trainer(model, args, callbacks=[ProtectCallback(prior, strength=5.0)], **data).train()
+    assert calls
+
+
 def test_movement_stands_in_the_log_that_the_trainer_itself_writes_and_returns() -> None:
     class Base:
         def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

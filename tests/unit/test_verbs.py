@@ -193,7 +193,7 @@ def test_total_rate_is_unknown_where_the_schedule_does_not_tell() -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
     for scheduler in (torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer), Greedy()):
         tell_total_rate(optimizer, scheduler, 5)
-    assert TOTAL not in optimizer.param_groups[0]
+        assert optimizer.param_groups[0][TOTAL] is None
     assert total_rate(optimizer, None, 5) == pytest.approx(0.5)
 
 

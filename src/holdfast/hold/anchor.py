@@ -22,6 +22,7 @@ from holdfast.hold.attach import (
     logarithmic_summary,
     makes_own_rate,
     reference_weights,
+    unwrap,
 )
 from holdfast.hold.drift import Meter
 from holdfast.hold.inputs import Coordinates, Inputs
@@ -217,8 +218,12 @@ class Anchor:
         PriorMismatchError
             The prior or the reference doesn't fit the model, or the optimizer holds none of the weights.
         ConfigError
-            The optimizer makes its own learning rate, or swaps weights behind the hold's back.
+            The optimizer makes its own learning rate, or swaps weights behind the hold's back; or `pull` is
+            given, and its scheduler follows a metric.
         """
+        told = [group.get(TOTAL, 0.0) for group in unwrap(optimizer).param_groups]
+        if self.options.pull is not None and None in told:
+            raise self._unknown_total()
         inner, chunks = self.spectrum.bind(model, optimizer)
         operators: list[Operator] = []
         references: list[list[Tensor]] = []
@@ -403,15 +408,10 @@ class Anchor:
             rate = group["lr"]
             self._saw(group, rate)
             if self.options.pull is not None:
-                if TOTAL not in group:
-                    raise ConfigError(
-                        f"anchor: pull={self.options.pull:g} is the whole pull over a task, but the sum of "
-                        "its learning rates is not known. Call holdfast.hold.tell_total_rate(optimizer, "
-                        "scheduler, steps) before the first step. Where the scheduler follows a metric "
-                        "(reduce_lr_on_plateau, greedy) nobody knows it: give `strength` (the pull of a step "
-                        "at rate 1)."
-                    )
-                rate = rate / group[TOTAL] if group[TOTAL] else 0.0
+                total = group.get(TOTAL)
+                if total is None:
+                    raise self._unknown_total()
+                rate = rate / total if total else 0.0
             if self.options.every > 1:
                 steps, waited = group.get(_WAITED, (0, 0.0))
                 steps, rate = steps + 1, waited + float(rate)
@@ -420,6 +420,14 @@ class Anchor:
                 rate = rate if due else None
             found.append(rate)
         return found
+
+    def _unknown_total(self) -> ConfigError:
+        return ConfigError(
+            f"anchor: pull={self.options.pull:g} is the whole pull over a task, but the sum of its learning "
+            "rates is not known. Call holdfast.hold.tell_total_rate(optimizer, scheduler, steps) before the "
+            "first step. Where the scheduler follows a metric (reduce_lr_on_plateau, greedy) nobody knows "
+            "it: give `strength` (the pull of a step at rate 1)."
+        )
 
     def _saw(self, group: Mapping[str, Any], rate: float | Tensor) -> None:
         if isinstance(rate, Tensor):  # a tensor lr may live on a GPU: reading it would stall each step

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from holdfast.hold.attach import makes_own_rate, unwrap
 
-TOTAL = "holdfast_total_rate"  # in each parameter group: Σ_t η_t over the task's steps
+TOTAL = "holdfast_total_rate"  # in each parameter group: Σ_t η_t over the task's steps; None: nobody knows
 
 
 def tell_total_rate(optimizer: Any, scheduler: Any, steps: int) -> None:
@@ -30,14 +30,17 @@ def tell_total_rate(optimizer: Any, scheduler: Any, steps: int) -> None:
         The optimizer's; None where the rates stay as they are. A `LambdaLR` (all of transformers' schedules)
         is read from its start whatever its state; of others what lies before them is known only at the
         start, so on a scheduler that has moved already, a sum that is there (from a checkpoint) stays. Of
-        one that follows a metric (`ReduceLROnPlateau`, transformers' GreedyLR) it can't be told.
+        one that follows a metric (`ReduceLROnPlateau`, transformers' GreedyLR) it can't be told, which a hold
+        that needs it says when it is attached.
     steps : int
         Of the optimizer, in the whole task.
     """
     inner = unwrap(optimizer)
     scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate's wrapper
     if scheduler is not None and _follows_a_metric(scheduler):
-        return  # nobody knows what it will do
+        for group in inner.param_groups:
+            group[TOTAL] = None
+        return
     if makes_own_rate(inner):
         return  # nor whether it is looked at
     if scheduler is None:
@@ -47,7 +50,7 @@ def tell_total_rate(optimizer: Any, scheduler: Any, steps: int) -> None:
             float(base) * sum(float(factor(step)) for step in range(steps))
             for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
         ]
-    elif scheduler.last_epoch > 0 and all(TOTAL in group for group in inner.param_groups):
+    elif scheduler.last_epoch > 0 and all(group.get(TOTAL) is not None for group in inner.param_groups):
         return
     else:
         totals = _simulated(inner, scheduler, steps)
