@@ -597,7 +597,7 @@ def own_forward(model: nn.Module) -> Iterator[None]:
         model.__dict__.update(kept)
 
 
-def require_whole(model: nn.Module) -> None:
+def require_rateable(model: nn.Module) -> None:
     """Refuse to rate a model of which each process has a part alone, or that passes no gradient.
 
     Raises

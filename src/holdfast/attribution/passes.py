@@ -23,7 +23,7 @@ from holdfast.attribution.options import AttributionReport
 from holdfast.attribution.targets import Batch, correct, initial_lambda, make_batch, module_names
 from holdfast.attribution.trace import RuleSet, SamplesMixedError, Trace
 from holdfast.errors import ConservationError, ModelError, NoCorrectSampleError, UnruledOperationError
-from holdfast.models import require_whole
+from holdfast.models import require_rateable
 from holdfast.tasks.encode import Encoded
 
 
@@ -73,7 +73,7 @@ class Pass:
         report: AttributionReport,
         first: bool,
     ) -> None:
-        require_whole(model)
+        require_rateable(model)
         self.model, self.job, self.report, self.first = model, job, report, first
         self.check = first and job.rules != "gradient"
         self.wanted, self.plain = dict(wanted), False

@@ -20,7 +20,7 @@ from holdfast.config import Options, named, validate
 from holdfast.errors import ConfigError, DataError, ModelError
 from holdfast.importance.prior import ImportancePrior
 from holdfast.importance.registry import REGISTRY, Inputs, Progress
-from holdfast.models import digest, fingerprints, own_forward, require_whole, unwrapped
+from holdfast.models import digest, fingerprints, own_forward, require_rateable, unwrapped
 from holdfast.resume import Partial
 from holdfast.tasks.encode import Encoded, first_token
 
@@ -90,7 +90,7 @@ def compute_prior(
     it (``none_right``). Warns where every value came out as zero.
     """
     chosen, model = chosen_importance(options), unwrapped(model)
-    require_whole(model)
+    require_rateable(model)
     importance = REGISTRY[chosen.name]
     if parameters is None:
         parameters = importance.rated(model)

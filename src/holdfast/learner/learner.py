@@ -22,7 +22,6 @@ from holdfast.base import Base, adapter_is_new, identity_of
 from holdfast.config import validate
 from holdfast.errors import ConfigError, DataError, ModelError, RunDirectoryError
 from holdfast.evaluation.asking import ask
-from holdfast.evaluation.audit import audit
 from holdfast.evaluation.evaluate import EncodedTask, EvaluationOptions, encode_task, evaluate_encoded
 from holdfast.evaluation.general import Divergence
 from holdfast.evaluation.predictions import file_safe, write_predictions
@@ -37,12 +36,13 @@ from holdfast.learner.harness import Harness, check_askable
 from holdfast.learner.keep import thin
 from holdfast.learner.known import ABOUT, TEST, read_about, read_task, write_task
 from holdfast.learner.learning import Learning
+from holdfast.learner.look import Look
 from holdfast.learner.ownership import (
     FIXED,
     began_new,
+    check_base,
     check_learned_under,
     claim,
-    is_same_base,
     rebuilt,
     write_identity,
 )
@@ -62,7 +62,7 @@ from holdfast.strategies import STRATEGIES, Context, Stage, build_strategy
 from holdfast.tasks import Encoder, as_examples, as_questions, toy_tokenizer
 from holdfast.tasks.memory import MemoryOptions, Rehearsal, WritingOptions
 from holdfast.tasks.opening import opening_of
-from holdfast.tasks.options import also_trained, subsample
+from holdfast.tasks.options import subsample
 from holdfast.tasks.task import Example, MetricName, Task
 from holdfast.training.beside import Beside
 from holdfast.training.loop import save_record, train
@@ -148,8 +148,7 @@ class Learner:
         self.digests: dict[str, str] = {}  # of the rows that these were learned from
         self._encoded: dict[str, EncodedTask] = {}
         self._longest: dict[str, int] = {}  # how long an answer to each may be, in tokens
-        # tasks to be learned that were looked at, by identity, and their rows
-        self._looked: dict[int, tuple[Task, list[Example]]] = {}
+        self.look = Look(self)
         self._broken, self._past = "", False
         self._temporary: Any = None
         self._homeless = folder is None
@@ -307,7 +306,9 @@ class Learner:
             )
         if settings := read_about(last).get("settings"):
             check_learned_under(self.config, self.folder.path, last, settings)
-        self._check_base(last)
+        adapted = is_adapted(unwrapped(self.model)) and not self.strategy.changes_base
+        if remark := check_base(last, self._identity, self.config, adapted=adapted):
+            self.progress.say(remark)
         try:
             load_weights(self.model, last / "model")
         except (RuntimeError, ValueError, KeyError) as error:
@@ -324,28 +325,6 @@ class Learner:
             self._recall(part)
         if not self._past:  # a kill may have come between a task's commit and this
             thin(self.folder, STAGES, self.config.keep)
-
-    def _check_base(self, last: Path) -> None:
-        """See that the base is the one that was learned on: what an adapter says on another is nonsense."""
-        if is_same_base(last, self._identity) is not False:
-            return
-        path = self.config.model.path if self.config.model is not None else type(self.model).__name__
-        told = f"{path}: these are not the weights that {last.name} in {self.folder.path} was learned on"
-        if is_adapted(unwrapped(self.model)) and not self.strategy.changes_base:
-            how = (
-                f"say where they are (holdfast skills {self.folder.path} --model FOLDER)"
-                if self.config.model is not None
-                else "give Learner.load(folder, model, tokenizer) a model on them. Where the adapter's start "
-                "changed them at random (init_lora_weights='pissa_niter_4') they can't be had again: begin "
-                "with one that doesn't, such as 'pissa'"
-            )
-            raise ModelError(
-                f"{told}, and the adapter there means nothing on others. Put the right ones back, or {how}."
-            )
-        self.progress.say(
-            f"{told}. What was learned is whole in the folder and goes on; what is compared with the base is "
-            "compared with these."
-        )
 
     def _recall(self, name: str) -> None:
         part = self.folder.path / name
@@ -426,37 +405,6 @@ class Learner:
             yield learning
         self.tests.append(Task(name, (), task.test, metric, task.options))
         self.digests[name] = digest
-
-    def look(self, tasks: Iterable[Task]) -> None:
-        """See what tasks' rows lose on their way to the model, once; a task looks at its own as it begins.
-
-        Told (`Progress.remark`) is what is cut, what can't be answered, and which test rows are trained on.
-
-        Raises
-        ------
-        DataError
-            Rows can't be encoded, don't fit the model, or can't be scored.
-        """
-        problems: list[str] = []
-        for task in tasks:
-            if id(task) in self._looked:
-                continue
-            with self.progress.bar(f"read {task.name}", total=len(task.train)) as bar:
-                found = audit(task, self.encoder, self.model, self.config.evaluation, bar)
-            problems += found.problems
-            for remark in found.remarks:
-                self.progress.remark(remark)
-            for known in (*self.tests, task):
-                if met := also_trained(known.test, task.train):
-                    self.progress.remark(
-                        f"{known.name}: {met} of {len(known.test)} rows kept aside ask what is asked in the "
-                        f"rows of '{task.name}' that are trained on; of those the score tells what was seen, "
-                        "and not what is kept."
-                    )
-            if not found.problems:
-                self._looked[id(task)] = task, [*task.train, *task.test]
-        if problems:
-            raise DataError("\n".join(problems))
 
     @staticmethod
     def digest(task: Task) -> str:
@@ -546,9 +494,7 @@ class Learner:
             metrics.write(folder / "metrics.json")
             self._save_state(folder)
         self._broken = ""
-        for task in stage.tasks:
-            self._looked.pop(id(task), None)
-        self.encoder.forget(but=(row for _, rows in self._looked.values() for row in rows))
+        self.look.learned(stage.tasks)
         self.learned.append(stage.name)
         thin(self.folder, STAGES, self.config.keep)
 

@@ -156,6 +156,41 @@ def has_base(path: Path, options: ModelOptions, seed: int) -> bool | None:
     return is_same_base(path / parts[-1], identity_of(load_model(options, seed, toy_tokenizer)[0]))
 
 
+def check_base(stage: Path, identity: str | None, config: LearnerConfig, *, adapted: bool) -> str:
+    """See that the base is the one that a task was learned on; what is to be said if it isn't, else "".
+
+    Parameters
+    ----------
+    adapted : bool
+        Whether what answers is an adapter on the base: on another it is nonsense.
+
+    Raises
+    ------
+    ModelError
+        It is another, and what answers is an adapter on it.
+    """
+    if is_same_base(stage, identity) is not False:
+        return ""
+    folder = stage.parents[1]
+    path = "Learner" if config.model is None else config.model.path
+    told = f"{path}: these are not the weights that {stage.name} in {folder} was learned on"
+    if not adapted:
+        return (
+            f"{told}. What was learned is whole in the folder and goes on; what is compared with the base is "
+            "compared with these."
+        )
+    how = (
+        f"say where they are (holdfast skills {folder} --model FOLDER)"
+        if config.model is not None
+        else "give Learner.load(folder, model, tokenizer) a model on them. Where the adapter's start changed "
+        "them at random (init_lora_weights='pissa_niter_4') they can't be had again: begin with one that "
+        "doesn't, such as 'pissa'"
+    )
+    raise ModelError(
+        f"{told}, and the adapter there means nothing on others. Put the right ones back, or {how}."
+    )
+
+
 def move_base(path: str | Path, model: str) -> None:
     """Take note that the base of a learner's folder lies elsewhere now; of no base or the same, do nothing.
 

@@ -1,0 +1,64 @@
+"""What tasks' rows lose on their way to the model: told once, before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from holdfast.errors import DataError
+from holdfast.evaluation.audit import audit
+from holdfast.tasks.options import also_trained
+from holdfast.tasks.task import Example, Task
+
+if TYPE_CHECKING:
+    from holdfast.learner.learner import Learner
+
+
+class Look:
+    """Looks at each task once; its rows stay encoded until it is learned.
+
+    Parameters
+    ----------
+    learner : Learner
+    """
+
+    def __init__(self, learner: Learner) -> None:
+        self.learner = learner
+        self._seen: dict[int, tuple[Task, list[Example]]] = {}  # by identity, and their rows
+
+    def __call__(self, tasks: Iterable[Task]) -> None:
+        """Tell (`Progress.remark`) what is cut, what can't be answered, and which test rows are trained on.
+
+        Raises
+        ------
+        DataError
+            Rows can't be encoded, don't fit the model, or can't be scored.
+        """
+        learner, problems = self.learner, []
+        for task in tasks:
+            if id(task) in self._seen:
+                continue
+            with learner.progress.bar(f"read {task.name}", total=len(task.train)) as bar:
+                found = audit(task, learner.encoder, learner.model, learner.config.evaluation, bar)
+            problems += found.problems
+            for remark in [*found.remarks, *self._trained_on(task)]:
+                learner.progress.remark(remark)
+            if not found.problems:
+                self._seen[id(task)] = task, [*task.train, *task.test]
+        if problems:
+            raise DataError("\n".join(problems))
+
+    def _trained_on(self, task: Task) -> Iterable[str]:
+        for known in (*self.learner.tests, task):
+            if met := also_trained(known.test, task.train):
+                yield (
+                    f"{known.name}: {met} of {len(known.test)} rows kept aside ask what is asked in the rows "
+                    f"of '{task.name}' that are trained on; of those the score tells what was seen, and not "
+                    "what is kept."
+                )
+
+    def learned(self, tasks: Iterable[Task]) -> None:
+        """Let go of the encoded rows of tasks, and of all others that aren't waited for."""
+        for task in tasks:
+            self._seen.pop(id(task), None)
+        self.learner.encoder.forget(but=(row for _, rows in self._seen.values() for row in rows))
