@@ -20,10 +20,10 @@ def by_operations(model: nn.Module) -> Iterator[None]:
     """Let a model compute by what torch shows: compiled parts, experts, attention, linear layers, Liger."""
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for put_aside in (_fused_experts_and_attention, _kernels_in_modules):
-            stack.enter_context(put_aside(model))
-        for put_aside_everywhere in (_another_linear, _kernels_in_classes):
-            stack.enter_context(put_aside_everywhere())
+        stack.enter_context(_fused_experts_and_attention(model))
+        stack.enter_context(_kernels_in_modules(model))
+        stack.enter_context(_another_linear())
+        stack.enter_context(_kernels_in_classes())
         yield
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from holdfast.models import accepts, is_encoder_decoder
-from holdfast.storage import text_lines, write_tensors, write_text
+from holdfast.storage import write_tensors, write_text
 from holdfast.tasks.encode import Encoded, collate, collate_prompts
 from holdfast.tasks.task import Example
 
@@ -270,7 +270,5 @@ def load_own(folder: Path) -> tuple[list[Example], Answers] | None:
     """What `save_own` kept; None where there is nothing."""
     if not (folder / ROWS).is_file():
         return None
-    lines = text_lines((folder / ROWS).read_text(encoding="utf-8"))
-    return [Example.of_record(json.loads(line)) for line in lines if line], Answers(
-        **load_file(folder / ANSWERS)
-    )
+    rows = Example.of_lines((folder / ROWS).read_text(encoding="utf-8"))
+    return rows, Answers(**load_file(folder / ANSWERS))

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 
 from holdfast.errors import ConfigError, DataError, RunDirectoryError
-from holdfast.evaluation.audit import audit
 from holdfast.evaluation.writing import Written, write_rows
 from holdfast.learner.known import write_task
 from holdfast.models import load_weights, save_model
@@ -99,13 +98,9 @@ class BaseTask:
             It can't.
         """
         if self.options is not None and self.options.general is not None and self.due:
-            learner = self.learner
             task = Task("protect_base.general", self._given(self.options.general), ())
-            found = audit(task, learner.encoder, learner.model, learner.config.evaluation)
-            for remark in found.remarks:
-                learner.progress.remark(remark)
-            if found.problems:
-                raise DataError("\n".join(found.problems))
+            if problems := self.learner.look.told(task):
+                raise DataError("\n".join(problems))
 
     def end(self, total: int | None) -> None:
         """Write the rows, let the strategy end the task, and keep what comes of it.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import DataError
-from holdfast.storage import text_lines, write_json, write_text
+from holdfast.storage import write_json, write_text
 from holdfast.tasks.task import Example, Task
 
 ABOUT = "task.json"
@@ -34,8 +34,7 @@ def read_task(folder: Path) -> Task | None:
     if not (folder / ABOUT).is_file():
         return None
     about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-    lines = text_lines((folder / TEST).read_text(encoding="utf-8"))
-    tests = [Example.of_record(json.loads(line)) for line in lines if line]
+    tests = Example.of_lines((folder / TEST).read_text(encoding="utf-8"))
     return Task(about["name"], (), tests, about["metric"], tuple(about["options"]))
 
 

@@ -34,19 +34,27 @@ class Look:
         DataError
             Rows can't be encoded, don't fit the model, or can't be scored.
         """
-        learner, problems = self.learner, []
+        problems: list[str] = []
         for task in tasks:
             if id(task) in self._seen:
                 continue
-            with learner.progress.bar(f"read {task.name}", total=len(task.train)) as bar:
-                found = audit(task, learner.encoder, learner.model, learner.config.evaluation, bar)
-            problems += found.problems
-            for remark in [*found.remarks, *self._trained_on(task)]:
-                learner.progress.remark(remark)
-            if not found.problems:
+            found = self.told(task)
+            for remark in self._trained_on(task):
+                self.learner.progress.remark(remark)
+            problems += found
+            if not found:
                 self._seen[id(task)] = task, [*task.train, *task.test]
         if problems:
             raise DataError("\n".join(problems))
+
+    def told(self, task: Task) -> list[str]:
+        """Tell what rows lose by being encoded; what is wrong with them is returned."""
+        learner = self.learner
+        with learner.progress.bar(f"read {task.name}", total=len(task.train)) as bar:
+            found = audit(task, learner.encoder, learner.model, learner.config.evaluation, bar)
+        for remark in found.remarks:
+            learner.progress.remark(remark)
+        return found.problems
 
     def _trained_on(self, task: Task) -> Iterable[str]:
         for known in (*self.learner.tests, task):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from holdfast.storage import text_lines
 
 MetricName = Literal["exact_match", "rouge_l", "options", "choice", "edit_similarity", "sari", "perplexity"]
 Message = Mapping[str, Any]  # role and content, both texts; tool calls where there are any
@@ -43,6 +46,11 @@ class Example:
     def text(cls, text: str, ended: bool = True) -> Example:
         """A row of running text."""
         return cls("", text, raw=True, ended=ended)
+
+    @classmethod
+    def of_lines(cls, text: str) -> list[Example]:
+        """The examples of a JSONL file of what `record` gave."""
+        return [cls.of_record(json.loads(line)) for line in text_lines(text) if line]
 
     @property
     def answers(self) -> tuple[str, ...]:

@@ -54,9 +54,10 @@ def give_back(trained: Any, model: nn.Module) -> None:
 
 def _whole(trained: Any) -> Iterator[tuple[str, Tensor]]:
     """Name and whole value of each trained weight, in the precision in which it was stepped."""
+    by_deepspeed = world.by_deepspeed()  # it may read a file
     for name, parameter in unwrapped(trained).named_parameters():
         if parameter.requires_grad:
-            yield name, master(parameter) if world.by_deepspeed() else world.whole(parameter).detach()
+            yield name, master(parameter) if by_deepspeed else world.whole(parameter).detach()
 
 
 def _forget_engine() -> None:
