@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from contexts import context_of, stage_of
-from holdfast.adapters import lora_factors
 from holdfast.config import validate
 from holdfast.models import LoraOptions, add_lora, tiny_llama
+from holdfast.models.adapters import lora_factors
 from holdfast.strategies import STRATEGIES, Strategy, build_strategy
 from holdfast.tasks import toy_suite, toy_tokenizer
 

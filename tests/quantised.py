@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from holdfast.adapters import lora_layers, plain_weight, under_lora
 from holdfast.models import LoraOptions, ModelOptions, load_model, tiny_llama
+from holdfast.models.adapters import lora_layers, plain_weight, under_lora
 from holdfast.tasks import toy_tokenizer
 
 

@@ -13,9 +13,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from holdfast.adapters import check_growable, grow, lora_factors, rank_of, recompress
 from holdfast.errors import ConfigError
 from holdfast.models import LoraOptions, add_lora, digest, load_weights, save_model, tiny_llama
+from holdfast.models.adapters import check_growable, grow, lora_factors, rank_of, recompress
 from holdfast.tasks import toy_tokenizer
 
 TOKENIZER = toy_tokenizer()

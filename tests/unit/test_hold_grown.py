@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from holdfast.adapters import grow, lora_factors, lora_layers, rank_of
 from holdfast.models import LoraOptions, add_lora, tiny_llama
+from holdfast.models.adapters import grow, lora_factors, lora_layers, rank_of
 from holdfast.records import AdapterRanks
 from holdfast.strategies.lora.grown import Grown
 from holdfast.tasks import toy_tokenizer

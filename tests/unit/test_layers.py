@@ -28,7 +28,7 @@ LAYERS = [  # from the top down; those in one line may import each other
     {"importance"},
     {"attribution"},
     {"tasks"},
-    {"models", "adapters", "pretrained", "base"},
+    {"models"},
     {"names", "config", "records", "resume", "progress", "folder", "environment", "places"},
     {"manifest"},
     {"tables"},

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from holdfast import Learner
-from holdfast.base import identity_of
 from holdfast.config import validate
 from holdfast.errors import ConfigError, ModelError, RunDirectoryError
 from holdfast.learner.config import recorded_config
 from holdfast.learner.ownership import move_base
 from holdfast.models import load_model, tiny_llama
+from holdfast.models.base import identity_of
 from holdfast.runner import RunConfig, run
 from holdfast.runner.findings import check
 from holdfast.runner.learn import learn_data

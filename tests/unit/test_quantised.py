@@ -18,13 +18,20 @@ pytest.importorskip("bitsandbytes")
 import holdfast
 from contexts import context_of, stage_of
 from holdfast import Learner, ProtectCallback
-from holdfast.adapters import lora_factors, lora_layers, plain_weight, scale_of, under_adapter, under_lora
 from holdfast.attribution import AttributionOptions, attribute_batches
 from holdfast.cli import app
 from holdfast.config import validate
 from holdfast.errors import ConfigError, ModelError
 from holdfast.importance import ImportancePrior, compute_prior
 from holdfast.models import ModelOptions, load_model, weights_of
+from holdfast.models.adapters import (
+    lora_factors,
+    lora_layers,
+    plain_weight,
+    scale_of,
+    under_adapter,
+    under_lora,
+)
 from holdfast.runner import RunConfig, run
 from holdfast.runner.findings import check
 from holdfast.strategies.lora.merged import form_for
@@ -245,7 +252,7 @@ def test_what_can_t_be_quantised_is_said_before_anything_is_loaded(given: dict[s
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("holdfast.models.find_spec", lambda name: None)
+    monkeypatch.setattr("holdfast.models.options.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"bitsandbytes.*holdfast\[quantised\]"):
         validate(ModelOptions, {"path": "x", "lora": LORA, "quantise": "8bit"}, "model")
 

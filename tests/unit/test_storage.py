@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from holdfast import storage
-from holdfast.adapters import recompress
 from holdfast.errors import StorageError
 from holdfast.models import save_model
+from holdfast.models.adapters import recompress
 from holdfast.tasks import toy_tokenizer
 from holdfast.training.checkpoints import seal_checkpoint
 from tiny_models import tiny_model

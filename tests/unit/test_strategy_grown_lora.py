@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from contexts import context_of, stage_of
-from holdfast.adapters import lora_factors
 from holdfast.config import validate
 from holdfast.errors import ConfigError
 from holdfast.models import LoraOptions, ModelOptions, add_lora, load_model, tiny_llama
+from holdfast.models.adapters import lora_factors
 from holdfast.runner import RunConfig, run
 from holdfast.runner.findings import check
 from holdfast.strategies import STRATEGIES, Strategy, build_strategy

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from contexts import context_of, stage_of
-from holdfast.adapters import lora_factors, lora_layers
 from holdfast.config import validate
 from holdfast.models import add_lora
+from holdfast.models.adapters import lora_factors, lora_layers
 from holdfast.runner import RunConfig, run
 from holdfast.strategies.lora.inf_lora import designed
 from holdfast.strategies.lora.inputs import extended, input_moments

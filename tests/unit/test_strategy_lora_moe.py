@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from contexts import context_of, stage_of
-from holdfast.adapters import lora_factors, lora_layers
 from holdfast.config import validate
 from holdfast.errors import ConfigError
+from holdfast.models.adapters import lora_factors, lora_layers
 from holdfast.strategies import STRATEGIES
 from holdfast.strategies.lora.moe import Routers, imbalance
 from lora_cases import STREAM, R, lora_model, strategy_of, train_by_chance

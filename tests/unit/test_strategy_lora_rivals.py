@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from contexts import context_of, stage_of
-from holdfast.adapters import lora_factors, lora_layers
 from holdfast.config import validate
 from holdfast.errors import ConfigError
 from holdfast.models import LoraOptions, add_lora
+from holdfast.models.adapters import lora_factors, lora_layers
 from holdfast.runner import RunConfig, run
 from holdfast.strategies.lora.c_lora import subspace
 from holdfast.strategies.lora.ewc_lora import product

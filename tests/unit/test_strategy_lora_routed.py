@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from contexts import context_of, stage_of
-from holdfast.adapters import grow, lora_factors, lora_layers
 from holdfast.config import validate
 from holdfast.errors import ConfigError
 from holdfast.evaluation.answers import generate
 from holdfast.models import LoraOptions, add_lora
+from holdfast.models.adapters import grow, lora_factors, lora_layers
 from holdfast.runner import RunConfig, run
 from holdfast.strategies.lora.ranks import Weighted, select
 from holdfast.strategies.lora.routed import features, nearest

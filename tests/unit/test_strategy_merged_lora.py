@@ -12,7 +12,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from contexts import context_of, stage_of
-from holdfast.adapters import (
+from holdfast.errors import ConfigError, PriorMismatchError
+from holdfast.hold import tell_total_rate
+from holdfast.hold.anchor import LORA_PULL
+from holdfast.importance import ImportancePrior, compute_prior
+from holdfast.models import LoraOptions, add_lora, digest, tiny_llama
+from holdfast.models.adapters import (
     grow,
     lora_factors,
     lora_layers,
@@ -22,11 +27,6 @@ from holdfast.adapters import (
     under_adapter,
     under_lora,
 )
-from holdfast.errors import ConfigError, PriorMismatchError
-from holdfast.hold import tell_total_rate
-from holdfast.hold.anchor import LORA_PULL
-from holdfast.importance import ImportancePrior, compute_prior
-from holdfast.models import LoraOptions, add_lora, digest, tiny_llama
 from holdfast.strategies.lora.inputs import freed
 from holdfast.strategies.lora.merged import form_for, held_rows, of_whole_maps
 from lora_cases import STREAM, TOKENIZER, learn, lora_model, strategy_of, train_by_chance

@@ -12,9 +12,9 @@ from torch import Tensor
 import lora_cases
 import prompt_cases
 from contexts import context_of, stage_of
-from holdfast.adapters import lora_factors, lora_layers
 from holdfast.config import validate
 from holdfast.errors import ConfigError
+from holdfast.models.adapters import lora_factors, lora_layers
 from holdfast.strategies import STRATEGIES
 from holdfast.strategies.sapt.attention import AttentionOptions, SharedAttention, reflection
 from holdfast.tasks.encode import Encoded, collate

@@ -16,10 +16,10 @@ from transformers import Trainer, TrainingArguments
 
 from by_hand import answer_logits
 from holdfast import Learner
-from holdfast.base import Base, adapter_is_new
 from holdfast.config import validate
 from holdfast.errors import ConfigError
 from holdfast.models import LoraOptions, add_lora
+from holdfast.models.base import Base, adapter_is_new
 from holdfast.runner import RunConfig, run
 from holdfast.strategies import STRATEGIES
 from holdfast.tasks import Encoded, Encoder, Example, Template, collate, toy_tokenizer

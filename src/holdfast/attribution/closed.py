@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from holdfast.adapters import is_quantised, under_lora
 from holdfast.attribution.ledger import relevance
 from holdfast.attribution.maps import WeightMaps
 from holdfast.attribution.rules import samples_of_rows
 from holdfast.attribution.samples import follow
 from holdfast.attribution.trace import Ruled, Trace, tracked
 from holdfast.errors import ModelError
+from holdfast.models.adapters import is_quantised, under_lora
 
 # Of the relevance of a quantised layer's inputs, in magnitude: 8 bits round them by 1 in 254 of the largest.
 ROUNDED = 0.1

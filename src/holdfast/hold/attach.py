@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from holdfast import world
-from holdfast.adapters import stay_differentiable
 from holdfast.errors import ConfigError, PriorMismatchError
 from holdfast.hold.drift import Drift
 from holdfast.hold.zero import Steps, steps_of
 from holdfast.importance.prior import ImportancePrior, parameters_by_name
 from holdfast.models import input_dims
+from holdfast.models.adapters import stay_differentiable
 
 _CHUNK = 2**26  # elements handled by one fused call: bounds the temporary memory of a step
 

@@ -17,8 +17,6 @@ import torch
 from safetensors.torch import load_file
 
 from holdfast import world
-from holdfast.adapters import check_saved_whole, is_adapted, recompress, stay_differentiable
-from holdfast.base import Base, adapter_is_new, identity_of
 from holdfast.config import validate
 from holdfast.errors import ConfigError, DataError, ModelError, RunDirectoryError
 from holdfast.evaluation.asking import ask
@@ -55,6 +53,8 @@ from holdfast.models import (
     save_model,
     unwrapped,
 )
+from holdfast.models.adapters import check_saved_whole, is_adapted, recompress, stay_differentiable
+from holdfast.models.base import Base, adapter_is_new, identity_of
 from holdfast.progress import Progress
 from holdfast.records import StageMetrics
 from holdfast.storage import write_json, write_tensors

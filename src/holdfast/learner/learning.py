@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from holdfast import world
-from holdfast.base import Base
 from holdfast.errors import ConfigError
 from holdfast.hold import Handle, tell_total_rate
 from holdfast.hold.cost import trained_numbers
 from holdfast.hold.drift import Drift
 from holdfast.learner.config import LearnerConfig
 from holdfast.models import is_encoder_decoder, unprepare, unwrapped
+from holdfast.models.base import Base
 from holdfast.strategies import STRATEGIES, Context, Stage, Strategy
 from holdfast.tasks.encode import Encoded, first_token
 from holdfast.tasks.task import Example

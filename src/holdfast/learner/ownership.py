@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from holdfast import world
-from holdfast.base import identity_of
 from holdfast.config import differences, read_recorded, validate, write_recorded
 from holdfast.environment import describe_environment, environment_recorded
 from holdfast.errors import ConfigError, HoldfastError, ModelError, RunDirectoryError
 from holdfast.folder import CONFIG, ENVIRONMENT, LOCK, Folder
 from holdfast.learner.config import STAGES, LearnerConfig, recorded_config
 from holdfast.models import ModelOptions, float_type, load_model, load_saved, quantisation_of
+from holdfast.models.base import identity_of
 from holdfast.names import canonical_name
 from holdfast.storage import write_json
 from holdfast.tasks import toy_tokenizer

@@ -11,7 +11,6 @@ from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from holdfast.adapters import under_adapter
 from holdfast.config import Options, named, named_or
 from holdfast.errors import ConfigError, HoldfastError, PriorMismatchError
 from holdfast.hold import AnchorOptions, Control, MechanismOptions, apply_control, build_mechanism
@@ -27,6 +26,7 @@ from holdfast.importance.inputs import InputsOptions
 from holdfast.importance.prior import Kind, default_merge
 from holdfast.importance.registry import REGISTRY
 from holdfast.models import block_parameters, input_dims
+from holdfast.models.adapters import under_adapter
 from holdfast.records import ProtectionSummary
 from holdfast.strategies.beside import Beside
 from holdfast.strategies.lora.grown import grown_cost

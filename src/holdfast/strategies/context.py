@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from holdfast.adapters import under_adapter
 from holdfast.errors import DataError, NoCorrectSampleError
 from holdfast.importance import ImportancePrior, compute_prior
+from holdfast.models.adapters import under_adapter
 from holdfast.progress import Progress
 from holdfast.tasks.encode import Encoder
 from holdfast.tasks.memory import Write

@@ -8,12 +8,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from holdfast.adapters import is_adapted
 from holdfast.config import Options
 from holdfast.errors import ConfigError
 from holdfast.hold.cost import Cost, Estimate, trained_bytes
 from holdfast.hold.reference import weights_of
 from holdfast.importance.prior import trained_parameters
+from holdfast.models.adapters import is_adapted
 from holdfast.records import Pruning
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.masks.units import lowest

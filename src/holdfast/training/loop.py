@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 from holdfast import world
-from holdfast.base import Base
 from holdfast.errors import ConfigError
 from holdfast.hold.cost import trained_numbers
 from holdfast.hold.drift import MOVED
 from holdfast.models import accepts, is_encoder_decoder, unprepare, unwrapped
+from holdfast.models.base import Base
 from holdfast.progress import Progress, no_library_bars
 from holdfast.records import TrainingLog
 from holdfast.tasks.encode import Encoded, collate

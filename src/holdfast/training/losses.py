@@ -11,8 +11,8 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from holdfast.base import Base
 from holdfast.config import Options, named
+from holdfast.models.base import Base
 
 
 class CrossEntropyOptions(Options):

@@ -9,10 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from holdfast.adapters import check_plain_lora, lora_layers, rank_of
 from holdfast.config import Options
 from holdfast.hold.cost import Cost, Estimate
 from holdfast.importance.seeding import seed_for
+from holdfast.models.adapters import check_plain_lora, lora_layers, rank_of
 from holdfast.records import AdapterRanks
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.protocol import Strategy, register

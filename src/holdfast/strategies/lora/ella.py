@@ -10,10 +10,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from holdfast.adapters import check_growable, lora_layers, scale_of
 from holdfast.config import Options
 from holdfast.hold import Handle
 from holdfast.hold.cost import Cost, Estimate
+from holdfast.models.adapters import check_growable, lora_layers, scale_of
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.lora.grown import Grown, grown_cost
 from holdfast.strategies.protocol import Strategy, register

@@ -9,12 +9,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from holdfast.adapters import check_plain_lora, is_quantised, lora_layers, scale_of, under_lora
 from holdfast.config import Options
 from holdfast.errors import ConfigError
 from holdfast.hold.cost import Cost, Estimate
 from holdfast.importance import compute_prior
 from holdfast.importance.fisher import FisherOptions
+from holdfast.models.adapters import check_plain_lora, is_quantised, lora_layers, scale_of, under_lora
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.protocol import Strategy, register
 from holdfast.tasks.task import Task, TaskStream

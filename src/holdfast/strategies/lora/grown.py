@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from holdfast import world
-from holdfast.adapters import NAME, grow, lora_factors, lora_layers, rank_of
 from holdfast.hold.attach import Bound, Handle, chunks_of, groups_of, hook, unwrap
 from holdfast.hold.cost import Cost, trained_bytes
 from holdfast.hold.mask import Mask
+from holdfast.models.adapters import NAME, grow, lora_factors, lora_layers, rank_of
 from holdfast.records import AdapterRanks
 
 

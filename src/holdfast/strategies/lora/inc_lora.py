@@ -8,10 +8,10 @@ from typing import Literal
 from torch import nn
 from torch.optim import Optimizer
 
-from holdfast.adapters import check_growable
 from holdfast.config import Options
 from holdfast.hold import Handle
 from holdfast.hold.cost import Estimate
+from holdfast.models.adapters import check_growable
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.lora.grown import Grown, grown_cost
 from holdfast.strategies.protocol import Strategy, register

@@ -11,11 +11,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from holdfast.adapters import check_growable, lora_factors, lora_layers
 from holdfast.config import Options
 from holdfast.hold import Handle
 from holdfast.hold.cost import Estimate
 from holdfast.importance.seeding import sample
+from holdfast.models.adapters import check_growable, lora_factors, lora_layers
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.lora.grown import Grown, grown_cost
 from holdfast.strategies.lora.inputs import (

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from holdfast.adapters import lora_layers
 from holdfast.attribution.targets import pass_through
 from holdfast.hold.cost import Cost
 from holdfast.importance.moments import spectrum
+from holdfast.models.adapters import lora_layers
 from holdfast.tasks.encode import Encoded
 
 ROUNDING = 1e-6  # share of an energy that float32 moments and projectors can't tell from none

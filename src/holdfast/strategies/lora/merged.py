@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from holdfast import world
-from holdfast.adapters import (
+from holdfast.errors import ConfigError, PriorMismatchError
+from holdfast.hold import Handle, Protection
+from holdfast.hold.drift import Drift
+from holdfast.importance import ImportancePrior
+from holdfast.importance.moments import energy, mean_eigenvalue_one
+from holdfast.importance.prior import FREE
+from holdfast.models import input_sizes
+from holdfast.models.adapters import (
     check_growable,
     is_adapted,
     is_quantised,
@@ -22,13 +29,6 @@ from holdfast.adapters import (
     scale_of,
     under_lora,
 )
-from holdfast.errors import ConfigError, PriorMismatchError
-from holdfast.hold import Handle, Protection
-from holdfast.hold.drift import Drift
-from holdfast.importance import ImportancePrior
-from holdfast.importance.moments import energy, mean_eigenvalue_one
-from holdfast.importance.prior import FREE
-from holdfast.models import input_sizes
 from holdfast.names import is_lora
 from holdfast.records import AdapterRanks
 from holdfast.storage import give_usual_mode

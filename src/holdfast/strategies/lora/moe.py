@@ -12,11 +12,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from holdfast.adapters import NAME, check_plain_lora, lora_layers, rank_of, scale_ratio
 from holdfast.config import Options
 from holdfast.errors import ConfigError
 from holdfast.hold import Handle
 from holdfast.hold.cost import Cost, Estimate, trained_numbers
+from holdfast.models.adapters import NAME, check_plain_lora, lora_layers, rank_of, scale_ratio
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.lora.ranks import Weighted, weigh
 from holdfast.strategies.protocol import Strategy, register

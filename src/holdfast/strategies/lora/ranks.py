@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from holdfast.adapters import lora_layers
 from holdfast.errors import ConfigError
 from holdfast.hold import Handle
 from holdfast.models import is_encoder_decoder
+from holdfast.models.adapters import lora_layers
 from holdfast.strategies.prompts.soft import question
 
 # (number of the layer, its input (B, T, D), what A puts out (B, T, R)) -> the same, weighted

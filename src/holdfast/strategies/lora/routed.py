@@ -11,13 +11,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from holdfast.adapters import check_growable, rank_of
 from holdfast.config import Options
 from holdfast.errors import ConfigError
 from holdfast.hold import Handle
 from holdfast.hold.cost import Estimate
 from holdfast.importance.seeding import sample
 from holdfast.models import is_encoder_decoder
+from holdfast.models.adapters import check_growable, rank_of
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.lora.grown import Grown, grown_cost
 from holdfast.strategies.lora.ranks import Weighted, select

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from holdfast.adapters import check_plain_lora, lora_layers, rank_of
 from holdfast.config import Options
 from holdfast.hold.cost import Cost, Estimate
+from holdfast.models.adapters import check_plain_lora, lora_layers, rank_of
 from holdfast.records import AdapterRanks
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.protocol import Strategy, register

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from holdfast.adapters import is_adapted
 from holdfast.errors import ConfigError
 from holdfast.hold.attach import Handle, hook, unwrap
 from holdfast.hold.cost import Cost, Estimate, trained_numbers
 from holdfast.models import linear_modules
+from holdfast.models.adapters import is_adapted
 from holdfast.names import layer_of
 
 _ADAPTER = "default"

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from holdfast.adapters import is_adapted
 from holdfast.errors import ConfigError
 from holdfast.hold.attach import Handle
 from holdfast.models import accepts, is_encoder_decoder
+from holdfast.models.adapters import is_adapted
 from holdfast.storage import write_tensors
 
 SUBMODULE = "soft_prompts"  # what is trained, as the model's own submodule: optimizer and checkpoints see it

@@ -9,10 +9,10 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from holdfast.adapters import check_growable, rank_of
 from holdfast.errors import ConfigError
 from holdfast.hold import Handle
 from holdfast.hold.cost import Cost, Estimate, trained_numbers
+from holdfast.models.adapters import check_growable, rank_of
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.lora.grown import Grown, grown_cost
 from holdfast.strategies.lora.ranks import Weighted, weigh

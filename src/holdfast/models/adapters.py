@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from holdfast.errors import ConfigError, ModelError
 from holdfast.names import canonical_name
+from holdfast.places import local_path
 from holdfast.storage import write_tensors
 
 ADAPTER = "adapter_config.json"
@@ -48,6 +49,14 @@ class Factors(NamedTuple):
 def is_adapted(model: nn.Module) -> bool:
     """Whether it is a model of PEFT's, of which an adapter is trained."""
     return hasattr(model, "peft_config")
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a folder holds an adapter that PEFT saved."""
+    try:
+        return (local_path(path) / ADAPTER).is_file()
+    except OSError:  # said where the model is looked for
+        return False
 
 
 def lora_layers(model: nn.Module, name: str = NAME) -> dict[str, Any]:

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from holdfast.adapters import flags_kept, is_adapted, lora_factors
-from holdfast.models import evaluating, fingerprints, quantisation_of, unwrapped
+from holdfast.models.adapters import flags_kept, is_adapted, lora_factors
+from holdfast.models.identity import fingerprints
+from holdfast.models.modes import evaluating
+from holdfast.models.parts import quantisation_of, unwrapped
 from holdfast.names import canonical_name
 
 _OFF = ("lora_", "modules_to_save")  # in the names of what PEFT switches off together with the adapter

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import torch
 
-from holdfast.adapters import stay_differentiable
 from holdfast.errors import ModelError
+from holdfast.models.adapters import stay_differentiable
 from holdfast.names import layer_of
 from holdfast.places import is_local, local_path, near
 
