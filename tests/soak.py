@@ -145,7 +145,7 @@ OF_A_MONTH: dict[str, tuple[str, int]] = {
     "save": ("os.replace", 12),
     "commit": ("os.rename", 1),
     "checkpoint": ("holdfast.training.steps.seal_checkpoint", 3),
-    "evaluation": ("holdfast.learner.learner.evaluate_encoded", 2),
+    "evaluation": ("holdfast.learner.testing.evaluate_encoded", 2),
     "attribution": ("holdfast.attribution.passes.initial_lambda", 2),
 }
 
@@ -211,7 +211,7 @@ def months(
 
 
 DAMAGES = ("truncated", "flipped", "deleted", "another's")
-_ASKED = "holdfast.learner.learner.evaluate_encoded"  # once a test set, when a task is trained and rated
+_ASKED = "holdfast.learner.testing.evaluate_encoded"  # once a test set, when a task is trained and rated
 
 
 def _run_to(place: Path, seed: int, die: bool = False) -> Ended:

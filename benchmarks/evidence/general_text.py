@@ -65,9 +65,9 @@ def main() -> None:
                 learner.model.cuda()
             path = str(learner.config.model.path)
             if path not in bases:
-                with learner.base.answering(learner.model) as base:
+                with learner.state.base.answering(learner.model) as base:
                     bases[path] = ask(base, learner, tasks)
-                learner.base.free()
+                learner.state.base.free()
             result["runs"][str(folder)] = ask(learner.route(), learner, tasks)
             print(folder, bases[path], result["runs"][str(folder)], flush=True)
     if arguments.out is not None:

@@ -49,7 +49,7 @@ def test_answers_are_those_of_the_evaluation_now_and_then(made: Path) -> None:
     for after, stage in ((None, "02-june"), (1, "01-may")):
         known = answered(made, stage, "may")
         with Learner.load(made / "s", after=after) as learner:
-            limit = learner._asking("may").max_new_tokens
+            limit = learner.testing.longest("may")
             got = learner.answer([row.prompt for row in known], max_new_tokens=limit)
         assert got == [row.generated for row in known]
     assert len(set(got)) > 1
@@ -83,7 +83,7 @@ def test_a_strategy_that_must_be_told_the_task_says_which_there_are(made: Path) 
     with Learner.load(made / "s") as learner:
         with pytest.raises(ConfigError, match="got the task 'july'; learned here: may, june"):
             learner.answer(["x"], task="july")
-        learner.strategy.needs_task_identity = True  # type: ignore[misc]
+        learner.state.strategy.needs_task_identity = True  # type: ignore[misc]
         with pytest.raises(
             ConfigError, match=r"got no task; learned here: may, june\. 'attribution' must be told"
         ):

@@ -92,7 +92,7 @@ def test_a_point_is_chosen_on_validation_rows_and_only_that_sees_test_rows(chose
 
 @pytest.mark.parametrize("call", [2, 4])  # while choosing, and in the last cell
 def test_a_sweep_killed_in_the_middle_ends_as_one_that_never_was(chosen, call, tmp_path, monkeypatch):
-    module: Any = importlib.import_module("holdfast.learner.learner")
+    module: Any = importlib.import_module("holdfast.learner.testing")
     calls = [0]
     file = grid_file(tmp_path / "broken", [PLAIN, RATES], choose={"by": "learning_accuracy"})
     monkeypatch.setattr(module, "evaluate_encoded", dying(module.evaluate_encoded, call, calls))
@@ -142,7 +142,7 @@ def test_a_cells_metrics_are_made_again_from_its_stages(change, chosen, tmp_path
     shutil.copytree(file.parent / "out", out)
     changed = change(out)
     wrong = changed.read_text()
-    module: Any = importlib.import_module("holdfast.learner.learner")
+    module: Any = importlib.import_module("holdfast.learner.learning")
     monkeypatch.setattr(module, "train", dying(module.train, 1, [0]))  # nothing is trained for it
     again = sweep(file, f"output={out}")
     assert found(again).replace(str(out), str(file.parent / "out")) == found(results)

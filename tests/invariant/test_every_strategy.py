@@ -30,6 +30,7 @@ from tiny_t5 import write_tiny_t5
 
 runner = importlib.import_module("holdfast.runner.loop")
 learner = importlib.import_module("holdfast.learner.learner")
+testing = importlib.import_module("holdfast.learner.testing")
 TASKS = ["copy", "flip", "head"]
 KINDS = ["causal", "encoder-decoder"]
 
@@ -95,7 +96,7 @@ def finished(config_of: Any, tmp_path_factory: pytest.TempPathFactory) -> Callab
 
 def count_operations(patch: pytest.MonkeyPatch) -> list[int]:
     """Count the multiplications of one forward pass of each model that is asked, in the order of asking."""
-    original, counted = learner.evaluate_encoded, []
+    original, counted = testing.evaluate_encoded, []
 
     def counting(model: Any, *args: Any, **kwargs: Any) -> Any:
         ids = torch.full((1, 12), 5)
@@ -107,7 +108,7 @@ def count_operations(patch: pytest.MonkeyPatch) -> list[int]:
         counted.append(counter.get_total_flops())
         return original(model, *args, **kwargs)
 
-    patch.setattr(learner, "evaluate_encoded", counting)
+    patch.setattr(testing, "evaluate_encoded", counting)
     return counted
 
 

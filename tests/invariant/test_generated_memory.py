@@ -71,7 +71,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     [
         ("llama-logits", "holdfast.training.soft_targets.divergence", 20),  # in task 2, which replays
         ("llama", "holdfast.evaluation.writing.log_likelihoods", 2),  # while rows of a task are written
-        ("llama-lora", "holdfast.learner.learner.write_rows", 2),
+        ("llama-lora", "holdfast.learner.remember.write_rows", 2),
         pytest.param("t5", "holdfast.evaluation.writing.greedy", 2, marks=pytest.mark.slow),
         pytest.param("t5", "os.rename", 3, marks=pytest.mark.slow),  # everything written, not committed
         pytest.param("llama-lora", "os.rename", 3, marks=pytest.mark.slow),
@@ -262,7 +262,7 @@ def test_a_learner_that_is_loaded_replays_what_was_written_before(tmp_path: Path
     with learner_of(tmp_path / "skills") as learner:
         with learner.task("head", train=rows_of(first), test=first.test) as stage:
             stage.train()
-        wrote = [row.prompt for row in learner.replay.memory.examples]  # type: ignore[union-attr]
+        wrote = [row.prompt for row in learner.state.replay.memory.examples]  # type: ignore[union-attr]
     again = holdfast.Learner.load(
         tmp_path / "skills", tiny_llama(toy_tokenizer(), hidden=32, layers=2), toy_tokenizer()
     )
@@ -323,7 +323,7 @@ def test_a_chat_model_writes_user_turns_that_it_never_learned(tmp_path: Path) ->
     )
     with learner.task("head", train=rows) as stage:
         stage.train()
-    memory = learner.replay.memory.examples  # type: ignore[union-attr]
+    memory = learner.state.replay.memory.examples  # type: ignore[union-attr]
     assert memory
     for row in memory:
         (turn,) = row.prompt

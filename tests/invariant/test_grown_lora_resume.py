@@ -68,7 +68,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[dict[str, Any]]
     ("strategy", "function", "call"),
     [
         (INC, "holdfast.training.bridge.completion_loss", 12),  # in task 2, after its checkpoint
-        (INC, "holdfast.learner.learner.evaluate_encoded", 9),  # task 2 trained, not committed
+        (INC, "holdfast.learner.testing.evaluate_encoded", 9),  # task 2 trained, not committed
         (O, "holdfast.training.bridge.completion_loss", 14),  # in task 3, before its checkpoint
         (O, "holdfast.training.bridge.completion_loss", 17),  # in task 3, after it
     ],

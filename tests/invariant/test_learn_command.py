@@ -91,7 +91,7 @@ def test_learning_killed_between_and_inside_ends_bit_identical(made: Path, data:
         (MAY, ("holdfast.strategies.context.compute_prior", 1)),  # trained
         (MAY, None),
         (JUNE, ("holdfast.training.bridge.completion_loss", 2)),  # no checkpoint yet
-        (JUNE, ("holdfast.learner.learner.evaluate_encoded", 2)),  # asked about may only
+        (JUNE, ("holdfast.learner.testing.evaluate_encoded", 2)),  # asked about may only
         (JUNE, ("os.rename", 1)),  # all written, not committed
         (JUNE, None),
     ]

@@ -130,14 +130,14 @@ def bare(orders: Sequence[list[int]]) -> Loop:
 def learned_by(loop: Loop, strategy: Any, kind: str, folder: Path) -> tuple[Any, list[list[int]]]:
     """Weights after two tasks, and which rows each batch had."""
     learner, orders = learner_of(strategy, kind=kind), []
-    watch = learner.strategy.watch
+    watch = learner.state.strategy.watch
 
     def recording(model: Any, batch: Any) -> None:
         if "row_ids" in batch:
             orders.append(batch["row_ids"].tolist())
         watch(model, batch)
 
-    learner.strategy.watch = recording  # type: ignore[method-assign]
+    learner.state.strategy.watch = recording  # type: ignore[method-assign]
     for name in ("may", "june"):
         with learner.task(name, rows_of(name, 24)) as stage:
             loop(stage, folder / name)
@@ -419,14 +419,14 @@ def test_old_answers_may_be_as_long_later_as_they_were_then(tmp_path: Path) -> N
     with learner_of("sequential", tmp_path / "a") as learner:
         with learner.task("may", long, long[:2]) as stage:
             stage.train()
-        asked = learner._encoded["may"].max_new_tokens
+        asked = learner.testing.longest("may")
         assert asked > 60
     with Learner.load(tmp_path / "a") as again:
         learn(again, "june")
-        assert again._encoded["may"].max_new_tokens == asked
+        assert again.testing._encoded["may"].max_new_tokens == asked
     with Learner.load(tmp_path / "a", evaluation={"max_new_tokens": 3}) as short:
         learn(short, "july")
-        assert short._encoded["may"].max_new_tokens == 3
+        assert short.testing._encoded["may"].max_new_tokens == 3
 
 
 def test_text_with_unusual_line_ends_is_kept(tmp_path: Path) -> None:
@@ -434,7 +434,7 @@ def test_text_with_unusual_line_ends_is_kept(tmp_path: Path) -> None:
     with learner_of("sequential", tmp_path / "a") as learner, learner.task("odd", odd, odd[:3]) as stage:
         stage.train()
     with Learner.load(tmp_path / "a") as again:
-        assert list(again.tests[0].test) == odd[:3]
+        assert list(again.state.tests[0].test) == odd[:3]
     (skill,) = read_skills(tmp_path / "a").skills
     assert (skill.test_rows, skill.drift) == (3, 0.0)
 
@@ -463,7 +463,9 @@ def test_export_is_a_plain_folder_that_answers_as_the_learner_or_is_refused(
     model, tokenizer = load_model(config.model, config.seed, toy_tokenizer)
     learner = Learner(model, tokenizer, ours)
     for task in ("may",) if name == "multitask" else ("may", "june"):
-        with learner.task(task, rows_of(task, 16), total=None if learner.strategy.open_ended else 1) as stage:
+        with learner.task(
+            task, rows_of(task, 16), total=None if learner.state.strategy.open_ended else 1
+        ) as stage:
             stage.train()
     ids = tokenizer("may abcd: ", return_tensors="pt").input_ids
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -70,8 +70,8 @@ def test_learn_keeps_an_adapter_a_task_and_hands_on_one(tmp_path: Path) -> None:
         assert torch.equal(logits(models["whole"].eval(), learner), ours)
         assert torch.isfinite(logits(models["small"].eval(), learner)).all()
         base = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
-        with learner.base.answering(learner.model) as answering:
-            assert learner.base.by_adapter
+        with learner.state.base.answering(learner.model) as answering:
+            assert learner.state.base.by_adapter
             assert torch.equal(logits(answering, learner), logits(base, learner))
         assert not torch.equal(logits(base, learner), ours)
     refused = holdfast("skills", "s", "--export", "more", "--rank", "9", cwd=tmp_path)
@@ -91,8 +91,8 @@ def test_learn_into_the_weights_keeps_them_and_hands_on_a_whole_model(tmp_path: 
     assert sum(p.numel() for p in exported.parameters()) == sum(p.numel() for p in base.parameters())
     with Learner.load(tmp_path / "s") as learner:
         assert torch.equal(logits(exported, learner), logits(learner.model, learner))
-        with learner.base.answering(learner.model) as answering:
-            assert not learner.base.by_adapter, "without the adapter it is no longer the base"
+        with learner.state.base.answering(learner.model) as answering:
+            assert not learner.state.base.by_adapter, "without the adapter it is no longer the base"
             assert torch.equal(logits(answering, learner), logits(base, learner))
         with pytest.raises(Exception, match="whole model and no adapter"):
             learner.export(tmp_path / "more", rank=1)

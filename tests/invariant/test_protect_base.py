@@ -74,7 +74,7 @@ def equal(ours: dict[str, Any], others: dict[str, Any]) -> bool:
     ("strategy", "sections", "where", "call"),
     [
         (INPUTS, {}, "holdfast.evaluation.writing.log_likelihoods", 1),  # while the base writes
-        (INPUTS, {"replay": REPLAY}, "holdfast.learner.base_task.write_json", 2),  # ended, and not committed
+        (INPUTS, {"replay": REPLAY}, "holdfast.learner.state.write_json", 2),  # ended, and not committed
         pytest.param(INPUTS, {}, "os.rename", 1, marks=pytest.mark.slow),
         ({"name": "ewc", "fisher": {"samples": 8}}, {}, "holdfast.training.bridge.completion_loss", 3),
         pytest.param(
@@ -130,13 +130,13 @@ def test_the_strategy_sees_a_task_that_was_ended_before_the_first(tmp_path: Path
     told: list[tuple[str, str, int, bool]] = []
     learner = learner_of("lwf", tmp_path / "skills")
     for verb in ("begin", "end"):
-        original = getattr(learner.strategy, verb)
+        original = getattr(learner.state.strategy, verb)
 
         def spy(context: Any, stage: Any, verb: str = verb, original: Any = original) -> None:
             told.append((verb, stage.name, stage.index, stage.first))
             original(context, stage)
 
-        setattr(learner.strategy, verb, spy)
+        setattr(learner.state.strategy, verb, spy)
     learn(learner)
     assert told == [
         ("begin", "base", 0, True),
@@ -180,8 +180,8 @@ def test_a_generated_memory_replays_the_bases_rows_and_strategies_that_hold_noth
         old = [row for row in stage.examples if row.raw]
         stage.train()
     assert len(old) == 16, "0.4 of 40 rows"
-    assert learner.replay is not None
-    assert sum(task == "base" for task, _ in learner.replay.memory.rows) == 6
+    assert learner.state.replay is not None
+    assert sum(task == "base" for task, _ in learner.state.replay.memory.rows) == 6
 
 
 def test_learn_holds_a_chat_model_by_itself_and_shows_it(tmp_path: Path) -> None:

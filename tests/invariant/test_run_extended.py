@@ -104,7 +104,7 @@ def test_run_that_never_asked_before_training_is_extended_too(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("where", "call"),
     [
-        ("holdfast.learner.learner.evaluate_encoded", 2),  # asking earlier models about the new task
+        ("holdfast.learner.testing.evaluate_encoded", 2),  # asking earlier models about the new task
         pytest.param("holdfast.training.bridge.completion_loss", 3, marks=pytest.mark.slow),  # learning it
         pytest.param("os.rename", 2, marks=pytest.mark.slow),
     ],

@@ -62,10 +62,10 @@ def assert_same_outcome(a: Path, b: Path) -> None:
 @pytest.mark.parametrize(
     ("where", "call"),
     [
-        ("holdfast.learner.learner.evaluate_encoded", 2),  # in the zero-shot row
+        ("holdfast.learner.testing.evaluate_encoded", 2),  # in the zero-shot row
         ("holdfast.training.bridge.completion_loss", 13),  # in task 2, after its first checkpoint
         ("holdfast.strategies.context.compute_prior", 2),  # task 2 trained, its prior not yet made
-        ("holdfast.learner.learner.evaluate_encoded", 11),  # in the row of task 3
+        ("holdfast.learner.testing.evaluate_encoded", 11),  # in the row of task 3
         ("os.rename", 3),  # everything written, not committed
     ],
 )

@@ -209,7 +209,7 @@ def test_steps_are_estimated_with_replayed_rows(sections: dict[str, Any], tmp_pa
 def test_trainings_aside_are_estimated_as_they_are_made(
     strategy: dict[str, Any], aside: list[int], tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runner: Any = importlib.import_module("holdfast.learner.learner")
+    runner: Any = importlib.import_module("holdfast.learner.aside")
     values = tiny(tmp_path / "r", strategy=strategy)
     values["model"] = {"toy": True, "hidden": 16, "layers": 1, "lora": {"r": 2}}
     values["tasks"] = {"source": "toy", "order": ["copy", "flip", "head"], "train_rows": 20, "test_rows": 1}

@@ -136,7 +136,7 @@ def test_rows_that_a_trainer_evaluates_are_not_counted_as_learned(strategy: Any,
         with learner.task("one", rows_of("one", 8)) as stage:
             evaluated = {"eval_dataset": stage.numbered} if values else {}
             stage.trainer(Trainer, args=arguments(tmp_path, **values), **evaluated).train()
-        states.append(learner.strategy.state_dict()[0])
+        states.append(learner.state.strategy.state_dict()[0])
         learner.close()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
@@ -199,7 +199,7 @@ def test_what_a_strategy_trains_beside_the_adapter_goes_back_to_the_best_step_wi
         trainer = stage.trainer(Trainer, args=args, eval_dataset=stage.numbered, compute_metrics=metrics)
         trainer.train()
         assert trainer.state.best_global_step == 1
-        kept = {name: value.clone() for name, value in learner.strategy.stage_state_dict().items()}
+        kept = {name: value.clone() for name, value in learner.state.strategy.stage_state_dict().items()}
     learner.close()
     steps = [load_file(tmp_path / f"checkpoint-{n}" / "holdfast" / "strategy.safetensors") for n in (1, 2)]
     assert kept.keys() == steps[0].keys()

@@ -149,4 +149,4 @@ def test_a_model_gets_better_at_text_and_keeps_it_through_learn_run_and_a_script
     learner = Learner(model, tokenizer, "sequential", training={"max_steps": 2})
     with learner.task("notes", train=[{"text": t} for t in TEXTS], test=[{"text": "abc"}]) as stage:
         stage.train()
-    assert learner.tests[0].metric == "perplexity"
+    assert learner.state.tests[0].metric == "perplexity"

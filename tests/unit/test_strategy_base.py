@@ -43,7 +43,7 @@ def test_base_leaves_every_weight_and_every_answer_as_it_was(tmp_path: Path) -> 
 def test_base_killed_between_stages_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(config_of(tmp_path / "whole"))
     with monkeypatch.context() as patch:
-        kill_when(patch, "holdfast.learner.learner.evaluate_encoded", 8)  # in the second stage's tests
+        kill_when(patch, "holdfast.learner.testing.evaluate_encoded", 8)  # in the second stage's tests
         with pytest.raises(Killed):
             run(config_of(tmp_path / "broken"))
     assert run(config_of(tmp_path / "broken"))["matrix"] == whole["matrix"]

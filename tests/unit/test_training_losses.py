@@ -358,7 +358,7 @@ def test_kl_to_base_of_a_learner_without_lora_takes_a_copy_and_frees_it() -> Non
             with learner.task(name, ROWS) as stage:
                 stage.train()
     assert len(made) == 2
-    assert learner.base._copy is None
+    assert learner.state.base._copy is None
 
 
 def test_a_learner_that_is_rebuilt_from_its_folder_still_has_its_base(tmp_path: Path) -> None:
@@ -375,6 +375,6 @@ def test_a_learner_that_is_rebuilt_from_its_folder_still_has_its_base(tmp_path: 
         stage.train()
     with Learner.load(tmp_path / "skills") as again:
         assert not adapter_is_new(again.model)
-        with again.base.answering(again.model) as base, torch.no_grad():
+        with again.state.base.answering(again.model) as base, torch.no_grad():
             ids = torch.arange(6)[None] + 3
             torch.testing.assert_close(base(input_ids=ids).logits, tiny_model("llama")(input_ids=ids).logits)

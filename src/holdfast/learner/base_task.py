@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from holdfast.errors import ConfigError, DataError, RunDirectoryError
 from holdfast.evaluation.writing import Written, write_rows
 from holdfast.learner.known import write_task
+from holdfast.learner.look import Look
+from holdfast.learner.state import LearnerState
 from holdfast.models import load_weights, save_model
-from holdfast.storage import write_json, write_tensors
 from holdfast.strategies import STRATEGIES, Stage
 from holdfast.tasks import Encoder, load_task
 from holdfast.tasks.memory import WritingOptions
 from holdfast.tasks.opening import chat_opening, running
 from holdfast.tasks.options import subsample
 from holdfast.tasks.task import Example, Task
-
-if TYPE_CHECKING:
-    from holdfast.learner.learner import Learner
 
 BASE = "base"  # the task's name, and its part of the folder
 
@@ -38,15 +34,18 @@ class BaseTask:
     case. What comes of it is one part of the folder, committed as a whole before the first task begins.
     """
 
-    def __init__(self, learner: Learner) -> None:
-        self.learner, self.options = learner, learner.config.protect_base
+    def __init__(self, state: LearnerState, look: Look) -> None:
+        self.state, self.look, self.options = state, look, state.config.protect_base
         self.told = False  # whether the strategy has ended it
 
     @property
     def due(self) -> bool:
         """Whether it is asked for and not done."""
-        folder = self.learner.folder.path / BASE
-        return self.options is not None and not self.learner.learned and not folder.exists()
+        return self.options is not None and not self.state.learned and not self._folder.exists()
+
+    @property
+    def _folder(self) -> Path:
+        return self.state.folder.path / BASE
 
     def restore(self) -> None:
         """Take back what was kept; a torn part is taken away, so that it is made again, if nothing follows.
@@ -58,29 +57,21 @@ class BaseTask:
         """
         if self.options is None:
             return
-        learner = self.learner
-        problem = learner.folder.problem(BASE) if (learner.folder.path / BASE).exists() else None
+        state, folder = self.state, self._folder
+        problem = state.folder.problem(BASE) if folder.exists() else None
         if problem is not None:
-            if learner.learned:
-                raise RunDirectoryError(
-                    f"{learner.folder.path / BASE}: {problem}. Bring the folder back from a backup."
-                )
-            learner.progress.say(f"{learner.folder.path / BASE}: {problem}; it is made again.")
-            learner.folder.remove(BASE)
-        state = learner.folder.path / BASE / "strategy.json"
-        self.told = state.is_file()
-        if learner.learned or not (learner.folder.path / BASE).exists():
+            if state.learned:
+                raise RunDirectoryError(f"{folder}: {problem}. Bring the folder back from a backup.")
+            state.context.progress.say(f"{folder}: {problem}; it is made again.")
+            state.folder.remove(BASE)
+        self.told = state.has_strategy(folder)
+        if state.learned or not folder.exists():
             return
-        if (state.parent / "model").exists():
-            load_weights(learner.model, state.parent / "model")
+        if (folder / "model").exists():
+            load_weights(state.model, folder / "model")
         if self.told:
-            file = state.parent / "strategy.safetensors"
-            learner.strategy.load_state_dict(
-                load_file(file) if file.exists() else {}, json.loads(state.read_text(encoding="utf-8"))
-            )
-        memory = state.parent / "replay.json"
-        if learner.replay is not None and memory.is_file():
-            learner.replay.memory.load_state_dict(json.loads(memory.read_text(encoding="utf-8")))
+            state.read_strategy(folder)
+        state.read_memory(folder)
 
     def seen(self, stage: Stage) -> Stage:
         """A stage as the strategy counts it."""
@@ -99,7 +90,7 @@ class BaseTask:
         """
         if self.options is not None and self.options.general is not None and self.due:
             task = Task("protect_base.general", self._given(self.options.general), ())
-            if problems := self.learner.look.told(task):
+            if problems := self.look.told(task):
                 raise DataError("\n".join(problems))
 
     def end(self, total: int | None) -> None:
@@ -111,11 +102,11 @@ class BaseTask:
             None of the rows that were written can be used, or the strategy makes nothing of them, and
         ``protect_base.optional`` is false.
         """
-        learner = self.learner
+        state, progress = self.state, self.state.context.progress
         assert self.options is not None
         started = time.perf_counter()
-        with learner.folder.part(BASE) as folder:
-            learner.context.folder = folder
+        with state.folder.part(BASE) as folder:
+            state.context.folder = folder
             if self.options.general is not None:
                 rows, written = self._given(self.options.general), None
             else:
@@ -131,31 +122,28 @@ class BaseTask:
             write_task(folder, task, {**about, **source})
         if written is not None:
             said = written.said().removesuffix("; there is nothing of this task to replay")
-            learner.progress.say(f"  the base's own rows: {said}")
+            progress.say(f"  the base's own rows: {said}")
         if not rows:
-            learner.progress.say("protect_base: nothing was written that can be used; the base isn't held.")
+            progress.say("protect_base: nothing was written that can be used; the base isn't held.")
 
     def _tell(self, stage: Stage) -> None:
-        learner, folder = self.learner, self.learner.context.folder
-        learner.model.eval()
-        torch.manual_seed(learner.config.seed * 1000)
-        if STRATEGIES[learner.config.strategy.name].ends_untrained:
-            before = _shapes(learner.model)
-            learner.strategy.begin(learner.context, stage)
-            learner.strategy.end(learner.context, stage)
-            tensors, values = learner.strategy.state_dict()
+        state, context, folder = self.state, self.state.context, self.state.context.folder
+        state.model.eval()
+        torch.manual_seed(context.seed * 1000)
+        if STRATEGIES[state.config.strategy.name].ends_untrained:
+            before = _shapes(state.model)
+            state.strategy.begin(context, stage)
+            state.strategy.end(context, stage)
+            tensors = state.write_strategy(folder)
             if tensors and not any(bool(tensor.any()) for tensor in tensors.values()):
                 self._nothing_held()
-            if tensors:
-                write_tensors(folder / "strategy.safetensors", tensors)
-            if _shapes(learner.model) != before:  # a new adapter of the task's own; else they are the base's
-                save_model(learner.model, learner.tokenizer, folder / "model")
-            write_json(folder / "strategy.json", values)
+            if _shapes(state.model) != before:  # a new adapter of the task's own; else they are the base's
+                save_model(state.model, context.tokenizer, folder / "model")
             self.told = True
-        if learner.replay is not None:
-            learner.replay.learned(stage.tasks, learner.config.seed, learner.context.write)
-            write_json(folder / "replay.json", learner.replay.memory.state_dict())
-        learner.model.zero_grad(set_to_none=True)
+        if state.replay is not None:
+            state.replay.learned(stage.tasks, context.seed, context.write)
+        state.write_memory(folder)
+        state.model.zero_grad(set_to_none=True)
 
     def _nothing_held(self) -> None:
         """A LoRA that starts from zero passes no relevance on, so that a rating by relevance is zero."""
@@ -167,7 +155,7 @@ class BaseTask:
         )
         if not self.options.optional:
             raise ConfigError(problem)
-        self.learner.progress.say(problem)
+        self.state.context.progress.say(problem)
 
     def _given(self, file: str) -> Sequence[Example]:
         assert self.options is not None
@@ -175,29 +163,29 @@ class BaseTask:
             rows = load_task(file).train
         except DataError as error:
             raise DataError(f"protect_base.general: {error}") from error
-        return subsample(rows, self.options.rows, self.learner.config.seed, BASE)
+        return subsample(rows, self.options.rows, self.state.config.seed, BASE)
 
     def _written(self) -> Written:
         """Rows of the base's own: a chat, or running text where its tokenizer frames none."""
-        learner, options = self.learner, self.options
+        config, context, options = self.state.config, self.state.context, self.options
         assert options is not None
-        opening, tokens = chat_opening(learner.encoder), options.tokens
+        opening, tokens = chat_opening(context.encoder), options.tokens
         lengths = (tokens, tokens) if opening is not None else (tokens - tokens // 2, tokens // 2)
         limits = dict(zip(("max_prompt_tokens", "max_completion_tokens"), lengths, strict=True))
-        template = learner.config.template.model_copy(update=limits)
-        encoder = Encoder(learner.tokenizer, template, encoder_decoder=learner.encoder.encoder_decoder)
+        template = config.template.model_copy(update=limits)
+        encoder = Encoder(context.tokenizer, template, encoder_decoder=context.encoder.encoder_decoder)
         writing = options.writing or WritingOptions()
         if writing.cut is None:
             writing = writing.model_copy(update={"cut": "kept"})
-        with learner.progress.bar("write rows of the base", total=options.rows) as bar:
+        with context.progress.bar("write rows of the base", total=options.rows) as bar:
             written = write_rows(
-                learner.model,
+                context.model,
                 encoder,
                 running(encoder) if opening is None else opening,
                 writing,
                 count=options.rows,
-                seed=f"{learner.config.seed} {BASE}",
-                batch_size=learner.config.evaluation.batch_size,
+                seed=f"{context.seed} {BASE}",
+                batch_size=config.evaluation.batch_size,
                 progress=bar,
             )
         if not written.rows and not options.optional:

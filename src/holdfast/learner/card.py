@@ -8,7 +8,6 @@ from typing import Any
 
 import yaml
 
-from holdfast.errors import ConfigError
 from holdfast.learner.skills import Skill, Skills
 from holdfast.quantities import MISSING, number
 from holdfast.storage import write_text
@@ -99,30 +98,6 @@ def _measured(known: Skills) -> list[str]:
     if known.base is not None:
         lines += ["", f"The base itself was held from the start, by {known.base.train_rows} rows of its own."]
     return lines
-
-
-def push(folder: Path, repo_id: str, *, private: bool | None, token: str | None, message: str) -> str:
-    """Upload a folder to the hub; returns its address.
-
-    Raises
-    ------
-    ConfigError
-        It can't: no account, no permission, a name that is none, no network.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-
-    api = HfApi(token=token)
-    try:
-        url = api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(folder_path=folder, repo_id=url.repo_id, commit_message=message)
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(
-            f"push_to_hub: '{repo_id}' can't be uploaded ({said}). Log in with `hf auth login`, check the "
-            "name and the network (HF_HUB_OFFLINE), or export to a folder and upload that."
-        ) from error
-    return str(url)
 
 
 def write_card(folder: Path, card: str) -> None:

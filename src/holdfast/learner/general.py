@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from holdfast.errors import ConfigError
 from holdfast.evaluation.general import (
@@ -19,13 +19,11 @@ from holdfast.evaluation.general import (
     save_own,
 )
 from holdfast.learner.config import STAGES
+from holdfast.learner.state import LearnerState
 from holdfast.strategies import Stage
 from holdfast.tasks.encode import Encoded
 from holdfast.tasks.options import subsample
 from holdfast.tasks.task import Example
-
-if TYPE_CHECKING:
-    from holdfast.learner.learner import Learner
 
 GENERAL = "general"  # in the folder of the first task that was measured: the base's rows and its answers
 
@@ -33,27 +31,27 @@ GENERAL = "general"  # in the folder of the first task that was measured: the ba
 class General:
     """Measures a learner on rows of the base's own, the same after every task, and on a new task's rows."""
 
-    def __init__(self, learner: Learner) -> None:
-        self.learner = learner
+    def __init__(self, state: LearnerState) -> None:
+        self.state = state
         self._own: tuple[list[Encoded], Answers] | None = None
         self._new: tuple[list[Encoded], Answers] | None = None
 
     def begin(self, stage: Stage, folder: Path) -> None:
         """Before a task: make the base's rows if there are none, and ask the base the task's rows."""
         self._new = None
-        options = self.learner.config.evaluation
+        options = self.state.config.evaluation
         try:
             self._own = self._kept() or self._kept(folder / GENERAL) or self._written(folder / GENERAL)
             examples: list[Example] = [example for task in stage.tasks for example in task.train]
-            drawn = subsample(examples, options.general_rows, self.learner.config.seed, stage.name, GENERAL)
-            rows = self.learner.encoder.many(drawn)
+            drawn = subsample(examples, options.general_rows, self.state.config.seed, stage.name, GENERAL)
+            rows = self.state.context.encoder.many(drawn)
             self._new = (rows, self._ask(rows))
         except ConfigError as error:  # the base can't be had any more
-            self.learner.progress.say(
+            self.state.context.progress.say(
                 f"general ability on the rows of '{stage.name}' isn't measured: {error}"
             )
         finally:
-            self.learner.base.free()
+            self.state.base.free()
 
     def measured(self, task: str | None = None) -> dict[str, float | None]:
         """KL to the base on its own rows, and on those of the task that `begin` was given.
@@ -74,7 +72,7 @@ class General:
     def of(self, rows: Sequence[Example] | None) -> Divergence:
         """KL to the base as the model stands, on its own rows or on others."""
         if rows is not None:
-            encoded = self.learner.encoder.many(rows)
+            encoded = self.state.context.encoder.many(rows)
             return self._from(encoded, self._ask(encoded))
         own = self._own or self._kept()
         if own is None:
@@ -85,21 +83,24 @@ class General:
         return self._from(*own)
 
     def _from(self, rows: list[Encoded], answers: Answers, task: str | None = None) -> Divergence:
-        return divergence(self.learner.route(task), self.learner.tokenizer, rows, answers)
+        return divergence(self.state.route(task), self.state.context.tokenizer, rows, answers)
 
     def _ask(self, rows: list[Encoded]) -> Answers:
-        learner = self.learner
-        with learner.base.answering(learner.model) if learner.learned else nullcontext(learner.model) as base:
-            return ask_base(base, learner.tokenizer, rows)
+        with self._base() as base:
+            return ask_base(base, self.state.context.tokenizer, rows)
+
+    def _base(self) -> AbstractContextManager[Any]:
+        """The base inside the block; before the first task it is the model itself."""
+        state = self.state
+        return state.base.answering(state.model) if state.learned else nullcontext(state.model)
 
     def _written(self, folder: Path) -> tuple[list[Encoded], Answers] | None:
-        learner = self.learner
-        count, seed = learner.config.evaluation.general_rows, learner.config.seed
-        with learner.base.answering(learner.model) if learner.learned else nullcontext(learner.model) as base:
-            rows = own_rows(base, learner.tokenizer, count, seed)
+        context, count = self.state.context, self.state.config.evaluation.general_rows
+        with self._base() as base:
+            rows = own_rows(base, context.tokenizer, count, context.seed)
         encoded = self._encode(rows)
         if not encoded:
-            learner.progress.say("general ability isn't measured on the base's own rows: it writes nothing.")
+            context.progress.say("general ability isn't measured on the base's own rows: it writes nothing.")
             return None
         answers = self._ask(encoded)
         save_own(folder, rows, answers)
@@ -107,10 +108,10 @@ class General:
 
     def _kept(self, folder: Path | None = None) -> tuple[list[Encoded], Answers] | None:
         """What was kept in a folder, or in that of an earlier task."""
-        root = self.learner.folder
+        root = self.state.folder
         places = [root.path / part / GENERAL for part in root.parts(STAGES)] if folder is None else [folder]
         kept = next((found for place in places if (found := load_own(place)) is not None), None)
         return None if kept is None else (self._encode(kept[0]), kept[1])
 
     def _encode(self, rows: Sequence[Example]) -> list[Encoded]:
-        return encode_own(rows, self.learner.tokenizer, self.learner.encoder.encoder_decoder)
+        return encode_own(rows, self.state.context.tokenizer, self.state.context.encoder.encoder_decoder)

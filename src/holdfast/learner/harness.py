@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from holdfast import world
 from holdfast.errors import ConfigError
 from holdfast.evaluation.harness import Results, check_harness, run_harness
 from holdfast.learner.config import STAGES, LearnerConfig
+from holdfast.learner.state import LearnerState
 from holdfast.records import StageMetrics
 from holdfast.storage import write_json
 from holdfast.strategies import STRATEGIES, Strategy
-
-if TYPE_CHECKING:
-    from holdfast.learner.learner import Learner
 
 BEFORE = "harness_before.json"  # in a stage's folder: so that a killed one doesn't ask again
 
@@ -55,9 +53,9 @@ class Harness:
         Of the stage.
     """
 
-    def __init__(self, learner: Learner, folder: Path) -> None:
-        self.learner, self.folder = learner, folder
-        self.options = learner.config.evaluation.harness
+    def __init__(self, state: LearnerState, folder: Path) -> None:
+        self.state, self.folder = state, folder
+        self.options = state.config.evaluation.harness
         self._before: Results | None = None
 
     def begin(self) -> dict[str, float]:
@@ -82,11 +80,11 @@ class Harness:
 
     def _ask(self) -> Results:
         assert self.options is not None
-        return run_harness(self.learner.route(), self.learner.tokenizer, self.options)
+        return run_harness(self.state.route(), self.state.context.tokenizer, self.options)
 
     def _asked_earlier(self) -> bool:
-        parts = self.learner.folder.parts(STAGES)
+        parts = self.state.folder.parts(STAGES)
         if not parts:
             return False
-        last = StageMetrics.read(self.learner.folder.path / parts[-1] / "metrics.json")
+        last = StageMetrics.read(self.state.folder.path / parts[-1] / "metrics.json")
         return bool(last.harness)

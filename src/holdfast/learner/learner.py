@@ -3,71 +3,58 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from holdfast import world
 from holdfast.config import validate
-from holdfast.errors import ConfigError, DataError, ModelError, RunDirectoryError
+from holdfast.errors import ConfigError, ModelError, RunDirectoryError
 from holdfast.evaluation.asking import ask
-from holdfast.evaluation.evaluate import EncodedTask, EvaluationOptions, encode_task, evaluate_encoded
 from holdfast.evaluation.general import Divergence
-from holdfast.evaluation.predictions import file_safe, write_predictions
-from holdfast.evaluation.surprise import most_surprising, surprises
-from holdfast.evaluation.writing import write_rows
+from holdfast.evaluation.predictions import file_safe
 from holdfast.folder import CONFIG, PARTIAL, Folder
+from holdfast.learner.aside import fit_aside
 from holdfast.learner.base_task import BASE, BaseTask
-from holdfast.learner.card import model_card, push, write_card
 from holdfast.learner.config import STAGES, LearnerConfig, recorded_config
+from holdfast.learner.engine import check_engine
+from holdfast.learner.export import export, push
 from holdfast.learner.general import General
 from holdfast.learner.harness import Harness, check_askable
 from holdfast.learner.keep import thin
-from holdfast.learner.known import ABOUT, TEST, read_about, read_task, write_task
+from holdfast.learner.known import read_about, write_task
 from holdfast.learner.learning import Learning
 from holdfast.learner.look import Look
-from holdfast.learner.ownership import (
-    FIXED,
-    began_new,
-    check_base,
-    check_learned_under,
-    claim,
-    rebuilt,
-    write_identity,
-)
+from holdfast.learner.ownership import FIXED, began_new, claim, rebuilt, write_identity
+from holdfast.learner.remember import rows_to_keep
+from holdfast.learner.restore import restore
 from holdfast.learner.skills import Skills, read_skills
+from holdfast.learner.state import LearnerState
+from holdfast.learner.testing import Testing
 from holdfast.models import (
     is_encoder_decoder,
     load_model,
-    load_weights,
-    quantisation_of,
     save_model,
     unwrapped,
 )
-from holdfast.models.adapters import check_saved_whole, is_adapted, recompress, stay_differentiable
+from holdfast.models.adapters import check_saved_whole, is_adapted, stay_differentiable
 from holdfast.models.base import Base, adapter_is_new, identity_of
 from holdfast.progress import Progress
 from holdfast.records import StageMetrics
-from holdfast.storage import write_json, write_tensors
-from holdfast.strategies import STRATEGIES, Context, Stage, build_strategy
+from holdfast.strategies import Context, Stage, Strategy, build_strategy
 from holdfast.tasks import Encoder, as_examples, as_questions, toy_tokenizer
-from holdfast.tasks.memory import MemoryOptions, Rehearsal, WritingOptions
+from holdfast.tasks.memory import Rehearsal
 from holdfast.tasks.opening import opening_of
-from holdfast.tasks.options import subsample
 from holdfast.tasks.task import Example, MetricName, Task
 from holdfast.training.beside import Beside
-from holdfast.training.loop import save_record, train
+from holdfast.training.loop import save_record
 from holdfast.training.soft_targets import SoftTargets
-from holdfast.training.verbs import Verbs
 
 
 class Learner:
@@ -142,58 +129,42 @@ class Learner:
             )
         self.tokenizer, self.progress = tokenizer, progress or Progress(quiet=True)
         self.encoder = Encoder(tokenizer, self.config.template, encoder_decoder=is_encoder_decoder(model))
-        self.strategy = build_strategy(self.config.strategy)
-        self.replay = None if self.config.replay is None else Rehearsal(self.config.replay)
-        self.tests: list[Task] = []  # the tasks learned by `task`, with the rows kept aside for testing them
-        self.digests: dict[str, str] = {}  # of the rows that these were learned from
-        self._encoded: dict[str, EncodedTask] = {}
-        self._longest: dict[str, int] = {}  # how long an answer to each may be, in tokens
-        self.look = Look(self)
-        self._broken, self._past = "", False
+        strategy = build_strategy(self.config.strategy)
+        replay = None if self.config.replay is None else Rehearsal(self.config.replay)
+        self._broken = ""
         self._temporary: Any = None
         self._homeless = folder is None
         stay_differentiable(model)
-        self.strategy.check(model)  # before anything is written
+        strategy.check(model)  # before anything is written
         check_saved_whole(unwrapped(model))
-        self._check_engine(model)
+        check_engine(model, strategy, replay)
         self._owns = not isinstance(folder, Folder)
         new = adapter_is_new(model)
         needed = self.config.model is not None or is_adapted(unwrapped(model))  # else the folder has it all
         self._identity = identity_of(model) if needed else None
         self.folder = self._open(folder, model, new)
         try:
-            self._begin(model, base_model, after, new)
+            self.state = self._state(model, strategy, replay, base_model, new)
+            strategy.prepare(self.state.context)
+            self.look, self.testing = Look(self.state), Testing(self.state)
+            self.general = General(self.state)
+            self.base_task = BaseTask(self.state, self.look)
+            self._past = restore(self.state, self.testing, self._identity, after)
+            self.base_task.restore()
+            self.base_task.check()
         except BaseException:
             self.close()  # or the next attempt in this process finds the folder in use
             raise
 
-    def _check_engine(self, model: Any) -> None:
-        engine = world.engine()
-        if engine is None:
-            return
-        if quantisation_of(model) is not None:
-            raise ConfigError(
-                f"Learner: the launcher chose {engine}, which cuts weights up, and this model's are "
-                "quantised. Use DDP (configs/accelerate/ddp.yaml), or the model's full weights."
-            )
-        rehearsal = self.replay or self.strategy.rehearsal
-        if rehearsal is not None and rehearsal.targets == "logits":
-            raise ConfigError(
-                f"Learner: the launcher chose {engine}, and `targets: logits` puts the weights from before a "
-                "task, which are whole ones, into a model in parts. Use `targets: text`, or DDP."
-            )
-        if not self.strategy.sharded:
-            works = ", ".join(name for name, method in STRATEGIES.items() if method.strategy.sharded)
-            raise ConfigError(
-                f"Learner: the launcher chose {engine}, under which a process has a part of each weight "
-                f"alone, and '{self.config.strategy.name}' needs whole ones. Allowed there: {works}; or DDP "
-                "(configs/accelerate/ddp.yaml)."
-            )
-
-    def _begin(
-        self, model: Any, base_model: Callable[[], Any] | None, after: int | None, new_adapter: bool
-    ) -> None:
-        self.context = Context(
+    def _state(
+        self,
+        model: Any,
+        strategy: Strategy,
+        replay: Rehearsal | None,
+        base_model: Callable[[], Any] | None,
+        new_adapter: bool,
+    ) -> LearnerState:
+        context = Context(
             model=model,
             tokenizer=self.tokenizer,
             encoder=self.encoder,
@@ -201,23 +172,22 @@ class Learner:
             progress=self.progress,
             folder=self.folder.path,
             base_model=base_model or self._base_model,
-            fit=self._fit_aside,
-            write=self._write,
+            fit=lambda *args, **kwargs: fit_aside(self.state, *args, **kwargs),
+            write=lambda task, options: rows_to_keep(self.state, task, options),
         )
-        by_adapter = (new_adapter or began_new(self.folder.path)) and not self.strategy.changes_base
-        self.base = Base(self.context.base_model, by_adapter)
-        self.strategy.prepare(self.context)
-        self.general = General(self)
-        self.learned: list[str] = []
-        self.base_task = BaseTask(self)
-        self._restore(after)
-        self.base_task.restore()
-        self.base_task.check()
+        by_adapter = (new_adapter or began_new(self.folder.path)) and not strategy.changes_base
+        base = Base(context.base_model, by_adapter)
+        return LearnerState(self.config, self.folder, context, strategy, replay, base)
 
     @property
     def model(self) -> Any:
         """The model as it stands now."""
-        return self.context.model
+        return self.state.model
+
+    @property
+    def learned(self) -> list[str]:
+        """The names of the tasks learned so far."""
+        return self.state.learned
 
     @classmethod
     def load(
@@ -280,71 +250,6 @@ class Learner:
         self._temporary = tempfile.TemporaryDirectory(prefix="holdfast-")
         return str(self._temporary.name)
 
-    def _restore(self, after: int | None) -> None:
-        parts = self.folder.parts(STAGES)
-        if after is not None:
-            if not 0 <= after <= len(parts):
-                raise ConfigError(
-                    f"Learner: after={after}, but in {self.folder.path} {len(parts)} tasks were learned; "
-                    f"allowed: 0 to {len(parts)}."
-                )
-            self._past = after < len(parts)
-            parts = parts[:after]
-        if not parts:
-            return
-        problem = self.folder.problem(parts[-1])
-        if problem is not None:
-            raise RunDirectoryError(
-                f"{self.folder.path / parts[-1]}: {problem}. Bring the folder back from a backup, or take "
-                f"this task back (`holdfast skills {self.folder.path} --undo`) and learn it again."
-            )
-        last = self.folder.path / parts[-1]
-        if self.folder.thinned(parts[-1]):
-            raise RunDirectoryError(
-                f"{last}: its weights are not kept (`keep: last` keeps those of the last two tasks), so the "
-                "learner can't be had as it was then."
-            )
-        if settings := read_about(last).get("settings"):
-            check_learned_under(self.config, self.folder.path, last, settings)
-        adapted = is_adapted(unwrapped(self.model)) and not self.strategy.changes_base
-        if remark := check_base(last, self._identity, self.config, adapted=adapted):
-            self.progress.say(remark)
-        try:
-            load_weights(self.model, last / "model")
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise ModelError(
-                f"{last / 'model'}: these weights don't fit this model ({error!s:.300}). Give "
-                "the model that the learner began with, or leave it to holdfast.Learner.load."
-            ) from error
-        file = last / "strategy.safetensors"
-        tensors = load_file(file) if file.exists() else {}
-        self.strategy.load_state_dict(tensors, json.loads((last / "strategy.json").read_text()))
-        if self.replay is not None:
-            self.replay.memory.load_state_dict(json.loads((last / "replay.json").read_text()))
-        for part in parts:
-            self._recall(part)
-        if not self._past:  # a kill may have come between a task's commit and this
-            thin(self.folder, STAGES, self.config.keep)
-
-    def _recall(self, name: str) -> None:
-        part = self.folder.path / name
-        known = [ABOUT, TEST] if any((part / file).exists() for file in (ABOUT, TEST)) else []
-        problem = self.folder.problem(name, ["metrics.json", *known])
-        if problem is not None:
-            raise RunDirectoryError(f"{part}: {problem}. Bring the folder back from a backup.")
-        try:
-            self.learned.append(StageMetrics.read(part / "metrics.json").stage)
-            kept = read_task(part)
-        except (OSError, ValueError, KeyError, TypeError, DataError) as error:
-            raise RunDirectoryError(
-                f"{part}: its files can't be read ({error}). Bring the folder back from a backup."
-            ) from error
-        if kept is not None:
-            about = read_about(part)
-            self.tests.append(kept)
-            self.digests[kept.name] = str(about.get("digest"))
-            self._longest[kept.name] = int(about.get("answer_tokens") or 0)
-
     @contextmanager
     def task(
         self,
@@ -391,20 +296,17 @@ class Learner:
         stage = Stage(name, (task,), len(self.learned), total)
         self._check_can_begin(stage)
         self.look([task])
-        asked = [known for known in (*self.tests, task) if known.test]
+        asked = [known for known in (*self.state.tests, task) if known.test]
         digest = self.digest(task)
         known = {"digest": digest, "training": self.config.training.model_dump(mode="json")}
         self._forget_another(stage, known)
-        if task.test:
-            self._encoded[name] = encode_task(task, self.encoder, self.config.evaluation)
-            self._longest[name] = self._encoded[name].max_new_tokens
-        answers = {"answer_tokens": self._longest.get(name, 0)}
+        answers = {"answer_tokens": self.testing.begin(task)}
         with self.stage(stage, asked) as learning:
             settings = {"settings": self.config.model_dump(mode="json", include=set(FIXED))}
             write_task(learning.folder, task, {**(about or {}), **known, **answers, **settings})
             yield learning
-        self.tests.append(Task(name, (), task.test, metric, task.options))
-        self.digests[name] = digest
+        self.state.tests.append(Task(name, (), task.test, metric, task.options))
+        self.state.digests[name] = digest
 
     @staticmethod
     def digest(task: Task) -> str:
@@ -436,67 +338,66 @@ class Learner:
                 self.base_task.end(stage.total)
             self._broken = ""
         stage, known_as = self.base_task.seen(stage), self.part(stage)
-        seconds: dict[str, float] = {}
+        state, seconds = self.state, dict[str, float]()
         with self._given_up_if_broken(), self.folder.part(known_as) as folder:
             self._broken = stage.name
-            self.context.folder = folder
-            started = time.perf_counter()
-            measured = self.config.evaluation.general
-            if measured:
-                self.general.begin(stage, folder)
-                seconds["general"] = time.perf_counter() - started
-            harness = Harness(self, folder)
+            state.context.folder = folder
+            general = self.general if self.config.evaluation.general else None
+            if general is not None:
+                with _timed(seconds, "general"):
+                    general.begin(stage, folder)
+            harness = Harness(state, folder)
             seconds |= harness.begin()
-            started = time.perf_counter()
-            self.strategy.begin(self.context, stage)
-            for task in stage.tasks if self.config.memory == "generated" else ():
-                opening_of(task.train, self.encoder, task.name)  # what can't be written isn't trained
-            examples = self.strategy.examples(self.context, stage)
-            if self.replay is not None:
-                examples = self.replay.mixed(examples, self.config.seed)
-            rehearsal = self.replay or self.strategy.rehearsal
-            beside = None if rehearsal is None else Beside.of(rehearsal, self.encoder, self.config.seed)
-            soft = SoftTargets.of(rehearsal, self.model, examples)
-            said = description or f"learn {stage.name}"
-            learning = Learning(
-                self.context, self.strategy, self.config, self.base, stage, examples, said, beside, soft
-            )
-            try:
-                yield learning
-            finally:
-                learning.release()
-                self.base.free()
-            if self.strategy.trains and not learning.trained:
-                raise ConfigError(
-                    f"task '{stage.name}': nothing was trained in its block. Call stage.train(), or the "
-                    "train() of stage.trainer(...), or in a loop of your own stage.attach(optimizer) first."
-                )
-            self.model.eval()
-            self.model.zero_grad(set_to_none=True)
-            save_record(learning.record, folder / "training.json")
-            seconds["train"] = learning.record.earlier + time.perf_counter() - started
-            started = time.perf_counter()
-            torch.manual_seed(learning.seed)  # a resumed training leaves the generator elsewhere
-            self.strategy.end(self.context, stage)
-            if self.replay is not None:
-                self.replay.learned(stage.tasks, self.config.seed, self._write)
-            seconds["prior"] = time.perf_counter() - started
-            started = time.perf_counter()
-            scores = self.evaluate(tested, folder, f"after {stage.name}")
-            seconds["evaluate"] = time.perf_counter() - started
-            general: dict[str, Any] = {}
-            if measured:
-                started = time.perf_counter()
-                general = self.general.measured(stage.tasks[-1].name)
-                seconds["general"] += time.perf_counter() - started
-            general |= harness.measured(seconds)
-            metrics = StageMetrics(stage=stage.name, scores=scores, seconds=seconds, **general)
+            with _timed(seconds, "train"):
+                learning = self._learning(stage, description)
+                try:
+                    yield learning
+                finally:
+                    learning.release()
+                    state.base.free()
+                if state.strategy.trains and not learning.trained:
+                    raise ConfigError(
+                        f"task '{stage.name}': nothing was trained in its block. Call stage.train(), or the "
+                        "train() of stage.trainer(...), or in a loop of your own stage.attach(optimizer) "
+                        "first."
+                    )
+                self.model.eval()
+                self.model.zero_grad(set_to_none=True)
+                save_record(learning.record, folder / "training.json")
+            seconds["train"] += learning.record.earlier
+            with _timed(seconds, "prior"):
+                torch.manual_seed(learning.seed)  # a resumed training leaves the generator elsewhere
+                state.strategy.end(state.context, stage)
+                if state.replay is not None:
+                    state.replay.learned(stage.tasks, self.config.seed, state.context.write)
+            with _timed(seconds, "evaluate"):
+                scores = self.testing.ask(tested, folder, f"after {stage.name}")
+            ability: dict[str, Any] = {}
+            if general is not None:
+                with _timed(seconds, "general"):
+                    ability = general.measured(stage.tasks[-1].name)
+            ability |= harness.measured(seconds)
+            metrics = StageMetrics(stage=stage.name, scores=scores, seconds=seconds, **ability)
             metrics.write(folder / "metrics.json")
             self._save_state(folder)
         self._broken = ""
         self.look.learned(stage.tasks)
         self.learned.append(stage.name)
         thin(self.folder, STAGES, self.config.keep)
+
+    def _learning(self, stage: Stage, description: str | None) -> Learning:
+        """The stage as it is trained: its rows, and what the strategy and the memory add to them."""
+        state, seed = self.state, self.config.seed
+        state.strategy.begin(state.context, stage)
+        for task in stage.tasks if self.config.memory == "generated" else ():
+            opening_of(task.train, self.encoder, task.name)  # what can't be written isn't trained
+        examples = state.strategy.examples(state.context, stage)
+        if state.replay is not None:
+            examples = state.replay.mixed(examples, seed)
+        rehearsal = state.replay or state.strategy.rehearsal
+        beside = None if rehearsal is None else Beside.of(rehearsal, self.encoder, seed)
+        soft = SoftTargets.of(rehearsal, self.model, examples)
+        return Learning(state, stage, examples, description or f"learn {stage.name}", beside, soft)
 
     @contextmanager
     def _given_up_if_broken(self) -> Iterator[None]:
@@ -533,7 +434,7 @@ class Learner:
             raise ConfigError(f"task '{BASE}': that is the base itself (protect_base). Give it another name.")
         if stage.name.endswith(PARTIAL):
             raise ConfigError(f"task '{stage.name}': a name can't end with {PARTIAL}. Give it another name.")
-        if stage.total is None and not self.strategy.open_ended:
+        if stage.total is None and not self.state.strategy.open_ended:
             raise ConfigError(
                 f"strategy: '{self.config.strategy.name}' with these options must know how many tasks there "
                 "will be. Give learner.task(..., total=n), or use `holdfast run` on a whole stream."
@@ -554,7 +455,7 @@ class Learner:
         task : str, optional
             Which task an input is of; only strategies that must be told (`needs_task_identity`) look at it.
         """
-        return self.strategy.route(self.model, task if self.strategy.needs_task_identity else None)
+        return self.state.route(task)
 
     def answer(
         self,
@@ -586,7 +487,7 @@ class Learner:
         """
         if isinstance(questions, str | Mapping):
             raise ConfigError("learner.answer: give a list of questions, of one too.")
-        known, told = list(self.learned), self.strategy.needs_task_identity and not base
+        known, told = list(self.learned), self.state.strategy.needs_task_identity and not base
         if (task is None and told and known) or (task is not None and task not in known):
             given = "no task" if task is None else f"the task '{task}'"
             raise ConfigError(
@@ -594,7 +495,7 @@ class Learner:
                 + (f" '{self.config.strategy.name}' must be told which one a question is of." if told else "")
             )
         asked = as_questions(questions)
-        whose = self.base.answering(self.model) if base else nullcontext(self.route(task))
+        whose = self.state.base.answering(self.model) if base else nullcontext(self.route(task))
         with self.progress.bar("answer", total=len(asked)) as bar, whose as model:
             return ask(
                 model,
@@ -634,43 +535,15 @@ class Learner:
         dict
             Task to score, 0 to 100.
         """
-        scores: dict[str, float] = {}
-        options = self.config.evaluation
-        with self.progress.bar(f"test {description}", total=sum(len(t.test) for t in tasks)) as bar:
-            done = 0
-            for task in tasks:
-                if task.name not in self._encoded:
-                    self._encoded[task.name] = encode_task(task, self.encoder, self._asking(task.name))
-                result = evaluate_encoded(
-                    self.route(task.name),
-                    self.tokenizer,
-                    self._encoded[task.name],
-                    batch_size=options.batch_size,
-                    progress=partial(_ahead, bar, done),
-                )
-                write_predictions(folder, task.name, result.predictions)
-                scores[task.name] = result.score
-                done += len(task.test)
-        return scores
-
-    def _asking(self, task: str) -> EvaluationOptions:
-        """How a task is asked: its answers may be as long now as they might be when it was learned."""
-        options = self.config.evaluation
-        if options.max_new_tokens is None and self._longest.get(task):
-            return options.model_copy(update={"max_new_tokens": self._longest[task]})
-        return options
+        return self.testing.ask(tasks, folder, description)
 
     def _save_state(self, folder: Path) -> None:
         if world.leads():  # a killed attempt may have left a part of it
             shutil.rmtree(folder / "model", ignore_errors=True)
         save_model(self.model, self.tokenizer, folder / "model")
-        tensors, values = self.strategy.state_dict()
-        if tensors:
-            write_tensors(folder / "strategy.safetensors", tensors)
-        write_json(folder / "strategy.json", values)
+        self.state.write_strategy(folder)
+        self.state.write_memory(folder)
         write_identity(folder, self._identity)
-        if self.replay is not None:
-            write_json(folder / "replay.json", self.replay.memory.state_dict())
 
     def save(self, folder: str | Path | None = None) -> Path:
         """Make sure that all that was learned is in a folder, and return it.
@@ -716,36 +589,7 @@ class Learner:
         RunDirectoryError
             The folder is not empty.
         """
-        return world.first(lambda: self._export(Path(folder).expanduser(), rank))
-
-    def _export(self, target: Path, rank: int | None, title: str | None = None) -> Path:
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise RunDirectoryError(f"{target}: not an empty folder. Choose a new or empty one.")
-        if rank is not None and (self.strategy.changes_base or not is_adapted(self.model)):
-            raise ConfigError(
-                f"export: got rank {rank}, but what answers here is a whole model and no adapter. Leave the "
-                "rank out."
-            )
-        target.mkdir(parents=True, exist_ok=True)
-        self.strategy.export(self.context, target)
-        if rank is not None:
-            try:
-                left = recompress(target, rank)
-            except ConfigError:
-                shutil.rmtree(target)
-                raise
-            self.progress.say(
-                f"{target}: rank {rank} holds {100 * left:.1f} % of the adapter's squared size."
-            )
-        if self.learned:
-            path = None if self.config.model is None else self.config.model.path
-            known = path if path is not None and not Path(path).expanduser().exists() else None
-            adapter = (target / "adapter_config.json").exists()
-            write_card(
-                target,
-                model_card(self.skills(), base_model=known, adapter=adapter, title=title or target.name),
-            )
-        return target
+        return world.first(lambda: export(self.state, Path(folder).expanduser(), rank))
 
     def push_to_hub(
         self,
@@ -781,7 +625,7 @@ class Learner:
             raise ConfigError("push_to_hub: nothing was learned yet, so there is nothing to upload.")
         with tempfile.TemporaryDirectory(prefix="holdfast-") as folder:
             title = repo_id.rpartition("/")[2]
-            exported = world.first(lambda: self._export(Path(folder) / "model", None, title))
+            exported = world.first(lambda: export(self.state, Path(folder) / "model", None, title))
             return push(exported, repo_id, private=private, token=token, message=message)
 
     def close(self) -> None:
@@ -807,65 +651,10 @@ class Learner:
         model = load_model(self.config.model, self.config.seed, toy_tokenizer)[0]
         return model if model.device == self.model.device else model.to(self.model.device)
 
-    def _write(self, task: Task, options: MemoryOptions) -> list[Example]:
-        """Rows that the model writes of a task it has just learned, kept as text in the stage's folder.
 
-        Those of the base it has written already, or were given. By surprise: those of the task's own that it
-        finds least likely now.
-        """
-        if task.name == BASE and self.config.protect_base is not None:
-            return list(subsample(task.train, options.written, self.config.seed, BASE, "memory"))
-        if options.sampling == "surprise":
-            with self.progress.bar(f"surprise of {task.name}", total=len(task.train)) as bar:
-                size = self.config.evaluation.batch_size
-                found = surprises(
-                    self.route(task.name), self.encoder, task.train, batch_size=size, progress=bar
-                )
-            return most_surprising(task.train, found, options.size(len(task.train)))
-        with self.progress.bar(f"write rows of {task.name}", total=options.written) as bar:
-            written = write_rows(
-                self.route(task.name),
-                self.encoder,
-                opening_of(task.train, self.encoder, task.name),
-                options.writing or WritingOptions(),
-                count=options.written,
-                seed=f"{self.config.seed} {task.name}",
-                known=task.train,
-                batch_size=self.config.evaluation.batch_size,
-                progress=bar,
-            )
-        written.save(self.context.folder)
-        self.progress.say(f"  memory of {task.name}: {written.said()}")
-        return written.rows
-
-    def _fit_aside(
-        self,
-        model: Any,
-        examples: Sequence[Example],
-        description: str,
-        verbs: Verbs | None = None,
-        epochs: float | None = None,
-    ) -> None:
-        options = self.config.training
-        if epochs is not None:
-            options = options.model_copy(update={"epochs": epochs, "max_steps": None})
-        folder = self.folder.path / "aside"  # not resumable by itself: its stage is redone as a whole
-        world.first(lambda: shutil.rmtree(folder, ignore_errors=True))
-        train(
-            model,
-            self.encoder.many(examples),
-            options,
-            tokenizer=self.tokenizer,
-            folder=folder / "checkpoints",
-            seed=self.config.seed,
-            verbs=verbs,
-            base=self.base,
-            progress=self.progress,
-            description=description,
-        )
-        world.first(lambda: shutil.rmtree(folder, ignore_errors=True))
-
-
-def _ahead(bar: Callable[[int], None], before: int, done: int, total: int) -> None:
-    """Rows asked of one task, on the bar of them all."""
-    bar(before + done)
+@contextmanager
+def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    """Add what the block takes to a part's seconds."""
+    started = time.perf_counter()
+    yield
+    seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - started

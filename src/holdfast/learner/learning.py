@@ -16,9 +16,9 @@ from holdfast.hold import Handle, tell_total_rate
 from holdfast.hold.cost import trained_numbers
 from holdfast.hold.drift import Drift
 from holdfast.learner.config import LearnerConfig
+from holdfast.learner.state import LearnerState
 from holdfast.models import is_encoder_decoder, unprepare, unwrapped
-from holdfast.models.base import Base
-from holdfast.strategies import STRATEGIES, Context, Stage, Strategy
+from holdfast.strategies import STRATEGIES, Context, Stage
 from holdfast.tasks.encode import Encoded, first_token
 from holdfast.tasks.task import Example
 from holdfast.training.beginning import warn_of_other_beginning
@@ -55,24 +55,22 @@ class Learning:
 
     def __init__(
         self,
-        context: Context,
-        strategy: Strategy,
-        config: LearnerConfig,
-        base: Base,
+        state: LearnerState,
         stage: Stage,
         examples: Sequence[Example],
         description: str,
         beside: Beside | None = None,
         soft_targets: SoftTargets | None = None,
     ) -> None:
-        self.context, self.strategy, self.config, self.base = context, strategy, config, base
-        self.stage, self.examples, self.folder = stage, list(examples), context.folder
-        self.record = TrainingRecord(trained=trained_numbers(context.model))
-        self.seed = config.seed * 1000 + stage.index + 1  # its own, so a resumed one draws the same
+        self.context, self.strategy = state.context, state.strategy
+        self.config, self.base = state.config, state.base
+        self.stage, self.examples, self.folder = stage, list(examples), state.context.folder
+        self.record = TrainingRecord(trained=trained_numbers(state.model))
+        self.seed = state.config.seed * 1000 + stage.index + 1  # its own, so a resumed one draws the same
         self.trained = False
-        self.options = _with_lm_weight(context, config, stage)
+        self.options = _with_lm_weight(state.context, state.config, stage)
         self.record.lm_weight = self.options.lm_weight or 0.0
-        self.prompt_loss = PromptLoss.of(self.options, context.tokenizer)
+        self.prompt_loss = PromptLoss.of(self.options, state.context.tokenizer)
         self._description, self._beside, self._soft_targets = description, beside, soft_targets
         self._handles: list[Handle] = []
         self._steps: list[Steps] = []

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from holdfast.errors import DataError
 from holdfast.evaluation.audit import audit
+from holdfast.learner.state import LearnerState
 from holdfast.tasks.options import also_trained
 from holdfast.tasks.task import Example, Task
-
-if TYPE_CHECKING:
-    from holdfast.learner.learner import Learner
 
 
 class Look:
@@ -19,11 +16,11 @@ class Look:
 
     Parameters
     ----------
-    learner : Learner
+    state : LearnerState
     """
 
-    def __init__(self, learner: Learner) -> None:
-        self.learner = learner
+    def __init__(self, state: LearnerState) -> None:
+        self.state = state
         self._seen: dict[int, tuple[Task, list[Example]]] = {}  # by identity, and their rows
 
     def __call__(self, tasks: Iterable[Task]) -> None:
@@ -40,7 +37,7 @@ class Look:
                 continue
             found = self.told(task)
             for remark in self._trained_on(task):
-                self.learner.progress.remark(remark)
+                self.state.context.progress.remark(remark)
             problems += found
             if not found:
                 self._seen[id(task)] = task, [*task.train, *task.test]
@@ -49,15 +46,15 @@ class Look:
 
     def told(self, task: Task) -> list[str]:
         """Tell what rows lose by being encoded; what is wrong with them is returned."""
-        learner = self.learner
-        with learner.progress.bar(f"read {task.name}", total=len(task.train)) as bar:
-            found = audit(task, learner.encoder, learner.model, learner.config.evaluation, bar)
+        context = self.state.context
+        with context.progress.bar(f"read {task.name}", total=len(task.train)) as bar:
+            found = audit(task, context.encoder, context.model, self.state.config.evaluation, bar)
         for remark in found.remarks:
-            learner.progress.remark(remark)
+            context.progress.remark(remark)
         return found.problems
 
     def _trained_on(self, task: Task) -> Iterable[str]:
-        for known in (*self.learner.tests, task):
+        for known in (*self.state.tests, task):
             if met := also_trained(known.test, task.train):
                 yield (
                     f"{known.name}: {met} of {len(known.test)} rows kept aside ask what is asked in the rows "
@@ -69,4 +66,4 @@ class Look:
         """Let go of the encoded rows of tasks, and of all others that aren't waited for."""
         for task in tasks:
             self._seen.pop(id(task), None)
-        self.learner.encoder.forget(but=(row for _, rows in self._seen.values() for row in rows))
+        self.state.context.encoder.forget(but=(row for _, rows in self._seen.values() for row in rows))

@@ -36,11 +36,11 @@ def harness_folder(folder: Path, options: HarnessOptions, progress: Progress) ->
         progress.say(f"{folder}: asking {', '.join(options.tasks)}: the base, then the model as it stands")
         base: Results | None = None
         try:
-            with learner.base.answering(learner.model) as model:
+            with learner.state.base.answering(learner.model) as model:
                 base = run_harness(model, learner.tokenizer, options)
         except ConfigError as error:
             progress.say(f"The base isn't asked: {error}")
-        learner.base.free()
+        learner.state.base.free()
         now = run_harness(learner.route(), learner.tokenizer, options)
         found = HarnessAnswers(
             base=base, now=now, learned=list(learner.learned), options=options.model_dump(mode="json")

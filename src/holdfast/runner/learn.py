@@ -106,7 +106,7 @@ def learn_data(
     usual = (usual_rate, usual_frame, usual_base, usual_rank)
     with stoppable(), _learner(skills, config, progress, *usual) as learner:
         if task.name in learner.learned:
-            if learner.digests.get(task.name) != learner.digest(task):
+            if learner.state.digests.get(task.name) != learner.digest(task):
                 raise ConfigError(
                     f"{skills}: a task '{task.name}' was learned already, from other rows or with another "
                     "metric. Give this one a name of its own with --name."

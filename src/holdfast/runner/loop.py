@@ -148,7 +148,7 @@ class _Run:
             self.config, self.stream.names, self.stages, self.names, self.directory.path
         )
         metrics["parameters"] = sum(p.numel() for p in learner.model.parameters())
-        metrics["knows_task"] = learner.strategy.needs_task_identity
+        metrics["knows_task"] = learner.state.strategy.needs_task_identity
         metrics["rehearses"] = self.config.rehearses
         metrics["memory"] = self.config.memory
         first = TrainingLog.read(self.directory.path / self.names[0] / "training.json")
