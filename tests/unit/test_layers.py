@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import importlib
 import sys
 from collections.abc import Iterator
@@ -89,6 +90,26 @@ def test_no_package_hides_a_module_behind_a_function_of_its_name() -> None:
         name = ".".join(["holdfast", *file.relative_to(ROOT).with_suffix("").parts])
         module = importlib.import_module(name)
         assert getattr(sys.modules[name.rpartition(".")[0]], file.stem) is module
+
+
+def imports_of(files: dict[str, Path]) -> dict[str, set[str]]:
+    """Each module and those that it imports, for its types alone too."""
+    found: dict[str, set[str]] = {}
+    for name, file in files.items():
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        taken = {(str(node.module), alias.name) for node in froms for alias in node.names}
+        named = {f"{module}.{one}" if f"{module}.{one}" in files else module for module, one in taken}
+        found[name] = (named & files.keys()) - {name}
+    return found
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    modules = {file: ".".join(["holdfast", *file.relative_to(ROOT).with_suffix("").parts]) for file in FILES}
+    files = {name.removesuffix(".__init__"): file for file, name in modules.items()}
+    graph = imports_of(files)
+    assert "holdfast.learner.state" in graph["holdfast.learner.learner"]
+    list(graphlib.TopologicalSorter(graph).static_order())  # a CycleError names the circle
 
 
 def test_no_strategy_inherits_from_another() -> None:
