@@ -16,7 +16,7 @@ from contexts import context_of, stage_of
 from holdfast.config import validate
 from holdfast.errors import ConfigError
 from holdfast.models import tiny_llama
-from holdfast.runner import RunConfig, run
+from holdfast.runner import RunConfig
 from holdfast.strategies.fapm import scores
 from lora_cases import STREAM, TOKENIZER, lora_model, strategy_of
 from small_network import backward, network, weights
@@ -69,11 +69,29 @@ def test_held_weights_are_bit_identical_and_a_tensor_without_gradient_is_left_ou
     assert moved == {"0.weight": 3, "0.bias": 1, "2.weight": 0, "2.bias": 0}
 
 
-def test_mofo_refuses_an_optimizer_without_a_first_moment(tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["sgd", "adafactor"])
+def test_mofo_without_adams_moment_is_refused_with_the_configuration(optimizer: str, tmp_path: Path) -> None:
     values = tiny_run(tmp_path / "run", strategy="mofo")
-    values["training"] |= {"optimizer": "sgd"}
-    with pytest.raises(ConfigError, match=r"SGD has none\. Set training\.optimizer: adamw"):
-        run(validate(RunConfig, values, "test"))
+    values["training"] |= {"optimizer": optimizer}
+    with pytest.raises(ConfigError, match=rf"`training\.optimizer: {optimizer}` .* use `optimizer: adamw`"):
+        validate(RunConfig, values, "test")
+
+
+def test_mofo_refuses_an_optimizer_of_ones_own_that_keeps_no_such_moment() -> None:
+    model = network()
+    with pytest.raises(ConfigError, match=r"which SGD doesn't keep as 'exp_avg'. Use torch's AdamW"):
+        strategy_of("mofo").attach(model, torch.optim.SGD(model.parameters(), lr=1.0))
+
+    class Packed(torch.optim.SGD):  # has betas, and its moments under another name
+        def __init__(self, parameters: Any) -> None:
+            super().__init__(parameters, lr=1.0)
+            self.defaults["betas"] = (0.9, 0.999)
+
+    optimizer = Packed(model.parameters())
+    strategy_of("mofo").attach(model, optimizer)
+    backward(model)
+    with pytest.raises(ConfigError, match="which Packed doesn't keep as 'exp_avg'"):
+        optimizer.step()
 
 
 # fapm

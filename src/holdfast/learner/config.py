@@ -99,6 +99,16 @@ class LearnerConfig(Options):
         return self
 
     @model_validator(mode="after")
+    def _its_optimizer(self) -> LearnerConfig:
+        wanted, given = STRATEGIES[self.strategy.name].strategy.optimizer, self.training.optimizer
+        if wanted is not None and given != wanted:
+            raise ValueError(
+                f"`training.optimizer: {given}` doesn't combine with `strategy: {self.strategy.name}`, which "
+                f"looks at the state of {wanted}; use `optimizer: {wanted}`"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _whole_samples(self) -> LearnerConfig:
         order = getattr(getattr(self.strategy, "sensitivity", None), "order", None)
         weight = self.training.lm_weight

@@ -57,6 +57,8 @@ class Strategy(Verbs):
         Its stages need not know how many there will be (`Stage.total`).
     changes_base : bool
         With an adapter: the weights under it change too, so without it the model is not what it was.
+    optimizer : str or None
+        The only ``training.optimizer`` that it works with, if it asks for one.
     rehearsal : Rehearsal or None
         The memory that `examples` mixes in, if it does: `holdfast check` counts its rows.
     """
@@ -75,6 +77,7 @@ class Strategy(Verbs):
     sharded: bool = False
     open_ended: bool = True
     changes_base: bool = False
+    optimizer: ClassVar[str | None] = None
 
     def __init__(self, options: Any) -> None:
         self.options = options

@@ -46,6 +46,7 @@ class Mofo(Strategy):
     paper = "Chen et al. 2024, arXiv 2407.20999"
     summary = "each step moves only the weights with the largest momentum of their tensor"
     Options = MofoOptions
+    optimizer = "adamw"
 
     def estimate(self, model: nn.Module, stream: TaskStream) -> Estimate:
         """The weights before each step."""
@@ -60,11 +61,12 @@ class Mofo(Strategy):
             The optimizer has no first moment.
         """
         inner = unwrap(optimizer)
+        lacking = ConfigError(
+            "strategy.name: 'mofo' filters by Adam's first moment, which "
+            f"{type(inner).__name__} doesn't keep as '{_FIRST}'. Use torch's AdamW (training.optimizer: adamw)."
+        )
         if "betas" not in inner.defaults:
-            raise ConfigError(
-                f"strategy.name: 'mofo' filters by Adam's first moment, and {type(inner).__name__} has none. "
-                "Set training.optimizer: adamw."
-            )
+            raise lacking
         before: list[tuple[nn.Parameter, torch.Tensor]] = []
 
         def keep() -> None:
@@ -73,6 +75,8 @@ class Mofo(Strategy):
 
         def put_back() -> None:
             for parameter, was in before:
+                if _FIRST not in inner.state[parameter]:  # Adam in 8 bits: its state shows after a step
+                    raise lacking
                 size = inner.state[parameter][_FIRST].abs()
                 parameter.copy_(torch.where(lowest(size, 1 - self.options.updated), was, parameter))
             before.clear()
