@@ -24,7 +24,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "lamol": {"writing": {"tries": 1}},
     "lfpt5": {"tokens": 4, "writing": {"tries": 1}},
     "kpig": {"memory": {"count": 4}},
-    "ssr": {"demonstrations": 4, "candidates": 8, "writing": {"tries": 1}},
+    "ssr": {"demonstrations": 4, "candidates": 8, "count": 8, "writing": {"tries": 1}},
     "sapt-lora": {"memory": {"count": 4}},
     "sapt-prompt": {"memory": {"count": 4}},
     "kif-m": {"memory": {"count": 4}},

@@ -75,6 +75,28 @@ def test_a_memory_by_surprise_has_to_ask() -> None:
         Memory(MemoryOptions(sampling="surprise")).add(task, 0)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        ({"name": "replay", "memory": "none"}, "without `general` leaves nothing to replay"),
+        ({"name": "replay", "memory": {"sampling": "none", "count": 5}}, "`count` doesn't apply to"),
+        ({"name": "replay", "memory": "none", "ratio": 0.5}, "`ratio: 0.5` is for replayed rows"),
+        ({"name": "replay", "memory": "none", "mixing": "batches"}, "`mixing: batches` is for replayed rows"),
+        ({"name": "kpig", "memory": "none"}, "leaves nothing to replay"),
+        ({"name": "sapt-lora", "memory": "none"}, "leaves nothing to replay"),
+        ({"name": "kif-m", "memory": "none"}, "leaves nothing to replay"),
+    ],
+)
+def test_a_memory_of_nothing_is_refused_where_rows_are_wanted(
+    strategy: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    general = {"file": str(tmp_path / "a.txt")}
+    given = {**strategy, "general": general} if len(strategy) > 2 else strategy
+    values = tiny_run(tmp_path / "run", strategy=given)
+    with pytest.raises(ConfigError, match=message):
+        validate(RunConfig, values, source="test")
+
+
 # beside each batch
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from contexts import context_of
+from holdfast.errors import ConfigError
 from holdfast.evaluation.writing import Written
 from holdfast.strategies.ssr import clustered, selected
 from holdfast.tasks.task import Example
@@ -80,3 +81,9 @@ def test_the_base_writes_behind_kept_demonstrations_and_the_latest_model_answers
     assert (len(examples), len(old)) == (16, 8)
     assert len({row.prompt for row in old}) == 4, "the chosen ones, each twice"
     assert not set(old) & set(kept)
+
+
+@pytest.mark.parametrize("wrong", [{"demonstrations": 2, "shots": 3}, {"candidates": 10, "count": 50}])
+def test_more_than_there_is_to_take_from_is_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=r"are taken from .* give at most as many"):
+        strategy_of("ssr", **wrong)

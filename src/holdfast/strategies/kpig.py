@@ -19,7 +19,7 @@ from holdfast.models import accepts, evaluating, is_encoder_decoder
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.protocol import Strategy, register
 from holdfast.tasks.encode import collate
-from holdfast.tasks.memory import Memory, MemoryOptions, Rehearsal, RehearsalOptions
+from holdfast.tasks.memory import Memory, MemoryOptions, Rehearsal, RehearsalOptions, RowsOptions
 from holdfast.tasks.opening import common_beginning
 from holdfast.tasks.task import Example, TaskStream
 from holdfast.training.verbs import model_inputs
@@ -31,7 +31,7 @@ class KpigOptions(Options):
     """What is kept, how it is chosen for replay, and how much a key part must matter."""
 
     name: Literal["kpig"] = "kpig"
-    memory: MemoryOptions = Field(default_factory=MemoryOptions)
+    memory: RowsOptions = Field(default_factory=MemoryOptions)
     ratio: float = Field(0.2, gt=0, lt=1, description="share of a later task's training rows that are old")
     temperature: float = Field(
         1.0, gt=0, description="nats a token: a row is replayed in proportion to exp(-gain / temperature)"

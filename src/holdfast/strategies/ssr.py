@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from holdfast.config import Options
@@ -53,6 +53,14 @@ class SsrOptions(Options):
         0.2, gt=0, lt=1, description="share of a later task's training rows that are written"
     )
     writing: SynthesisOptions = Field(default_factory=SynthesisOptions)
+
+    @model_validator(mode="after")
+    def _of_what_there_is(self) -> SsrOptions:
+        for few, of in (("shots", "demonstrations"), ("count", "candidates")):
+            if getattr(self, few) > getattr(self, of):
+                numbers = f"`{few}: {getattr(self, few)}` are taken from `{of}: {getattr(self, of)}`"
+                raise ValueError(f"{numbers}; give at most as many")
+        return self
 
 
 def clustered(features_MK: Tensor, clusters: int, seed: int, rounds: int = 50) -> tuple[Tensor, Tensor]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from holdfast.config import Options
 from holdfast.tasks.general import GeneralOptions, read_texts, with_texts
@@ -86,11 +86,23 @@ class MemoryOptions(Options):
             )
         if not self.generated and self.writing is not None:
             raise ValueError("`writing` applies to `sampling: generated` only")
+        for name in ("fraction", "count"):
+            if self.sampling == "none" and getattr(self, name) is not None:
+                raise ValueError(f"`{name}` doesn't apply to `sampling: none`, which keeps nothing")
         if self.fraction is not None and self.count is not None:
             raise ValueError("give one of `fraction` and `count`")
         if self.sampling == "reservoir" and self.count is None:
             raise ValueError("`sampling: reservoir` needs `count`, the size of the whole buffer")
         return self
+
+
+def _keeps_rows(options: MemoryOptions) -> MemoryOptions:
+    if options.sampling == "none":
+        raise ValueError("`sampling: none` leaves nothing to replay; take `balanced`, or leave `memory` out")
+    return options
+
+
+RowsOptions = Annotated[MemoryOptions, AfterValidator(_keeps_rows)]  # where there is no general text
 
 
 class RehearsalOptions(Options):
@@ -119,8 +131,16 @@ class RehearsalOptions(Options):
 
     @model_validator(mode="after")
     def _has_rows(self) -> RehearsalOptions:
-        if self.targets == "logits" and self.memory.sampling == "none":
-            raise ValueError("`targets: logits` is for replayed rows, and `sampling: none` keeps none")
+        if self.memory.sampling != "none":
+            return self
+        of_rows = {"targets": self.targets == "logits", "mixing": self.mixing == "batches",
+                   "ratio": self.ratio is not None}  # fmt: skip
+        for name, given in of_rows.items():
+            if given:
+                value = getattr(self, name)
+                raise ValueError(f"`{name}: {value}` is for replayed rows, and `sampling: none` keeps none")
+        if self.general is None:
+            raise ValueError("`sampling: none` without `general` leaves nothing to replay; give one of them")
         return self
 
     @property

@@ -17,7 +17,7 @@ from holdfast.importance.sample_squares import require_linear_maps
 from holdfast.importance.sensitivity import SensitivityOptions, sensitivity_options
 from holdfast.importance.skill_units import SkillUnit, lora_units, matrix_units
 from holdfast.names import is_lora
-from holdfast.tasks.memory import MemoryOptions, sizes_before
+from holdfast.tasks.memory import RowsOptions, sizes_before
 from holdfast.tasks.task import TaskStream
 
 Order = Annotated[SensitivityOptions, BeforeValidator(sensitivity_options)]
@@ -41,7 +41,7 @@ class KifOptions(Options):
         None, description="units: lora only. Fuse b and a each by themselves (default), or their product"
     )
     orthogonality: float = Field(0.0, ge=0, description="weight of eq. 5; needs LoRA")
-    memory: MemoryOptions | None = Field(None, description="replay these after each fusion (section V)")
+    memory: RowsOptions | None = Field(None, description="replay these after each fusion (section V)")
     replay_epochs: float | None = Field(None, gt=0, description="default: those of the training")
 
     @model_validator(mode="after")

@@ -10,7 +10,7 @@ from holdfast.hold.fusion import AdaptiveFusionOptions, FusionOptions
 from holdfast.importance.sensitivity import SensitivityOptions
 from holdfast.strategies.kif.options import KifOptions, Order
 from holdfast.strategies.protocol import preset
-from holdfast.tasks.memory import MemoryOptions
+from holdfast.tasks.memory import MemoryOptions, RowsOptions
 
 
 class KifLoraOptions(KifOptions):
@@ -26,14 +26,14 @@ class KifMOptions(KifOptions):
     """KIF with a memory of 2 %."""
 
     name: Literal["kif-m"] = "kif-m"  # type: ignore[assignment]
-    memory: MemoryOptions | None = Field(default_factory=MemoryOptions)
+    memory: RowsOptions | None = Field(default_factory=MemoryOptions)
 
 
 class KifLoraMOptions(KifLoraOptions):
     """KIFLoRA with a memory of 2 %."""
 
     name: Literal["kif-lora-m"] = "kif-lora-m"  # type: ignore[assignment]
-    memory: MemoryOptions | None = Field(default_factory=MemoryOptions)
+    memory: RowsOptions | None = Field(default_factory=MemoryOptions)
 
 
 preset(

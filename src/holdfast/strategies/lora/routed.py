@@ -185,7 +185,7 @@ class LoraOracleOptions(LoraRoutedOptions):
     """The same, and the task is told."""
 
     name: Literal["lora-oracle"] = "lora-oracle"  # type: ignore[assignment]
-    router: Literal["nearest-mean", "oracle"] = "oracle"
+    router: Literal["oracle"] = "oracle"
 
 
 preset(

@@ -16,7 +16,7 @@ from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.prompts.pool import query
 from holdfast.strategies.prompts.soft import question
 from holdfast.tasks.encode import collate_prompts
-from holdfast.tasks.memory import Memory, MemoryOptions
+from holdfast.tasks.memory import Memory, MemoryOptions, RowsOptions
 from holdfast.tasks.task import Example
 
 _ROWS = 32  # rows whose embeddings are looked up at once; no effect on anything
@@ -28,7 +28,7 @@ class AttentionOptions(Options):
     bottleneck: int = Field(100, ge=1, description="width of the network that makes the query")
     temperature: float = Field(1.0, gt=0, description="T of the attention's softmax")
     reflection: float = Field(1.0, ge=0, description="lambda, weight of the KL on rows of earlier tasks")
-    memory: MemoryOptions = Field(
+    memory: RowsOptions = Field(
         default_factory=MemoryOptions, description="rows of earlier tasks, kept or written by the model"
     )
 
