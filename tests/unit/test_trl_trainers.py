@@ -11,7 +11,7 @@ from datasets import Dataset
 
 import holdfast
 from holdfast.importance import ImportancePrior
-from holdfast.models import block_parameters
+from holdfast.models import LoraOptions, add_lora, block_parameters
 from holdfast.tasks import toy_tokenizer
 from tiny_models import tiny_model
 
@@ -54,21 +54,21 @@ def grpo(model: Any, folder: Path, callback: Any) -> Any:
     )
 
 
-def sdft(model: Any, folder: Path, callback: Any) -> Any:
+def sdft_of(folder: Path) -> dict[str, Any]:
     """Self-distillation (Shenfeld et al. 2026): the model sees the answer, and teaches itself without."""
-    from trl.experimental.sdft import SDFTConfig, SDFTTrainer
+    from trl.experimental.sdft import SDFTConfig
 
     few = {"per_device_train_batch_size": 2, "num_generations": 2, "max_completion_length": 6}
     # the usual teacher, the base, is loaded again by its name
     args = SDFTConfig(str(folder), teacher_model_kind="live", distillation_topk=8, **few, **COMMON)
     rows = [{"prompt": row["prompt"], "privileged_context": row["chosen"]} for row in PAIRS]
-    return SDFTTrainer(
-        model,
-        args=args,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=toy_tokenizer(),
-        callbacks=[callback],
-    )
+    return {"args": args, "train_dataset": Dataset.from_list(rows)}
+
+
+def sdft(model: Any, folder: Path, callback: Any) -> Any:
+    from trl.experimental.sdft import SDFTTrainer
+
+    return SDFTTrainer(model, processing_class=toy_tokenizer(), callbacks=[callback], **sdft_of(folder))
 
 
 @pytest.mark.parametrize("make", [dpo, sdft, pytest.param(grpo, marks=pytest.mark.slow)])
@@ -84,3 +84,29 @@ def test_what_is_held_fully_stays_bit_identical_and_the_rest_learns(make: Any, t
     moved = {name: (p.detach() != before[name]).flatten() for name, p in held.items()}
     assert not any(bool(m[m.numel() // 2 :].any()) for m in moved.values()), "the upper half is held"
     assert any(bool(m[: m.numel() // 2].any()) for m in moved.values()), "the lower half is free"
+
+
+def test_a_strategys_loss_and_hold_act_in_a_trainer_that_distils_itself(tmp_path: Path) -> None:
+    from trl.experimental.sdft import SDFTTrainer
+
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in PAIRS]
+    logged: dict[float, float] = {}
+    for strength in (0.0, 5.0):
+        model = add_lora(tiny_model("llama"), LoraOptions(r=2))
+        learner = holdfast.Learner(model, toy_tokenizer(), {"name": "c-lora", "strength": strength})
+        with learner, learner.task("may", rows, rows) as stage:
+            trainer = stage.trainer(SDFTTrainer, **sdft_of(tmp_path / str(strength)))
+            logged[strength] = trainer.train().training_loss
+            assert stage.record.steps == 2
+        assert learner.learned == ["may"]
+    assert logged[5.0] > logged[0.0] + 1, "the penalty is in the loss"
+    model = tiny_model("llama")
+    model.requires_grad_(True)
+    learner = holdfast.Learner(model, toy_tokenizer(), {"name": "mofo", "updated": 0.2})
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with learner, learner.task("may", rows, rows) as stage:
+        given = sdft_of(tmp_path / "mofo")
+        given["args"].max_steps = 1
+        stage.trainer(SDFTTrainer, **given).train()
+    shares = [float((p.detach() != before[n]).double().mean()) for n, p in model.named_parameters()]
+    assert 0 < max(shares) <= 0.25, "a fifth of each tensor has moved"

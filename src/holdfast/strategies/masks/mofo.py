@@ -62,8 +62,8 @@ class Mofo(Strategy):
         """
         inner = unwrap(optimizer)
         lacking = ConfigError(
-            "strategy.name: 'mofo' filters by Adam's first moment, which "
-            f"{type(inner).__name__} doesn't keep as '{_FIRST}'. Use torch's AdamW (training.optimizer: adamw)."
+            f"strategy.name: 'mofo' filters by Adam's first moment, which {type(inner).__name__} doesn't "
+            f"keep as '{_FIRST}'. Use torch's AdamW (training.optimizer: adamw)."
         )
         if "betas" not in inner.defaults:
             raise lacking
