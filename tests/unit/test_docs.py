@@ -264,6 +264,15 @@ def test_the_index_has_a_function_for_every_equation_that_is_built() -> None:
         assert claim in k
 
 
+def test_the_index_has_the_paper_of_every_strategy() -> None:
+    from holdfast.strategies import STRATEGIES
+
+    index = INDEX.read_text()
+    papers = {name: re.findall(r"\d{4}\.\d{5}", method.paper) for name, method in STRATEGIES.items()}
+    assert sum(map(len, papers.values())) > 25
+    assert [name for name, numbers in papers.items() if not all(n in index for n in numbers)] == []
+
+
 def equations(line: str) -> list[int]:
     """The numbers in a row's first cell: eq. 5; eqs. 16, 17; eqs. 10 to 12."""
     first = line.split("|")[1].split(",")[0] if "eq. " in line.split("|")[1] else line.split("|")[1]

@@ -21,7 +21,11 @@ def surprises(
     batch_size: int = 16,
     progress: Progress | None = None,
 ) -> list[float]:
-    """-log p of each row's answer, a token: nats (SuRe, Hazard et al. 2025, arXiv 2511.22367)."""
+    """-log p of each row's answer, a token: nats (SuRe, Hazard et al. 2025, arXiv 2511.22367).
+
+    SuRe ranks by the whole sequence, and averages a fast and a slow LoRA besides; here the answer alone
+    counts, asked once the task is learned, and nothing is averaged.
+    """
     model.eval()
     rows, found = encoder.many(examples), []
     for start in range(0, len(rows), batch_size):

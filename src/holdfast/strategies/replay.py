@@ -24,7 +24,9 @@ class Replay(Strategy):
     """Sequential training with a rehearsal memory; nothing else holds the weights.
 
     After each task the memory keeps 2 % of its rows (K, section VI: 2 % for its replay baselines), and of
-    what a later task trains on `ratio` are old rows, in random order. The share of old rows is ours: 0.2.
+    what a later task trains on `ratio` are old rows, in random order. The share of old rows is ours: 0.2. The
+    paper puts a batch of old rows beside each batch of new ones: `mixing: batches` with `ratio: 0.5`; of
+    its memories the reservoir is here (`sampling: reservoir`), the ring buffer of each class isn't.
     Any other rehearsal-free strategy is combined with the same memory by the run config's ``replay:``.
     """
 

@@ -67,7 +67,7 @@ def imbalance(importance_BN: Tensor, kind: int, types: int, delta: float) -> Ten
     """var(Z) / mean(Z)^2 over all entries of Z = I * Q, Q_bn the sum of expert n's shares over row b.
 
     I is 1 + delta for the experts of the row's kind and 1 - delta for the others; experts of a kind stand
-    side by side. The variance is that of a sample, as in the authors' code.
+    side by side. Variance (that of a sample) and the squared mean are those of the authors' code.
     """
     experts = importance_BN.shape[1]
     own_N = torch.arange(experts, device=importance_BN.device) // (experts // types) == kind
