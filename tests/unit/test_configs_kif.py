@@ -25,6 +25,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folders = {kind: tmp_path_factory.mktemp(kind) for kind in ("t5", "llama")}
     write_tiny_t5(folders["t5"], d_model=16, d_kv=4, d_ff=32, num_layers=1)
     tokenizer = toy_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>{% endif %}"
+    )
     tiny_llama(tokenizer, hidden=16, layers=1, heads=4).save_pretrained(folders["llama"])
     tokenizer.save_pretrained(folders["llama"])
     return folders
@@ -45,10 +49,10 @@ def benchmark(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
-def test_every_model_of_the_paper_has_a_config_for_both_benchmarks() -> None:
+def test_every_model_of_the_paper_and_as_has_a_config_for_both_benchmarks() -> None:
     assert {path.stem for path in CONFIGS} == {
         f"{model}_{benchmark}"
-        for model in ("t5_base", "t5_large", "t5_xl", "llama2_7b")
+        for model in ("t5_base", "t5_large", "t5_xl", "llama2_7b", "llama32_3b")
         for benchmark in ("long_sequence", "superni")
     }
 

@@ -34,7 +34,7 @@ def benchmark(folder: Path, order: str) -> Path:
         part = folder / task
         part.mkdir(parents=True)
         for split in ("train", "test"):
-            rows = [json.dumps({"prompt": f"{task} {i}", "completion": "yes"}) for i in range(2)]
+            rows = [json.dumps({"prompt": f"{task} {i}=", "completion": "yes"}) for i in range(2)]
             (part / f"{split}.jsonl").write_text("\n".join(rows))
     return folder
 
