@@ -185,6 +185,28 @@ def test_a_template_without_an_end_is_refused_before_training(t5: Path, tmp_path
     assert learner.learned == []
 
 
+@pytest.mark.parametrize("how", ["lamol", "lfpt5", "ssr", {"replay": REPLAY}])
+def test_a_later_task_that_cannot_be_written_is_found_before_the_first_is_trained(
+    how: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order, values = ["may", "june"], {"strategy": "sequential", **how} if isinstance(how, dict) else {}
+    prompts = {"may": [f"ask {word}=" for word in ("ab", "cd")], "june": ["ab", "cd"]}
+    for task in order:
+        (tmp_path / "data" / task).mkdir(parents=True)
+        rows = "".join(json.dumps({"prompt": p, "completion": "x"}) + "\n" for p in prompts[task])
+        for part in ("train", "test"):
+            (tmp_path / "data" / task / f"{part}.jsonl").write_text(rows)
+    tasks = {"source": "jsonl", "path": str(tmp_path / "data"), "order": order}
+    values = tiny_run(tmp_path / "run", tasks=tasks, **(values or {"strategy": how}))
+    config = validate(RunConfig, values, source="test")
+    (problem,) = check(config).problems
+    assert "task 'june'" in problem
+    assert "no ending in common" in problem
+    monkeypatch.setattr("holdfast.training.bridge.completion_loss", lambda *_, **__: pytest.fail("trained"))
+    with pytest.raises(DataError, match=r"'june': .* no ending in common"):
+        run(config)
+
+
 def test_check_counts_the_rows_that_will_be_written(t5: Path, tmp_path: Path) -> None:
     found = dict(check(config_of(tmp_path / "run", "llama", t5)).estimate)
     assert found["optimizer steps"] == "110 (40, 70 by stage)", "53 rows in the second"

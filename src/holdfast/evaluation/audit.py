@@ -21,6 +21,7 @@ from holdfast.evaluation.evaluate import (
 from holdfast.evaluation.scores import normalise
 from holdfast.models import context_length, is_encoder_decoder
 from holdfast.tasks.encode import Encoded, Encoder, Template
+from holdfast.tasks.opening import opening_of
 from holdfast.tasks.task import Example, Task
 
 
@@ -38,6 +39,7 @@ def audit(
     model: nn.Module,
     options: EvaluationOptions,
     progress: Callable[[int], None] | None = None,
+    written: bool = False,
 ) -> Audit:
     """Encode all of a task and see what is cut, what can't be answered, and what doesn't fit.
 
@@ -47,6 +49,8 @@ def audit(
         Of which only the configuration is looked at.
     progress : callable, optional
         Told now and then how many rows of a part are encoded.
+    written : bool
+        A model is to write more such rows later: it must be told where a prompt ends.
     """
     found = Audit()
     rows: list[Encoded] = []
@@ -62,6 +66,11 @@ def audit(
     except HoldfastError as error:
         found.problems.append(f"{task.name}: {error}")
         return found
+    if written:
+        try:
+            opening_of(task.train, encoder, task.name)
+        except HoldfastError as error:
+            found.problems.append(str(error))
     _cut(task, rows, encoder.template, found)
     _control_tokens(task, encoder, found)
     _tools(task, encoder, found)

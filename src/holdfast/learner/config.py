@@ -146,6 +146,11 @@ class LearnerConfig(Options):
         return _memory_of(self.strategy if self.replay is None else self.replay)
 
     @property
+    def writes(self) -> bool:
+        """Whether a model is to write rows of each task later."""
+        return self.memory == "generated" or STRATEGIES[self.strategy.name].strategy.in_context
+
+    @property
     def rehearses(self) -> bool:
         """Whether examples of earlier tasks are trained on again."""
         return self.memory == "kept"

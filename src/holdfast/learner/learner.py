@@ -50,7 +50,6 @@ from holdfast.records import StageMetrics
 from holdfast.strategies import Context, Stage, Strategy, build_strategy
 from holdfast.tasks import Encoder, as_examples, as_questions, toy_tokenizer
 from holdfast.tasks.memory import Rehearsal
-from holdfast.tasks.opening import opening_of
 from holdfast.tasks.task import Example, MetricName, Task
 from holdfast.training.beside import Beside
 from holdfast.training.loop import save_record
@@ -389,8 +388,6 @@ class Learner:
         """The stage as it is trained: its rows, and what the strategy and the memory add to them."""
         state, seed = self.state, self.config.seed
         state.strategy.begin(state.context, stage)
-        for task in stage.tasks if self.config.memory == "generated" else ():
-            opening_of(task.train, self.encoder, task.name)  # what can't be written isn't trained
         examples = state.strategy.examples(state.context, stage)
         if state.replay is not None:
             examples = state.replay.mixed(examples, seed)

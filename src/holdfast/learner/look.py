@@ -35,7 +35,7 @@ class Look:
         for task in tasks:
             if id(task) in self._seen:
                 continue
-            found = self.told(task)
+            found = self.told(task, self.state.config.writes)
             for remark in self._trained_on(task):
                 self.state.context.progress.remark(remark)
             problems += found
@@ -44,11 +44,11 @@ class Look:
         if problems:
             raise DataError("\n".join(problems))
 
-    def told(self, task: Task) -> list[str]:
-        """Tell what rows lose by being encoded; what is wrong with them is returned."""
+    def told(self, task: Task, written: bool = False) -> list[str]:
+        """Tell what rows lose by being encoded; what is wrong is returned (`written`: see `audit`)."""
         context = self.state.context
         with context.progress.bar(f"read {task.name}", total=len(task.train)) as bar:
-            found = audit(task, context.encoder, context.model, self.state.config.evaluation, bar)
+            found = audit(task, context.encoder, context.model, self.state.config.evaluation, bar, written)
         for remark in found.remarks:
             context.progress.remark(remark)
         return found.problems

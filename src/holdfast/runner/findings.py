@@ -110,7 +110,7 @@ def check(config: RunConfig, directory: bool = True) -> Findings:
             findings.problems.append(str(error))
     if stream is not None and tokenizer is not None:
         try:
-            _check_tasks(config, [*stream, *given], model, tokenizer, findings)
+            _check_tasks(config, stream.tasks, given, model, tokenizer, findings)
         except HoldfastError as error:
             findings.problems.append(str(error))
     if model is not None and config.training.trainer == "sft" and is_encoder_decoder(model):
@@ -140,10 +140,15 @@ def _check_output(config: RunConfig, findings: Findings) -> None:
 
 
 def _check_tasks(
-    config: RunConfig, tasks: Sequence[Task], model: Any, tokenizer: Any, findings: Findings
+    config: RunConfig,
+    tasks: Sequence[Task],
+    given: Sequence[Task],
+    model: Any,
+    tokenizer: Any,
+    findings: Findings,
 ) -> None:
     encoder = Encoder(tokenizer, config.template, encoder_decoder=is_encoder_decoder(model))
-    for task in tasks:
+    for task in (*tasks, *given):
         if task.read_as:
             findings.remarks.append(f"{task.name}: read as {task.read_as}.")
         if met := also_trained(task.test, task.train):
@@ -151,7 +156,8 @@ def _check_tasks(
                 f"{task.name}: {met} of {len(task.test)} test rows ask what is asked in its training rows; "
                 "of those the score tells what was seen."
             )
-        found = audit(task, encoder, model, config.evaluation)
+        written = config.writes and not any(task is each for each in given)
+        found = audit(task, encoder, model, config.evaluation, written=written)
         encoder.forget()
         findings.problems += found.problems
         findings.remarks += found.remarks

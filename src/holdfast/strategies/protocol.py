@@ -57,6 +57,8 @@ class Strategy(Verbs):
         Its stages need not know how many there will be (`Stage.total`).
     changes_base : bool
         With an adapter: the weights under it change too, so without it the model is not what it was.
+    in_context : bool
+        Rows of earlier tasks are written behind kept ones, by a model that has not learned to.
     optimizer : str or None
         The only ``training.optimizer`` that it works with, if it asks for one.
     rehearsal : Rehearsal or None
@@ -77,6 +79,7 @@ class Strategy(Verbs):
     sharded: bool = False
     open_ended: bool = True
     changes_base: bool = False
+    in_context: ClassVar[bool] = False
     optimizer: ClassVar[str | None] = None
 
     def __init__(self, options: Any) -> None:

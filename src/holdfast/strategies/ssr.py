@@ -133,6 +133,7 @@ class Ssr(Strategy):
     )
     Options = SsrOptions
     rehearsal_free = False
+    in_context = True
     state = "per task"
 
     def __init__(self, options: SsrOptions) -> None:
