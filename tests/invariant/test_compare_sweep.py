@@ -18,12 +18,14 @@ from typer.testing import CliRunner, Result
 from holdfast.cli import app
 from holdfast.errors import ConfigError, RunDirectoryError
 from holdfast.folder import lock
+from holdfast.models import tiny_llama
 from holdfast.progress import Progress
 from holdfast.records import Comparison, RunMetrics
 from holdfast.sweep.cells import Outcome
 from holdfast.sweep.choice import choose, count, in_order
 from holdfast.sweep.grid import Cell, load_grid
 from holdfast.sweep.loop import compare
+from holdfast.tasks import toy_tokenizer
 from kills import Killed, dying
 from tiny_runs import tiny_run
 
@@ -251,6 +253,35 @@ def test_a_changed_grid_in_the_same_folder_is_refused(chosen):
         ConfigError, match=r"1 problem; .*\n  .* and 1 more: .*training.epochs \(6.0 there, 1.0"
     ):
         sweep(file, "base.training.epochs=1")
+
+
+def test_a_sweep_whose_model_has_moved_trains_nothing_again_and_another_model_is_refused(
+    tmp_path, monkeypatch
+):
+    for seed, name in enumerate(("base", "other")):
+        toy_tokenizer().save_pretrained(tmp_path / name)
+        tiny_llama(toy_tokenizer(), seed, hidden=16, layers=1).save_pretrained(tmp_path / name)
+    file = grid_file(tmp_path, [PLAIN])
+
+    def at(name: str) -> Comparison:
+        return sweep(file, f"base.model={{path: {tmp_path / name}}}", "base.training.max_steps=2")
+
+    before = at("base")
+    (tmp_path / "base").rename(tmp_path / "moved")
+    module: Any = importlib.import_module("holdfast.learner.learner")
+    monkeypatch.setattr(module, "train", dying(module.train, 1, [0]))
+    assert found(at("moved")) == found(before)
+    assert f"path: {tmp_path / 'moved'}" in next((tmp_path / "out").rglob("config.yaml")).read_text()
+    with pytest.raises(ConfigError, match=r"model\.path \(.* the weights are others\)"):
+        at("other")
+
+
+def test_names_of_rows_are_shown_as_they_stand(tmp_path):
+    file = grid_file(tmp_path, [{**PLAIN, "name": "[/b] [red]x[/red] :one:"}])
+    result = holdfast_cli("compare", file, "base.training.max_steps=1")
+    assert result.exit_code == 0, result.output
+    for place in ("[1/1] {}, seed 0: AP", "│ {} │", "Δ from {}, paired"):
+        assert place.format("[/b] [red]x[/red] :one:") in result.output, result.output
 
 
 def test_a_second_sweep_in_one_folder_is_refused(chosen):

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.markup import escape
 
 from holdfast.errors import HoldfastError
 from holdfast.folder import lock
@@ -64,7 +63,7 @@ class _Sweep:
         self._refuse_problems()
         for outcome in self.outcomes.values():
             if outcome.status == "waiting" and outcome.reason:
-                self.progress.say(escape(outcome.reason))
+                self.progress.say(outcome.reason)
         write_text(self.output / "base.yaml", yaml.safe_dump(self.plan.grid.base, sort_keys=False))
         self._record()
         self.progress.show_above(lambda: live_table(self.results))
@@ -86,7 +85,7 @@ class _Sweep:
                 done, total = self._counts()
                 bar.show(done, total)
                 if outcome.ended:
-                    self.progress.say(escape(f"[{done}/{total}] {cell.name}: {outcome.sentence}"))
+                    self.progress.say(f"[{done}/{total}] {cell.name}: {outcome.sentence}")
 
             run_cells(self._next, self.plan.grid.jobs, self.output / "logs", self.progress, tell)
 
@@ -118,7 +117,7 @@ class _Sweep:
         seen: set[str] = set()
         with self.progress.bar("checking cells", total=len(cells)) as bar:
             for done, cell in enumerate(cells, start=1):
-                if different := RunDirectory.conflicts(cell.config):
+                if different := RunDirectory.hindrances(cell.config):
                     problem = f"there is a run with another configuration; different: {', '.join(different)}"
                     note(cell, [f"{problem}. Give the sweep another folder with output=DIR."])
                 _check_new(cell, seen, note)

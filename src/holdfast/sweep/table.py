@@ -15,7 +15,7 @@ def live_table(results: Comparison) -> Table:
     """A line a row and grid point: scores so far, differences from the reference, and how far it is."""
     reference = results.reference
     about = f"; Δ from {reference}, paired, with its 95 % interval" if reference else ""
-    table = Table(caption=f"percent, mean ± standard deviation{about}")
+    table = Table(caption=Text(f"percent, mean ± standard deviation{about}"))
     table.add_column("row", overflow="fold")
     for _, name in SHOWN:
         table.add_column(name, justify="right")
