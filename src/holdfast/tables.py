@@ -23,6 +23,9 @@ _LATEX = {
     "λ": r"$\lambda$",
     "–": "--",
     "·": r"$\cdot$",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
     "≤": r"$\le$",
     "\u00a0": "~",
 }
@@ -59,4 +62,5 @@ def latex_text(head: Cells, rows: Sequence[Cells], caption: str = "") -> str:
 
 def _line(cells: Cells) -> str:
     texts = (" ".join(str("" if cell is None else cell).split()) for cell in cells)
-    return " & ".join("".join(_LATEX.get(sign, sign) for sign in text) for text in texts) + r" \\"
+    line = " & ".join("".join(_LATEX.get(sign, sign) for sign in text) for text in texts) + r" \\"
+    return "{}" + line if line[0] in "[*" else line  # or the line break above would take it as its own

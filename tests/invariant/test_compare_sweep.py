@@ -25,6 +25,7 @@ from holdfast.sweep.cells import Outcome
 from holdfast.sweep.choice import choose, count, in_order
 from holdfast.sweep.grid import Cell, load_grid
 from holdfast.sweep.loop import compare
+from holdfast.sweep.results import collect, markdown
 from holdfast.tasks import toy_tokenizer
 from kills import Killed, dying
 from tiny_runs import tiny_run
@@ -282,6 +283,14 @@ def test_names_of_rows_are_shown_as_they_stand(tmp_path):
     assert result.exit_code == 0, result.output
     for place in ("[1/1] {}, seed 0: AP", "│ {} │", "Δ from {}, paired"):
         assert place.format("[/b] [red]x[/red] :one:") in result.output, result.output
+
+
+def test_names_of_rows_and_their_commands_are_no_markup_in_markdown(tmp_path):
+    file = grid_file(tmp_path, [{**PLAIN, "name": "*a* _b_ c_d <i> `e` | f"}])
+    plan = load_grid(file)
+    text = markdown(collect(plan, {cell.folder: Outcome("waiting") for cell in plan.cells}, {}))
+    assert r"| \*a\* \_b\_ c_d \<i\> \`e\` \| f | – |" in text
+    assert re.search(r"\| `` holdfast run .*label=.*<i> `e` \\\| f.* `` \|$", text, re.MULTILINE), text
 
 
 def test_a_second_sweep_in_one_folder_is_refused(chosen):

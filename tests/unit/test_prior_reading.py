@@ -152,3 +152,5 @@ def test_a_table_is_plain_numbers_in_csv_and_escaped_in_latex() -> None:
     ]
     assert csv_text(["n"], [["1,020"], [None]]) == 'n\n1020\n""\n'
     assert r"4.0 $\pm$ 1.0" in latex_text(["a"], [["4.0 ± 1.0"]])
+    for name, shown in (("[a]", "{}[a]"), ("*a", "{}*a"), ("a < b | c", r"a \textless{} b \textbar{} c")):
+        assert f"\n{shown} & 1 " in latex_text(["", "n"], [[name, "1"]])  # after a line break [a] is a length

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -150,14 +151,14 @@ def markdown(results: Comparison) -> str:
     heads = ["", *(name for _, name in SHOWN)]
     heads += [f"Δ {name}" for _, name in SHOWN] if results.reference else []
     heads += ["runs", "command"]
-    lines = [f"# Comparison: {Path(results.grid).name}", "", *_about(results), ""]
+    lines = [f"# Comparison: {_plain(Path(results.grid).name)}", "", *_about(results), ""]
     lines += [_line(heads), _line(["---", *["---:"] * (len(heads) - 2), "---"])]
     for row in results.rows:
         done = sum(run.status == "finished" for run in row.runs)
-        cells = [row.label, *(shown_score(row, key) for key, _ in SHOWN)]
+        cells = [_plain(row.label), *(shown_score(row, key) for key, _ in SHOWN)]
         if results.reference:
             cells += [shown_difference(row, key) for key, _ in SHOWN]
-        lines.append(_line([*cells, f"{done}/{len(row.runs)}", f"`{row.command}`"]))
+        lines.append(_line([*cells, f"{done}/{len(row.runs)}", _code(row.command)]))
     choice = results.choice
     if choice is not None and choice.rows:
         seeds = ", ".join(map(str, choice.seeds))
@@ -166,11 +167,11 @@ def markdown(results: Comparison) -> str:
         for chosen in choice.rows:
             for candidate in chosen.candidates:
                 mark = "chosen" if candidate.label == chosen.chosen else ""
-                lines.append(_line([candidate.label, number(candidate.value), mark]))
+                lines.append(_line([_plain(candidate.label), number(candidate.value), mark]))
     if results.failed or results.without_point:
         lines += ["", "## Failed", ""]
-        lines += [f"* {item.cell}: {item.reason}" for item in results.failed]
-        lines += [f"* {name}: no grid point could be chosen" for name in results.without_point]
+        lines += [f"* {_plain(item.cell)}: {_plain(item.reason)}" for item in results.failed]
+        lines += [f"* {_plain(name)}: no grid point could be chosen" for name in results.without_point]
     return "\n".join(lines) + "\n"
 
 
@@ -211,15 +212,15 @@ def table(results: Comparison, *, plain: bool = False) -> tuple[list[str], list[
 def _about(results: Comparison) -> list[str]:
     seeds = ", ".join(map(str, results.seeds))
     orders = "; ".join(
-        f"{name}: {order if isinstance(order, str) else ' → '.join(order)}"
+        _plain(f"{name}: {order if isinstance(order, str) else ' → '.join(order)}")
         for name, order in results.orders.items()
     )
     over = f"seeds {seeds}{f' and orders ({orders})' if orders else ''}"
     about = [f"Percent, mean ± standard deviation over {over}."]
     if results.reference:
         about.append(
-            f"Δ: mean difference from **{results.reference}** with the same seed and order, and its 95 % "
-            "bootstrap interval (percentile, 10,000 resamples)."
+            f"Δ: mean difference from **{_plain(results.reference)}** with the same seed and order, and its "
+            "95 % bootstrap interval (percentile, 10,000 resamples)."
         )
     if not results.finished:
         about.append("**The sweep is not complete**: run the same command again.")
@@ -238,4 +239,17 @@ def shown_difference(row: ComparisonRow, key: str) -> str:
 
 
 def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(cells) + " |"
+
+
+def _plain(text: str) -> str:
+    """A text with nothing in it that Markdown would read as its own, within a line."""
+    escaped = re.sub(r"[\\`*<>\[\]|~&]|\b_|_\b", r"\\\g<0>", text)  # snake_case is nothing to it
+    return " ".join(escaped.split())
+
+
+def _code(text: str) -> str:
+    """A command as code, with a fence longer than any run of backticks in it."""
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    blank = " " if len(fence) > 1 else ""
+    return f"{fence}{blank}{text}{blank}{fence}".replace("|", "\\|")
