@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from holdfast.attribution import AttributionOptions
-from holdfast.errors import ConfigError
+from holdfast.config import Section, validate
+from holdfast.errors import ConfigError, DataError
+from holdfast.evaluation.audit import audit
+from holdfast.evaluation.evaluate import EvaluationOptions
 from holdfast.importance import ImportancePrior, chosen_importance, compute_prior
 from holdfast.importance.beside import as_beside, left_to_rate
 from holdfast.importance.explanation import Explanation, explain_answer
 from holdfast.models import is_encoder_decoder
 from holdfast.progress import Progress
 from holdfast.tasks.encode import Encoder, Template
-from holdfast.tasks.rows import as_examples
-from holdfast.tasks.task import Example
+from holdfast.tasks.problems import Problems
+from holdfast.tasks.rows import as_examples, to_example
+from holdfast.tasks.task import Example, Task
 
 
 def explain(
@@ -56,14 +61,15 @@ def explain(
     HoldfastError
         Prompt or answer is empty, or an operation of the model has no rule.
     """
-    frame = template if isinstance(template, Template) else Template(**(template or {}))
-    encoder = Encoder(tokenizer, frame, encoder_decoder=is_encoder_decoder(model))
-    chosen = options if isinstance(options, AttributionOptions) else AttributionOptions(**(options or {}))
-    asked = prompt if isinstance(prompt, str) else tuple(prompt)
-    found = explain_answer(model, encoder, Example(asked, answer), chosen)
-    if instead_of is None:
-        return found
-    return found.instead_of(explain_answer(model, encoder, Example(asked, instead_of), chosen))
+    chosen = _section(AttributionOptions, options, "explain: options")
+    answers = [answer] if instead_of is None else [answer, instead_of]
+    problems = Problems()
+    examples = [to_example({"prompt": prompt, "completion": a}, "explain", problems) for a in answers]
+    problems.raise_if_any()
+    task = Task("explain", [example for example in examples if example is not None], ())
+    encoder = _encoder(model, tokenizer, template, task, "explain", warnings.warn)
+    found = [explain_answer(model, encoder, example, chosen) for example in task.train]
+    return found[0] if instead_of is None else found[0].instead_of(found[1])
 
 
 def attribute(
@@ -114,11 +120,11 @@ def attribute(
             f"attribute: importance '{chosen.name}' rates nothing that `beside` leaves out; there is no need "
             "for a second prior."
         )
-    frame = template if isinstance(template, Template) else Template(**(template or {}))
-    encoder = Encoder(tokenizer, frame, encoder_decoder=is_encoder_decoder(model))
-    rows = encoder.many(as_examples(dataset))
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    with Progress(quiet=not progress) as bars, bars.bar("importance", total=len(rows)) as bar:
+    data = Task(task or "data", as_examples(dataset), ())
+    with Progress(quiet=not progress) as bars, bars.bar("importance", total=len(data.train)) as bar:
+        encoder = _encoder(model, tokenizer, template, data, "attribute", bars.remark)
+        rows = encoder.many(data.train)
         prior = compute_prior(
             model,
             rows,
@@ -130,3 +136,26 @@ def attribute(
             progress=bar,
         )
     return prior if beside is None else as_beside(prior)
+
+
+def _encoder(
+    model: nn.Module,
+    tokenizer: Any,
+    template: Template | Mapping[str, Any] | None,
+    task: Task,
+    caller: str,
+    tell: Callable[[str], None],
+) -> Encoder:
+    """The encoder of a task's rows, once what they lose by it is told and it is sure that they fit."""
+    frame = _section(Template, template, f"{caller}: template")
+    encoder = Encoder(tokenizer, frame, encoder_decoder=is_encoder_decoder(model))
+    found = audit(task, encoder, model, EvaluationOptions())
+    for remark in found.remarks:
+        tell(remark)
+    if found.problems:
+        raise DataError("\n".join(found.problems))
+    return encoder
+
+
+def _section(kind: type[Section], given: Section | Mapping[str, Any] | None, source: str) -> Section:
+    return given if isinstance(given, kind) else validate(kind, dict(given or {}), source)

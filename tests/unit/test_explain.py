@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import chdir, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import holdfast
 from holdfast.attribution import AttributionOptions, attribute_batches
-from holdfast.errors import ConfigError, DataError
+from holdfast.cli import app
+from holdfast.errors import ConfigError, ConservationError, DataError
 from holdfast.tasks import Encoder, Example, Template, toy_tokenizer
 from tiny_models import tiny_model
 
@@ -96,3 +99,59 @@ def test_a_reader_sees_each_token_with_its_number_and_no_markup_of_theirs(tmp_pa
 def test_an_answer_without_tokens_is_told() -> None:
     with pytest.raises(DataError, match="empty completion"):
         holdfast.explain(tiny_model("llama"), TOKENIZER, "a", " ")
+
+
+def test_what_is_cut_is_told_and_what_is_wrong_is_named() -> None:
+    model = tiny_model("llama")
+    with pytest.warns(UserWarning, match=r"1 of 1 prompts are longer .*max_prompt_tokens \(4\); their first"):
+        found = holdfast.explain(model, TOKENIZER, "copy ab=", "ab", template={"max_prompt_tokens": 4})
+    assert found.asked == 5
+    with pytest.warns(UserWarning, match="1 completions are longer than template.max_completion_tokens = 3"):
+        holdfast.explain(model, TOKENIZER, "a", "abcd", template={"max_completion_tokens": 3})
+    with pytest.warns(UserWarning, match="control tokens in their text, such as '</s>'"):
+        holdfast.explain(model, TOKENIZER, "a", "b</s>")
+    wrong: Any = None
+    with pytest.raises(DataError, match="explain: 'completion' must be a text, got nothing"):
+        holdfast.explain(model, TOKENIZER, "a", wrong)
+    with pytest.raises(ConfigError, match=r"template: 1 problem.*\n.*Did you mean 'max_prompt_tokens'"):
+        holdfast.explain(model, TOKENIZER, "a", "b", template={"max_promt_tokens": 4})
+    with pytest.raises(ConfigError, match=r"options: 1 problem.*\n.*Did you mean 'paper'"):
+        holdfast.explain(model, TOKENIZER, "a", "b", options={"rules": "papr"})
+    with pytest.raises(DataError, match=r"longest row .* 130 tokens, the model takes 128; lower template"):
+        holdfast.explain(tiny_model("gpt2"), TOKENIZER, "a" * 127, "b")
+
+
+def test_rows_that_lose_something_or_do_not_fit_are_told_before_they_are_attributed(tmp_path: Path) -> None:
+    def attribute(kind: str, prompt: str, **template: int) -> None:
+        rows = [{"prompt": prompt, "completion": "b"}]
+        holdfast.attribute(tiny_model(kind), TOKENIZER, rows, template=template, progress=False)
+
+    with pytest.warns(UserWarning, match=r"data: 1 of 1 prompts are longer than template.max_prompt_tokens"):
+        attribute("llama", "abcd", max_prompt_tokens=2)
+    with pytest.raises(DataError, match=r"longest row .* 130 tokens, the model takes 128; lower template"):
+        attribute("gpt2", "a" * 127)
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "abcd", "completion": "b"}\n' * 2)
+    words = ["attribute", "--model", "model", "--data", "rows.jsonl", "--out", "prior"]
+    with chdir(tmp_path):
+        result = CliRunner().invoke(app, [*words, "--set", "template.max_prompt_tokens=2"])
+    assert result.exit_code == 0, result.output
+    assert "rows: 2 of 2 prompts are longer than template.max_prompt_tokens (2)" in result.output
+
+
+def test_of_a_model_that_nothing_of_is_trained_every_weight_is_explained() -> None:
+    model = tiny_model("llama")
+    trained = holdfast.explain(model, TOKENIZER, "copy ab=", "ab").weights
+    frozen = holdfast.explain(model.requires_grad_(False), TOKENIZER, "copy ab=", "ab").weights
+    assert list(frozen) == list(trained)
+    assert all(torch.equal(frozen[name], trained[name]) for name in trained)
+
+
+@pytest.mark.parametrize(("rules", "said"), [("attnlrp", "several percent"), ("paper", r"correlation 0\.44")])
+def test_relevance_in_16_bits_is_told_to_be_coarse(rules: str, said: str) -> None:
+    lost = suppress(ConservationError)  # which is said after
+    with pytest.warns(UserWarning, match=f"in bfloat16, where .*{said}"), lost:
+        holdfast.explain(
+            tiny_model("llama").bfloat16(), TOKENIZER, "copy ab=", "ab", options={"rules": rules}
+        )

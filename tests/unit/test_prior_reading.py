@@ -53,6 +53,10 @@ def test_the_most_important_weights_and_blocks() -> None:
     moments = ImportancePrior({A: torch.tensor([[2.0, 9.0], [9.0, 4.0]])}, {"kind": "inputs"})
     assert [(t.index, t.value) for t in moments.top(2)] == [((1,), 4.0), ((0,), 2.0)]
     assert moments.by_layer() == {"0": 3.0}
+    places = ("shared.", "decoder.block.0.q.", "encoder.block.10.q.", "encoder.block.9.q.", "encoder.norm.")
+    deep = ImportancePrior({f"{place}weight": torch.ones(2) for place in places})
+    blocks = ["encoder 9", "encoder 10", "decoder 0"]
+    assert list(deep.by_layer()) == [*blocks, "encoder.norm.weight", "shared.weight"], "from the input up"
     with pytest.raises(ConfigError, match="at least 1"):
         PRIOR.top(0)
 

@@ -42,7 +42,7 @@ def attribute_batches(
     """Attribute the model's answers to its weights, and fold the per-sample maps (A, section 4.1).
 
     The model is left bit-identical: weights, gradients, flags, hooks and the random state don't change.
-    Warns where it is in 16 bits, which is too few to order the weights by their relevance.
+    Warns where it is in 16 bits: relevance is rounded on the way back.
 
     Parameters
     ----------
@@ -86,7 +86,7 @@ def attribute_batches(
         The model is cut up over processes (FSDP2, ZeRO-3).
     """
     chosen = options or AttributionOptions()
-    _warn_of_sixteen_bits(unwrapped(model))
+    _warn_of_sixteen_bits(unwrapped(model), chosen)
     job = Job(
         chosen.rules,
         chosen.halves,
@@ -126,6 +126,7 @@ def attribute_one(
         As there.
     """
     model, chosen = unwrapped(model), options or AttributionOptions()
+    _warn_of_sixteen_bits(model, chosen)
     job = Job(chosen.rules, chosen.halves, chosen.target, chosen.of, pad_id, "left", 1, False, 1)
     wanted = dict(block_parameters(model) if parameters is None else parameters)
     report = AttributionReport(samples_seen=1, samples_used=1)
@@ -135,14 +136,19 @@ def attribute_one(
     return ledger, tokens, report
 
 
-def _warn_of_sixteen_bits(model: nn.Module) -> None:
+def _warn_of_sixteen_bits(model: nn.Module, options: AttributionOptions) -> None:
     dtype = next(model.parameters()).dtype
     if dtype in (torch.bfloat16, torch.float16):
         name = str(dtype).removeprefix("torch.")
+        what = "relevance is rounded on the way back: one token's or weight's may be off by several percent"
+        if options.rules == "paper":
+            what = (
+                "with `rules: paper` rounding on the way back is as large as the relevance of most weights: "
+                "in some tensors their order is hardly that of float64 (rank correlation 0.44)"
+            )
         warnings.warn(
-            f"attribution: the model is in {name}, where rounding on the way back is as large as the "
-            "relevance of most weights: in some tensors their order is hardly that of float64 (rank "
-            "correlation 0.44). Load it in float32 to rate its weights; it may be trained in 16 bits.",
+            f"attribution: the model is in {name}, where {what}. Load it in float32 to rate its weights; it "
+            "may be trained in 16 bits.",
             stacklevel=3,
         )
 

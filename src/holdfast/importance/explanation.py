@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from holdfast.attribution import AttributionOptions, attribute_one
 from holdfast.errors import ConfigError
 from holdfast.importance.prior import ImportancePrior
+from holdfast.models import block_parameters
 from holdfast.storage import write_text
 from holdfast.tasks.encode import Encoder
 from holdfast.tasks.task import Example
@@ -49,7 +50,8 @@ class Explanation:
     target : float
         The sum of the answer's logits, which is what is explained.
     weights : ImportancePrior
-        The relevance of each weight, signed; ``weights.top(20)``, ``weights.by_layer()``.
+        The relevance of each weight of the linear maps in the transformer blocks, signed: of those that are
+        trained (a LoRA's factors), or of all where nothing is. ``weights.top(20)``, ``weights.by_layer()``.
     conservation_error : float
         |sum of what was found - target| / |target|.
     elsewhere : dict
@@ -153,7 +155,11 @@ def explain_answer(
     tokenizer: Any = encoder.tokenizer
     row, fold = encoder(example), _Relevance()
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    ledger, shares, report = attribute_one(model, row, options=options, fold=fold, pad_id=pad_id)
+    rated = block_parameters(model) or block_parameters(model, trainable_only=False)
+    floats = {name: p for name, p in rated.items() if p.is_floating_point()}  # others are packed bits
+    ledger, shares, report = attribute_one(
+        model, row, options=options, fold=fold, parameters=floats, pad_id=pad_id
+    )
     relevance = torch.cat(shares)
     ids = row.prompt_ids + row.completion_ids
     # a causal model reads the last token too, but nothing that it answers depends on it

@@ -126,9 +126,9 @@ class ImportancePrior:
         return largest(self.tensors, self.kind == "inputs", n)
 
     def by_layer(self) -> dict[str, float]:
-        """Mean importance of each transformer block (``"3"``, ``"decoder 3"``), in order.
+        """Mean importance of each transformer block (``"3"``, ``"decoder 3"``), from the input up.
 
-        Tensors outside of the blocks stand by their own names. Of the kind ``inputs`` it is the mean of the
+        Tensors outside of the blocks follow by their own names. Of the kind ``inputs`` it is the mean of the
         eigenvalues.
         """
         return block_means(self.tensors, self.kind == "inputs")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from holdfast.errors import ConfigError
 from holdfast.importance.moments import diagonal, shape_of
-from holdfast.names import block_of
+from holdfast.names import block_of, order_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,14 +63,18 @@ def largest(tensors: Mapping[str, Tensor], inputs: bool, count: int) -> list[Top
 
 
 def block_means(tensors: Mapping[str, Tensor], inputs: bool) -> dict[str, float]:
-    """Mean value of each transformer block, in order; what stands outside of one is by its own name."""
+    """Mean value of each transformer block from the input up; then what stands outside, by its own name."""
     sums: dict[str, tuple[float, int]] = {}
+    places: dict[str, tuple[Any, ...]] = {}
     for name, tensor in tensors.items():
         values = values_of(tensor, inputs)
+        block = block_of(name)
         key = block_name(name) or name
+        places[key] = (1, name) if block is None else (0, *order_of(block))
         total, count = sums.get(key, (0.0, 0))
         sums[key] = (total + float(values.sum(dtype=torch.float64)), count + values.numel())
-    return {key: total / count for key, (total, count) in sums.items()}
+    ordered = sorted(sums, key=places.__getitem__)
+    return {key: sums[key][0] / sums[key][1] for key in ordered}
 
 
 def table(tensors: Mapping[str, Tensor], inputs: bool) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from pydantic import Field
 
 from holdfast.config import MAX_SEED, Options, override, validate
 from holdfast.errors import ConfigError, DataError
+from holdfast.evaluation.audit import audit
 from holdfast.evaluation.evaluate import EvaluationOptions
 from holdfast.folder import CONFIG
 from holdfast.importance import ImportanceOptions, ImportancePrior, compute_prior
@@ -94,6 +96,11 @@ def attribute_to_folder(
         )
     loaded, tokenizer = load_model(config.model, seed, toy_tokenizer)
     encoder = Encoder(tokenizer, config.template, encoder_decoder=is_encoder_decoder(loaded))
+    found = audit(task if faithfulness else replace(task, test=()), encoder, loaded, config.evaluation)
+    for remark in found.remarks:
+        progress.say(remark)
+    if found.problems:
+        raise DataError("\n".join(found.problems))
     rows = encoder.many(task.train)
     partial = Partial(out / "partial", progress.say)
     with progress.bar(f"importance of {task.name}", total=len(rows)) as bar:
