@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import WordPiece
+from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import holdfast
@@ -155,3 +158,13 @@ def test_relevance_in_16_bits_is_told_to_be_coarse(rules: str, said: str) -> Non
         holdfast.explain(
             tiny_model("llama").bfloat16(), TOKENIZER, "copy ab=", "ab", options={"rules": rules}
         )
+
+
+def test_tokens_are_shown_with_the_blanks_that_they_stand_for() -> None:
+    vocabulary = {token: number for number, token in enumerate(["<s>", "</s>", "▁the", "▁cat", "s", "▁sat"])}
+    words = Tokenizer(WordPiece(vocabulary, unk_token="</s>", continuing_subword_prefix=""))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>")
+    assert tokenizer.decode([3]) == "cat", "alone it has lost its blank"
+    found = holdfast.explain(tiny_model("llama"), tokenizer, "the cats", "sat")
+    assert found.tokens == ["<s>", " the", " cat", "s", " sat"]

@@ -133,6 +133,14 @@ def test_priors_are_shown_merged_and_compared_by_command(tmp_path: Path) -> None
     assert "give at least two" in result.output
 
 
+def test_what_is_wrong_with_a_bare_file_is_said_of_that_file(tmp_path: Path) -> None:
+    save_file({A: torch.tensor([[float("nan")]])}, tmp_path / "odd.safetensors")
+    with pytest.raises(DataError, match=r"odd\.safetensors: .*NaN or infinite values in model\.layers\.0"):
+        ImportancePrior.load(tmp_path / "odd.safetensors")
+    with pytest.raises(DataError, match=r"there is no '.*none\.safetensors'"):
+        ImportancePrior.load(tmp_path / "none.safetensors")
+
+
 def test_the_version_and_what_can_be_named_are_told() -> None:
     assert invoke("--version") == f"holdfast {holdfast.__version__}\n"
     for what, word in (("metrics", "perplexity"), ("mechanisms", "anchor"), ("controls", "permuted")):

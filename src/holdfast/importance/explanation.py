@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -163,11 +164,10 @@ def explain_answer(
     relevance = torch.cat(shares)
     ids = row.prompt_ids + row.completion_ids
     # a causal model reads the last token too, but nothing that it answers depends on it
-    texts = [str(tokenizer.decode([token])) for token in ids]
     if encoder.encoder_decoder:
-        texts = [*texts[: len(row.prompt_ids)], "", *texts[len(row.prompt_ids) : -1]]
+        texts = [*_texts(tokenizer, row.prompt_ids), "", *_texts(tokenizer, row.completion_ids)[:-1]]
     else:
-        texts, relevance = texts[:-1], relevance[: len(ids) - 1]
+        texts, relevance = _texts(tokenizer, ids)[:-1], relevance[: len(ids) - 1]
     return Explanation(
         tokens=texts,
         relevance=relevance,
@@ -183,3 +183,17 @@ def explain_answer(
             "weights": ledger.weights,
         },
     )
+
+
+def _texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The text of each token as it stands behind the one before: alone, many lose the blank before a word."""
+
+    def text(*tokens: int) -> str:
+        return str(tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
+
+    found = [text(token) for token in ids]
+    for i, before in enumerate(found[:-1]):
+        both = text(ids[i], ids[i + 1])
+        if both.startswith(before):  # else the two are parts of one character
+            found[i + 1] = both.removeprefix(before)
+    return found

@@ -415,10 +415,13 @@ class ImportancePrior:
                 raise DataError(f"{folder} can't be read as tensors ({error}).") from error
             if not bare:
                 raise DataError(f"{folder}: there are no tensors in it, so it says nothing of any weight.")
-            return cls(
-                {canonical_name(name): tensor for name, tensor in bare.items()},
-                {"kind": "inputs"} if kind == "inputs" else {},
-            )
+            named = {canonical_name(name): tensor for name, tensor in bare.items()}
+            try:
+                return cls(named, {"kind": "inputs"} if kind == "inputs" else {})
+            except DataError as error:
+                raise DataError(f"{folder}: {error}") from error
+        if not folder.exists():
+            raise DataError(f"no importance prior: there is no '{folder}'.")
         for name in (META, TENSORS):
             if not (folder / name).is_file():
                 raise DataError(
