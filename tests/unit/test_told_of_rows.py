@@ -116,8 +116,29 @@ def test_test_rows_that_are_trained_on_are_told_of_this_month_and_of_earlier_one
     assert said_of("may") == []
     (cumulative,) = said_of("june")
     assert cumulative.startswith("may: ")
-    assert "of 4 rows kept aside ask what is asked in the rows of 'june'" in cumulative
-    assert any(text.startswith("july: 8 of 8 rows") for text in said_of("july", test=data["july"]))
+    assert "of 4 test rows ask what is asked in the rows of 'june'" in cumulative
+    assert any(text.startswith("july: 8 of 8 test rows") for text in said_of("july", test=data["july"]))
+
+
+def test_a_files_questions_are_encoded_once_and_a_bad_one_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[str] = []
+    text = Encoder._text
+    monkeypatch.setattr(
+        Encoder, "_text", lambda self, prompt: (encoded.append(prompt), text(self, prompt))[1]
+    )
+    asked = write_rows(tmp_path / "q.jsonl", [{"prompt": word} for word in ("ab", "bc", "ab")])
+    data = write_rows(tmp_path / "may.jsonl", rows_of("may", 20))
+    learn_data(data, tmp_path / "s", assignments=[*TOY, *SHORT], progress=Noted())
+    with load_to_ask(tmp_path / "s", None, Noted()) as learner:
+        encoded.clear()
+        ask_file(learner, asked, tmp_path / "a.jsonl", base=True, progress=Noted(), max_new_tokens=2)
+        assert encoded == ["ab", "bc", "ab"], "not once more by the model or by its base"
+        learner.encoder.forget()
+        write_rows(tmp_path / "q.jsonl", [{"prompt": "ab"}, {"prompt": [{"role": "user", "content": "x"}]}])
+        with pytest.raises(DataError, match=r"question 2: .* no chat template"):
+            ask_file(learner, asked, tmp_path / "b.jsonl", base=False, progress=Noted())
 
 
 CUT = "longer than template.max_prompt_tokens"
@@ -196,9 +217,22 @@ def test_a_run_refuses_a_later_tasks_rows_before_it_trains(tmp_path: Path) -> No
     assert not (tmp_path / "run/zero_shot").exists()
 
 
-def test_check_tells_test_rows_that_are_trained_on(tmp_path: Path) -> None:
-    for part in ("train", "test"):
-        write_rows(tmp_path / "tasks" / "a" / f"{part}.jsonl", rows_of("may", 5))
-    tasks = {"source": "jsonl", "path": str(tmp_path / "tasks")}
+def test_check_and_run_tell_alike_of_test_rows_that_are_trained_on_in_the_same_task_or_a_later(
+    tmp_path: Path,
+) -> None:
+    rows = rows_of("may", 5)
+    for part, own in (("train", rows), ("test", rows[:2])):
+        write_rows(tmp_path / "tasks" / "b" / f"{part}.jsonl", own)
+    write_rows(tmp_path / "tasks" / "a" / "train.jsonl", rows_of("other", 8))
+    write_rows(tmp_path / "tasks" / "a" / "test.jsonl", rows[:3])
+    tasks = {"source": "jsonl", "path": str(tmp_path / "tasks"), "order": ["a", "b", "b"]}
     config = validate(RunConfig, tiny_run(tmp_path / "run", tasks=tasks), "test")
-    assert "a: 5 of 5 test rows ask what is asked in its training rows" in " ".join(check(config).remarks)
+    progress = Noted()
+    run(config, progress)
+    told = [
+        f"{of} test rows ask what is asked in the rows of 'b' that are trained on; of those the score tells "
+        "what was seen, and not what is kept."
+        for of in ("a: 3 of 3", "b: 2 of 2")
+    ]
+    for said in (check(config).remarks, progress.said):
+        assert [text for text in said if "that are trained on" in text] == told

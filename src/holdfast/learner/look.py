@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from holdfast.errors import DataError
 from holdfast.evaluation.audit import audit
 from holdfast.learner.state import LearnerState
-from holdfast.tasks.options import also_trained
+from holdfast.tasks.options import trained_on
 from holdfast.tasks.task import Example, Task
 
 
@@ -32,11 +32,13 @@ class Look:
             Rows can't be encoded, don't fit the model, or can't be scored.
         """
         problems: list[str] = []
+        before = [*self.state.tests]
         for task in tasks:
+            before.append(task)
             if id(task) in self._seen:
                 continue
             found = self.told(task, self.state.config.writes)
-            for remark in self._trained_on(task):
+            for remark in trained_on(before, task):
                 self.state.context.progress.remark(remark)
             problems += found
             if not found:
@@ -52,15 +54,6 @@ class Look:
         for remark in found.remarks:
             context.progress.remark(remark)
         return found.problems
-
-    def _trained_on(self, task: Task) -> Iterable[str]:
-        for known in (*self.state.tests, task):
-            if met := also_trained(known.test, task.train):
-                yield (
-                    f"{known.name}: {met} of {len(known.test)} rows kept aside ask what is asked in the rows "
-                    f"of '{task.name}' that are trained on; of those the score tells what was seen, and not "
-                    "what is kept."
-                )
 
     def learned(self, tasks: Iterable[Task]) -> None:
         """Let go of the encoded rows of tasks, and of all others that aren't waited for."""

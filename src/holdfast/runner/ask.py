@@ -72,7 +72,8 @@ def ask_file(
     if out.exists():
         raise StorageError(f"--out: {out} is there already, and is not written over. Give another name.")
     rows, questions = read_questions(local_path(data), columns)
-    cut = sum(learner.encoder.question(question).cut > 0 for question in questions)
+    with progress.bar(f"read {data.name}", total=len(questions)) as bar:
+        cut = sum(row.cut > 0 for row in learner.encoder.questions(questions, bar))
     if cut:
         template = learner.config.template
         progress.say(

@@ -27,7 +27,7 @@ from holdfast.runner.table import Rows
 from holdfast.strategies import Strategy, build_strategy
 from holdfast.tasks import Encoder, inspect_stream, load_task, toy_tokenizer
 from holdfast.tasks.memory import Rehearsal, WritingOptions, stand_in
-from holdfast.tasks.options import also_trained
+from holdfast.tasks.options import trained_on
 from holdfast.tasks.task import Example, Task, TaskStream
 from holdfast.training.options import TrainingOptions
 
@@ -148,15 +148,12 @@ def _check_tasks(
     findings: Findings,
 ) -> None:
     encoder = Encoder(tokenizer, config.template, encoder_decoder=is_encoder_decoder(model))
-    for task in (*tasks, *given):
+    every = (*tasks, *given)
+    for number, task in enumerate(every):
         if task.read_as:
             findings.remarks.append(f"{task.name}: read as {task.read_as}.")
-        if met := also_trained(task.test, task.train):
-            findings.remarks.append(
-                f"{task.name}: {met} of {len(task.test)} test rows ask what is asked in its training rows; "
-                "of those the score tells what was seen."
-            )
-        written = config.writes and not any(task is each for each in given)
+        findings.remarks += trained_on(every[: number + 1], task)
+        written = config.writes and number < len(tasks)
         found = audit(task, encoder, model, config.evaluation, written=written)
         encoder.forget()
         findings.problems += found.problems

@@ -150,7 +150,9 @@ class Encoder:
         self.encoder_decoder = encoder_decoder
         self.text = UserText(tokenizer)
         self._chats = ChatFrame(tokenizer, self.text)
-        self._known: dict[int, tuple[Example, Encoded]] = {}  # by identity, which the example's life keeps
+        # by identity, which the example's life keeps: rows, and questions without their answers
+        self._known: dict[int, tuple[Example, Encoded]] = {}
+        self._asked: dict[int, tuple[Example, Encoded]] = {}
         if template.chat and not getattr(tokenizer, "chat_template", None):
             raise DataError(
                 "template.chat: the tokenizer has no chat template. Leave `chat` out and frame prompts with "
@@ -181,13 +183,15 @@ class Encoder:
         return Encoded(asked.prompt_ids, completion_ids, asked.cut, completion_cut)
 
     def question(self, example: Example) -> Encoded:
-        """Encode what an example asks, without an answer.
+        """Encode what an example asks, without an answer, or give what `questions` has.
 
         Raises
         ------
         DataError
             The prompt has no tokens for a causal model, or the chat template can't frame it.
         """
+        if (known := self._asked.get(id(example))) is not None:
+            return known[1]
         if isinstance(example.prompt, str) and self.template.chat:
             prompt_ids, cut = self._chat(_user_turn(self._stripped(example.prompt)), example.tools)
         elif isinstance(example.prompt, str):
@@ -258,23 +262,19 @@ class Encoder:
         progress : callable, optional
             Told now and then how many are done.
         """
-        rows = []
-        for number, example in enumerate(examples, start=1):
-            known = self._known.get(id(example))
-            if known is None:
-                try:
-                    known = self._known[id(example)] = example, self(example)
-                except DataError as error:
-                    raise DataError(f"row {number}: {error}") from error
-            rows.append(known[1])
-            if progress is not None and number % _SHOWN == 0:
-                progress(number)
-        return rows
+        return _each(examples, self._known, self, "row", progress)
+
+    def questions(
+        self, examples: Sequence[Example], progress: Callable[[int], None] | None = None
+    ) -> list[Encoded]:
+        """As `many`, without answers."""
+        return _each(examples, self._asked, self.question, "question", progress)
 
     def forget(self, but: Iterable[Example] = ()) -> None:
-        """Let go of the rows that are kept against being encoded again, `but` for some."""
+        """Let go of what is kept against being encoded again: questions, and rows `but` for some."""
         kept = {id(example) for example in but}
         self._known = {key: row for key, row in self._known.items() if key in kept}
+        self._asked.clear()
 
     def frame(self, prompt: str | Sequence[Message]) -> tuple[list[int], list[int]]:
         """The tokens around the text of a prompt, before it and behind it.
@@ -349,6 +349,27 @@ class Encoder:
         ids = self.text.ids(text)
         kept = ids[:tokens] if self.template.keep == "first" else ids[len(ids) - tokens :]
         return str(self.tokenizer.decode(kept, skip_special_tokens=False))
+
+
+def _each(
+    examples: Sequence[Example],
+    known: dict[int, tuple[Example, Encoded]],
+    encode: Callable[[Example], Encoded],
+    what: str,
+    progress: Callable[[int], None] | None,
+) -> list[Encoded]:
+    rows = []
+    for number, example in enumerate(examples, start=1):
+        found = known.get(id(example))
+        if found is None:
+            try:
+                found = known[id(example)] = example, encode(example)
+            except DataError as error:
+                raise DataError(f"{what} {number}: {error}") from error
+        rows.append(found[1])
+        if progress is not None and number % _SHOWN == 0:
+            progress(number)
+    return rows
 
 
 def _user_turn(text: str) -> tuple[Message]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -108,10 +108,20 @@ def left_out(rows: Sequence[Example], limit: int | None, seed: int, *stream: str
     return [rows[i] for i in sorted(rest) if _key(rows[i]) not in known]
 
 
-def also_trained(tests: Iterable[Example], rows: Iterable[Example]) -> int:
-    """How many test rows ask what is asked in training rows, too: of those a score tells what was seen."""
-    seen = {_key(row) for row in rows}
-    return sum(_key(row) in seen for row in tests)
+def trained_on(tested: Iterable[Task], task: Task) -> Iterator[str]:
+    """Of which tasks test rows ask what is asked in rows that `task` is learned from, in a line each.
+
+    A task that is another once more (`Task.same_as`) tells nothing new.
+    """
+    seen = {_key(row) for row in task.train} if not task.same_as else set()
+    for known in tested:
+        met = 0 if known.same_as else sum(_key(row) in seen for row in known.test)
+        if met:
+            yield (
+                f"{known.name}: {met} of {len(known.test)} test rows ask what is asked in the rows of "
+                f"'{task.name}' that are trained on; of those the score tells what was seen, and not what is "
+                "kept."
+            )
 
 
 def _drawn(count: int, limit: int | None, seed: int, stream: Sequence[str]) -> tuple[list[int], list[int]]:
