@@ -248,6 +248,18 @@ def test_problems_of_all_cells_are_found_before_anything_is_trained(tmp_path):
     assert not (tmp_path / "out" / "runs").exists()
 
 
+@pytest.mark.parametrize("by", ["bwt", "learning_accuracy"])
+def test_a_metric_that_no_run_will_have_is_refused_as_what_to_choose_by(by, tmp_path):
+    joint = {"strategy": "multitask", "tasks.order": ["head", "tail"]}
+    rows = [PLAIN, {**RATES, "set": {} if by == "bwt" else joint}]
+    file = grid_file(tmp_path, rows, choose={"by": by})
+    with pytest.raises(
+        ConfigError, match=rf"rate · learning_rate=1e-09, .* there is no {by} where .*; take ap"
+    ):
+        sweep(file)
+    assert not (tmp_path / "out" / "runs").exists()
+
+
 def test_a_changed_grid_in_the_same_folder_is_refused(chosen):
     file, _ = chosen
     with pytest.raises(

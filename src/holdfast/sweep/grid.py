@@ -10,9 +10,9 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from holdfast.config import Options, override, read_yaml, validate
 from holdfast.errors import ConfigError
@@ -30,10 +30,23 @@ def _refuse_own(keys: Iterable[str]) -> None:
             raise ValueError(f"'{key}' is set by the sweep itself, for each cell")
 
 
+def _one_line(name: str) -> str:
+    if not name.strip() or len(name.splitlines()) > 1:
+        raise ValueError("a row's name is one line of text, by which tables and folders call it")
+    return name
+
+
+def _different(values: Any) -> Any:
+    names = [getattr(value, "name", value) for value in values or ()]
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise ValueError(f"{twice[0]!r} stands in it twice")
+    return values
+
+
 class GridRow(Options):
     """One method: what it changes in the base, and the values to try for some keys."""
 
-    name: Name
+    name: Annotated[Name, AfterValidator(_one_line)]
     set: dict[str, Any] = Field(default_factory=dict, description="key to value, such as strategy: ewc")
     grid: dict[str, list[Any]] = Field(
         default_factory=dict, description="key to its values; every combination is tried"
@@ -59,7 +72,7 @@ class Choose(Options):
 
     on: Literal["validation"] = "validation"
     by: Literal["ap", "bwt", "learning_accuracy"] = Field("ap", description="the highest wins")
-    seeds: tuple[int, ...] | None = Field(
+    seeds: Annotated[tuple[int, ...] | None, AfterValidator(_different)] = Field(
         None, min_length=1, description="seeds to choose with; the sweep's first one when omitted"
     )
     set: dict[str, Any] = Field(
@@ -81,24 +94,16 @@ class Grid(Options):
     base: dict[str, Any] = Field(
         description="what all cells share: a run's configuration, or the path of one, from the grid's folder"
     )
-    seeds: tuple[int, ...] = Field((0,), min_length=1)
-    orders: tuple[tuple[Name, ...] | Name, ...] | None = Field(
+    seeds: Annotated[tuple[int, ...], AfterValidator(_different)] = Field((0,), min_length=1)
+    orders: Annotated[tuple[tuple[Name, ...] | Name, ...] | None, AfterValidator(_different)] = Field(
         None, min_length=1, description="task orders: lists of names, or named ones; the base's when omitted"
     )
-    rows: tuple[GridRow, ...] = Field(min_length=1)
+    rows: Annotated[tuple[GridRow, ...], AfterValidator(_different)] = Field(min_length=1)
     reference: Name | None = Field(
         None, description="the row that differences are taken against; the first when omitted"
     )
     choose: Choose | None = None
     jobs: int = Field(1, ge=1, description="cells at a time, each in a process of its own when above 1")
-
-    @field_validator("seeds", "orders", "rows")
-    @classmethod
-    def _different(cls, values: Any) -> Any:
-        names = [getattr(value, "name", value) for value in values or ()]
-        if twice := [name for i, name in enumerate(names) if name in names[:i]]:
-            raise ValueError(f"{twice[0]!r} stands in it twice")
-        return values
 
     @property
     def lines(self) -> list[Line]:
@@ -266,7 +271,17 @@ class _Planner:
         elif tried.get(reference, 1) > 1 and grid.choose is None:
             these = ", ".join(f"'{label}'" for label in labels if label.startswith(f"{reference} · "))
             self.problems[f"'{reference}' has several grid points; name one: {these}."] = ["reference"]
-        if grid.choose is not None and any(c.config.tasks.test_split == "validation" for c in cells):
+        if grid.choose is not None and all(count == 1 for count in tried.values()):
+            self.problems["no row has several grid points to choose from"] = ["choose"]
+        splits: dict[str, str] = {}
+        for cell in cells:
+            splits.setdefault(cell.config.tasks.test_split, cell.line.label)
+        if len(splits) > 1:
+            problem = (
+                f"{' and '.join(splits)} rows (tasks.test_split) are not to be compared; take one of them"
+            )
+            self.problems[problem] = list(splits.values())
+        elif grid.choose is not None and "validation" in splits:
             problem = "tasks.test_split: validation would score the chosen points on validation rows too"
             self.problems[f"{problem}; `choose` sets it where it is meant"] = ["choose"]
 

@@ -20,7 +20,7 @@ from holdfast.storage import write_text
 from holdfast.strategies import build_strategy
 from holdfast.sweep.cells import Outcome, run_cells
 from holdfast.sweep.choice import choose, count, in_order
-from holdfast.sweep.grid import Cell, Plan, raise_for_cells
+from holdfast.sweep.grid import Cell, Choose, Plan, raise_for_cells
 from holdfast.sweep.results import collect, markdown
 from holdfast.sweep.table import live_table
 from holdfast.tasks import inspect_stream, toy_tokenizer
@@ -121,6 +121,7 @@ class _Sweep:
                     problem = f"there is a run with another configuration; different: {', '.join(different)}"
                     note(cell, [f"{problem}. Give the sweep another folder with output=DIR."])
                 _check_new(cell, seen, note)
+                note(cell, _unmeasurable(cell, self.plan.grid.choose))
                 bar(done)
         raise_for_cells(self.plan.source, found)
 
@@ -150,3 +151,18 @@ def _check_new(cell: Cell, seen: set[str], note: Callable[[Cell, Sequence[str]],
             build_strategy(config.strategy).check(load_model(config.model, config.seed, toy_tokenizer)[0])
         except HoldfastError as error:
             note(cell, [str(error)])
+
+
+def _unmeasurable(cell: Cell, choose: Choose | None) -> list[str]:
+    """What a row can't be chosen by, whatever its runs give: AP alone is there in every stream."""
+    if choose is None or choose.by == "ap" or cell.config.tasks.test_split != "validation":
+        return []
+    stream, data = inspect_stream(cell.config.tasks, cell.config.seed)
+    if data.found:  # which is told already
+        return []
+    stages = build_strategy(cell.config.strategy).stages(stream)
+    if choose.by == "bwt" and len(stages) == 1:
+        return ["choose.by: there is no bwt where nothing is learned after the first stage; take ap"]
+    if choose.by == "learning_accuracy" and any(len(stage.tasks) > 1 for stage in stages):
+        return ["choose.by: there is no learning_accuracy where several tasks are learned at once; take ap"]
+    return []
