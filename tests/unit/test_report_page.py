@@ -56,6 +56,17 @@ def page(tmp_path):
     return make
 
 
+def test_of_tasks_that_were_only_learned_at_once_no_order_is_told(tmp_path, page):
+    joint, plain = (
+        write_run(tmp_path / name, name, name, matrix=matrix)
+        for name, matrix in (("multitask", JOINT), ("sequential", stream_matrix(90.0, 20.0)))
+    )
+    alone, both = (page(*runs)[0].text for runs in ((joint,), (joint, plain)))
+    assert "4 tasks, learned at once: " in alone
+    assert " → " not in alone.split("learned at once: ")[1].split(".")[0]
+    assert "4 tasks, learned one after another: " in both
+
+
 def test_a_full_comparison_has_every_section_and_figure(tmp_path, page):
     shown, figures, _ = page(
         write_run(tmp_path / "s", "sequential"),

@@ -75,6 +75,7 @@ def build(records: Sequence[Folder], title: str | None) -> str:
         "title": title or "holdfast report",
         "headline": sentence,
         "facts": common(runs),
+        "at_once": all(group.joint for group in groups),
         "made": f"{datetime.datetime.now():%-d %B %Y, %H:%M}",
         "runs": [{"name": run.name, **style} for run, style in styled],
         "legend": [{"name": g.label, **draw.style_of(i, g.joint)} for i, g in enumerate(groups)],

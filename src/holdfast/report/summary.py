@@ -30,7 +30,8 @@ COLUMNS = (
     ),
     Column(
         "fwt", "FWT", "forward transfer",
-        "The mean accuracy on each task just before it is trained: what earlier tasks already taught.",
+        "The mean accuracy on each task but the first just before it is trained: what earlier tasks already "
+        "taught.",
     ),
     Column(
         "bwt", "BWT", "backward transfer",
@@ -51,7 +52,7 @@ COLUMNS = (
     Column(
         "seconds", "Time", "total time",
         "Wall-clock time of the whole run: training, importance, evaluation, and what else was asked for. Of "
-        "a task that was stopped and continued, that since it was continued.",
+        "a task that was stopped and continued, that since it was continued, and what was trained before.",
         higher_is_better=False,
     ),
 )  # fmt: skip
