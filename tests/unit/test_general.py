@@ -161,14 +161,17 @@ def test_a_learner_measures_on_the_same_rows_after_each_task(lora: bool, tmp_pat
     assert f"{known.skills[1].kl_base:.3f}" in shown.output
 
 
-def test_what_is_learned_is_the_same_whether_it_is_measured_or_not(tmp_path: Path) -> None:
+def test_what_is_learned_is_the_same_whether_it_is_measured_or_not(tmp_path: Path, capsys: Any) -> None:
+    from holdfast.progress import Progress
+
     weights = []
     for general in (False, True):
         values = tiny_run(tmp_path / f"{general}", evaluation={"general": general, "zero_shot": False})
         values["tasks"] = {**values["tasks"], "order": ["copy", "flip"]}
         values["model"] = {**values["model"], "lora": {"dropout": 0.1}}
-        metrics = run(validate(RunConfig, values, "test"))
+        metrics = run(validate(RunConfig, values, "test"), Progress())
         assert ("kl_base" in metrics) == general
+        assert ("KL to the base" in capsys.readouterr().err) == general  # where a task is said to be learned
         weights.append((tmp_path / f"{general}/tasks/02-flip/model/adapter_model.safetensors").read_bytes())
     assert weights[0] == weights[1]
     assert len(metrics["kl_base"]) == len(metrics["kl_new"]) == 2

@@ -25,6 +25,7 @@ from holdfast.learner.base_task import BASE, BaseTask
 from holdfast.learner.config import STAGES, LearnerConfig, recorded_config
 from holdfast.learner.engine import check_engine
 from holdfast.learner.export import export, push
+from holdfast.learner.figures import figures_after
 from holdfast.learner.general import General
 from holdfast.learner.harness import Harness, check_askable
 from holdfast.learner.keep import thin
@@ -34,7 +35,7 @@ from holdfast.learner.look import Look
 from holdfast.learner.ownership import FIXED, began_new, claim, rebuilt, write_identity
 from holdfast.learner.remember import rows_to_keep
 from holdfast.learner.restore import restore
-from holdfast.learner.skills import Skills, read_skills
+from holdfast.learner.skills import Skills, read_skills, same_as
 from holdfast.learner.state import LearnerState
 from holdfast.learner.testing import Testing
 from holdfast.models import (
@@ -53,6 +54,7 @@ from holdfast.tasks.memory import Rehearsal
 from holdfast.tasks.task import Example, MetricName, Task
 from holdfast.training.beside import Beside
 from holdfast.training.loop import save_record
+from holdfast.training.reports import Reports
 from holdfast.training.soft_targets import SoftTargets
 
 
@@ -338,7 +340,12 @@ class Learner:
             self._broken = ""
         stage, known_as = self.base_task.seen(stage), self.part(stage)
         state, seconds = self.state, dict[str, float]()
-        with self._given_up_if_broken(), self.folder.part(known_as) as folder:
+        before = [self.folder.path / part for part in self.folder.parts(STAGES)]
+        with (
+            self._given_up_if_broken(),
+            self.folder.part(known_as) as folder,
+            Reports(self.model, self.tokenizer) as reports,
+        ):
             self._broken = stage.name
             state.context.folder = folder
             general = self.general if self.config.evaluation.general else None
@@ -348,7 +355,7 @@ class Learner:
             harness = Harness(state, folder)
             seconds |= harness.begin()
             with _timed(seconds, "train"):
-                learning = self._learning(stage, description)
+                learning = self._learning(stage, description, reports)
                 try:
                     yield learning
                 finally:
@@ -378,13 +385,15 @@ class Learner:
             ability |= harness.measured(seconds)
             metrics = StageMetrics(stage=stage.name, scores=scores, seconds=seconds, **ability)
             metrics.write(folder / "metrics.json")
+            again = {task.name: task.same_as for task in stage.tasks if task.same_as}
+            reports.log(figures_after(before, metrics, {**same_as(self.folder.path), **again}))
             self._save_state(folder)
         self._broken = ""
         self.look.learned(stage.tasks)
         self.learned.append(stage.name)
         thin(self.folder, STAGES, self.config.keep)
 
-    def _learning(self, stage: Stage, description: str | None) -> Learning:
+    def _learning(self, stage: Stage, description: str | None, reports: Reports) -> Learning:
         """The stage as it is trained: its rows, and what the strategy and the memory add to them."""
         state, seed = self.state, self.config.seed
         state.strategy.begin(state.context, stage)
@@ -394,7 +403,8 @@ class Learner:
         rehearsal = state.replay or state.strategy.rehearsal
         beside = None if rehearsal is None else Beside.of(rehearsal, self.encoder, seed)
         soft = SoftTargets.of(rehearsal, self.model, examples)
-        return Learning(state, stage, examples, description or f"learn {stage.name}", beside, soft)
+        said = description or f"learn {stage.name}"
+        return Learning(state, stage, examples, said, beside, soft, reports=reports)
 
     @contextmanager
     def _given_up_if_broken(self) -> Iterator[None]:

@@ -28,6 +28,7 @@ from holdfast.training.loop import Collator, Rows, train
 from holdfast.training.losses import TokenLoss
 from holdfast.training.options import TrainingOptions
 from holdfast.training.prompt_loss import PromptLoss
+from holdfast.training.reports import Reports
 from holdfast.training.soft_targets import SoftTargets
 from holdfast.training.steps import Steps, TrainingRecord
 from holdfast.training.verbs import Batch, attach_verbs
@@ -61,6 +62,8 @@ class Learning:
         description: str,
         beside: Beside | None = None,
         soft_targets: SoftTargets | None = None,
+        *,
+        reports: Reports,
     ) -> None:
         self.context, self.strategy = state.context, state.strategy
         self.config, self.base = state.config, state.base
@@ -72,6 +75,7 @@ class Learning:
         self.record.lm_weight = self.options.lm_weight or 0.0
         self.prompt_loss = PromptLoss.of(self.options, state.context.tokenizer)
         self._description, self._beside, self._soft_targets = description, beside, soft_targets
+        self._reports = reports
         self._handles: list[Handle] = []
         self._steps: list[Steps] = []
 
@@ -125,6 +129,7 @@ class Learning:
             description=self._description,
             beside=self._beside,
             soft_targets=self._soft_targets,
+            reports=self._reports,
         )
         self.trained = True
         return self.record
@@ -192,6 +197,7 @@ class Learning:
         if ours:
             trainer.model_accepts_loss_kwargs = True
         self._steps.append(steps)
+        self._reports.keep_open(trainer)
         ours_begin = first_token(self.rows)
         warn_of_other_beginning(trainer.train_dataset, context.tokenizer, ours_begin, "the learner's rows")
         return trainer

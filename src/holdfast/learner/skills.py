@@ -14,6 +14,7 @@ from holdfast.evaluation.predictions import read_predictions
 from holdfast.folder import CONFIG, Folder
 from holdfast.learner.base_task import BASE
 from holdfast.learner.config import STAGES, recorded_config
+from holdfast.learner.figures import matrix_of
 from holdfast.learner.known import ABOUT, read_about
 from holdfast.records import RunMetrics, StageMetrics
 
@@ -146,8 +147,6 @@ def read_skills(path: str | Path) -> Skills:
         )
         for i, name in enumerate(names)
     ]
-    matrix: list[list[float | None]] = [[None] * len(names)]
-    matrix += [[row.get(name) for name in names] for row in scores]
     unfinished = [part.rpartition("/")[2].partition("-")[2] for part in folder.partial(STAGES)]
     config = recorded_config(root, {})
     asked = [record.harness for record in metrics]
@@ -157,13 +156,18 @@ def read_skills(path: str | Path) -> Skills:
         config.method,
         config.strategy.name,
         skills,
-        matrix,
+        matrix_of(names, scores),
         unfinished,
         _size(root),
         harness,
         _base(root / BASE, metrics[-1].kl_base if metrics else None),
-        RunMetrics.read(root / RUN).same_as if (root / RUN).is_file() else {},
+        same_as(root),
     )
+
+
+def same_as(root: Path) -> Mapping[str, str]:
+    """In the folder of a run: name of a task that came before to the name that it had the first time."""
+    return RunMetrics.read(root / RUN).same_as if (root / RUN).is_file() else {}
 
 
 def _base(folder: Path, kl: float | None) -> Skill | None:

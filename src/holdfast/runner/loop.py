@@ -103,12 +103,13 @@ class _Run:
         started = time.perf_counter()
         with learner.stage(stage, self._tested_after(stage.index), description) as learning:
             learning.train()
-        scores = scores_of(self.directory.path, self.names[stage.index])
-        asked = [score for t in stage.tasks if (score := scores.get(t.name)) is not None]
+        record = _records(self.directory.path, self.names[stage.index])[0]
+        asked = [score for t in stage.tasks if (score := record.scores.get(t.name)) is not None]
         mean = f"score {sum(asked) / len(asked):.1f}, " if asked else ""
+        away = "" if record.kl_base is None else f"KL to the base {record.kl_base:.3f}, "
         self.progress.say(
             f"  {self.config.title}: learned {stage.name} ({stage.index + 1}/{len(self.stages)}), "
-            f"{mean}{time.perf_counter() - started:.0f} s"
+            f"{mean}{away}{time.perf_counter() - started:.0f} s"
         )
 
     def _tested_after(self, index: int) -> Sequence[Task]:

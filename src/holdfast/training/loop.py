@@ -28,6 +28,7 @@ from holdfast.training.losses import TokenLoss
 from holdfast.training.options import TrainingOptions
 from holdfast.training.parts import copied, give_back, require_engine, take_finished
 from holdfast.training.prompt_loss import PromptLoss
+from holdfast.training.reports import Reports
 from holdfast.training.soft_targets import SoftTargets
 from holdfast.training.steps import SPENT, Steps, TrainingRecord
 from holdfast.training.verbs import ROWS, Verbs
@@ -92,6 +93,7 @@ def train(
     description: str = "train",
     beside: Beside | None = None,
     soft_targets: SoftTargets | None = None,
+    reports: Reports | None = None,
 ) -> TrainingRecord:
     """Fine-tune a model on encoded rows; continues from the newest sound checkpoint in `folder`.
 
@@ -115,6 +117,8 @@ def train(
         Old rows that each batch gets a share of.
     soft_targets : SoftTargets, optional
         How replayed rows are answered.
+    reports : Reports, optional
+        Where the logging integrations of ``report_to`` wait for more.
 
     Raises
     ------
@@ -154,6 +158,8 @@ def train(
         trainer.soft_targets = soft_targets
         trainer.bad_batch = folder.parent / "bad_batch.safetensors"
         _keep_logs(trainer, folder.parent / "tensorboard")
+        if reports is not None:
+            reports.keep_open(trainer)
         try:
             with no_library_bars():  # saving a checkpoint has one
                 _run(trainer, latest_checkpoint(folder, progress.say), steps)

@@ -51,7 +51,7 @@ class TrainingOptions(Options):
     report_to: tuple[str, ...] = Field(
         (),
         description="logging integrations of transformers: one name, such as wandb, or several; tensorboard "
-        "writes into the stage's folder",
+        "writes into the stage's folder. After each task they get its scores, AP, BWT and KL to the base",
     )
 
     @field_validator("report_to", mode="before")
