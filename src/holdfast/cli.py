@@ -174,7 +174,8 @@ Column = Annotated[
         "--column",
         metavar="KEY=COLUMN",
         help="which column is which, where the data have other names: prompt=question, completion=answer; "
-        "a text with {column} in it combines several; also references, messages, text",
+        "a text with {column} in it combines several; also references, messages, text, and turns=all: each "
+        "answer of a chat",
     ),
 ]
 

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from holdfast.errors import DataError
 from holdfast.tasks import Task, as_examples, inspect_stream, load_task, ordered_names
+from holdfast.tasks.load import read_questions
 from holdfast.tasks.memory import Memory, MemoryOptions
 from holdfast.tasks.problems import Problems
 from holdfast.tasks.rows import Columns
@@ -169,6 +170,47 @@ def test_a_row_that_cannot_be_read_says_why(row: dict[str, Any], message: str) -
 def test_columns_that_are_given_are_read_and_no_form_is_guessed() -> None:
     row = {"instruction": "do", "input": "this", "output": "done"}
     assert as_examples([row], Columns(prompt="input", completion="output")) == [Example("this", "done")]
+
+
+MORE = {"role": "user", "content": "and now?"}
+AGAIN = {"role": "assistant", "content": "hu"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [SYSTEM, ANSWER, USER, ANSWER, MORE, AGAIN], "references": ["hu", "HU"]},
+        {
+            "conversations": [
+                {"from": {"user": "human", "assistant": "gpt"}.get(turn["role"], turn["role"]),
+                 "value": turn["content"]}
+                for turn in (SYSTEM, ANSWER, USER, ANSWER, MORE, AGAIN)
+            ],
+            "references": ["hu", "HU"],
+        },
+    ],
+)  # fmt: skip
+def test_each_answer_of_a_chat_is_a_row_where_all_are_learned(row: Any, tmp_path: Path) -> None:
+    """But not a greeting, before which nothing was said; right answers that are named are the last one's."""
+    before = (SYSTEM, ANSWER, USER)
+    each = [Example(before, "ho"), Example((*before, ANSWER, MORE), "hu", ("hu", "HU"))]
+    assert as_examples([row]) == each[1:]
+    assert as_examples([each[0], row], Columns(turns="all")) == [each[0], *each]
+    file = write(tmp_path / "chats.jsonl", json.dumps(row))
+    assert list(load_task(file, Columns.of(["turns=all"])).train) == each
+
+
+def test_all_turns_of_rows_that_are_no_chats_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"columns\.turns: 'all' is of rows of chat messages, and these are prompt"
+    ):
+        as_examples([{"prompt": "a", "completion": "b"}], Columns(turns="all"))
+    with pytest.raises(ValidationError, match="`turns: all` is of chat messages"):
+        Columns(prompt="question", turns="all")
+    with pytest.raises(DataError, match=r"columns\.turns: it says what is learned"):
+        read_questions(write(tmp_path / "q.jsonl", '{"prompt": "a"}'), Columns(turns="all"))
+    with pytest.raises(DataError, match="must end with the assistant's answer"):
+        as_examples([{"messages": [USER, ANSWER, MORE]}], Columns(turns="all"))
 
 
 def test_a_tools_column_that_the_prompt_is_made_of_is_no_list_of_functions() -> None:

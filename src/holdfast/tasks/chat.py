@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from holdfast.tasks.problems import RowFault, kind_of
@@ -37,6 +37,14 @@ def read_messages(value: object, column: str) -> tuple[Message, ...]:
     if not isinstance(value, list | tuple) or not value:
         raise RowFault(f"'{column}' must be a list of messages, got {kind_of(value)}")
     return tuple(_message(turn, column) for turn in value)
+
+
+def answers_in(turns: Sequence[object]) -> list[int]:
+    """Where the assistant's answers before the last message end; one that nothing was said before is none."""
+    said = [turn.get("role", turn.get("from")) if isinstance(turn, Mapping) else None for turn in turns[:-1]]
+    roles = [SPEAKERS.get(role.lower()) if isinstance(role, str) else None for role in said]
+    spoken = [place for place, role in enumerate(roles) if role not in ("system", None)]
+    return [place + 1 for place, role in enumerate(roles) if role == "assistant" and place > spoken[0]]
 
 
 def _message(turn: object, column: str) -> Message:

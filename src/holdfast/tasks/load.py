@@ -71,6 +71,10 @@ def read_questions(path: Path, columns: Columns = STANDARD) -> tuple[list[dict[s
         problems.add(path, f"{what} {', '.join(FORMATS)}{'' if path.exists() else near(path)}")
     else:
         rows = read_rows(path, problems)
+    if columns.turns != STANDARD.turns:
+        problems.add(
+            "columns.turns", "it says what is learned of a chat, and nothing is learned here: leave it out"
+        )
     questions = to_questions(rows, problems, columns)
     note_if_empty(questions, path, problems)
     problems.raise_if_any()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from holdfast.config import Options, half_character, validate
 from holdfast.errors import ConfigError
-from holdfast.tasks.chat import read_answer, read_messages
+from holdfast.tasks.chat import answers_in, read_answer, read_messages
 from holdfast.tasks.problems import NoColumn, Problems, RowFault, kind_of
 from holdfast.tasks.task import Example, Message
 
@@ -23,7 +23,8 @@ class Columns(Options):
     """Which column of a data set holds what.
 
     `prompt` and `completion` name a column, or combine several: ``"{premise}\\n{hypothesis}"``. With
-    `messages` the last assistant message is the completion and the ones before it are the prompt.
+    `messages` the last assistant message is the completion and the ones before it are the prompt; with
+    ``turns="all"`` each of the assistant's is, in a row of its own.
     """
 
     prompt: str | None = Field(
@@ -42,10 +43,25 @@ class Columns(Options):
         default=None, description="a column of running text, instead of all of these: rows without a question"
     )
 
+    turns: Literal["last", "all"] = Field(
+        default="last",
+        description="of chats. last: the last answer is learned; all: each answer that has a message before "
+        "it, as a row of its own",
+    )
+
+    @property
+    def unnamed(self) -> bool:
+        """Whether no column is named, so that its names say what a row is."""
+        return self.model_copy(update={"turns": STANDARD.turns}) == STANDARD
+
     @model_validator(mode="after")
     def _one_form(self) -> Columns:
         if self.messages is not None and (self.prompt is not None or self.completion is not None):
             raise ValueError("give either `messages`, or `prompt` and `completion`")
+        if self.turns == "all" and any(c is not None for c in (self.prompt, self.completion, self.text)):
+            raise ValueError(
+                "`turns: all` is of chat messages; leave it out, or the other columns but `messages`"
+            )
         others = (self.prompt, self.completion, self.references, self.messages)
         if self.text is not None and any(other is not None for other in others):
             raise ValueError("`text` is for rows without a question; leave out the other columns")
@@ -88,12 +104,15 @@ class Form:
         The columns that it reads, beside references and tools.
     raw : bool
         Whether rows are running text (`Example.raw`).
+    chat : str, optional
+        The column of messages.
     """
 
     name: str
     read: Callable[[Row], tuple[str | tuple[Message, ...], str]]
     uses: frozenset[str] = frozenset()
     raw: bool = False
+    chat: str | None = None
 
 
 def form_of(row: object, columns: Columns = STANDARD) -> Form | None:
@@ -102,7 +121,7 @@ def form_of(row: object, columns: Columns = STANDARD) -> Form | None:
         return _chat(columns.messages, "")
     if columns.text is not None:
         return _running(columns.text, "")
-    if columns != STANDARD:
+    if not columns.unnamed:
         return _pair(columns.prompt or "prompt", columns.completion or "completion", "")
     if not isinstance(row, Mapping):
         return None
@@ -161,12 +180,40 @@ def to_examples(
     for prompt and completion; where a form was recognised and leaves columns unread, these are told with it.
     """
     placed = list(rows)
-    forms = (form_of(row, columns) for _, row in placed)
-    form = next((form for form in forms if form is not None), PLAIN)
-    found = (_to_example(row, where, problems, columns, form) for where, row in placed)
-    unread = _unread(form, [row for _, row in placed]) if columns == STANDARD else []
+    form = _form_of_all(placed, columns)
+    each = _by_answer(placed, form, problems, columns)
+    found = (_to_example(row, where, problems, columns, form) for where, row in each)
+    unread = _unread(form, [row for _, row in placed]) if columns.unnamed else []
     told = f"{form.name or 'prompt and completion'}; columns that are not read: {', '.join(unread)}"
     return [example for example in found if example is not None], told if unread else form.name
+
+
+def _form_of_all(placed: Sequence[tuple[str, object]], columns: Columns) -> Form:
+    forms = (form_of(row, columns) for _, row in placed)
+    return next((form for form in forms if form is not None), PLAIN)
+
+
+def _by_answer(
+    placed: Sequence[tuple[str, object]], form: Form, problems: Problems, columns: Columns
+) -> list[tuple[str, object]]:
+    """Each chat up to each of its answers, where `columns` asks for all; references are of the last one."""
+    if columns.turns == "last" or not placed:
+        return list(placed)
+    if form.chat is None:
+        problems.add(
+            "columns.turns",
+            f"'all' is of rows of chat messages, and these are {form.name or 'prompt and completion'}: "
+            "leave it out",
+        )
+        return list(placed)
+    found: list[tuple[str, object]] = []
+    for where, row in placed:
+        turns = row.get(form.chat) if isinstance(row, Mapping) else None
+        if isinstance(row, Mapping) and isinstance(turns, list | tuple):
+            alone = {**row, columns.references or "references": None}
+            found += [(where, {**alone, form.chat: turns[:end]}) for end in answers_in(turns)]
+        found.append((where, row))
+    return found
 
 
 def _unread(form: Form, rows: Iterable[object]) -> list[str]:
@@ -183,13 +230,17 @@ def as_examples(rows: Iterable[Example | Mapping[str, Any]], columns: Columns = 
     DataError
         A row is malformed, or there is none; all of them are named.
     """
-    problems, numbered = Problems(), list(enumerate(rows, start=1))
-    written = [(f"row {number}", row) for number, row in numbered if not isinstance(row, Example)]
-    read = iter(to_examples(written, problems, columns)[0])
-    if not numbered:
+    problems, placed = Problems(), [(f"row {number}", row) for number, row in enumerate(rows, start=1)]
+    form = _form_of_all([at for at in placed if not isinstance(at[1], Example)], columns)
+    each = _by_answer(placed, form, problems, columns)
+    found = [
+        row if isinstance(row, Example) else _to_example(row, where, problems, columns, form)
+        for where, row in each
+    ]
+    if not placed:
         problems.add("data", "there are no rows")
-    problems.raise_if_any()  # so below there is one example for each written row
-    return [row if isinstance(row, Example) else next(read) for _, row in numbered]
+    problems.raise_if_any()
+    return [example for example in found if example is not None]
 
 
 def to_questions(
@@ -229,7 +280,7 @@ def _question(row: object, columns: Columns) -> Example:
         row, columns = {"prompt": row}, STANDARD
     if not isinstance(row, Mapping):
         raise RowFault(f"a question is a text, chat messages, or an object with them, got {kind_of(row)}")
-    own = columns == STANDARD and "prompt" not in row  # what is there says what it is
+    own = columns.unnamed and "prompt" not in row  # what is there says what it is
     chat = next((name for name in ("messages", "conversations") if own and name in row), columns.messages)
     text = "text" if own and "text" in row else columns.text
     prompt: str | tuple[Message, ...]
@@ -286,7 +337,7 @@ def _chat(column: str, name: str) -> Form:
             raise RowFault(f"'{column}' has an answer, but no message before it")
         return _with_system(row, turns[:-1]), answer
 
-    return Form(name, read, frozenset((column, "system")))
+    return Form(name, read, frozenset((column, "system")), chat=column)
 
 
 def _with_system(row: Row, turns: tuple[Message, ...]) -> tuple[Message, ...]:
