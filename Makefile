@@ -21,9 +21,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check src tests benchmarks examples docs
 	$(BIN)/mypy
 
-# make -s bench NAME=overhead|gate|hold|stream|attribution|moments|sensitivity|soak: the last line is one JSON object with `ratio`
+# make -s bench NAME=overhead|gate|hold|stream|attribution|moments|sensitivity|soak|gpu: the last line is one JSON object with `ratio`
 bench: $(STAMP)
-	@test -n "$(NAME)" || { echo "usage: make -s bench NAME=overhead|gate|hold|stream|attribution|moments|sensitivity|soak" >&2; exit 2; }
+	@test -n "$(NAME)" || { echo "usage: make -s bench NAME=overhead|gate|hold|stream|attribution|moments|sensitivity|soak|gpu" >&2; exit 2; }
 	@$(BIN)/python benchmarks/$(NAME)/bench.py
 
 # the documentation as a site: open site/index.html. A broken link or reference is an error

@@ -29,7 +29,7 @@ INDEX = ROOT / "docs" / "paper-index.md"
 TOP = "src|configs|examples|docs|tests|benchmarks"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(
-    r"\bholdfast (?:demo|learn|skills|harness|run|compare|attribute|prior|report|check|list)\b[^\n;|&]*"
+    r"\bholdfast (?:demo|learn|skills|ask|harness|run|compare|attribute|prior|report|check|list)\b[^\n;|&]*"
 )
 COMPLETE = {"model", "tasks", "strategy"}  # the sections a whole config must have
 
