@@ -106,6 +106,26 @@ def test_control_changes_which_weights_are_held(finished: Any) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, ""),
+        ({"control": "permuted"}, " · permuted"),
+        ({"importance": {"name": "inputs", "weighting": "uniform"}}, " · uniform"),
+        ({"importance": {"name": "inputs", "control": "shuffled-relevance"}}, " · shuffled-relevance"),
+        ({"mechanism": {"name": "anchor", "coordinates": "weights"}}, " · coordinates weights"),
+        ({"merge_lora": "none"}, " · one LoRA"),
+    ],
+)
+def test_a_control_has_a_name_of_its_own_so_that_no_table_takes_it_for_the_method(
+    given: dict[str, Any], said: str
+) -> None:
+    model = {"toy": True, "lora": {"r": 2}}
+    strategy = {"name": "attribution", **given}
+    values = {"output": "runs/x", "model": model, "tasks": {"source": "toy"}, "strategy": strategy}
+    assert validate(RunConfig, values, "test").title == f"attribution · inputs · anchor{said}"
+
+
 def test_ewc_sums_fisher_over_tasks(finished: Any) -> None:
     folder = finished(options_of("ewc"))
     parts = [ImportancePrior.load(folder / "tasks" / s / "prior").tensors for s in ("01-copy", "02-flip")]

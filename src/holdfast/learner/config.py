@@ -12,6 +12,7 @@ from holdfast.config import MAX_SEED, Options, read_recorded, validate
 from holdfast.errors import RunDirectoryError
 from holdfast.evaluation.evaluate import EvaluationOptions
 from holdfast.folder import CONFIG
+from holdfast.importance.inputs import InputsOptions
 from holdfast.models import ModelOptions
 from holdfast.strategies import STRATEGIES, StrategyOptions
 from holdfast.tasks import Template
@@ -164,13 +165,26 @@ class LearnerConfig(Options):
             choice = getattr(options, key, None)
             if choice is not None:
                 parts.append(choice.name)
-        if getattr(options, "control", "none") != "none":
-            parts.append(options.control)
+        parts += self._controls()
         if self.replay is not None:
             parts.append("replay")
         if self.memory == "generated" and not STRATEGIES[options.name].writes:
             parts[-1 if self.replay is not None else len(parts) :] = ["generated memory"]
         return " · ".join(parts)
+
+    def _controls(self) -> list[str]:
+        """What of the method's own parts is taken away: runs of another name are another method in tables."""
+        strategy: Any = self.strategy
+        importance = getattr(strategy, "importance", None)
+        found = [getattr(strategy, "control", "none"), getattr(importance, "control", "none")]
+        if isinstance(importance, InputsOptions):
+            if importance.weighting != InputsOptions().weighting:
+                found.append(importance.weighting)
+            if getattr(strategy.mechanism, "coordinates", None) == "weights":
+                found.append("coordinates weights")
+            if getattr(strategy, "merge_lora", None) == "none" and self.model and self.model.lora:
+                found.append("one LoRA")
+        return [control for control in found if control != "none"]
 
 
 def cannot_hold_base(strategy: Any, replay: RehearsalOptions | None) -> str:
