@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ import holdfast
 from holdfast.cli import app
 from holdfast.errors import ConfigError, DataError
 from holdfast.importance import ImportancePrior
+from holdfast.importance.inputs import InputsOptions
 from holdfast.runner.table import Rows, listing, prior_table
+from holdfast.strategies.attribution import AttributionStrategyOptions
 from holdfast.tables import csv_text, latex_text
 
 A, B = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"
@@ -139,6 +142,15 @@ def test_what_is_wrong_with_a_bare_file_is_said_of_that_file(tmp_path: Path) -> 
         ImportancePrior.load(tmp_path / "odd.safetensors")
     with pytest.raises(DataError, match=r"there is no '.*none\.safetensors'"):
         ImportancePrior.load(tmp_path / "none.safetensors")
+
+
+def test_every_control_is_listed_with_the_key_that_takes_it() -> None:
+    fields = (AttributionStrategyOptions.model_fields["control"], InputsOptions.model_fields["control"])
+    known = {name for field in fields for name in get_args(field.annotation)}
+    assert {row[0] for row in listing("controls").rows} == known
+    keys = {row[0]: row[2] for row in listing("controls").rows}
+    assert keys["permuted"] == "strategy.control"
+    assert keys["shuffled-relevance"] == "strategy.importance.control"
 
 
 def test_the_version_and_what_can_be_named_are_told() -> None:

@@ -31,6 +31,7 @@ from holdfast.resume import State
 from holdfast.tasks.encode import IGNORED, Encoded
 
 Weighting = Literal["relevance", "uniform", "answer", "gradient", "loss_gradient"]
+CONTROLS_OF_TOKENS = {"shuffled-relevance": "which tokens of a sample the relevance went through"}
 _FORWARD_ONLY = ("uniform", "answer")
 # Added to the sum that r is scaled by: where nothing passes through a map (the keys' and queries' where there
 # is one key), rounding noise would be scaled up to weights like any other's. Relevance is in units of logits.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.padding import Padding
@@ -221,8 +222,14 @@ def _mechanisms() -> Rows:
 
 def _controls() -> Rows:
     from holdfast.hold.control import CONTROLS
+    from holdfast.importance.inputs import CONTROLS_OF_TOKENS
 
-    return Rows(("control", "what it takes away"), list(CONTROLS.items()), caption="strategy.control")
+    keys: dict[str, Mapping[Any, str]] = {
+        "strategy.control": CONTROLS,
+        "strategy.importance.control": CONTROLS_OF_TOKENS,
+    }
+    rows = [(name, what, key) for key, controls in keys.items() for name, what in controls.items()]
+    return Rows(("control", "what it takes away", "key"), rows)
 
 
 def _operators() -> Rows:
