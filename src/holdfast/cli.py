@@ -713,6 +713,9 @@ def prior_show(
     csv: Annotated[
         Path | None, typer.Option("--csv", help="write a row a tensor as CSV to this file")
     ] = None,
+    latex: Annotated[
+        Path | None, typer.Option("--latex", help="write a row a tensor as LaTeX to this file")
+    ] = None,
 ) -> None:
     """What a prior is, its mean by transformer block, and its most important weights.
 
@@ -721,11 +724,12 @@ def prior_show(
     with _told():
         from holdfast.importance import ImportancePrior
         from holdfast.runner.table import prior_table
-        from holdfast.tables import csv_text
+        from holdfast.tables import csv_text, latex_text
 
         loaded = ImportancePrior.load(prior)
         rows = loaded.table()
-        _write_tables(csv, None, csv_text(list(rows[0]), [list(row.values()) for row in rows]), "")
+        table = list(rows[0]), [list(row.values()) for row in rows]
+        _write_tables(csv, latex, csv_text(*table), latex_text(*table))
         Console().print(prior_table(loaded, top))
 
 

@@ -115,10 +115,12 @@ def test_priors_are_shown_merged_and_compared_by_command(tmp_path: Path) -> None
             {A: torch.rand(8, 8), B: torch.rand(8, 8)}, {"importance": "fisher", "tasks": [task]}
         )
         folders.append(str(prior.save(tmp_path / task)))
-    shown = invoke("prior", "show", folders[0], "--top", "2", "--csv", str(tmp_path / "t.csv"))
+    files = ["--csv", str(tmp_path / "t.csv"), "--latex", str(tmp_path / "t.tex")]
+    shown = invoke("prior", "show", folders[0], "--top", "2", *files)
     assert "fisher" in shown
     assert f"top: {A}[" in shown.replace("\n", "") or f"top: {B}[" in shown.replace("\n", "")
     assert (tmp_path / "t.csv").read_text().startswith("name,block,shape,values,mean,max,sum\n")
+    assert "up\\_proj" in (tmp_path / "t.tex").read_text()
     invoke("prior", "merge", *folders, "--out", str(tmp_path / "both"))
     both, parts = (
         ImportancePrior.load(tmp_path / "both"),
