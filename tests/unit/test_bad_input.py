@@ -97,6 +97,10 @@ def test_malformed_lines_are_named_with_file_and_line_all_at_once(tiny: Any, tmp
     assert f"{file}:5: a row must be an object" in result.output
     assert f"{file}:1" not in result.output
     assert "Ready to run" not in result.output
+    told = "leave them out with tasks.bad_rows=skip"
+    assert result.output.count(told) == 1
+    assert told in holdfast_cli("run", str(config)).output
+    assert told not in holdfast_cli("check", str(config), "tasks.bad_rows=skip").output
 
 
 def test_run_refuses_malformed_data_before_it_trains(tiny: Any, tmp_path: Path) -> None:
@@ -113,6 +117,8 @@ def test_wrong_column_lists_the_columns_that_are_there(tiny: Any, tmp_path: Path
     result = holdfast_cli("check", str(config))
     assert result.exit_code == 2
     assert f"{file}:1: no column 'prompt'; columns of this row: question, answer" in result.output
+    assert "Say which column is which, such as tasks.columns.prompt=question" in result.output
+    assert "bad_rows" not in result.output, "it would leave out all"
 
 
 def test_columns_named_in_the_config_are_read(tiny: Any, tmp_path: Path) -> None:

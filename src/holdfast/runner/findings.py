@@ -72,6 +72,7 @@ def check(config: RunConfig, directory: bool = True) -> Findings:
     stream, data = inspect_stream(config.tasks, config.seed)
     if data.found:  # what could be read is not what would run
         findings.problems += data.found
+        findings.remarks += data.advice
         stream = None
     if data.skipped:
         findings.remarks.append(f"{len(data.skipped)} bad rows are left out, such as {data.skipped[0]}")

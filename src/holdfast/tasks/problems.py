@@ -27,12 +27,15 @@ class Problems:
         Whether bad rows are no problems.
     other_columns : str
         How to name the columns; said once, where rows lack one.
+    leave_out : str
+        How bad rows can be left out; said once, where there are some.
     """
 
-    def __init__(self, *, skip_rows: bool = False, other_columns: str = "") -> None:
+    def __init__(self, *, skip_rows: bool = False, other_columns: str = "", leave_out: str = "") -> None:
         self.found: list[str] = []
         self.skipped: list[str] = []
         self._other_columns, self._lacking = other_columns, False
+        self._leave_out, self._bad_rows = leave_out, False
         self._rows = self.skipped if skip_rows else self.found
         self._known: set[str] = set()  # a file that serves two splits is read twice
 
@@ -45,13 +48,21 @@ class Problems:
 
     def add_row(self, where: object, what: object) -> None:
         """Note a bad row: a problem, or merely skipped if that was asked for."""
-        self._lacking |= isinstance(what, NoColumn)
+        lacking = isinstance(what, NoColumn)  # then all rows do: to leave them out would leave none
+        self._lacking |= lacking
+        self._bad_rows |= not lacking
         self._note(self._rows, f"{where}: {what}")
 
     def _note(self, problems: list[str], text: str) -> None:
         if text not in self._known:
             self._known.add(text)
             problems.append(text)
+
+    @property
+    def advice(self) -> list[str]:
+        """What helps with some of the problems, whichever they are of."""
+        said = ((self._lacking, self._other_columns), (self._bad_rows, self._leave_out))
+        return [text for there, text in said if there and text]
 
     def raise_if_any(self) -> None:
         """Raise one error that counts all problems and shows the first of them.
@@ -63,13 +74,12 @@ class Problems:
         """
         if not self.found:
             return
-        advice = [self._other_columns] if self._lacking and self._other_columns else []
         if len(self.found) == 1:
-            raise DataError("\n".join([*self.found, *advice]))
+            raise DataError("\n".join([*self.found, *self.advice]))
         lines = [f"{len(self.found)} problems in the data:", *(f"  {line}" for line in self.found[:SHOWN])]
         if len(self.found) > SHOWN:
             lines.append(f"  ... and {len(self.found) - SHOWN} more")
-        raise DataError("\n".join([*lines, *advice]))
+        raise DataError("\n".join([*lines, *self.advice]))
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:

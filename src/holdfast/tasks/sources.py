@@ -53,7 +53,11 @@ def inspect_stream(config: SourceOptions, seed: int = 0) -> tuple[TaskStream, Pr
     ``problems.found`` are those that `build_stream` would raise, ``problems.skipped`` the rows that were left
     out under ``bad_rows: skip``.
     """
-    problems = Problems(skip_rows=config.bad_rows == "skip")
+    skip = config.bad_rows == "skip"
+    leave_out = "" if skip else "Mend such rows, or leave them out with tasks.bad_rows=skip."
+    named = "columns" in type(config).model_fields
+    columns = "Say which column is which, such as tasks.columns.prompt=question." if named else ""
+    problems = Problems(skip_rows=skip, other_columns=columns, leave_out=leave_out)
     seed = seed if config.seed is None else config.seed
     names = _available(config, problems)
     order = _resolve_order(config, names, problems) if names else []
