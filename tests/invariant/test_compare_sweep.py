@@ -289,6 +289,20 @@ def test_a_sweep_whose_model_has_moved_trains_nothing_again_and_another_model_is
         at("other")
 
 
+def test_a_sweep_goes_on_to_tasks_behind_those_of_its_order(tmp_path):
+    def of(order: list[str], output: str) -> Comparison:
+        tasks = f"base.tasks.order=[{', '.join(order)}]"
+        return sweep(file, tasks, f"output={tmp_path / output}", "base.training.max_steps=2")
+
+    file = grid_file(tmp_path, [PLAIN])
+    of(["head"], "grown")
+    grown, whole = (of(["head", "tail"], output) for output in ("grown", "whole"))
+    assert grown.finished
+    assert found(grown) == found(whole)
+    runs = [next((tmp_path / output).rglob("runs/**/metrics.json")) for output in ("grown", "whole")]
+    assert len({str(RunMetrics.read(run).matrix) for run in runs}) == 1
+
+
 def test_names_of_rows_are_shown_as_they_stand(tmp_path):
     file = grid_file(tmp_path, [{**PLAIN, "name": "[/b] [red]x[/red] :one:"}])
     result = holdfast_cli("compare", file, "base.training.max_steps=1")
