@@ -420,7 +420,7 @@ class ImportancePrior:
                 return cls(named, {"kind": "inputs"} if kind == "inputs" else {})
             except DataError as error:
                 raise DataError(f"{folder}: {error}") from error
-        if not folder.exists():
+        if folder.suffix == ".safetensors" and not folder.exists():
             raise DataError(f"no importance prior: there is no '{folder}'.")
         for name in (META, TENSORS):
             if not (folder / name).is_file():
