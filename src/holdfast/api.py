@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from holdfast.attribution import AttributionOptions
 from holdfast.config import Section, validate
-from holdfast.errors import ConfigError, DataError
-from holdfast.evaluation.audit import audit
+from holdfast.errors import ConfigError
+from holdfast.evaluation.audit import require_sound
 from holdfast.evaluation.evaluate import EvaluationOptions
+from holdfast.evaluation.explaining import explain as why
 from holdfast.importance import ImportancePrior, chosen_importance, compute_prior
 from holdfast.importance.beside import as_beside, left_to_rate
-from holdfast.importance.explanation import Explanation, explain_answer
+from holdfast.importance.explanation import Explanation
 from holdfast.models import is_encoder_decoder
 from holdfast.progress import Progress
 from holdfast.tasks.encode import Encoder, Template
-from holdfast.tasks.problems import Problems
-from holdfast.tasks.rows import as_examples, to_example
+from holdfast.tasks.rows import as_examples
 from holdfast.tasks.task import Example, Task
 
 
@@ -62,14 +62,8 @@ def explain(
         Prompt or answer is empty, or an operation of the model has no rule.
     """
     chosen = _section(AttributionOptions, options, "explain: options")
-    answers = [answer] if instead_of is None else [answer, instead_of]
-    problems = Problems()
-    examples = [to_example({"prompt": prompt, "completion": a}, "explain", problems) for a in answers]
-    problems.raise_if_any()
-    task = Task("explain", [example for example in examples if example is not None], ())
-    encoder = _encoder(model, tokenizer, template, task, "explain", warnings.warn)
-    found = [explain_answer(model, encoder, example, chosen) for example in task.train]
-    return found[0] if instead_of is None else found[0].instead_of(found[1])
+    encoder = _encoder(model, tokenizer, template, "explain")
+    return why(model, encoder, prompt, answer, chosen, instead_of=instead_of, tell=warnings.warn)
 
 
 def attribute(
@@ -123,7 +117,8 @@ def attribute(
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     data = Task(task or "data", as_examples(dataset), ())
     with Progress(quiet=not progress) as bars, bars.bar("importance", total=len(data.train)) as bar:
-        encoder = _encoder(model, tokenizer, template, data, "attribute", bars.remark)
+        encoder = _encoder(model, tokenizer, template, "attribute")
+        require_sound(data, encoder, model, EvaluationOptions(), bars.remark)
         rows = encoder.many(data.train)
         prior = compute_prior(
             model,
@@ -139,22 +134,10 @@ def attribute(
 
 
 def _encoder(
-    model: nn.Module,
-    tokenizer: Any,
-    template: Template | Mapping[str, Any] | None,
-    task: Task,
-    caller: str,
-    tell: Callable[[str], None],
+    model: nn.Module, tokenizer: Any, template: Template | Mapping[str, Any] | None, caller: str
 ) -> Encoder:
-    """The encoder of a task's rows, once what they lose by it is told and it is sure that they fit."""
     frame = _section(Template, template, f"{caller}: template")
-    encoder = Encoder(tokenizer, frame, encoder_decoder=is_encoder_decoder(model))
-    found = audit(task, encoder, model, EvaluationOptions())
-    for remark in found.remarks:
-        tell(remark)
-    if found.problems:
-        raise DataError("\n".join(found.problems))
-    return encoder
+    return Encoder(tokenizer, frame, encoder_decoder=is_encoder_decoder(model))
 
 
 def _section(kind: type[Section], given: Section | Mapping[str, Any] | None, source: str) -> Section:

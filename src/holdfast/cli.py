@@ -415,6 +415,54 @@ def ask_command(
                 print(f"now:  {answer}" if base else answer, flush=True)
 
 
+@app.command("explain")
+def explain_command(
+    folder: Annotated[Path, typer.Argument(metavar="SKILLS|RUN", help="folder of skills, or of a run")],
+    question: Annotated[str, typer.Argument(help="what the model is asked")],
+    answer: Annotated[
+        str | None, typer.Option(help="the answer to be explained; default: what the model answers")
+    ] = None,
+    instead_of: Annotated[
+        str | None, typer.Option(help="another answer: what speaks for the one and not for the other")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="write the heat map as an HTML file")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="which task it is of; only strategies that must be told need it")
+    ] = None,
+    after: Annotated[
+        str | None, typer.Option(metavar="TASK", help="explain the model as it was after this task")
+    ] = None,
+    options: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="rules=paper, target=first, ...")
+    ] = None,
+) -> None:
+    """Why a model gives an answer: the relevance of each token that it read, green for it, red against.
+
+    The question is framed as the rows that were learned. Of a model without a folder: holdfast.explain(...).
+
+    Examples:
+
+      holdfast explain skills "What is due on June 1?"
+
+      holdfast explain skills "What is due on June 1?" --answer rent --instead-of nothing --out why.html
+    """
+    with _told():
+        from holdfast.config import override
+        from holdfast.runner.ask import load_to_ask
+
+        chosen = override({}, options or [])
+        with Progress() as progress, load_to_ask(folder, after, progress) as learner:
+            why = learner.explain(question, answer, instead_of=instead_of, task=task, options=chosen)
+        shown = Console(highlight=False, markup=False)
+        shown.print(why, soft_wrap=True)
+        shown.print(f"\nfor {why.what}, logits {why.target:.4g}; the strongest tokens:")
+        for token, value in why.strongest():
+            shown.print(f"{value:+10.3g}  {token!r}")
+        shown.print(f"conservation error {why.conservation_error:.1e}")
+        if out is not None:
+            console.print(f"Written: {why.save(out)}", highlight=False, markup=False, soft_wrap=True)
+
+
 def _lines() -> Iterator[str]:
     """Questions from a terminal, until an empty line or its end; or from a pipe, a line each."""
     if not sys.stdin.isatty():

@@ -99,6 +99,17 @@ def test_a_reader_sees_each_token_with_its_number_and_no_markup_of_theirs(tmp_pa
     assert found.weights.top(1)[0].name in found.weights
 
 
+def test_a_terminal_shows_the_tokens_and_colours_the_strong_ones() -> None:
+    found = holdfast.explain(tiny_model("llama").eval(), TOKENIZER, "copy ab=", "ab")
+    shown = found.__rich__()
+    assert shown.plain == "".join(found.tokens[: found.asked]) + " → " + "".join(found.tokens[found.asked :])
+    token, value = found.strongest(1)[0]
+    assert abs(value) == pytest.approx(float(found.relevance.abs().max()))
+    colour = "rgb(24,130,90)" if value > 0 else "rgb(200,60,40)"
+    (span,) = (span for span in shown.spans if str(span.style).endswith(colour))
+    assert shown.plain[span.start : span.end] == token
+
+
 def test_an_answer_without_tokens_is_told() -> None:
     with pytest.raises(DataError, match="empty completion"):
         holdfast.explain(tiny_model("llama"), TOKENIZER, "a", " ")

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from holdfast.errors import HoldfastError
+from holdfast.errors import DataError, HoldfastError
 from holdfast.evaluation.answers import room_for_answers
 from holdfast.evaluation.evaluate import (
     EncodedTask,
@@ -85,6 +85,23 @@ def audit(
         _answers(encoded, encoder, found)
     _context(encoded, rows, model, found)
     return found
+
+
+def require_sound(
+    task: Task, encoder: Encoder, model: nn.Module, options: EvaluationOptions, tell: Callable[[str], None]
+) -> None:
+    """`audit` where nothing else is to be looked at: remarks are told, problems raised.
+
+    Raises
+    ------
+    DataError
+        With all of them.
+    """
+    found = audit(task, encoder, model, options)
+    for remark in found.remarks:
+        tell(remark)
+    if found.problems:
+        raise DataError("\n".join(found.problems))
 
 
 def _cut(task: Task, rows: Sequence[Encoded], template: Template, found: Audit) -> None:

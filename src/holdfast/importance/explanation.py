@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.text import Text
 from torch import Tensor, nn
 
 from holdfast.attribution import AttributionOptions, attribute_one
@@ -21,6 +22,7 @@ from holdfast.tasks.encode import Encoder
 from holdfast.tasks.task import Example
 
 _FOR, _AGAINST = "24, 130, 90", "200, 60, 40"  # red, green, blue of the two signs
+_SEEN = 0.1  # of the strongest: below it a token has no colour in a terminal
 
 
 class _Relevance:
@@ -97,11 +99,31 @@ class Explanation:
             against=other.answer,
         )
 
+    @property
+    def what(self) -> str:
+        """What is explained, in words."""
+        return f"{self.answer!r}" + (f" instead of {self.against!r}" if self.against else "")
+
+    def strongest(self, n: int = 10) -> list[tuple[str, float]]:
+        """The tokens with most relevance, for or against, and how much."""
+        found = sorted(zip(self.tokens, self.relevance.tolist(), strict=True), key=lambda pair: -abs(pair[1]))
+        return found[:n]
+
     def __repr__(self) -> str:
-        strongest = sorted(zip(self.relevance.tolist(), self.tokens, strict=True), key=lambda p: -abs(p[0]))
-        shown = ", ".join(f"{token!r} {value:+.3g}" for value, token in strongest[:3])
-        what = f"{self.answer!r}" + (f" instead of {self.against!r}" if self.against else "")
-        return f"Explanation of {what}: {shown}; conservation error {self.conservation_error:.1e}"
+        shown = ", ".join(f"{token!r} {value:+.3g}" for token, value in self.strongest(3))
+        return f"Explanation of {self.what}: {shown}; conservation error {self.conservation_error:.1e}"
+
+    def __rich__(self) -> Text:
+        """The same in a terminal: `rich.print`, and ``holdfast explain``."""
+        shown, most = Text(), float(self.relevance.abs().max()) or 1.0
+        for number, (token, value) in enumerate(zip(self.tokens, self.relevance.tolist(), strict=True)):
+            if number == self.asked:
+                shown.append(" → ", style="dim")
+            share = abs(value) / most
+            of_sign = [int(part) for part in (_FOR if value > 0 else _AGAINST).split(",")]
+            dark = ",".join(str(int(part * share)) for part in of_sign)
+            shown.append(token.replace("\n", "↵\n"), style=f"white on rgb({dark})" if share > _SEEN else "")
+        return shown
 
     def _repr_html_(self) -> str:
         """The tokens as a heat map, for a notebook."""

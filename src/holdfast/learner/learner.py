@@ -14,12 +14,15 @@ from typing import Any
 import torch
 
 from holdfast import world
+from holdfast.attribution import AttributionOptions
 from holdfast.config import validate
 from holdfast.errors import ConfigError, ModelError, RunDirectoryError
 from holdfast.evaluation.asking import ask
+from holdfast.evaluation.explaining import explain
 from holdfast.evaluation.general import Divergence
 from holdfast.evaluation.predictions import file_safe
 from holdfast.folder import CONFIG, PARTIAL, Folder
+from holdfast.importance.explanation import Explanation
 from holdfast.learner.aside import fit_aside
 from holdfast.learner.base_task import BASE, BaseTask
 from holdfast.learner.config import STAGES, LearnerConfig, recorded_config
@@ -513,6 +516,43 @@ class Learner:
                 max_new_tokens=max_new_tokens,
                 progress=bar,
             )
+
+    def explain(
+        self,
+        question: str | Sequence[Mapping[str, Any]],
+        answer: str | None = None,
+        *,
+        instead_of: str | None = None,
+        task: str | None = None,
+        options: AttributionOptions | Mapping[str, Any] | None = None,
+    ) -> Explanation:
+        """Why the model gives an answer, framed as the rows that it learned, see `holdfast.explain`.
+
+        Parameters
+        ----------
+        answer : str, optional
+            By default what the model answers.
+        task : str, optional
+            As of `answer`.
+
+        Raises
+        ------
+        HoldfastError
+            As of `answer` and `holdfast.explain`; or the model answers nothing.
+        """
+        chosen = validate(AttributionOptions, dict(options or {}), "explain: options")
+        said = self.answer([question], task=task)[0] if answer is None else answer
+        if not said.strip():
+            raise ConfigError("explain: the model answers nothing; give the answer that is to be explained.")
+        return explain(
+            self.route(task),
+            self.encoder,
+            question,
+            said,
+            chosen,
+            instead_of=instead_of,
+            tell=self.progress.remark,
+        )
 
     def kl_to_base(self, rows: Iterable[Example | Mapping[str, Any]] | None = None) -> Divergence:
         """How far the model has moved from what it was before the first task: KL(base || now) per token.

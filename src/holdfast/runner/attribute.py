@@ -11,7 +11,7 @@ from pydantic import Field
 
 from holdfast.config import MAX_SEED, Options, override, validate
 from holdfast.errors import ConfigError, DataError
-from holdfast.evaluation.audit import audit
+from holdfast.evaluation.audit import require_sound
 from holdfast.evaluation.evaluate import EvaluationOptions
 from holdfast.folder import CONFIG
 from holdfast.importance import ImportanceOptions, ImportancePrior, compute_prior
@@ -96,11 +96,8 @@ def attribute_to_folder(
         )
     loaded, tokenizer = load_model(config.model, seed, toy_tokenizer)
     encoder = Encoder(tokenizer, config.template, encoder_decoder=is_encoder_decoder(loaded))
-    found = audit(task if faithfulness else replace(task, test=()), encoder, loaded, config.evaluation)
-    for remark in found.remarks:
-        progress.say(remark)
-    if found.problems:
-        raise DataError("\n".join(found.problems))
+    looked_at = task if faithfulness else replace(task, test=())
+    require_sound(looked_at, encoder, loaded, config.evaluation, progress.say)
     rows = encoder.many(task.train)
     partial = Partial(out / "partial", progress.say)
     with progress.bar(f"importance of {task.name}", total=len(rows)) as bar:

@@ -1,0 +1,48 @@
+"""Why a model gives an answer: looked at like any row, then explained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from holdfast.attribution import AttributionOptions
+from holdfast.evaluation.audit import require_sound
+from holdfast.evaluation.evaluate import EvaluationOptions
+from holdfast.importance.explanation import Explanation, explain_answer
+from holdfast.tasks.encode import Encoder
+from holdfast.tasks.problems import Problems
+from holdfast.tasks.rows import to_example
+from holdfast.tasks.task import Task
+
+
+def explain(
+    model: Any,
+    encoder: Encoder,
+    prompt: str | Sequence[Mapping[str, Any]],
+    answer: str,
+    options: AttributionOptions,
+    *,
+    instead_of: str | None = None,
+    tell: Callable[[str], None],
+) -> Explanation:
+    """The relevance of each token and weight for an answer.
+
+    Parameters
+    ----------
+    instead_of : str, optional
+        Another answer to the same prompt: what speaks for the one and not for the other.
+    tell : callable
+        Gets what is cut, in a line each.
+
+    Raises
+    ------
+    HoldfastError
+        Prompt or answer can't be encoded or don't fit, or an operation of the model has no rule.
+    """
+    problems, answers = Problems(), [answer] if instead_of is None else [answer, instead_of]
+    examples = [to_example({"prompt": prompt, "completion": a}, "explain", problems) for a in answers]
+    problems.raise_if_any()
+    task = Task("explain", [example for example in examples if example is not None], ())
+    require_sound(task, encoder, model, EvaluationOptions(), tell)
+    found = [explain_answer(model, encoder, example, options) for example in task.train]
+    return found[0] if instead_of is None else found[0].instead_of(found[1])
