@@ -137,6 +137,21 @@ def test_inspect_stream_hands_back_problems_and_what_could_be_read(folder):
     assert stream.tasks[0].train == [Example("a", "b")]
 
 
+def test_building_a_stream_tells_which_rows_are_left_out_and_how_others_are_read(folder: Path) -> None:
+    chats = [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}] * 2
+    (folder / "chats").mkdir()
+    for part in ("train", "test"):
+        lines = "".join(json.dumps(row) + "\n" for row in chats)
+        (folder / "chats" / f"{part}.jsonl").write_text(lines)
+    (folder / "agnews" / "train.jsonl").write_text('nonsense\n{"prompt": "a", "completion": "b"}\n')
+    config = ADAPTER.validate_python({"source": "jsonl", "path": str(folder), "bad_rows": "skip"})
+    told: list[str] = []
+    build_stream(config, 0, told.append)
+    assert len(told) == 2
+    assert told[0].startswith(f"1 bad row is left out, such as {folder}/agnews/train.jsonl:1")
+    assert told[1].startswith("chats: read as ")
+
+
 def test_bad_rows_are_left_out_and_noted_if_that_is_asked_for(folder):
     (folder / "agnews" / "train.jsonl").write_text('nonsense\n{"prompt": "a", "completion": "b"}\n')
     config = ADAPTER.validate_python({"source": "jsonl", "path": str(folder), "bad_rows": "skip"})

@@ -25,7 +25,7 @@ from holdfast.runner.config import RunConfig
 from holdfast.runner.directory import RunDirectory
 from holdfast.runner.table import Rows
 from holdfast.strategies import Strategy, build_strategy
-from holdfast.tasks import Encoder, inspect_stream, load_task, toy_tokenizer
+from holdfast.tasks import Encoder, inspect_stream, load_task, read_otherwise, toy_tokenizer
 from holdfast.tasks.memory import Rehearsal, WritingOptions, stand_in
 from holdfast.tasks.options import trained_on
 from holdfast.tasks.task import Example, Task, TaskStream
@@ -74,8 +74,7 @@ def check(config: RunConfig, directory: bool = True) -> Findings:
         findings.problems += data.found
         findings.remarks += data.advice
         stream = None
-    if data.skipped:
-        findings.remarks.append(f"{len(data.skipped)} bad rows are left out, such as {data.skipped[0]}")
+    findings.remarks += data.left_out
     if stream is not None and config.tasks.test_split == "validation":
         counts = sorted({len(task.test) for task in stream})
         rows = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
@@ -151,8 +150,7 @@ def _check_tasks(
     encoder = Encoder(tokenizer, config.template, encoder_decoder=is_encoder_decoder(model))
     every = (*tasks, *given)
     for number, task in enumerate(every):
-        if task.read_as:
-            findings.remarks.append(f"{task.name}: read as {task.read_as}.")
+        findings.remarks += read_otherwise(task)
         findings.remarks += trained_on(every[: number + 1], task)
         written = config.writes and number < len(tasks)
         found = audit(task, encoder, model, config.evaluation, written=written)

@@ -59,7 +59,7 @@ def run(config: RunConfig, progress: Progress | None = None) -> dict[str, Any]:
 class _Run:
     def __init__(self, config: RunConfig, directory: RunDirectory, progress: Progress) -> None:
         self.config, self.directory, self.progress = config, directory, progress
-        self.stream = build_stream(config.tasks, config.seed)
+        self.stream = build_stream(config.tasks, config.seed, progress.remark)
         self.stages = build_strategy(config.strategy).stages(self.stream)
         self.names = [Learner.part(stage) for stage in self.stages]
 

@@ -7,7 +7,7 @@ from holdfast.tasks.jsonl import JsonlSource
 from holdfast.tasks.load import load_task
 from holdfast.tasks.orders import list_orders, match_task
 from holdfast.tasks.rows import Columns, as_examples, as_questions
-from holdfast.tasks.sources import TasksOptions, build_stream, inspect_stream, ordered_names
+from holdfast.tasks.sources import TasksOptions, build_stream, inspect_stream, ordered_names, read_otherwise
 from holdfast.tasks.task import Example, Task, TaskStream
 from holdfast.tasks.toy import BASE_TASKS, STREAM_TASKS, TOY_TASKS, ToySource, toy_suite, toy_tokenizer
 
@@ -38,6 +38,7 @@ __all__ = [
     "load_task",
     "match_task",
     "ordered_names",
+    "read_otherwise",
     "toy_suite",
     "toy_tokenizer",
 ]

@@ -64,6 +64,12 @@ class Problems:
         said = ((self._lacking, self._other_columns), (self._bad_rows, self._leave_out))
         return [text for there, text in said if there and text]
 
+    @property
+    def left_out(self) -> list[str]:
+        """That rows were skipped: how many, and one of them."""
+        many = "1 bad row is" if len(self.skipped) == 1 else f"{len(self.skipped)} bad rows are"
+        return [f"{many} left out, such as {self.skipped[0]}"] if self.skipped else []
+
     def raise_if_any(self) -> None:
         """Raise one error that counts all problems and shows the first of them.
 

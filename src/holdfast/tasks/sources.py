@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Union
 
@@ -27,7 +27,9 @@ TasksOptions: Any = Annotated[
 ]
 
 
-def build_stream(config: SourceOptions, seed: int = 0) -> TaskStream:
+def build_stream(
+    config: SourceOptions, seed: int = 0, tell: Callable[[str], None] | None = None
+) -> TaskStream:
     """Read the tasks of a source, in order, subsampled and with their metrics.
 
     Parameters
@@ -36,6 +38,8 @@ def build_stream(config: SourceOptions, seed: int = 0) -> TaskStream:
         Options of any source.
     seed : int
         Draws the rows, unless `config.seed` does.
+    tell : callable, optional
+        Gets what was left out, and which form was recognised, in a line each.
 
     Raises
     ------
@@ -44,7 +48,15 @@ def build_stream(config: SourceOptions, seed: int = 0) -> TaskStream:
     """
     stream, problems = inspect_stream(config, seed)
     problems.raise_if_any()
+    if tell is not None:
+        for remark in [*problems.left_out, *(line for task in stream for line in read_otherwise(task))]:
+            tell(remark)
     return stream
+
+
+def read_otherwise(task: Task) -> list[str]:
+    """In which form a task was read, where that was told by its columns."""
+    return [f"{task.name}: read as {task.read_as}."] if task.read_as else []
 
 
 def inspect_stream(config: SourceOptions, seed: int = 0) -> tuple[TaskStream, Problems]:
