@@ -35,7 +35,8 @@ app = typer.Typer(
   holdfast learn may.jsonl  --skills skills --model MODEL
   holdfast learn june.jsonl --skills skills
   holdfast skills skills
-  holdfast ask    skills "What is due on June 1?"
+  holdfast ask skills "What is due on June 1?"
+  holdfast explain skills "What is due on June 1?"
 
 [bold]Check, run, compare[/bold]:
 
@@ -418,7 +419,7 @@ def ask_command(
 @app.command("explain")
 def explain_command(
     folder: Annotated[Path, typer.Argument(metavar="SKILLS|RUN", help="folder of skills, or of a run")],
-    question: Annotated[str, typer.Argument(help="what the model is asked")],
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="what the model is asked")],
     answer: Annotated[
         str | None, typer.Option(help="the answer to be explained; default: what the model answers")
     ] = None,
