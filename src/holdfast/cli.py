@@ -427,9 +427,6 @@ def explain_command(
         str | None, typer.Option(help="another answer: what speaks for the one and not for the other")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="write the heat map as an HTML file")] = None,
-    task: Annotated[
-        str | None, typer.Option(help="which task it is of; only strategies that must be told need it")
-    ] = None,
     after: Annotated[
         str | None, typer.Option(metavar="TASK", help="explain the model as it was after this task")
     ] = None,
@@ -453,7 +450,7 @@ def explain_command(
 
         chosen = override({}, options or [])
         with Progress() as progress, load_to_ask(folder, after, progress) as learner:
-            why = learner.explain(question, answer, instead_of=instead_of, task=task, options=chosen)
+            why = learner.explain(question, answer, instead_of=instead_of, options=chosen)
         shown = Console(highlight=False, markup=False)
         shown.print(why, soft_wrap=True)
         shown.print(f"\nfor {why.what}, logits {why.target:.4g}; the strongest tokens:")

@@ -11,8 +11,10 @@ from test_learn_command import in_this_process, refused
 import holdfast
 from holdfast import Learner
 from holdfast.errors import ConfigError
+from holdfast.tasks import toy_tokenizer
 from learning_data import SHORT, TOY, data_sets, rows_of
 from processes import holdfast as command
+from tiny_models import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +48,14 @@ def test_the_learner_explains_its_own_answer_in_its_own_frame(made: Path) -> Non
         assert not torch.equal(learner.explain(QUESTION, "abcd").relevance, paper.relevance)
         with pytest.raises(ConfigError, match="Did you mean 'paper'"):
             learner.explain(QUESTION, "abcd", options={"rules": "papr"})
+
+
+def test_what_takes_more_than_a_plain_model_to_answer_is_refused() -> None:
+    with Learner(tiny_model("llama"), toy_tokenizer(), "l2p", training={"max_steps": 1}) as learner:
+        with learner.task("may", rows_of("may", 8)) as stage:
+            stage.train()
+        with pytest.raises(ConfigError, match="'l2p' answers come from more than a plain model"):
+            learner.explain(QUESTION, "abcd")
 
 
 def test_the_command_shows_the_strongest_tokens_and_writes_the_map(made: Path, tmp_path: Path) -> None:

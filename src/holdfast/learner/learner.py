@@ -523,7 +523,6 @@ class Learner:
         answer: str | None = None,
         *,
         instead_of: str | None = None,
-        task: str | None = None,
         options: AttributionOptions | Mapping[str, Any] | None = None,
     ) -> Explanation:
         """Why the model gives an answer, framed as the rows that it learned, see `holdfast.explain`.
@@ -532,20 +531,24 @@ class Learner:
         ----------
         answer : str, optional
             By default what the model answers.
-        task : str, optional
-            As of `answer`.
 
         Raises
         ------
         HoldfastError
-            As of `answer` and `holdfast.explain`; or the model answers nothing.
+            As of `answer` and `holdfast.explain`; the model answers nothing; or it takes more than a plain
+            model to answer.
         """
         chosen = validate(AttributionOptions, dict(options or {}), "explain: options")
-        said = self.answer([question], task=task)[0] if answer is None else answer
+        if type(self.state.strategy).route is not Strategy.route:
+            raise ConfigError(
+                f"explain: under strategy '{self.config.strategy.name}' answers come from more than a plain "
+                "model (prompts, routers), through which relevance isn't followed."
+            )
+        said = self.answer([question])[0] if answer is None else answer
         if not said.strip():
             raise ConfigError("explain: the model answers nothing; give the answer that is to be explained.")
         return explain(
-            self.route(task),
+            self.model,
             self.encoder,
             question,
             said,
