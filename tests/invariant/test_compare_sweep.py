@@ -281,7 +281,7 @@ def test_a_sweep_whose_model_has_moved_trains_nothing_again_and_another_model_is
 
     before = at("base")
     (tmp_path / "base").rename(tmp_path / "moved")
-    module: Any = importlib.import_module("holdfast.learner.learner")
+    module: Any = importlib.import_module("holdfast.learner.learning")
     monkeypatch.setattr(module, "train", dying(module.train, 1, [0]))
     assert found(at("moved")) == found(before)
     assert f"path: {tmp_path / 'moved'}" in next((tmp_path / "out").rglob("config.yaml")).read_text()

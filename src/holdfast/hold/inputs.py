@@ -108,6 +108,15 @@ def _along(change_OI: Tensor, basis: Basis, factor_I: Tensor) -> Tensor:
     return basis.back(basis.into(change_OI).mul_(factor_I))
 
 
+def _into_weights(weight_OI: Tensor, change_OI: Tensor, ref_OI: Tensor, basis: Basis) -> Tensor:
+    """W = W* + Z Uᵀ, written into a weight."""
+    if weight_OI.dtype == change_OI.dtype:
+        basis.back(change_OI, ref_OI, out=weight_OI)
+    else:
+        weight_OI.copy_(basis.back(change_OI, ref_OI.to(basis.dtype)))
+    return weight_OI
+
+
 class Coordinates:
     """Lets an optimizer step in the basis in which an `Inputs` hold is diagonal.
 
@@ -175,7 +184,8 @@ class Coordinates:
                 if self.carried and kept_OI is not None and kept_OI.shape == change_OI.shape:
                     weight_OI = outputs_first(parameter, dim)
                     change_OI.copy_(kept_OI)
-                    back_OI = basis.back(change_OI, ref_OI.to(basis.dtype)).to(weight_OI.dtype)
+                    # laid out as the weight is: a product's rounding depends on it
+                    back_OI = _into_weights(torch.empty_like(weight_OI), change_OI, ref_OI, basis)
                     self._left[at] = mark if torch.equal(back_OI, weight_OI) else None
 
     def enter(self, moving: Sequence[bool] | None = None) -> None:
@@ -242,10 +252,7 @@ class Coordinates:
             weight_OI = outputs_first(parameter, dim)
             if passed_I is not None:
                 change_OI *= passed_I
-            if weight_OI.dtype == change_OI.dtype:
-                basis.back(change_OI, ref_OI, out=weight_OI)
-            else:
-                weight_OI.copy_(basis.back(change_OI, ref_OI.to(basis.dtype)))
+            _into_weights(weight_OI, change_OI, ref_OI, basis)
         if self.carried:
             kept = zip(self._left, self._marks(), self._moving, strict=True)
             self._left = [mark if moves else left for left, mark, moves in kept]
