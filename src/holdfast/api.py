@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from holdfast.attribution import AttributionOptions
-from holdfast.config import Section, validate
+from holdfast.config import section
 from holdfast.errors import ConfigError
 from holdfast.evaluation.audit import require_sound
 from holdfast.evaluation.evaluate import EvaluationOptions
@@ -61,7 +61,7 @@ def explain(
     HoldfastError
         Prompt or answer is empty, or an operation of the model has no rule.
     """
-    chosen = _section(AttributionOptions, options, "explain: options")
+    chosen = section(AttributionOptions, options, "explain: options")
     encoder = _encoder(model, tokenizer, template, "explain")
     return why(model, encoder, prompt, answer, chosen, instead_of=instead_of, tell=warnings.warn)
 
@@ -136,9 +136,5 @@ def attribute(
 def _encoder(
     model: nn.Module, tokenizer: Any, template: Template | Mapping[str, Any] | None, caller: str
 ) -> Encoder:
-    frame = _section(Template, template, f"{caller}: template")
+    frame = section(Template, template, f"{caller}: template")
     return Encoder(tokenizer, frame, encoder_decoder=is_encoder_decoder(model))
-
-
-def _section(kind: type[Section], given: Section | Mapping[str, Any] | None, source: str) -> Section:
-    return given if isinstance(given, kind) else validate(kind, dict(given or {}), source)

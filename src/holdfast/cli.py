@@ -56,6 +56,7 @@ prior_app = typer.Typer(no_args_is_help=True, help="Look at priors on file, comp
 app.add_typer(prior_app, name="prior")
 Csv = Annotated[Path | None, typer.Option("--csv", help="write the table as CSV to this file")]
 Latex = Annotated[Path | None, typer.Option("--latex", help="write the table as LaTeX to this file")]
+Learned = Annotated[Path, typer.Argument(metavar="SKILLS|RUN", help="folder of skills, or of a run")]
 
 
 def _version(asked: bool) -> None:
@@ -346,7 +347,7 @@ def skills_command(
 
 @app.command("ask")
 def ask_command(
-    folder: Annotated[Path, typer.Argument(metavar="SKILLS|RUN", help="folder of skills, or of a run")],
+    folder: Learned,
     questions: Annotated[
         list[str] | None,
         typer.Argument(metavar="QUESTION", help="without any they are read line by line"),
@@ -418,7 +419,7 @@ def ask_command(
 
 @app.command("explain")
 def explain_command(
-    folder: Annotated[Path, typer.Argument(metavar="SKILLS|RUN", help="folder of skills, or of a run")],
+    folder: Learned,
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="what the model is asked")],
     answer: Annotated[
         str | None, typer.Option(help="the answer to be explained; default: what the model answers")

@@ -281,6 +281,17 @@ def validate(section: type[Section], data: Mapping[str, Any], source: str) -> Se
     raise ConfigError(f"{source}: {count} in the configuration:\n" + "\n".join(lines))
 
 
+def section(kind: type[Section], given: Section | Mapping[str, Any] | None, source: str) -> Section:
+    """Options that a function was given as such, as a mapping, or not at all.
+
+    Raises
+    ------
+    ConfigError
+        As of `validate`.
+    """
+    return given if isinstance(given, kind) else validate(kind, dict(given or {}), source)
+
+
 def _unusable(value: Any, where: str = "") -> Iterator[str]:
     """Values that no option can have, whatever its type: they would fail far from here."""
     if isinstance(value, Mapping):

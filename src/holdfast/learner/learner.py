@@ -15,7 +15,7 @@ import torch
 
 from holdfast import world
 from holdfast.attribution import AttributionOptions
-from holdfast.config import validate
+from holdfast.config import section, validate
 from holdfast.errors import ConfigError, ModelError, RunDirectoryError
 from holdfast.evaluation.asking import ask
 from holdfast.evaluation.explaining import explain
@@ -388,8 +388,9 @@ class Learner:
             ability |= harness.measured(seconds)
             metrics = StageMetrics(stage=stage.name, scores=scores, seconds=seconds, **ability)
             metrics.write(folder / "metrics.json")
-            again = {task.name: task.same_as for task in stage.tasks if task.same_as}
-            reports.log(figures_after(before, metrics, {**same_as(self.folder.path), **again}))
+            if reports.waiting:
+                again = {task.name: task.same_as for task in stage.tasks if task.same_as}
+                reports.log(figures_after(before, metrics, {**same_as(self.folder.path), **again}))
             self._save_state(folder)
         self._broken = ""
         self.look.learned(stage.tasks)
@@ -538,7 +539,7 @@ class Learner:
             As of `answer` and `holdfast.explain`; the model answers nothing; or it takes more than a plain
             model to answer.
         """
-        chosen = validate(AttributionOptions, dict(options or {}), "explain: options")
+        chosen = section(AttributionOptions, options, "explain: options")
         if type(self.state.strategy).route is not Strategy.route:
             raise ConfigError(
                 f"explain: under strategy '{self.config.strategy.name}' answers come from more than a plain "

@@ -23,7 +23,9 @@ from holdfast.sweep.choice import choose, count, in_order
 from holdfast.sweep.grid import Cell, Choose, Plan, raise_for_cells
 from holdfast.sweep.results import collect, markdown
 from holdfast.sweep.table import live_table
-from holdfast.tasks import inspect_stream, toy_tokenizer
+from holdfast.tasks import inspect_stream, ordered_names, toy_tokenizer
+from holdfast.tasks.problems import Problems
+from holdfast.tasks.task import Task, TaskStream
 
 
 def compare(plan: Plan, progress: Progress) -> Comparison:
@@ -157,10 +159,11 @@ def _unmeasurable(cell: Cell, choose: Choose | None) -> list[str]:
     """What a row can't be chosen by, whatever its runs give: AP alone is there in every stream."""
     if choose is None or choose.by == "ap" or cell.config.tasks.test_split != "validation":
         return []
-    stream, data = inspect_stream(cell.config.tasks, cell.config.seed)
-    if data.found:  # which is told already
+    names = ordered_names(cell.config.tasks, problems := Problems())
+    if problems.found:  # which is told already
         return []
-    stages = build_strategy(cell.config.strategy).stages(stream)
+    tasks = tuple(Task(name, (), ()) for name in names)  # how many is all that counts: no row is read
+    stages = build_strategy(cell.config.strategy).stages(TaskStream("", tasks))
     if choose.by == "bwt" and len(stages) == 1:
         return ["choose.by: there is no bwt where nothing is learned after the first stage; take ap"]
     if choose.by == "learning_accuracy" and any(len(stage.tasks) > 1 for stage in stages):

@@ -41,6 +41,11 @@ class Reports:
 
         return ended
 
+    @property
+    def waiting(self) -> bool:
+        """Whether any integration has seen a training end, and would log more."""
+        return bool(self._ended)
+
     def log(self, figures: Mapping[str, float]) -> None:
         """Log figures at the last step of each training; those that begin with ``eval_`` become a group."""
         for place, at in self._ended.items():
