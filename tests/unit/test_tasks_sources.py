@@ -12,7 +12,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from holdfast.errors import DataError
 from holdfast.tasks import TaskStream, build_stream, inspect_stream, load_task
-from holdfast.tasks.options import subsample
+from holdfast.tasks.options import left_out, subsample
+from holdfast.tasks.rows import Columns, as_examples
 from holdfast.tasks.sources import TasksOptions
 from holdfast.tasks.task import Example
 
@@ -68,6 +69,20 @@ def test_a_smaller_draw_is_part_of_a_larger_one_and_keeps_the_order(total, small
     assert len(few) == min(small, total)
     assert set(few) <= set(many)
     assert few == sorted(few, key=lambda row: int(row.prompt))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_chat_is_trained_on_and_tested_in_other_rows(seed: int) -> None:
+    says = ({"role": "user", "content": "u"}, {"role": "assistant", "content": "a"})
+    chats = [
+        {"messages": [{"role": "system", "content": f"chat {n}"}, *says * (1 + n % 4)]} for n in range(40)
+    ]
+    rows = as_examples(chats, Columns(turns="all"))
+    limit = round(0.9 * len(rows))
+    drawn, rest = (list(draw(rows, limit, seed, "task", "train")) for draw in (subsample, left_out))
+    assert len(drawn) == limit
+    assert len(drawn) + len(rest) > len(rows) - 4  # of one chat at most some rows are in neither
+    assert not {row.prompt[0]["content"] for row in drawn} & {row.prompt[0]["content"] for row in rest}
 
 
 def test_different_tasks_and_splits_draw_differently():

@@ -279,8 +279,8 @@ def _task(
             if len(tests) < count:
                 progress.say(
                     f"{data}: {count - len(tests)} of the {count} rows drawn to be kept aside ask what is "
-                    "trained on too, so they can't tell what was learned: they are left out of both "
-                    "(--test FILE keeps all rows for training)."
+                    "trained on too, or are of a chat that is, so they can't tell what was learned: they are "
+                    "left out of both (--test FILE keeps all rows for training)."
                 )
     if not train:
         raise DataError(f"{data}: there are no rows to train on.")

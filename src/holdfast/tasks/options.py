@@ -93,19 +93,20 @@ def subsample(rows: Sequence[Example], limit: int | None, seed: int, *stream: st
 
     The draw depends on nothing but `seed`, `stream` (task name and split) and the number of rows, so neither
     the other tasks nor the order change it, and the rows of a smaller limit are among those of a larger one.
+    Rows of one chat (`Example.chat`) are drawn one behind another: at most one chat is drawn in part.
     """
-    return [rows[i] for i in sorted(_drawn(len(rows), limit, seed, stream)[0])]
+    return [rows[i] for i in sorted(_drawn(rows, limit, seed, stream)[0])]
 
 
 def left_out(rows: Sequence[Example], limit: int | None, seed: int, *stream: str) -> list[Example]:
     """The rows that `subsample` leaves out when called with the same arguments, in their original order.
 
-    A row whose prompt stands among the drawn rows too is dropped: data sets repeat themselves, and a prompt
-    that was trained on would measure memory.
+    A row whose prompt stands among the drawn rows too is dropped, and one of a chat that does: data sets
+    repeat themselves, and what was trained on would measure memory.
     """
-    drawn, rest = _drawn(len(rows), limit, seed, stream)
-    known = {_key(rows[i]) for i in drawn}
-    return [rows[i] for i in sorted(rest) if _key(rows[i]) not in known]
+    drawn, rest = _drawn(rows, limit, seed, stream)
+    known, chats = {_key(rows[i]) for i in drawn}, {rows[i].chat for i in drawn} - {""}
+    return [rows[i] for i in sorted(rest) if _key(rows[i]) not in known and rows[i].chat not in chats]
 
 
 def trained_on(tested: Iterable[Task], task: Task) -> Iterator[str]:
@@ -124,12 +125,19 @@ def trained_on(tested: Iterable[Task], task: Task) -> Iterator[str]:
             )
 
 
-def _drawn(count: int, limit: int | None, seed: int, stream: Sequence[str]) -> tuple[list[int], list[int]]:
+def _drawn(
+    rows: Sequence[Example], limit: int | None, seed: int, stream: Sequence[str]
+) -> tuple[list[int], list[int]]:
     """Positions that are drawn, and the others."""
-    if limit is None or limit >= count:
-        return list(range(count)), []
+    if limit is None or limit >= len(rows):
+        return list(range(len(rows))), []
+    chats: dict[str | int, list[int]] = {}
+    for position, row in enumerate(rows):
+        chats.setdefault(row.chat or position, []).append(position)
+    together, count = list(chats.values()), len(chats)
     digest = hashlib.sha256("/".join([str(seed), *stream]).encode()).digest()
-    shuffled = random.Random(int.from_bytes(digest[:8])).sample(range(count), count)
+    order = random.Random(int.from_bytes(digest[:8])).sample(range(count), count)
+    shuffled = [position for number in order for position in together[number]]
     return shuffled[:limit], shuffled[limit:]
 
 

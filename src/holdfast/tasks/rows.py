@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -165,7 +165,8 @@ def _to_example(row: object, where: str, problems: Problems, columns: Columns, f
             raise RowFault(
                 f"written as {names[0]}, and the rows before it as {names[1]}: a file has one form"
             )
-        return _example(row, columns, form)
+        example = _example(row, columns, form)
+        return replace(example, chat=where) if columns.turns == "all" else example
     except RowFault as fault:
         problems.add_row(where, fault)
         return None

@@ -32,6 +32,8 @@ class Example:
         template frames it. The prompt is then empty.
     ended : bool
         Whether the answer ends where its text does. Of one that was cut no end is learned.
+    chat : str
+        The place of the chat of which it is one answer of several; "" of any other row.
     """
 
     prompt: str | tuple[Message, ...]
@@ -41,6 +43,7 @@ class Example:
     # a task's digest is of the repr, and older than these
     raw: bool = field(default=False, repr=False)
     ended: bool = field(default=True, repr=False)
+    chat: str = field(default="", repr=False, compare=False)
 
     @classmethod
     def text(cls, text: str, ended: bool = True) -> Example:
