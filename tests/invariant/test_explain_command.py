@@ -48,6 +48,7 @@ def test_the_learner_explains_its_own_answer_in_its_own_frame(made: Path) -> Non
         assert not torch.equal(learner.explain(QUESTION, "abcd").relevance, paper.relevance)
         with pytest.raises(ConfigError, match="Did you mean 'paper'"):
             learner.explain(QUESTION, "abcd", options={"rules": "papr"})
+        assert not learner.encoder._known  # no row is kept that nobody asks for again
 
 
 def test_what_takes_more_than_a_plain_model_to_answer_is_refused() -> None:

@@ -88,16 +88,22 @@ def audit(
 
 
 def require_sound(
-    task: Task, encoder: Encoder, model: nn.Module, options: EvaluationOptions, tell: Callable[[str], None]
+    task: Task,
+    encoder: Encoder,
+    model: nn.Module,
+    options: EvaluationOptions,
+    tell: Callable[[str], None],
+    progress: Callable[[int], None] | None = None,
+    written: bool = False,
 ) -> None:
-    """`audit` where nothing else is to be looked at: remarks are told, problems raised.
+    """`audit` before anything is done with a task: remarks are told, problems raised.
 
     Raises
     ------
     DataError
         With all of them.
     """
-    found = audit(task, encoder, model, options)
+    found = audit(task, encoder, model, options, progress, written)
     for remark in found.remarks:
         tell(remark)
     if found.problems:

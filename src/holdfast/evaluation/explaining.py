@@ -43,6 +43,7 @@ def explain(
     examples = [to_example({"prompt": prompt, "completion": a}, "explain", problems) for a in answers]
     problems.raise_if_any()
     task = Task("explain", [example for example in examples if example is not None], ())
+    encoder = encoder.apart()
     require_sound(task, encoder, model, EvaluationOptions(), tell)
     found = [explain_answer(model, encoder, example, options) for example in task.train]
     return found[0] if instead_of is None else found[0].instead_of(found[1])

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -89,9 +90,7 @@ class BaseTask:
             It can't.
         """
         if self.options is not None and self.options.general is not None and self.due:
-            task = Task("protect_base.general", self._given(self.options.general), ())
-            if problems := self.look.told(task):
-                raise DataError("\n".join(problems))
+            self.look.at(Task("protect_base.general", self._given, ()))
 
     def end(self, total: int | None) -> None:
         """Write the rows, let the strategy end the task, and keep what comes of it.
@@ -108,7 +107,7 @@ class BaseTask:
         with state.folder.part(BASE) as folder:
             state.context.folder = folder
             if self.options.general is not None:
-                rows, written = self._given(self.options.general), None
+                rows, written = self._given, None
             else:
                 written = self._written()
                 rows = written.rows
@@ -157,10 +156,13 @@ class BaseTask:
             raise ConfigError(problem)
         self.state.context.progress.say(problem)
 
-    def _given(self, file: str) -> Sequence[Example]:
+    @cached_property
+    def _given(self) -> Sequence[Example]:
+        """The rows of `general`: those that were looked at are those that are learned."""
         assert self.options is not None
+        assert self.options.general is not None
         try:
-            rows = load_task(file).train
+            rows = load_task(self.options.general).train
         except DataError as error:
             raise DataError(f"protect_base.general: {error}") from error
         return subsample(rows, self.options.rows, self.state.config.seed, BASE)

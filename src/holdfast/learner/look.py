@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from holdfast.errors import DataError
-from holdfast.evaluation.audit import audit
+from holdfast.evaluation.audit import require_sound
 from holdfast.learner.state import LearnerState
 from holdfast.tasks.options import trained_on
 from holdfast.tasks.task import Example, Task
@@ -37,23 +37,28 @@ class Look:
             before.append(task)
             if id(task) in self._seen:
                 continue
-            found = self.told(task, self.state.config.writes)
+            try:
+                self.at(task, self.state.config.writes)
+                self._seen[id(task)] = task, [*task.train, *task.test]
+            except DataError as error:
+                problems.append(str(error))
             for remark in trained_on(before, task):
                 self.state.context.progress.remark(remark)
-            problems += found
-            if not found:
-                self._seen[id(task)] = task, [*task.train, *task.test]
         if problems:
             raise DataError("\n".join(problems))
 
-    def told(self, task: Task, written: bool = False) -> list[str]:
-        """Tell what rows lose by being encoded; what is wrong is returned (`written`: see `audit`)."""
-        context = self.state.context
+    def at(self, task: Task, written: bool = False) -> None:
+        """Look at one task's rows alone (`written`: see `audit`).
+
+        Raises
+        ------
+        DataError
+            As of all of them.
+        """
+        context, options = self.state.context, self.state.config.evaluation
         with context.progress.bar(f"read {task.name}", total=len(task.train)) as bar:
-            found = audit(task, context.encoder, context.model, self.state.config.evaluation, bar, written)
-        for remark in found.remarks:
-            context.progress.remark(remark)
-        return found.problems
+            tell = context.progress.remark
+            require_sound(task, context.encoder, context.model, options, tell, bar, written)
 
     def learned(self, tasks: Iterable[Task]) -> None:
         """Let go of the encoded rows of tasks, and of all others that aren't waited for."""

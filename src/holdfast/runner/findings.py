@@ -153,8 +153,7 @@ def _check_tasks(
         findings.remarks += read_otherwise(task)
         findings.remarks += trained_on(every[: number + 1], task)
         written = config.writes and number < len(tasks)
-        found = audit(task, encoder, model, config.evaluation, written=written)
-        encoder.forget()
+        found = audit(task, encoder.apart(), model, config.evaluation, written=written)
         findings.problems += found.problems
         findings.remarks += found.remarks
 

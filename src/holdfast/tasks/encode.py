@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -275,6 +276,12 @@ class Encoder:
         kept = {id(example) for example in but}
         self._known = {key: row for key, row in self._known.items() if key in kept}
         self._asked.clear()
+
+    def apart(self) -> Encoder:
+        """The same encoder with nothing kept, for rows that are looked at once: all goes with it."""
+        other = copy.copy(self)
+        other._known, other._asked = {}, {}
+        return other
 
     def frame(self, prompt: str | Sequence[Message]) -> tuple[list[int], list[int]]:
         """The tokens around the text of a prompt, before it and behind it.
