@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from holdfast.errors import PriorMismatchError
+from holdfast.errors import ConfigError, PriorMismatchError
 from holdfast.importance.agreement import agreement, compare, ranks, sampled, top_shares
 from holdfast.importance.prior import ImportancePrior
 from holdfast.names import block_of
@@ -230,19 +230,23 @@ def test_inputs_that_are_alike_in_all_directions_have_no_say():
 
 
 def test_priors_of_two_kinds_are_not_compared():
-    with pytest.raises(PriorMismatchError, match="one is of the kind 'weights', the other of 'inputs'"):
+    with pytest.raises(
+        PriorMismatchError, match=r"comparison: the priors are of different kinds \(weights, inputs\)"
+    ):
         agreement(ImportancePrior({Q: torch.eye(2)}), of_inputs(torch.eye(2)))
 
 
 def test_priors_of_different_weights_are_refused_by_name():
     first = ImportancePrior({Q: torch.ones(2, 2)})
-    with pytest.raises(PriorMismatchError, match=r"q_proj\.weight' they have shape \(2, 2\) and nothing"):
+    with pytest.raises(PriorMismatchError, match=r"missing \(1\): \S+q_proj\.weight\. Use a prior computed"):
         agreement(first, ImportancePrior({}))
-    with pytest.raises(PriorMismatchError, match=r"shape \(2, 2\) and shape \(2, 3\)"):
+    with pytest.raises(PriorMismatchError, match=r"q_proj\.weight \(2, 3\) instead of \(2, 2\)"):
         agreement(first, ImportancePrior({Q: torch.ones(2, 3)}))
 
 
-@pytest.mark.parametrize("top", [0.0, 1.0, -0.1])
+@pytest.mark.parametrize("top", [0.0, 1.0, 2, -0.1])
 def test_a_share_that_selects_none_or_all_is_refused(top):
-    with pytest.raises(ValueError, match="between 0 and 1"):
+    with pytest.raises(ConfigError, match="between 0 and 1"):
         compare([torch.arange(3.0)] * 2, top)
+    with pytest.raises(ConfigError, match="between 0 and 1"):
+        agreement(ImportancePrior({Q: torch.eye(2)}), ImportancePrior({Q: torch.eye(2)}), top=top)

@@ -19,6 +19,7 @@ from attribution_models import ROWS, build, lora
 from holdfast import storage
 from holdfast.errors import ConfigError, DataError, PriorMismatchError, StorageError
 from holdfast.importance import compute_prior
+from holdfast.importance.agreement import agreement
 from holdfast.importance.prior import ImportancePrior, trained_parameters
 from holdfast.models import block_parameters
 
@@ -194,6 +195,18 @@ def test_merging_different_weights_is_an_error() -> None:
         r"unexpected \(1\): extra; of another shape \(1\): layers.0.w \(4, 3\) instead of \(3, 4\)",
     ):
         prior().merge(other)
+
+
+def test_priors_of_two_importances_are_joined_and_compared_in_what_both_rate() -> None:
+    fisher, lrp = prior(importance="fisher"), prior(importance="lrp").only(["layers.0.w", "elsewhere.w"])
+    whole, part = fisher.mean_normalised(), lrp.mean_normalised()
+    advice = r"lrp and inputs rate linear maps of the blocks alone.* first\.only\(second\)"
+    for do in (lambda: whole.merge(part), lambda: agreement(fisher, lrp)):
+        with pytest.raises(PriorMismatchError, match=r"missing \(1\): layers\.1\.w\. .*" + advice):
+            do()
+    common = fisher.only(lrp)
+    assert list(common.mean_normalised().merge(part)) == ["layers.0.w"]
+    assert agreement(common, lrp).keys() == {("", 0)}
 
 
 @given(st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=20), st.floats(-30, 5))

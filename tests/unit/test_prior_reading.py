@@ -40,9 +40,26 @@ def test_a_prior_is_read_like_a_mapping_and_shown_in_a_line() -> None:
     assert dict(PRIOR.items()).keys() == PRIOR.keys() == set(PRIOR)
     assert A in PRIOR
     assert "x" not in PRIOR
+    assert 3 not in PRIOR
+    with pytest.raises(KeyError, match="no importance of '3'"):
+        PRIOR[3]
     assert repr(PRIOR) == "ImportancePrior(fisher, by weights: 3 tensors, 8 values; tasks: may)"
     with pytest.raises(KeyError, match=r"no importance of .model\.layers\.9\."):
         PRIOR["model.layers.9.mlp.up_proj.weight"]
+
+
+def test_a_weight_without_values_is_shown_and_ranks_nowhere(tmp_path: Path) -> None:
+    empty = ImportancePrior({A: torch.ones(2), B: torch.zeros(0), "scale": torch.tensor(3.0)})
+    assert [(t.name, t.index) for t in empty.top(9)] == [("scale", ()), (A, (0,)), (A, (1,))]
+    assert empty.by_layer() == {"0": 1.0, "scale": 3.0}
+    assert [(row["values"], row["mean"], row["max"], row["sum"]) for row in empty.table()][1] == (
+        0,
+        None,
+        None,
+        0.0,
+    )
+    save_file(dict(empty.tensors), tmp_path / "bare.safetensors")
+    assert "scale" in invoke("prior", "show", str(tmp_path / "bare.safetensors"))
 
 
 def test_the_most_important_weights_and_blocks() -> None:

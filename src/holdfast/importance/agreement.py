@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from holdfast.errors import PriorMismatchError
+from holdfast.errors import ConfigError
 from holdfast.importance.moments import whole
-from holdfast.importance.prior import ImportancePrior, Kind
+from holdfast.importance.prior import ImportancePrior, Kind, require_alike
 from holdfast.names import Block, block_of, order_of
 
 TOP = 0.1  # A speaks of the "top-K" elements of each tensor without giving K: here a tenth of them
@@ -76,21 +76,10 @@ def agreement(
     ------
     PriorMismatchError
         The priors cover different weights, or are of different kinds.
+    ConfigError
+        `top` is no such share.
     """
-    if first.kind != second.kind:
-        raise PriorMismatchError(
-            f"agreement of two priors: one is of the kind '{first.kind}', the other of '{second.kind}'. "
-            "Compare priors of one kind."
-        )
-    of_both = first.shapes, second.shapes
-    for name in sorted(first.tensors.keys() | second.tensors.keys()):
-        shapes = [tuple(s[name]) if name in s else None for s in of_both]
-        if shapes[0] != shapes[1]:
-            had = " and ".join("nothing" if s is None else f"shape {s}" for s in shapes)
-            raise PriorMismatchError(
-                f"agreement of two priors: for '{name}' they have {had}. Compare priors that were computed "
-                "on the same architecture with the same trainable weights."
-            )
+    require_alike([first, second], "comparison")
     pairs = ((name, (tensor, second.tensors[name])) for name, tensor in first.tensors.items())
     found = pairwise_by_block(pairs, first.kind, top=top, sample=sample, seed=seed)
     return {block: Agreement(o_TT[0, 1].item(), r_TT[0, 1].item()) for block, (o_TT, r_TT) in found.items()}
@@ -161,8 +150,7 @@ def compare(values: Sequence[Tensor], top: float = TOP) -> tuple[Tensor, Tensor]
     overlap_TT, correlation_TT : Tensor
         float64. NaN in the rows and columns of a constant vector.
     """
-    if not 0 < top < 1:
-        raise ValueError(f"top: a share of the elements between 0 and 1, got {top}")
+    _require_share(top)
     ranks_TN = torch.stack([ranks(value) for value in values])
     shares_TN = torch.stack([top_shares(value, top) for value in values])
     constant_T = (ranks_TN == ranks_TN[:, :1]).all(dim=1)
@@ -192,8 +180,7 @@ def compare_moments(values: Sequence[Tensor], top: float = TOP) -> tuple[Tensor,
     overlap_TT, correlation_TT : Tensor
         float64. NaN in the rows and columns of a multiple of the identity, which has no leading direction.
     """
-    if not 0 < top < 1:
-        raise ValueError(f"top: a share of the directions between 0 and 1, got {top}")
+    _require_share(top)
     c_TII = torch.stack([value.double() for value in values])
     count, size = max(1, round(top * c_TII.shape[-1])), c_TII.shape[-1]
     mean_T = c_TII.diagonal(dim1=-2, dim2=-1).mean(-1)
@@ -209,6 +196,11 @@ def compare_moments(values: Sequence[Tensor], top: float = TOP) -> tuple[Tensor,
         table_TT[flat_T] = math.nan
         table_TT[:, flat_T] = math.nan
     return tables
+
+
+def _require_share(top: float) -> None:
+    if not 0 < top < 1:
+        raise ConfigError(f"top: got {top}. Give the share that counts as important, between 0 and 1.")
 
 
 def ranks(values_N: Tensor) -> Tensor:

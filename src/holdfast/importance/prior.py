@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import warnings
-from collections.abc import ItemsView, Iterator, KeysView, Mapping, Sequence
+from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -93,14 +93,14 @@ class ImportancePrior:
         """
         found = self.tensors.get(name)
         if found is None:
-            found = self.tensors.get(canonical_name(name))
+            found = self.tensors.get(canonical_name(str(name)))
         if found is None:
-            near = difflib.get_close_matches(name, self.tensors, n=3, cutoff=0.0)
+            near = difflib.get_close_matches(str(name), self.tensors, n=3, cutoff=0.0)
             raise KeyError(f"no importance of '{name}' in this prior; nearest: {', '.join(near) or '(none)'}")
         return found
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.tensors or canonical_name(name) in self.tensors
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and (name in self.tensors or canonical_name(name) in self.tensors)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
@@ -190,6 +190,14 @@ class ImportancePrior:
             raise ConfigError(f"leading: got rank={rank}. Allowed: 'auto', or at least 1.")
         return ImportancePrior({n: moments.cut(c, rank) for n, c in self.tensors.items()}, self.meta)
 
+    def only(self, names: Iterable[str]) -> ImportancePrior:
+        """The prior of some weights alone, such as those that another one rates: ``fisher.only(lrp)``.
+
+        Names that it doesn't have are passed over.
+        """
+        wanted = set(map(canonical_name, names))
+        return ImportancePrior({n: t for n, t in self.tensors.items() if n in wanted}, self.meta)
+
     def mean_normalised(self) -> ImportancePrior:
         """The prior clipped at 0 (eq. 12's [x]+) and scaled so that its mean over all elements is 1.
 
@@ -247,13 +255,8 @@ class ImportancePrior:
         if how not in (allowed := get_args(How)):
             raise ConfigError(f"merge: no how={how!r}. Allowed: {', '.join(allowed)}.")
         everyone = [self, *([others] if isinstance(others, ImportancePrior) else others)]
-        kinds = [prior.kind for prior in everyone]
-        if len(set(kinds)) > 1:
-            raise PriorMismatchError(
-                f"merge: the priors are of different kinds ({', '.join(kinds)}). A number for each weight "
-                "and a matrix for each map's inputs can't be joined; compute both with the same importance."
-            )
-        importances = dict.fromkeys(str(p.meta["importance"]) for p in everyone if "importance" in p.meta)
+        require_alike(everyone, "merge")
+        importances = _importances(everyone)
         if len(importances) > 1 and {p.meta.get("unit") for p in everyone} != {"mean"}:
             warnings.warn(
                 f"merge: the priors are of different importances ({', '.join(importances)}), whose numbers "
@@ -261,20 +264,17 @@ class ImportancePrior:
                 "mean 1 first (prior.mean_normalised()).",
                 stacklevel=2,
             )
-        if how == "max" and kinds[0] == "inputs":
+        if how == "max" and self.kind == "inputs":
             raise PriorMismatchError(
                 "merge: how='max' is element by element, and the maximum of two second moments so taken is "
                 "none. Allowed for the kind 'inputs': sum, mean."
             )
-        shapes = self.shapes
-        for number, other in enumerate(everyone[1:], start=2):
-            _compare(other.shapes, shapes, f"prior {number} of the merge", "the first prior")
         # a prior that is a mean already counts as often as it has parts, so tasks can be joined one by one
         parts = [int(p.meta.get("parts", 1)) if how == "mean" else 1 for p in everyone]
         merged: dict[str, Tensor] = {}
         for name in self.tensors:
             values = [p.tensors[name] for p in everyone]
-            if kinds[0] == "inputs":
+            if self.kind == "inputs":
                 result = moments.summed(values, parts)
                 merged[name] = result if how == "sum" else moments.scaled(result, 1 / sum(parts))
                 continue
@@ -448,7 +448,45 @@ def default_merge(kind: Kind) -> Literal["max", "sum"]:
     return "sum" if kind == "inputs" else "max"
 
 
-def _compare(got: Mapping[str, torch.Size], expected: Mapping[str, torch.Size], what: str, whom: str) -> None:
+def require_alike(priors: Sequence[ImportancePrior], what: str) -> None:
+    """See that priors say the same kind of thing of the same weights.
+
+    Raises
+    ------
+    PriorMismatchError
+        They don't; the message says which do.
+    """
+    kinds = [prior.kind for prior in priors]
+    if len(set(kinds)) > 1:
+        raise PriorMismatchError(
+            f"{what}: the priors are of different kinds ({', '.join(kinds)}). A number for each weight and a "
+            "matrix for each map's inputs say nothing of each other; compute both with the same importance."
+        )
+    advice = _SAME
+    if len(named := _importances(priors)) > 1:
+        advice = (
+            f"Those of {' and '.join(named)} can differ: lrp and inputs rate linear maps of the blocks alone, "
+            "other importances whatever is trained. first.only(second) is the first prior, of what the "
+            "second rates too."
+        )
+    for number, other in enumerate(priors[1:], start=2):
+        _compare(other.shapes, priors[0].shapes, f"prior {number} of the {what}", "the first prior", advice)
+
+
+def _importances(priors: Sequence[ImportancePrior]) -> list[str]:
+    return list(dict.fromkeys(str(p.meta["importance"]) for p in priors if "importance" in p.meta))
+
+
+_SAME = "Use a prior computed on this architecture with the same trainable weights."
+
+
+def _compare(
+    got: Mapping[str, torch.Size],
+    expected: Mapping[str, torch.Size],
+    what: str,
+    whom: str,
+    advice: str = _SAME,
+) -> None:
     missing = [name for name in expected if name not in got]
     unexpected = [name for name in got if name not in expected]
     shapes = [
@@ -467,10 +505,7 @@ def _compare(got: Mapping[str, torch.Size], expected: Mapping[str, torch.Size], 
         )
         if names
     ]
-    raise PriorMismatchError(
-        f"{what} does not fit {whom}: {'; '.join(parts)}. "
-        "Use a prior computed on this architecture with the same trainable weights."
-    )
+    raise PriorMismatchError(f"{what} does not fit {whom}: {'; '.join(parts)}. {advice}")
 
 
 def some(names: Sequence[str]) -> str:

@@ -63,7 +63,10 @@ def largest(tensors: Mapping[str, Tensor], inputs: bool, count: int) -> list[Top
 
 
 def block_means(tensors: Mapping[str, Tensor], inputs: bool) -> dict[str, float]:
-    """Mean value of each transformer block from the input up; then what stands outside, by its own name."""
+    """Mean value of each transformer block from the input up; then what stands outside, by its own name.
+
+    What has no values has no mean, and is left out.
+    """
     sums: dict[str, tuple[float, int]] = {}
     places: dict[str, tuple[Any, ...]] = {}
     for name, tensor in tensors.items():
@@ -74,11 +77,11 @@ def block_means(tensors: Mapping[str, Tensor], inputs: bool) -> dict[str, float]
         total, count = sums.get(key, (0.0, 0))
         sums[key] = (total + float(values.sum(dtype=torch.float64)), count + values.numel())
     ordered = sorted(sums, key=places.__getitem__)
-    return {key: sums[key][0] / sums[key][1] for key in ordered}
+    return {key: sums[key][0] / sums[key][1] for key in ordered if sums[key][1]}
 
 
 def table(tensors: Mapping[str, Tensor], inputs: bool) -> list[dict[str, Any]]:
-    """A row a tensor: name, block, shape, how many values, their mean, largest and sum."""
+    """A row a tensor: name, block, shape, how many values, their mean, largest (None of none) and sum."""
     rows = []
     for name, tensor in tensors.items():
         values = values_of(tensor, inputs)
@@ -88,8 +91,8 @@ def table(tensors: Mapping[str, Tensor], inputs: bool) -> list[dict[str, Any]]:
                 "block": block_name(name),
                 "shape": "x".join(map(str, shape_of(tensor) if inputs else tensor.shape)),
                 "values": values.numel(),
-                "mean": float(values.mean(dtype=torch.float64)),
-                "max": float(values.max()),
+                "mean": float(values.mean(dtype=torch.float64)) if values.numel() else None,
+                "max": float(values.max()) if values.numel() else None,
                 "sum": float(values.sum(dtype=torch.float64)),
             }
         )
