@@ -126,6 +126,15 @@ def test_a_byte_order_mark_windows_line_ends_and_empty_lines_are_harmless(folder
     assert task.train == [Example("a", "b"), Example("c", "d")]
 
 
+def test_an_order_of_other_tasks_is_told_in_one_line(folder):
+    with pytest.raises(DataError, match="^tasks.order: no tasks 'mnli', 'cb', .*'yahoo'. Allowed: agnews, "):
+        stream_of(source="jsonl", path=str(folder), order="L1")
+    with pytest.raises(DataError, match="^tasks.order: 'S1' is an order of other tasks: no tasks '1572', "):
+        stream_of(source="toy", order="S1")
+    with pytest.raises(DataError, match="no tasks 'agnew', 'task02'. Did you mean 'agnews' and 'task002'?"):
+        stream_of(source="jsonl", path=str(folder), order=["agnew", "dbpedia", "task02", "agnew"])
+
+
 def test_all_problems_of_all_tasks_are_found_in_one_go(folder):
     (folder / "agnews" / "train.jsonl").write_text(
         '{"prompt": "a", "completion": "b"}\n{"prompt": "a", \n{"text": "a"}\n'

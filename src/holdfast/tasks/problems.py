@@ -88,12 +88,14 @@ class Problems:
         raise DataError("\n".join([*lines, *self.advice]))
 
 
-def did_you_mean(name: str, allowed: Iterable[str]) -> str:
-    """A sentence that names the closest allowed value, if any, and then all of them."""
+def did_you_mean(name: str | Iterable[str], allowed: Iterable[str]) -> str:
+    """A sentence with the closest allowed value of each name, if there are any, and then all of them."""
     names = list(allowed)
-    close = difflib.get_close_matches(name.lower(), [n.lower() for n in names], n=1)
-    nearest = next((n for n in names if close and n.lower() == close[0]), None)
-    hint = f" Did you mean '{nearest}'?" if nearest else ""
+    lower = {own.lower(): own for own in reversed(names)}
+    given = [name] if isinstance(name, str) else name
+    close = [near for each in given for near in difflib.get_close_matches(each.lower(), lower, n=1)]
+    nearest = " and ".join(f"'{lower[near]}'" for near in dict.fromkeys(close))
+    hint = f" Did you mean {nearest}?" if nearest else ""
     return f"{hint} Allowed: {', '.join(names) if names else '(none)'}."
 
 

@@ -130,13 +130,14 @@ def _resolve_order(config: SourceOptions, names: list[str], problems: Problems) 
             )
             return []
         wanted = orders[wanted]
-    found: list[str] = []
-    for name in wanted:
-        match = match_task(name, names)
-        if match is None:
-            problems.add("tasks.order", f"no task '{name}'.{did_you_mean(name, names)}")
-        else:
-            found.append(match)
+    matches = {name: match_task(name, names) for name in wanted}
+    found = [match for name in wanted if (match := matches[name]) is not None]
+    missing = [name for name, match in matches.items() if match is None]
+    if missing:
+        what = f"no task{'s' if len(missing) > 1 else ''} {', '.join(map(repr, missing))}"
+        if not found and isinstance(config.order, str):
+            what = f"'{config.order}' is an order of other tasks: {what}"
+        problems.add("tasks.order", f"{what}.{did_you_mean(missing, names)}")
     if not wanted:
         problems.add("tasks.order", f"it is empty. Allowed: {', '.join(names)}.")
     again = {own for name, own in zip(found, _told_apart(found), strict=True) if own != name}
