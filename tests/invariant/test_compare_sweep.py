@@ -232,6 +232,16 @@ def test_the_command_line_shows_the_table_and_writes_all_three_forms(chosen):
     assert "tradeoff-0-validation" in page
 
 
+@pytest.mark.parametrize("values", [[1, 2], ["1", 2], ["1", "2"]])
+def test_a_strength_in_quotes_has_its_curve_too(values, tmp_path):
+    row = {"name": "ewc", "set": {"strategy": "ewc"}, "grid": {"strategy.strength": values}}
+    plan = load_grid(grid_file(tmp_path, [PLAIN, row]), ["reference=plain"])
+    metrics = RunMetrics(label="", strategy="ewc", tasks=["head"], matrix=[[None], [50.0]], ap=50.0)
+    metrics = metrics.model_copy(update={"learning_accuracy": 50.0, "seconds": {"total": 1.0}})
+    (curve,) = collect(plan, {c.folder: Outcome("finished", metrics) for c in plan.cells}, {}).curves
+    assert (curve.key, [point.value for point in curve.points]) == ("strategy.strength", [1.0, 2.0])
+
+
 def test_problems_of_all_cells_are_found_before_anything_is_trained(tmp_path):
     rows = [
         PLAIN,

@@ -131,8 +131,8 @@ def test_an_order_of_other_tasks_is_told_in_one_line(folder):
         stream_of(source="jsonl", path=str(folder), order="L1")
     with pytest.raises(DataError, match="^tasks.order: 'S1' is an order of other tasks: no tasks '1572', "):
         stream_of(source="toy", order="S1")
-    with pytest.raises(DataError, match="no tasks 'agnew', 'task02'. Did you mean 'agnews' and 'task002'?"):
-        stream_of(source="jsonl", path=str(folder), order=["agnew", "dbpedia", "task02", "agnew"])
+    with pytest.raises(DataError, match="no tasks 'agnew', 'task03'. Did you mean 'agnews' and 'task002'?"):
+        stream_of(source="jsonl", path=str(folder), order=["agnew", "dbpedia", "task03", "agnew"])
 
 
 def test_all_problems_of_all_tasks_are_found_in_one_go(folder):

@@ -7,7 +7,7 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from holdfast.evaluation.compare import METRICS, curves, difference, mean_and_spread
 from holdfast.quantities import MISSING, interval, number, spread
@@ -21,6 +21,7 @@ from holdfast.records import (
     ComparisonRow,
     FailedCell,
 )
+from holdfast.runner.config import RunConfig
 from holdfast.sweep.cells import Outcome
 from holdfast.sweep.choice import Choice, tested
 from holdfast.sweep.grid import Cell, Line, Plan
@@ -139,11 +140,25 @@ def _curves(plan: Plan, outcomes: Mapping[Path, Outcome]) -> list[ComparisonCurv
         cells = cells or [cell for cell in plan.cells if cell.line.row == row.name]
         points = []
         for line in row.lines():
-            scores = _scores(_of(cells, line), outcomes)
-            points.append((line.point, {k: mean_and_spread(list(scores[k].values())).mean for k in METRICS}))
-        for curve in curves(row.grid, points):
+            mine = _of(cells, line)
+            scores = _scores(mine, outcomes)
+            means = {k: mean_and_spread(list(scores[k].values())).mean for k in METRICS}
+            points.append((_taken(line.point, mine[0].config), means))
+        for curve in curves({key: [point[key] for point, _ in points] for key in row.grid}, points):
             found.append(ComparisonCurve(row=row.name, split=split, **dict(curve)))
     return found
+
+
+def _taken(point: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
+    """A grid's point with numbers where it has texts (``"5"``) that the configuration took as numbers."""
+    taken = dict(point)
+    for key in (key for key, value in point.items() if isinstance(value, str)):
+        node: Any = config
+        for part in key.split("."):
+            node = node.get(part) if isinstance(node, Mapping) else getattr(node, part, None)
+        if isinstance(node, int | float):
+            taken[key] = node
+    return taken
 
 
 def markdown(results: Comparison) -> str:
