@@ -83,6 +83,34 @@ def test_a_weight_that_is_frozen_while_it_is_held_stays_and_moves_again_when_it_
     assert not any(torch.equal(before[n], p) for n, p in held.items())
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"), [("weights", n) for n in MECHANISMS] + [("inputs", n) for n in BY_INPUTS]
+)
+def test_a_weight_that_a_batch_does_not_use_is_held_with_no_gradient_as_with_zeros(
+    kind: str, name: str
+) -> None:
+    def trained(zeros: bool) -> tuple[dict[str, Tensor], ...]:
+        model = tiny_model("llama")
+        held = block_parameters(model)
+        first = copies(held)
+        optimizer = torch.optim.SGD(held.values(), lr=1e-1)
+        BY_INPUTS[name](prior_of(model, kind)).attach(model, optimizer)
+        steps(model, optimizer, 2)
+        unused = {n: p for n, p in held.items() if "layers.0" in n}
+        before = copies(unused)
+        for p in unused.values():
+            p.grad = torch.zeros_like(p) if zeros else None
+        for n in held.keys() - unused.keys():
+            held[n].grad = torch.ones_like(held[n])
+        optimizer.step()
+        return first, before, copies(unused)
+
+    first, before, after = trained(zeros=False)
+    assert all(torch.equal(after[n], p) for n, p in trained(zeros=True)[2].items())
+    if name in ("anchor", "anchor on the weights", "penalty"):  # the pull goes on, towards the first weights
+        assert all((after[n] - first[n]).norm() < (before[n] - first[n]).norm() for n in after)
+
+
 def test_a_pull_goes_on_from_where_a_weight_was_set_while_it_was_frozen() -> None:
     found = []
     for carried in (True, False):

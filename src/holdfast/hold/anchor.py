@@ -164,6 +164,8 @@ class Anchor:
     -----
     By weight: where η·λ·I ≥ 1 the weight equals θ* bit for bit after every step. Memory, in the parameters'
     dtype: I and θ* (2 values per protected weight), and temporarily η·λ·I for at most 64 M weights at a time.
+    A weight that a batch did not use is pulled all the same, though without a gradient (None) its optimizer
+    passes it over: whether that or zeros come of it is a matter of implementation, and Λ counts every step.
     In 16-bit dtypes a pull below the weight's own rounding is lost, like any small update there. By inputs:
     see `Inputs`; memory θ*, U (I² float32 a map; 2 I K where the prior has K directions of it), and with
     coordinates ``inputs`` θ* U and Z. The state of `every` is in the optimizer's parameter groups, so that it
