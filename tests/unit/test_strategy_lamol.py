@@ -101,6 +101,24 @@ def test_one_token_for_all_needs_prompts_that_end_alike(tmp_path: Path) -> None:
         other.begin(context_of(model_of("llama")), stage)
 
 
+@pytest.mark.parametrize("name", ["lamol", "lfpt5"])
+def test_tasks_that_end_otherwise_are_refused_before_the_first_is_trained(tmp_path: Path, name: str) -> None:
+    for task, end in (("ask", "?"), ("say", "=")):
+        rows = [{"prompt": f"{task} {letter}{end}", "completion": letter} for letter in "abcd"]
+        for split in ("train", "test"):
+            file = tmp_path / "data" / task / f"{split}.jsonl"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tasks = {"source": "jsonl", "path": str(tmp_path / "data")}
+    strategy = {"name": name, "token": "global"}
+    config = validate(RunConfig, tiny_run(tmp_path / "run", strategy=strategy, tasks=tasks), source="test")
+    (problem,) = check(config).problems
+    assert problem.startswith("task 'say': its prompts begin or end otherwise than those of 'ask'")
+    with pytest.raises(DataError, match="'say': its prompts begin or end otherwise"):
+        run(config)
+    assert not list((tmp_path / "run").rglob("*ask*"))
+
+
 def test_leaving_a_task_leaves_no_trace_in_the_model() -> None:
     model = model_of("llama")
     before = (sorted(model.state_dict()), [p.requires_grad for p in model.parameters()])

@@ -29,23 +29,26 @@ class Look:
         Raises
         ------
         DataError
-            Rows can't be encoded, don't fit the model, or can't be scored.
+            Rows can't be encoded, don't fit the model, can't be scored, or aren't what the strategy can
+            learn behind what it has.
         """
         problems: list[str] = []
-        before = [*self.state.tests]
+        before, new = [*self.state.tests], dict[int, Task]()
         for task in tasks:
             before.append(task)
-            if id(task) in self._seen:
+            if id(task) in self._seen or id(task) in new:
                 continue
+            new[id(task)] = task
             try:
                 self.at(task, self.state.config.writes)
-                self._seen[id(task)] = task, [*task.train, *task.test]
             except DataError as error:
                 problems.append(str(error))
             for remark in trained_on(before, task):
                 self.state.context.progress.remark(remark)
         if problems:
             raise DataError("\n".join(problems))
+        self.state.strategy.check_tasks(list(new.values()), self.state.context.encoder)
+        self._seen |= {key: (task, [*task.train, *task.test]) for key, task in new.items()}
 
     def at(self, task: Task, written: bool = False) -> None:
         """Look at one task's rows alone (`written`: see `audit`).

@@ -110,7 +110,7 @@ def check(config: RunConfig, directory: bool = True) -> Findings:
             findings.problems.append(str(error))
     if stream is not None and tokenizer is not None:
         try:
-            _check_tasks(config, stream.tasks, given, model, tokenizer, findings)
+            _check_tasks(config, stream.tasks, given, model, tokenizer, strategy, findings)
         except HoldfastError as error:
             findings.problems.append(str(error))
     if model is not None and config.training.trainer == "sft" and is_encoder_decoder(model):
@@ -145,6 +145,7 @@ def _check_tasks(
     given: Sequence[Task],
     model: Any,
     tokenizer: Any,
+    strategy: Strategy,
     findings: Findings,
 ) -> None:
     encoder = Encoder(tokenizer, config.template, encoder_decoder=is_encoder_decoder(model))
@@ -156,6 +157,8 @@ def _check_tasks(
         found = audit(task, encoder.apart(), model, config.evaluation, written=written)
         findings.problems += found.problems
         findings.remarks += found.remarks
+    if not findings.problems:
+        strategy.check_tasks(tasks, encoder)
 
 
 def _estimate(

@@ -19,10 +19,10 @@ from holdfast.evaluation.writing import write_rows
 from holdfast.models import is_encoder_decoder
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.prompts.soft import Source, prepend, vocabulary_rows
-from holdfast.tasks.encode import Encoded
+from holdfast.tasks.encode import Encoded, Encoder
 from holdfast.tasks.memory import WritingOptions
 from holdfast.tasks.opening import Opening, opening_of
-from holdfast.tasks.task import Example
+from holdfast.tasks.task import Example, Task
 
 SUBMODULE = "generation_tokens"  # what is trained beside the model, as its own submodule
 
@@ -124,11 +124,25 @@ class Tasks:
         Raises
         ------
         DataError
+            As of `openings_with`.
+        """
+        self.beginning = self.openings_with(stage.tasks, context.encoder)
+        known, count = len(self.rows), len(self.beginning) if self.options.token == "task" else 1
+        seeds = (context.seed * 1000 + number for number in range(known, count))
+        fresh = [vocabulary_rows(context.model, 1, seed) for seed in seeds]
+        return GenerationTokens(torch.cat([*([self.rows] if self.openings else []), *fresh]))
+
+    def openings_with(self, tasks: Sequence[Task], encoder: Encoder) -> dict[str, Opening]:
+        """Those that there are, and of further tasks.
+
+        Raises
+        ------
+        DataError
             Nothing tells where a prompt ends, or with a global token tasks end theirs otherwise.
         """
-        fresh, openings = [], dict(self.openings)
-        for task in stage.tasks:
-            opening = replace(opening_of(task.train, context.encoder, task.name), shared=())
+        openings = dict(self.openings)
+        for task in tasks:
+            opening = replace(opening_of(task.train, encoder, task.name), shared=())
             other = next(iter(openings.values()), opening)
             if self.options.token == "global" and opening != other:
                 raise DataError(
@@ -136,12 +150,8 @@ class Tasks:
                     f"'{next(iter(openings))}', and with `token: global` they are written alike. "
                     "Use `strategy.token: task`."
                 )
-            if not openings or self.options.token == "task":
-                seed = context.seed * 1000 + len(openings)
-                fresh.append(vocabulary_rows(context.model, 1, seed))
             openings[task.name] = opening
-        self.beginning = openings
-        return GenerationTokens(torch.cat([*([self.rows] if self.openings else []), *fresh]))
+        return openings
 
     def end(self, tokens: GenerationTokens) -> None:
         """Keep what a stage has trained."""

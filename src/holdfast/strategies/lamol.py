@@ -23,7 +23,8 @@ from holdfast.strategies.generation import (
 )
 from holdfast.strategies.prompts.soft import Prompted, check_embeddable, vocabulary_rows
 from holdfast.strategies.protocol import Strategy, register
-from holdfast.tasks.task import Example, TaskStream
+from holdfast.tasks.encode import Encoder
+from holdfast.tasks.task import Example, Task, TaskStream
 
 
 class LamolOptions(GenerationOptions):
@@ -69,6 +70,10 @@ class Lamol(Strategy):
     def check(self, model: nn.Module) -> None:
         """See that a vector can stand in front of what the model reads."""
         check_embeddable(model, self.name)
+
+    def check_tasks(self, tasks: Sequence[Task], encoder: Encoder) -> None:
+        """See that rows of all of them can be written behind their tokens."""
+        self.tasks.openings_with(tasks, encoder)
 
     def estimate(self, model: nn.Module, stream: TaskStream) -> Estimate:
         """The vectors, with gradients and AdamW's states; the logits of a second forward pass aside."""

@@ -30,7 +30,8 @@ from holdfast.strategies.prompts.soft import (
     vocabulary_rows,
 )
 from holdfast.strategies.protocol import Strategy, register
-from holdfast.tasks.task import Example, TaskStream
+from holdfast.tasks.encode import Encoder
+from holdfast.tasks.task import Example, Task, TaskStream
 from holdfast.training.teacher import Teacher
 
 
@@ -85,6 +86,10 @@ class Lfpt5(Strategy):
 
     def _fresh(self, model: nn.Module, seed: int) -> Prompt:
         return Prompt(vocabulary_rows(model, self.options.tokens, seed))
+
+    def check_tasks(self, tasks: Sequence[Task], encoder: Encoder) -> None:
+        """See that rows of all of them can be written behind their tokens."""
+        self.tasks.openings_with(tasks, encoder)
 
     def estimate(self, model: nn.Module, stream: TaskStream) -> Estimate:
         """The prompt and a token are all that is trained; the teacher is as large."""

@@ -1,8 +1,9 @@
 """The one protocol of all strategies, and their registry.
 
 A strategy is one paper in one file or one folder. It overrides the verbs that it needs and is called by
-`holdfast.Learner`, and by nothing else, in this order: `check` and `prepare` once (by ``holdfast check``:
-`check`, `estimate`); then for each stage `begin`, `examples`, during training the verbs of
+`holdfast.Learner`, and by nothing else, in this order: `check` and `prepare` once, and `check_tasks` as soon as
+tasks are known (by ``holdfast check``: `check`, `check_tasks`, `estimate`); then for each stage `begin`,
+`examples`, during training the verbs of
 `holdfast.training.verbs.Verbs`, then `end`; for each evaluation `route`; after each stage `state_dict`, and
 when a learner goes on `load_state_dict`. It never needs to know what comes later.
 """
@@ -21,8 +22,9 @@ from holdfast.errors import ConfigError
 from holdfast.hold.cost import Estimate
 from holdfast.models import save_model
 from holdfast.strategies.context import Context, Stage
+from holdfast.tasks.encode import Encoder
 from holdfast.tasks.memory import Rehearsal
-from holdfast.tasks.task import Example, TaskStream
+from holdfast.tasks.task import Example, Task, TaskStream
 from holdfast.training.verbs import Verbs
 
 Extra = Literal["none", "constant", "per task"]
@@ -91,6 +93,9 @@ class Strategy(Verbs):
 
     def check(self, model: nn.Module) -> None:
         """Raise a `HoldfastError` that names the key if the method is not defined for this model."""
+
+    def check_tasks(self, tasks: Sequence[Task], encoder: Encoder) -> None:
+        """The same, of tasks that are to be learned behind those that were; before anything is trained."""
 
     def estimate(self, model: nn.Module, stream: TaskStream) -> Estimate:
         """What it takes beside plain training, for `holdfast check`."""
