@@ -23,6 +23,16 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    def refuse_ignored(self, fields: Iterable[str], why: str) -> None:
+        """Raise a ValueError if one of the fields, which do nothing here, has not its default.
+
+        A default is let pass: a recorded configuration has them all.
+        """
+        known = type(self).model_fields
+        for name in fields:
+            if getattr(self, name) != known[name].get_default(call_default_factory=True):
+                raise ValueError(f"`{name}` does nothing {why}; leave it out")
+
 
 Section = TypeVar("Section", bound=Options)
 MAX_SEED = 4_294_966  # a stage's seed is 1000 times the run's and its number, and numpy takes 32 bits

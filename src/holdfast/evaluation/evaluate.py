@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from holdfast.config import Options
 from holdfast.evaluation.answers import generate, rank_options, total_log_likelihoods
@@ -43,6 +43,12 @@ class EvaluationOptions(Options):
         None, description="tasks of EleutherAI's lm-eval, asked before the first task and after each"
     )
     general_rows: int = Field(64, ge=1, description="how many rows of each kind that is measured on")
+
+    @model_validator(mode="after")
+    def _only_what_applies(self) -> EvaluationOptions:
+        if not self.general:
+            self.refuse_ignored(("general_rows",), "without `general: true`")
+        return self
 
 
 @dataclass(frozen=True)

@@ -465,9 +465,9 @@ def require_alike(priors: Sequence[ImportancePrior], what: str) -> None:
     advice = _SAME
     if len(named := _importances(priors)) > 1:
         advice = (
-            f"Those of {' and '.join(named)} can differ: lrp and inputs rate linear maps of the blocks alone, "
-            "other importances whatever is trained. first.only(second) is the first prior, of what the "
-            "second rates too."
+            f"Those of {' and '.join(named)} can differ: lrp and inputs rate linear maps of the blocks "
+            "alone, other importances whatever is trained. first.only(second) is the first prior, of what "
+            "the second rates too."
         )
     for number, other in enumerate(priors[1:], start=2):
         _compare(other.shapes, priors[0].shapes, f"prior {number} of the {what}", "the first prior", advice)

@@ -47,6 +47,8 @@ class ProtectBaseOptions(Options):
             raise ValueError(
                 "`writing` doesn't apply to rows of a file (`general`); leave out one of the two"
             )
+        if self.general is not None:
+            self.refuse_ignored(("tokens",), "to rows of a file (`general`), which the template cuts")
         return self
 
 

@@ -63,6 +63,8 @@ class ModelOptions(Options):
             raise ValueError("give exactly one of `path` (folder or hub id) and `toy: true`")
         if not self.toy and (self.hidden is not None or self.layers is not None):
             raise ValueError("`hidden` and `layers` apply to `toy: true` only")
+        if self.toy:
+            self.refuse_ignored(("random_init",), "with `toy: true`, whose weights are random")
         if self.lora is not None and self.trainable is not None:
             raise ValueError("`trainable` does not apply with `lora`: only the adapters are trained")
         if self.quantise is not None:

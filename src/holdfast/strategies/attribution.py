@@ -107,6 +107,8 @@ class AttributionStrategyOptions(Options):
             )
         if isinstance(self.others, Options) and REGISTRY[self.others.name].kind != "weights":  # type: ignore[attr-defined]
             raise ValueError("`others` takes an importance by weight, such as fisher or lrp; or none")
+        if self.importance.name == "uniform":
+            self.refuse_ignored(("control",), "with `importance: uniform`, which is the same everywhere")
         changed: dict[str, Any] = {"merge": self.merge or default_merge(self.kind)}
         if self.kind == "inputs" and self.others is None:
             changed["others"] = FisherOptions()

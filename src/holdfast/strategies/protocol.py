@@ -1,11 +1,11 @@
 """The one protocol of all strategies, and their registry.
 
 A strategy is one paper in one file or one folder. It overrides the verbs that it needs and is called by
-`holdfast.Learner`, and by nothing else, in this order: `check` and `prepare` once, and `check_tasks` as soon as
-tasks are known (by ``holdfast check``: `check`, `check_tasks`, `estimate`); then for each stage `begin`,
-`examples`, during training the verbs of
-`holdfast.training.verbs.Verbs`, then `end`; for each evaluation `route`; after each stage `state_dict`, and
-when a learner goes on `load_state_dict`. It never needs to know what comes later.
+`holdfast.Learner`, and by nothing else, in this order: `check` and `prepare` once, and `check_tasks` as soon
+as tasks are known (by ``holdfast check``: `check`, `check_tasks`, `estimate`); then for each stage `begin`,
+`examples`, during training the verbs of `holdfast.training.verbs.Verbs`, then `end`; for each evaluation
+`route`; after each stage `state_dict`, and when a learner goes on `load_state_dict`. It never needs to know
+what comes later.
 """
 
 from __future__ import annotations

@@ -71,6 +71,14 @@ class TrainingOptions(Options):
         return value
 
     @model_validator(mode="after")
+    def _only_what_applies(self) -> TrainingOptions:
+        if self.scheduler == "constant":
+            self.refuse_ignored(
+                ("warmup_steps",), "with `scheduler: constant`; `constant_with_warmup` has them"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _own_loss(self) -> TrainingOptions:
         if self.trainer == "sft" and self.loss.name != "cross_entropy":
             raise ValueError(

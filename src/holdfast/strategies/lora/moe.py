@@ -35,10 +35,14 @@ class LoraMoeOptions(Options):
     delta: float = Field(0.1, ge=0, le=1, description="how unlike experts of the task's kind and others are")
 
     @model_validator(mode="after")
-    def _divides(self) -> LoraMoeOptions:
-        if self.experts % self.types == 0:
-            return self
-        raise ValueError(f"`experts: {self.experts}` can't be divided into {self.types} equal `types`")
+    def _goes_together(self) -> LoraMoeOptions:
+        if self.balance == 0:
+            self.refuse_ignored(("types", "delta"), "with `balance: 0`, which takes the constraint away")
+        if self.types == 1:
+            self.refuse_ignored(("delta",), "with `types: 1`, where there are no others")
+        if self.experts % self.types:
+            raise ValueError(f"`experts: {self.experts}` can't be divided into {self.types} equal `types`")
+        return self
 
 
 class Routers(nn.Module):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -29,6 +29,12 @@ class OLoraOptions(Options):
     overlap: Literal["absolute", "squared"] = Field(
         "absolute", description="sum of the overlap's entries: absolute (authors' code) or squared (paper)"
     )
+
+    @model_validator(mode="after")
+    def _only_what_applies(self) -> OLoraOptions:
+        if self.orthogonality == 0:
+            self.refuse_ignored(("overlap",), "with `orthogonality: 0`")
+        return self
 
 
 def overlap(old: Sequence[Tensor], new: Sequence[Tensor], kind: str = "absolute") -> Tensor:

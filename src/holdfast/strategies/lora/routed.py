@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -38,6 +38,12 @@ class LoraRoutedOptions(Options):
     )
     samples: int = Field(256, ge=1, description="rows of a task whose features make its mean")
     probes: int = Field(64, ge=1, description="further rows, whose features are kept to measure the router")
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> LoraRoutedOptions:
+        if self.router == "oracle":
+            self.refuse_ignored(("samples", "probes"), "where the task is told (`router: oracle`)")
+        return self
 
 
 @torch.no_grad()
