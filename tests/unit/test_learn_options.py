@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from holdfast.cli import Metric, app
+from holdfast.cli import app
+from holdfast.cli.learning import Metric
 from holdfast.errors import ConfigError, DataError
 from holdfast.evaluation.predictions import read_predictions
 from holdfast.evaluation.scores import METRICS
