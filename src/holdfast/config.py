@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from holdfast.errors import ConfigError, RunDirectoryError
+from holdfast.places import near
 from holdfast.storage import write_text
 
 
@@ -65,7 +66,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         data = _parse(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{path}: can't be read ({error.strerror}).") from error
+        hint = near(path) if isinstance(error, FileNotFoundError) else ""
+        raise ConfigError(f"{path}: can't be read ({error.strerror}).{hint}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{path}: not UTF-8 (byte {error.start + 1}). Save the file in the encoding UTF-8."
@@ -73,7 +75,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except _NotYamlError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected a mapping of sections, got {type(data).__name__}.")
+        got = "nothing" if data is None else "a list" if isinstance(data, list) else repr(data)[:60]
+        raise ConfigError(f"{path}: expected a mapping of sections (key: value), got {got}.")
     return data
 
 
@@ -166,7 +169,8 @@ def _parse(text: str) -> Any:
         mark = error.problem_mark or error.context_mark
         said = ", ".join(part for part in (error.context, error.problem) if part)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise _NotYamlError(f"{where}{said}") from error
+        hint = ". Indent with spaces, not with tabs" if "'\\t'" in said else ""
+        raise _NotYamlError(f"{where}{said}{hint}") from error
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise _NotYamlError(f"line {line}: the character {error.character!r} isn't allowed") from error
@@ -259,8 +263,14 @@ def override(data: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, A
 
 
 def differences(there: Any, here: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """What differs between two dumped configurations: the key with its place, and both values."""
+    """What differs between two dumped configurations: the key with its place, and both values.
+
+    Of a choice by another name the name says enough: the options below are others.
+    """
     if isinstance(there, Mapping) and isinstance(here, Mapping):
+        if where and there.get("name") != here.get("name"):
+            yield f"{where}.name", there.get("name"), here.get("name")
+            return
         for key in sorted({*there, *here}):
             yield from differences(there.get(key), here.get(key), f"{where}.{key}" if where else key)
     elif there != here:
@@ -393,6 +403,7 @@ def _explain(item: Any, section: type[Options]) -> str:
 
 
 _IN_YAML = {
+    "Tuple should": "List should",
     "valid tuple": "list",
     "valid list": "list",
     "valid dictionary": "mapping of keys to values",

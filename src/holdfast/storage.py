@@ -46,7 +46,7 @@ def atomic_write(*paths: str | os.PathLike[str]) -> Iterator[Any]:
     targets = tuple(Path(path) for path in paths)
     temporary = tuple(p.with_name(f".{p.name}.{secrets.token_hex(4)}.tmp") for p in targets)
     for target in targets:
-        refuse_what_is_no_file(target)
+        refuse_what_can_not_be_written(target)
     try:
         for target in targets:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -102,6 +102,30 @@ def refuse_what_is_no_file(path: Path) -> None:
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a device, a pipe or a socket"
         raise StorageError(f"could not write {path}: it is {kind}. Give the path of a file.")
+
+
+def refuse_what_can_not_be_written(path: Path) -> None:
+    """`refuse_what_is_no_file`, and where a file stands in place of a folder above the path."""
+    if file := file_in_the_way(path.parent):
+        raise StorageError(f"could not write {path}: '{file}' is a file, not a folder. Give another path.")
+    refuse_what_is_no_file(path)
+
+
+def why_no_folder(path: Path, error: OSError) -> str:
+    """Why a folder could not be made: the file that is in its place or above it, or what the system says."""
+    file = file_in_the_way(path)
+    return f"'{file}' is a file, not a folder" if file else str(error.strerror)
+
+
+def file_in_the_way(folder: Path) -> Path | None:
+    """The nearest of a folder and those above it that is there, if it is none."""
+    for path in (folder, *folder.parents):
+        try:
+            if path.exists():
+                return None if path.is_dir() else path
+        except (OSError, ValueError):  # a path that no file system takes, or that may not be seen
+            continue
+    return None
 
 
 def _flush(path: Path) -> None:

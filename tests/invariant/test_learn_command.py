@@ -333,7 +333,7 @@ def test_other_rows_under_a_known_name_are_refused(there: Path) -> None:
     [
         (["--model", "elsewhere"], "has --model None, not elsewhere"),
         (["--strategy", "osf"], "has --strategy ewc, not osf"),
-        (["--lora"], "has --lora None, not True"),
+        (["--lora"], "has no --lora"),
         (["model.hidden=16"], "model can't be changed once the first task has begun"),
         (["strategy.strength=1", "seed=3"], "seed, strategy can't be changed"),
         (["template.strip=both"], "template can't be changed"),

@@ -377,7 +377,7 @@ def test_attribute_tests_answers_as_the_run_does(
             "--config takes a run's folder, its config.yaml, or a file for `holdfast run`.",
         ),
         (["--config", str(ROOT / "README.md")], "--config takes a run's folder"),
-        (["--config", str(ROOT / "configs/compare/toy.yaml")], "base: unknown key"),
+        (["--config", str(ROOT / "configs/compare/toy.yaml")], "a grid (it has base and rows)"),
     ],
 )
 def test_attribute_tells_what_is_wrong(

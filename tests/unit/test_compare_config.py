@@ -129,7 +129,7 @@ def test_the_base_is_found_from_the_grid_and_can_be_changed(tmp_path, monkeypatc
         ({"rows": [PLAIN, {**PLAIN, "name": "b", "set": {"seed": 3}}]}, "rows.1: 'seed' is set by the sweep"),
         ({"rows": [PLAIN, PLAIN]}, "rows: 'plain' stands in it twice"),
         ({"seeds": [0, 0]}, "seeds: 0 stands in it twice"),
-        ({"seeds": []}, "seeds: Tuple should have at least 1 item"),
+        ({"seeds": []}, "seeds: List should have at least 1 item"),
         ({"reference": "plane"}, r"reference: no row 'plane'\. Allowed: plain, ewc"),
         ({"reference": "ewc"}, r"'ewc' has several grid points; name one: 'ewc · strength=1000', 'ewc"),
         ({"row": []}, r"row: unknown key\. Did you mean 'rows'"),

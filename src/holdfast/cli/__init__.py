@@ -12,6 +12,7 @@ from holdfast.cli.experiments import check_command, compare_command, demo_comman
 from holdfast.cli.importance import attribute_command, prior_compare, prior_merge, prior_show
 from holdfast.cli.learning import harness_command, learn_command, skills_command
 from holdfast.cli.listing import list_command
+from holdfast.cli.options import Command
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -86,7 +87,7 @@ _OF_PRIORS: dict[str, Callable[..., None]] = {
 }
 for _app, _commands in ((app, _COMMANDS), (prior_app, _OF_PRIORS)):
     for _name, _command in _commands.items():
-        _app.command(_name)(_command)
+        _app.command(_name, cls=Command)(_command)
 app.add_typer(prior_app, name="prior")
 
 

@@ -11,9 +11,9 @@ import typer
 from rich.console import Console
 
 from holdfast.cli.messages import console, told
-from holdfast.cli.options import Column
+from holdfast.cli.options import Column, new_file
 from holdfast.errors import HoldfastError
-from holdfast.progress import Progress
+from holdfast.progress import Progress, tell
 
 Learned = Annotated[Path, typer.Argument(metavar="SKILLS|RUN", help="folder of skills, or of a run")]
 
@@ -28,7 +28,7 @@ def ask_command(
         Path | None, typer.Option(help="a file of questions, in any form that `holdfast learn` takes")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="with --data: JSONL file for its rows with answers")
+        Path | None, typer.Option(callback=new_file, help="with --data: JSONL file for its rows with answers")
     ] = None,
     task: Annotated[
         str | None, typer.Option(help="which task they are of; only strategies that must be told need it")
@@ -64,8 +64,16 @@ def ask_command(
         from holdfast.runner.ask import ask_file, load_to_ask
         from holdfast.tasks import Columns
 
-        if (data is None) != (out is None) or (data is not None and questions) or (column and not data):
-            raise HoldfastError("ask: give questions, or --data FILE with --out FILE.jsonl (and --column).")
+        wrong = [
+            "--data without --out" * (data is not None and out is None),
+            "--out without --data" * (data is None and out is not None),
+            "--column without --data" * (data is None and bool(column)),
+            "questions and --data" * (data is not None and bool(questions)),
+        ]
+        if got := ", ".join(filter(None, wrong)):
+            raise HoldfastError(
+                f"ask: got {got}. Give questions, or --data FILE with --out FILE.jsonl (and --column)."
+            )
         options: dict[str, Any] = {"task": task, "max_new_tokens": max_new_tokens}
         with Progress(quiet=data is None) as progress, load_to_ask(folder, after, progress) as learner:
             if data is not None and out is not None:
@@ -79,7 +87,7 @@ def ask_command(
                         progress=progress,
                         **options,
                     )
-                console.print(f"{count} answers: {out}", highlight=False, markup=False, soft_wrap=True)
+                tell(console, f"{count} answers: {out}")
                 return
             for question in questions or _lines():
                 if base:
@@ -98,7 +106,9 @@ def explain_command(
     instead_of: Annotated[
         str | None, typer.Option(help="another answer: what speaks for the one and not for the other")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="write the heat map as an HTML file")] = None,
+    out: Annotated[
+        Path | None, typer.Option(callback=new_file, help="write the heat map as an HTML file")
+    ] = None,
     after: Annotated[
         str | None, typer.Option(metavar="TASK", help="explain the model as it was after this task")
     ] = None,
@@ -130,7 +140,7 @@ def explain_command(
             shown.print(f"{value:+10.3g}  {token!r}")
         shown.print(f"conservation error {why.conservation_error:.1e}")
         if out is not None:
-            console.print(f"Written: {why.save(out)}", highlight=False, markup=False, soft_wrap=True)
+            tell(console, f"Written: {why.save(out)}")
 
 
 def _lines() -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -10,12 +11,14 @@ from rich.console import Console
 
 from holdfast import world
 from holdfast.cli.messages import console, told
-from holdfast.cli.options import Csv, Latex, Overrides, write_tables
+from holdfast.cli.options import KEYS, Csv, Latex, Overrides, new_file, new_folder, write_tables
 from holdfast.progress import Progress, tell
 
 
 def demo_command(
-    out: Annotated[Path, typer.Option(help="where runs and the report go")] = Path("demo"),
+    out: Annotated[Path, typer.Option(callback=new_folder, help="where runs and the report go")] = Path(
+        "demo"
+    ),
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Forget, and not forget: the whole job on a built-in toy suite, offline, in minutes.
@@ -25,7 +28,8 @@ def demo_command(
 
     Example: holdfast demo --out demo --seed 0
     """
-    with told(f"Continue with: holdfast demo --out {out} --seed {seed}"), Progress() as progress:
+    again = shlex.join(["holdfast", "demo", "--out", str(out), "--seed", str(seed)])
+    with told(f"Continue with: {again}"), Progress() as progress:
         from holdfast.demo import run_demo
 
         run_demo(out, seed, progress)
@@ -47,7 +51,7 @@ def run_command(
 
       holdfast run configs/toy.yaml strategy.importance=fisher strategy.control=permuted
     """
-    again = " ".join(["holdfast run", str(config), *(overrides or [])])
+    again = shlex.join(["holdfast", "run", str(config), *(overrides or [])])
     with told(f"Continue with: {again}", processes=True), Progress() as progress:
         from holdfast.records import RunMetrics
         from holdfast.runner.config import load_config
@@ -70,7 +74,7 @@ def compare_command(
     grid: Annotated[Path, typer.Argument(metavar="GRID.yaml", help="strategies, options, orders and seeds")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="such as seeds=[0,1] base.training.epochs=5"),
+        typer.Argument(metavar=KEYS, help="such as seeds=[0,1] base.training.epochs=5"),
     ] = None,
     csv: Csv = None,
     latex: Latex = None,
@@ -85,7 +89,7 @@ def compare_command(
 
       holdfast compare configs/compare/toy.yaml seeds=[0,1] jobs=2 base.training.epochs=2 output=runs/short
     """
-    again = " ".join(["holdfast compare", str(grid), *(overrides or [])])
+    again = shlex.join(["holdfast", "compare", str(grid), *(overrides or [])])
     with told(f"Continue with: {again}"), Progress() as progress:
         from holdfast.report import write_report
         from holdfast.sweep.grid import load_grid
@@ -133,7 +137,7 @@ def check_command(
 
 def report_command(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run or attribution directories")],
-    out: Annotated[Path, typer.Option(help="the file to write")] = Path("report.html"),
+    out: Annotated[Path, typer.Option(callback=new_file, help="the file to write")] = Path("report.html"),
     title: Annotated[str | None, typer.Option(help="heading of the page")] = None,
 ) -> None:
     """One HTML file, readable offline, that shows and compares runs.

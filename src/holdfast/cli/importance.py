@@ -10,9 +10,9 @@ import typer
 from rich.console import Console
 
 from holdfast.cli.messages import console, told
-from holdfast.cli.options import Column, Csv, Latex, write_tables
+from holdfast.cli.options import Column, Csv, Latex, new_file, new_folder, write_tables
 from holdfast.errors import HoldfastError
-from holdfast.progress import Progress
+from holdfast.progress import Progress, tell
 
 Prior = Annotated[Path, typer.Argument(metavar="PRIOR", help="folder of a prior, or a .safetensors file")]
 
@@ -28,7 +28,9 @@ def attribute_command(
             "or hub id of a data set"
         ),
     ],
-    out: Annotated[Path, typer.Option(help="folder for prior.safetensors and prior.json")],
+    out: Annotated[
+        Path, typer.Option(callback=new_folder, help="folder for prior.safetensors and prior.json")
+    ],
     importance: Annotated[
         str,
         typer.Option(
@@ -94,10 +96,11 @@ def prior_show(
     prior: Prior,
     top: Annotated[int, typer.Option(min=1, help="how many of the most important weights")] = 10,
     csv: Annotated[
-        Path | None, typer.Option("--csv", help="write a row a tensor as CSV to this file")
+        Path | None, typer.Option("--csv", callback=new_file, help="write a row a tensor as CSV to this file")
     ] = None,
     latex: Annotated[
-        Path | None, typer.Option("--latex", help="write a row a tensor as LaTeX to this file")
+        Path | None,
+        typer.Option("--latex", callback=new_file, help="write a row a tensor as LaTeX to this file"),
     ] = None,
 ) -> None:
     """What a prior is, its mean by transformer block, and its most important weights.
@@ -126,7 +129,7 @@ class How(StrEnum):
 
 def prior_merge(
     priors: Annotated[list[Path], typer.Argument(metavar="PRIOR...", help="two or more")],
-    out: Annotated[Path, typer.Option(help="folder for the merged prior")],
+    out: Annotated[Path, typer.Option(callback=new_folder, help="folder for the merged prior")],
     how: Annotated[
         How | None, typer.Option(help="default: max, of each weight; of the kind `inputs` sum")
     ] = None,
@@ -148,7 +151,7 @@ def prior_merge(
         parts = [prior.mean_normalised() for prior in loaded] if balance else loaded
         merged = parts[0].merge(parts[1:], how=how.value if how else parts[0].usual_merge)
         merged.save(out)
-        console.print(f"Written: {out}: {merged!r}", highlight=False, markup=False, soft_wrap=True)
+        tell(console, f"Written: {out}: {merged!r}")
 
 
 def prior_compare(first: Prior, second: Prior, csv: Csv = None, latex: Latex = None) -> None:

@@ -11,9 +11,9 @@ from rich.console import Console
 
 from holdfast import world
 from holdfast.cli.messages import console, told
-from holdfast.cli.options import Column, Csv, Latex, Overrides, write_tables
+from holdfast.cli.options import Column, Csv, Latex, Overrides, new_file, new_folder, write_tables
 from holdfast.errors import HoldfastError
-from holdfast.progress import Progress
+from holdfast.progress import Progress, tell
 
 
 class Metric(StrEnum):
@@ -114,9 +114,14 @@ def learn_command(
 def skills_command(
     folder: Annotated[Path, typer.Argument(metavar="SKILLS", help="the folder that `holdfast learn` made")],
     as_json: Annotated[bool, typer.Option("--json", help="print JSON for a program")] = False,
-    report: Annotated[Path | None, typer.Option(help="write an HTML report to this file")] = None,
+    report: Annotated[
+        Path | None, typer.Option(callback=new_file, help="write an HTML report to this file")
+    ] = None,
     export: Annotated[
-        Path | None, typer.Option(help="write the model as a plain Hugging Face folder (weights, or adapter)")
+        Path | None,
+        typer.Option(
+            callback=new_folder, help="write the model as a plain Hugging Face folder (weights, or adapter)"
+        ),
     ] = None,
     rank: Annotated[
         int | None, typer.Option(min=1, help="with --export: recompress a grown LoRA to this rank, by SVD")
@@ -159,26 +164,30 @@ def skills_command(
 
         if rank is not None and export is None:
             raise HoldfastError("--rank: it is the rank of what --export writes; give --export FOLDER too.")
+        if private and push is None:
+            raise HoldfastError(
+                "--private: it is for the repository that --push makes; give --push REPO too."
+            )
         if model is not None:
             move_base(folder, model)
         if undo:
-            console.print(f"Taken back: {take_back(folder)}", highlight=False, markup=False)
+            tell(console, f"Taken back: {take_back(folder)}")
         known = read_skills(folder)
         if export is not None:
             with Progress() as progress, Learner.load(folder, progress=progress) as learner:
                 learner.export(export, rank=rank)
-            console.print(f"Exported: {export}", highlight=False, markup=False, soft_wrap=True)
+            tell(console, f"Exported: {export}")
         if push is not None:
             with Learner.load(folder) as learner:
                 url = learner.push_to_hub(push, private=private or None)
-            console.print(f"Uploaded: {url}", highlight=False, markup=False, soft_wrap=True)
+            tell(console, f"Uploaded: {url}")
         if report is not None and not known.skills:
             raise HoldfastError(f"{folder}: nothing was learned here yet, so there is nothing to report.")
         if report is not None:
             from holdfast.report import write_report
 
             write_report([folder], report, title=folder.resolve().name)
-            console.print(f"Report: {report}", highlight=False, markup=False, soft_wrap=True)
+            tell(console, f"Report: {report}")
         shown = skills_table(known)
         write_tables(csv, latex, shown.csv(), shown.latex())
         if as_json:

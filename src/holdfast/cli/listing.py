@@ -26,7 +26,9 @@ class Listing(StrEnum):
 
 
 def list_command(
-    what: Annotated[Listing, typer.Argument(help="what to list")], csv: Csv = None, latex: Latex = None
+    what: Annotated[Listing, typer.Argument(metavar="WHAT", help="what to list")],
+    csv: Csv = None,
+    latex: Latex = None,
 ) -> None:
     """Show what can be named in a config.
 

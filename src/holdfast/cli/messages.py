@@ -28,8 +28,8 @@ def told(again: str = "", processes: bool = False) -> Iterator[None]:
         Whether a launcher may start the command in several processes.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    _quiet_libraries()
     try:
+        _quiet_libraries()
         if world.launched() and not processes:
             raise ConfigError(
                 "this command runs in one process, and a launcher started several; `holdfast run` and "

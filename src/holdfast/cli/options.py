@@ -3,16 +3,62 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from holdfast.cli.messages import console
+from holdfast.errors import StorageError
+from holdfast.progress import tell
 
-Csv = Annotated[Path | None, typer.Option("--csv", help="write the table as CSV to this file")]
-Latex = Annotated[Path | None, typer.Option("--latex", help="write the table as LaTeX to this file")]
+KEYS = "[KEY=VALUE]..."
+
+
+class Command(TyperCommand):
+    """A command that, if it takes ``key=value``, says so where a key is given like an option."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the arguments."""
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:  # of click or of typer's copy of it: known by its name
+            key = getattr(error, "option_name", "").lstrip("-")
+            takes_keys = any(parameter.metavar == KEYS for parameter in self.params)
+            if type(error).__name__ == "NoSuchOption" and takes_keys and not error.possibilities:  # type: ignore[attr-defined]
+                error.message += f". A key of the configuration is given as {key}=VALUE"  # type: ignore[attr-defined]
+            raise
+
+
+def new_file(file: Path | None) -> Path | None:
+    """Of an option: refuse a file that can't be written before any work is done for it."""
+    from holdfast.storage import refuse_what_can_not_be_written
+
+    if file is not None:
+        try:
+            refuse_what_can_not_be_written(file)
+        except StorageError as error:
+            raise typer.BadParameter(str(error)) from error
+    return file
+
+
+def new_folder(folder: Path | None) -> Path | None:
+    """The same of a folder to write into."""
+    from holdfast.storage import file_in_the_way
+
+    if folder is not None and (file := file_in_the_way(folder)):
+        raise typer.BadParameter(f"'{file}' is a file, not a folder. Give another path.")
+    return folder
+
+
+Csv = Annotated[
+    Path | None, typer.Option("--csv", callback=new_file, help="write the table as CSV to this file")
+]
+Latex = Annotated[
+    Path | None, typer.Option("--latex", callback=new_file, help="write the table as LaTeX to this file")
+]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as training.epochs=5 strategy=ewc")
+    list[str] | None, typer.Argument(metavar=KEYS, help="such as training.epochs=5 strategy=ewc")
 ]
 Column = Annotated[
     list[str] | None,
@@ -33,4 +79,4 @@ def write_tables(csv: Path | None, latex: Path | None, as_csv: str, as_latex: st
     for file, text in ((csv, as_csv), (latex, as_latex)):
         if file is not None:
             write_text(file, text)
-            console.print(f"Written: {file}", highlight=False, markup=False, soft_wrap=True)
+            tell(console, f"Written: {file}")

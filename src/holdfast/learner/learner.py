@@ -51,6 +51,7 @@ from holdfast.models.adapters import check_saved_whole, is_adapted, stay_differe
 from holdfast.models.base import Base, adapter_is_new, identity_of
 from holdfast.progress import Progress
 from holdfast.records import StageMetrics
+from holdfast.storage import why_no_folder
 from holdfast.strategies import Context, Stage, Strategy, build_strategy
 from holdfast.tasks import Encoder, as_examples, as_questions, toy_tokenizer
 from holdfast.tasks.memory import Rehearsal
@@ -241,7 +242,7 @@ class Learner:
             opened.lock("learner")
         except OSError as error:
             raise RunDirectoryError(
-                f"{opened.path}: can't be used as a learner's folder ({error.strerror})."
+                f"{opened.path}: can't be used as a learner's folder ({why_no_folder(opened.path, error)})."
             ) from error
         try:
             world.first(lambda: claim(opened, self.config, model, new_adapter))
@@ -547,7 +548,12 @@ class Learner:
             )
         said = self.answer([question])[0] if answer is None else answer
         if not said.strip():
-            raise ConfigError("explain: the model answers nothing; give the answer that is to be explained.")
+            why = "the model answers nothing" if answer is None else f"the answer is empty (got {answer!r})"
+            raise ConfigError(f"explain: {why}; give the answer that is to be explained.")
+        if said == instead_of:
+            raise ConfigError(
+                f"explain: {said!r} is to be explained instead of itself; give two different answers."
+            )
         return explain(
             self.model,
             self.encoder,

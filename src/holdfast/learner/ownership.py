@@ -116,13 +116,12 @@ def check_learned_under(config: LearnerConfig, path: Path, stage: Path, settings
 
 
 def _differing(before: LearnerConfig, now: LearnerConfig, old: str, new: str) -> Iterator[tuple[str, str]]:
-    """Each part that is another, and in what: of another strategy its name says enough."""
+    """Each part that is another, and in what."""
     for part in FIXED:
         then, here = (config.model_dump(mode="json", include={part})[part] for config in (before, now))
-        found = {key: f"{key} ({a!r} {old}, {b!r} {new})" for key, a, b in differences(then, here, part)}
+        found = [f"{key} ({a!r} {old}, {b!r} {new})" for key, a, b in differences(then, here, part)]
         if found:
-            name = found.get(f"{part}.name")
-            yield part, ", ".join(found.values()) if name is None else name
+            yield part, ", ".join(found)
 
 
 def write_identity(stage: Path, identity: str | None) -> None:

@@ -15,6 +15,7 @@ from holdfast.evaluation.harness import courses
 from holdfast.evaluation.predictions import read_predictions
 from holdfast.folder import CONFIG, ENVIRONMENT, MANIFEST
 from holdfast.learner.skills import read_skills
+from holdfast.places import near
 from holdfast.records import (
     Comparison,
     Environment,
@@ -159,8 +160,10 @@ def read(path: Path) -> Folder:
         its files is torn; the message says which file, and what to do.
     """
     if not path.is_dir():
+        what = "a file, not a folder" if path.exists() else "no such folder"
         raise DataError(
-            f"{path}: no such folder. Give the output folder of `holdfast run` or `holdfast attribute`."
+            f"{path}: {what}. Give the output folder of `holdfast run`, `learn`, `attribute` or `compare`."
+            f"{'' if path.exists() else near(path)}"
         )
     if (path / "metrics.json").is_file():
         return _read_run(path)

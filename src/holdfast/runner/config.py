@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import Field
 
 from holdfast.config import override, read_yaml, validate
+from holdfast.errors import ConfigError
 from holdfast.learner.config import LearnerConfig
 from holdfast.models import ModelOptions
 from holdfast.tasks import TasksOptions
@@ -39,5 +40,9 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
         With every problem at once.
     """
     data = override(read_yaml(path), overrides)
+    if {"base", "rows"} <= data.keys():
+        raise ConfigError(
+            f"{path}: a grid (it has base and rows), for `holdfast compare`; give a run's config."
+        )
     data.setdefault("output", f"runs/{path.stem}")
     return validate(RunConfig, data, source=str(path))

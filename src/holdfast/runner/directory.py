@@ -16,7 +16,7 @@ from holdfast.errors import HoldfastError, RunDirectoryError
 from holdfast.folder import CONFIG, ENVIRONMENT, LOCK, PARTIAL, Folder
 from holdfast.learner.ownership import absolute_model, has_base
 from holdfast.runner.config import RunConfig
-from holdfast.storage import write_json
+from holdfast.storage import why_no_folder, write_json
 from holdfast.strategies import build_strategy
 from holdfast.tasks import list_orders
 
@@ -43,7 +43,8 @@ class RunDirectory(Folder):
             directory.lock("run")
         except OSError as error:
             raise RunDirectoryError(
-                f"output: '{config.output}' can't be used as a run directory ({error.strerror})."
+                f"output: '{config.output}' can't be used as a run directory "
+                f"({why_no_folder(directory.path, error)})."
             ) from error
         try:
             world.first(lambda: directory._claim(config, environment))

@@ -151,9 +151,9 @@ def _config(
     }
     for flag, value in given.items():
         if value is not None and value != there[flag]:
+            has = f"{flag} {there[flag]}, not {value}" if value is not True else f"no {flag}"
             raise ConfigError(
-                f"{skills}: what was learned here has {flag} {there[flag]}, not {value}. Leave {flag} out, "
-                "or begin another folder."
+                f"{skills}: what was learned here has {has}. Leave {flag} out, or begin another folder."
             )
     values = override(recorded.model_dump(mode="json"), assignments)
     config = validate(LearnerConfig, values, "holdfast learn")
@@ -268,6 +268,8 @@ def _task(
     loaded = load_task(data, columns)
     if loaded.read_as:
         progress.say(f"{data}: read as {loaded.read_as}.")
+    if name is not None and not name.strip():
+        raise ConfigError(f"--name: a skill needs a name (got {name!r}); leave it out for '{loaded.name}'.")
     name = name or loaded.name
     train: Sequence[Example] = loaded.train
     tests: Sequence[Example] = loaded.test if test is None else load_task(test, columns).train

@@ -186,6 +186,11 @@ def load_grid(path: Path, overrides: Iterable[str] = ()) -> Plan:
         With the problems of the grid, or else with those of all cells, each with the cells that have it.
     """
     given, data = list(overrides), read_yaml(path)
+    if {"model", "tasks"} <= data.keys():
+        raise ConfigError(
+            f"{path}: the config of one run (it has model and tasks), for `holdfast run`; "
+            f"a grid has rows, and this under base: {path}."
+        )
     first = [a for a in given if a.partition("=")[0].strip() == "base"]
     rest = [a for a in given if a not in first]
     base = data.get("base")

@@ -16,7 +16,7 @@ from holdfast.progress import Progress
 from holdfast.records import Comparison
 from holdfast.runner.directory import RunDirectory
 from holdfast.runner.findings import check
-from holdfast.storage import write_text
+from holdfast.storage import why_no_folder, write_text
 from holdfast.strategies import build_strategy
 from holdfast.sweep.cells import Outcome, run_cells
 from holdfast.sweep.choice import choose, count, in_order
@@ -49,7 +49,8 @@ def compare(plan: Plan, progress: Progress) -> Comparison:
         output.mkdir(parents=True, exist_ok=True)
         held = lock(output / "compare.lock", "sweep")
     except OSError as error:
-        raise HoldfastError(f"output: '{output}' can't be used as a folder ({error.strerror}).") from error
+        why = why_no_folder(output, error)
+        raise HoldfastError(f"output: '{output}' can't be used as a folder ({why}).") from error
     with held:
         return _Sweep(plan, output, progress).to_the_end()
 

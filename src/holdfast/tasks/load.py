@@ -68,7 +68,7 @@ def read_questions(path: Path, columns: Columns = STANDARD) -> tuple[list[dict[s
     problems, rows = Problems(other_columns=_OTHER_COLUMNS), []
     if not path.is_file() or path.suffix.lower() not in FORMATS:
         what = "none of" if path.is_file() else "no such file; questions are in one of"
-        problems.add(path, f"{what} {', '.join(FORMATS)}{'' if path.exists() else near(path)}")
+        problems.add(path, f"{what} {', '.join(FORMATS)}{'' if path.exists() else '.' + near(path)}")
     else:
         rows = read_rows(path, problems)
     if columns.turns != STANDARD.turns:

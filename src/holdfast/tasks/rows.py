@@ -270,7 +270,7 @@ def as_questions(rows: Iterable[object]) -> list[Example]:
     """
     problems = Problems()
     found = to_questions(((f"question {number}", row) for number, row in enumerate(rows, start=1)), problems)
-    if not found:
+    if not found and not problems.found:
         problems.add("questions", "there are none")
     problems.raise_if_any()
     return found
