@@ -22,6 +22,7 @@ from holdfast.hold.attach import (
     logarithmic_summary,
     makes_own_rate,
     reference_weights,
+    turned_by,
     unwrap,
 )
 from holdfast.hold.drift import Meter
@@ -221,7 +222,7 @@ class Anchor:
             The prior or the reference doesn't fit the model, or the optimizer holds none of the weights.
         ConfigError
             The optimizer makes its own learning rate, or swaps weights behind the hold's back; or `pull` is
-            given, and its scheduler follows a metric.
+            given, and its scheduler follows a metric; or it steps a weight in other coordinates already.
         """
         told = [group.get(TOTAL, 0.0) for group in unwrap(optimizer).param_groups]
         if self.options.pull is not None and None in told:
@@ -230,9 +231,13 @@ class Anchor:
         operators: list[Operator] = []
         references: list[list[Tensor]] = []
         rotated: list[Coordinates] = []
+        turned: set[int] = set()
         rotate = self.options.coordinates == "inputs" and self.prior.kind == "inputs"
 
         def take(more: list[Chunk]) -> None:
+            if rotate:
+                _require_one_basis(more, inner)
+                turned.update(id(weight) for chunk in more for weight in chunk.owners)
             for chunk in more:
                 scaled = {name: self.spectrum.values[name] * self._scale for name in chunk.names}
                 operator = self.spectrum.operator(chunk, model, scaled)
@@ -261,7 +266,7 @@ class Anchor:
             self._saw(group, group.get("initial_lr", group["lr"]))
         meter = self.spectrum.meter(chunks, operators, references)
         if rotate:
-            handle = self._in_coordinates(inner, chunks, rotated, operators, meter, watch)
+            handle = self._in_coordinates(inner, chunks, rotated, turned, operators, meter, watch)
         elif self.options.strength == "auto":
             handle = self._in_region(inner, chunks, operators, references, meter, watch)
         else:
@@ -336,6 +341,7 @@ class Anchor:
         inner: Optimizer,
         chunks: list[Chunk],
         rotated: list[Coordinates],
+        turned: set[int],
         operators: list[Operator],
         meter: Meter | None,
         watch: Unheld,
@@ -370,27 +376,19 @@ class Anchor:
                 if inner.state.get(weight) is state:  # nobody has loaded another
                     inner.state.pop(weight, None)
 
-        inside = False  # torch runs the hooks twice where an optimizer's step calls its parent's
-
         def enter() -> None:
-            nonlocal inside
-            if not inside:
-                load()
-                for chunk, coordinates in zip(chunks, rotated, strict=True):
-                    coordinates.enter([part is not None for part in chunk.moving()])
-            inside = True
+            load()
+            for chunk, coordinates in zip(chunks, rotated, strict=True):
+                coordinates.enter([part is not None for part in chunk.moving()])
 
         def leave() -> None:
-            nonlocal inside
-            if inside:
-                for coordinates in rotated:
-                    coordinates.stepped()
-                for coordinates, passed in zip(rotated, factors(), strict=True):
-                    coordinates.leave(passed)
-                stepped[:] = [(p, inner.state[p]) for c in chunks for p in c.owners if p in inner.state]
-            inside = False
+            for coordinates in rotated:
+                coordinates.stepped()
+            for coordinates, passed in zip(rotated, factors(), strict=True):
+                coordinates.leave(passed)
+            stepped[:] = [(p, inner.state[p]) for c in chunks for p in c.owners if p in inner.state]
 
-        handle = hook(inner, enter, leave, "anchor with coordinates 'inputs'", watch.attach)
+        handle = hook(inner, enter, leave, "anchor with coordinates 'inputs'", watch.attach, turned)
         handle.removers += [inner.register_state_dict_post_hook(save).remove, forget]
         return handle
 
@@ -470,3 +468,16 @@ class Anchor:
             lambda: ((tensor * factor).clamp_(max=1.0) for tensor in tensors.values()), "pull per step"
         )
         return {**result, "learning_rate": self.learning_rate, **extra}
+
+
+def _require_one_basis(chunks: list[Chunk], optimizer: Optimizer) -> None:
+    """See that no other hold turns these weights in the same step."""
+    taken = turned_by(optimizer)
+    both = [n for c in chunks for n, weight in zip(c.names, c.owners, strict=True) if id(weight) in taken]
+    if both:
+        raise ConfigError(
+            f"anchor: this optimizer steps '{both[0]}' in the coordinates of another prior of the kind "
+            "'inputs' already, and a weight has one basis at a time. Join the priors: "
+            "first.mean_normalised().merge(second.mean_normalised()); or give coordinates='weights'; or, if "
+            "the other hold is over, remove its handle first."
+        )

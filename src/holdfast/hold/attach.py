@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from holdfast import world
 from holdfast.errors import ConfigError, PriorMismatchError
@@ -119,6 +122,23 @@ def rests(weight: Tensor, part: Tensor | None = None) -> bool:
         What is worked on in its place, see `Chunk`.
     """
     return not weight.requires_grad and (weight if part is None else part).grad is None
+
+
+@dataclass(frozen=True, eq=False)
+class _Innermost:
+    """The hooks closest to an optimizer's step, and what is not itself between them (see `hook`)."""
+
+    before: RemovableHandle
+    after: RemovableHandle
+    turned: set[int]
+
+
+_INNERMOST: WeakKeyDictionary[Optimizer, list[_Innermost]] = WeakKeyDictionary()
+
+
+def turned_by(optimizer: Optimizer) -> set[int]:
+    """ids of the parameters that are not themselves while this optimizer steps (`hook`'s `turned`)."""
+    return set().union(*(each.turned for each in _INNERMOST.get(optimizer, ())))
 
 
 def unwrap(optimizer: Any) -> Optimizer:
@@ -282,11 +302,14 @@ def hook(
     after: Callable[[], None] | None = None,
     needs_gradients: str = "",
     first: Callable[[], Handle] | None = None,
+    turned: set[int] | None = None,
 ) -> Handle:
     """Run `before` and `after` around every step of the optimizer, without autograd.
 
     A step at rate 0 without a gradient is none: torch makes one to save the state of an optimizer that has
     none (SGD under FSDP2), and to go back to W* + Z Uᵀ would move weights by their rounding.
+
+    torch runs the hooks twice where an optimizer's step calls its parent's; both run once.
 
     Parameters
     ----------
@@ -295,6 +318,9 @@ def hook(
         closure, which computes the gradients only inside the step.
     first : callable, optional
         Attaches something whose hooks run before these.
+    turned : set of int, optional
+        ids of the parameters that are not themselves between `before` and `after`: whatever else is attached,
+        earlier or later, then runs outside of the two. More may join it.
 
     Raises
     ------
@@ -308,28 +334,41 @@ def hook(
             "AdamW, or a mechanism that changes gradients: a penalty, or a gate with on='gradient'."
         )
     handle = first() if first is not None else Handle()
-    idle = False
+    idle = inside = False
 
     def pre(_: Optimizer, args: Any, kwargs: Any) -> None:
-        nonlocal idle
+        nonlocal idle, inside
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0]: the optimizer
         if needs_gradients and closure is not None:
             raise ConfigError(
                 f"{needs_gradients}: step(closure) computes gradients inside the step, too late to "
                 "change them. Call step() without a closure, or use the gate with on='update'."
             )
-        idle = closure is None and _idle(optimizer)
+        if inside:
+            return
+        idle, inside = closure is None and _idle(optimizer), True
         if before is not None and not idle:
             with torch.no_grad():
                 before()
 
     def post(_: Optimizer, args: Any, kwargs: Any) -> None:
-        if after is not None and not idle:
+        nonlocal inside
+        if after is not None and inside and not idle:
             with torch.no_grad():
                 after()
+        inside = False
 
-    handle.removers.append(optimizer.register_step_pre_hook(pre).remove)
-    handle.removers.append(optimizer.register_step_post_hook(post).remove)
+    around = optimizer.register_step_pre_hook(pre), optimizer.register_step_post_hook(post)
+    handle.removers += [each.remove for each in around]
+    inner = _INNERMOST.setdefault(optimizer, [])
+    if turned is not None:
+        inner.append(own := _Innermost(*around, turned))
+        handle.removers.append(lambda: inner.remove(own))
+    for each in inner:
+        cast(OrderedDict[int, Any], optimizer._optimizer_step_pre_hooks).move_to_end(each.before.id)
+        cast(OrderedDict[int, Any], optimizer._optimizer_step_post_hooks).move_to_end(
+            each.after.id, last=False
+        )
     return handle
 
 
