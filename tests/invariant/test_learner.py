@@ -270,6 +270,8 @@ def test_adapter_on_a_base_without_a_folder_needs_the_model_and_says_so(tmp_path
         learned = weights(learner.model)
     with pytest.raises(ModelError, match=r"Give Learner.load\(folder, model, tokenizer\)"):
         Learner.load(tmp_path / "a")
+    with pytest.raises(ConfigError, match=r"got the model alone\. Give model and tokenizer"):
+        Learner.load(tmp_path / "a", tiny_model("llama-lora"))
     with Learner.load(tmp_path / "a", tiny_model("llama-lora"), toy_tokenizer()) as again:
         assert same(weights(again.model), learned)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,7 +12,7 @@ from pydantic import ValidationError
 
 from holdfast.errors import DataError
 from holdfast.tasks.problems import Problems
-from holdfast.tasks.rows import Columns, as_examples, to_example
+from holdfast.tasks.rows import Columns, as_examples, as_questions, to_example
 from holdfast.tasks.task import Example
 
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
@@ -19,6 +22,34 @@ def test_the_standard_row():
     rows = as_examples([{"prompt": "a", "completion": "b", "references": ["b", "c"], "id": 7}])
     assert rows == [Example("a", "b", ("b", "c"))]
     assert rows[0].answers == ("b", "c")
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ("may.jsonl", r"str \('may.jsonl'\); a file is read by holdfast.tasks.load_task\(path\).train"),
+        (Path("may.jsonl"), r"PosixPath .*a file is read by"),
+        (
+            pd.DataFrame([{"prompt": "a", "completion": "b"}]),
+            r"DataFrame; a table gives its rows by to_dict\('records'\)",
+        ),
+        (
+            {"train": [{"prompt": "a", "completion": "b"}]},
+            r"dict; of several splits give one, such as data\['train'\]",
+        ),
+    ],
+    ids=["name", "path", "frame", "splits"],
+)
+def test_what_is_no_collection_of_rows_is_told_once_and_as_a_whole(rows, said):
+    with pytest.raises(DataError, match=r"^data: rows are needed, such as a list of them, got " + said):
+        as_examples(rows)
+
+
+def test_a_single_question_is_not_read_character_by_character():
+    with pytest.raises(
+        DataError, match=r"^questions: .* \('What is due\?'\); a single question goes into a l"
+    ):
+        as_questions("What is due?")
 
 
 @pytest.mark.parametrize("references", [None, [], "", " ", "absent"])

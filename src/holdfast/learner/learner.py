@@ -228,6 +228,12 @@ class Learner:
                 f"{path}: there is no learner here (no {CONFIG}). `holdfast learn DATA --skills {path} "
                 "--model MODEL` makes one, or holdfast.Learner(model, tokenizer, folder=...)."
             )
+        if (model is None) != (tokenizer is None):
+            given = "tokenizer" if model is None else "model"
+            raise ConfigError(
+                f"Learner.load: got the {given} alone. Give model and tokenizer, or neither where the folder "
+                "can tell how to make them."
+            )
         config = recorded_config(path, sections)
         if model is None:
             model, tokenizer = rebuilt(path, config)
@@ -293,8 +299,7 @@ class Learner:
             A row is malformed, doesn't fit the model, or can't be answered (`look`).
         """
         rows = as_examples(train)
-        tests = list(test)
-        asked_rows = as_examples(tests) if tests else []
+        asked_rows = as_examples(test, needed=False)
         if any(row.raw for row in asked_rows):
             metric = "perplexity"
         task = Task(name, rows, asked_rows, metric, tuple(options))

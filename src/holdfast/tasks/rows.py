@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -9,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from holdfast.config import Options, half_character, validate
-from holdfast.errors import ConfigError
+from holdfast.errors import ConfigError, DataError
 from holdfast.tasks.chat import answers_in, read_answer, read_messages
 from holdfast.tasks.problems import NoColumn, Problems, RowFault, kind_of
 from holdfast.tasks.task import Example, Message
@@ -223,14 +224,22 @@ def _unread(form: Form, rows: Iterable[object]) -> list[str]:
     return [str(key) for key in held if str(key).strip() and key not in form.uses and key not in _BESIDE]
 
 
-def as_examples(rows: Iterable[Example | Mapping[str, Any]], columns: Columns = STANDARD) -> list[Example]:
+def as_examples(
+    rows: Iterable[Example | Mapping[str, Any]], columns: Columns = STANDARD, *, needed: bool = True
+) -> list[Example]:
     """Examples from anything that yields rows: a list of dicts, a ``datasets.Dataset``, examples themselves.
+
+    Parameters
+    ----------
+    needed : bool
+        Whether there must be some.
 
     Raises
     ------
     DataError
-        A row is malformed, or there is none; all of them are named.
+        A row is malformed, or there is none (all of them are named); or it is no collection of rows.
     """
+    _require_rows(rows, "data", "a file is read by holdfast.tasks.load_task(path).train")
     problems, placed = Problems(), [(f"row {number}", row) for number, row in enumerate(rows, start=1)]
     form = _form_of_all([at for at in placed if not isinstance(at[1], Example)], columns)
     each = _by_answer(placed, form, problems, columns)
@@ -238,7 +247,7 @@ def as_examples(rows: Iterable[Example | Mapping[str, Any]], columns: Columns = 
         row if isinstance(row, Example) else _to_example(row, where, problems, columns, form)
         for where, row in each
     ]
-    if not placed:
+    if needed and not placed:
         problems.add("data", "there are no rows")
     problems.raise_if_any()
     return [example for example in found if example is not None]
@@ -266,14 +275,29 @@ def as_questions(rows: Iterable[object]) -> list[Example]:
     Raises
     ------
     DataError
-        A row is malformed or empty, or there is none; all of them are named.
+        A row is malformed or empty, or there is none (all of them are named); or it is no collection of rows.
     """
+    _require_rows(rows, "questions", "a single question goes into a list, too")
     problems = Problems()
     found = to_questions(((f"question {number}", row) for number, row in enumerate(rows, start=1)), problems)
     if not found and not problems.found:
         problems.add("questions", "there are none")
     problems.raise_if_any()
     return found
+
+
+def _require_rows(rows: object, whose: str, of_text: str) -> None:
+    """Refuse what is iterated by something else than rows: by characters, splits or columns."""
+    got = type(rows).__name__
+    if isinstance(rows, str | bytes | os.PathLike):
+        got, fix = kind_of(rows), of_text
+    elif isinstance(rows, Mapping):
+        fix = "of several splits give one, such as data['train']; of columns make rows"
+    elif hasattr(rows, "columns") and hasattr(rows, "to_dict"):
+        fix = "a table gives its rows by to_dict('records')"
+    else:
+        return
+    raise DataError(f"{whose}: rows are needed, such as a list of them, got {got}; {fix}.")
 
 
 def _question(row: object, columns: Columns) -> Example:
