@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from tiny_runs import tiny_run
 
 torch.set_num_threads(1)
 
+# without an accelerator torch.manual_seed would keep the stack of each call for one that may come
+seeded = torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed
 SHARED = Path(__file__).parents[1] / ".." / "shared"
 
 
@@ -38,6 +42,25 @@ def _nothing_waits_for_the_disk() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_card_beside_an_adapter() -> Iterator[None]:
+    """peft compiles a template for the card that it saves beside each adapter, which no test reads."""
+    with pytest.MonkeyPatch.context() as patch:
+        if peft := sys.modules.get("peft"):  # else no test file trains
+            patch.setattr(peft.PeftModel, "create_or_update_model_card", lambda self, output_dir: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _git_is_asked_once() -> Iterator[None]:
+    """Each run notes the revision of the folder that it is started in, which is the same all the while."""
+    from holdfast import environment
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(environment, "revision_of", cache(environment.revision_of))
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _modules_are_not_garbage() -> None:
     """Each training collects garbage; without this it would look at every object of torch each time."""
@@ -48,7 +71,7 @@ def _modules_are_not_garbage() -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """What a test draws depends on no other test."""
-    torch.manual_seed(0)
+    seeded(0)
 
 
 @pytest.fixture
