@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -63,6 +64,14 @@ def holdfast(
     return Ended(process.exitcode, told, told_err, int(peak or 0))
 
 
+def started(*arguments: Any, cwd: Path, out: Path, err: Path) -> Any:
+    """Start the command line in a process of its own, which writes what it says to two files."""
+    arguments = tuple(str(argument) for argument in arguments)
+    process = SERVER.Process(target=_main, args=(arguments, str(cwd), str(out), str(err), None))
+    process.start()
+    return process
+
+
 def launched(
     ranks: int,
     target: Any,
@@ -119,6 +128,8 @@ def _main(
     target: Any = None,
     most: Path | None = None,
 ) -> None:
+    gc.freeze()  # each training collects garbage, and would look at every object of torch
+    os.fsync = os.fstat  # these processes are killed, not the power
     os.chdir(cwd)
     os.environ.update(environment or {})
     for file, number in ((out, 1), (err, 2)):

@@ -22,7 +22,7 @@ from holdfast.learner import Learner
 from holdfast.models import ModelOptions, load_model, save_model
 from holdfast.tasks import toy_tokenizer
 from learning_data import SHORT, TOY, bytes_in, data_sets, rows_of, same, weights_in, write_rows
-from processes import Ended, holdfast
+from processes import Ended, holdfast, started
 from soak import damage
 
 FISHER = ("--strategy", "ewc", "strategy.fisher.samples=8")
@@ -120,13 +120,8 @@ def test_python_m_holdfast_killed_from_outside_ends_bit_identical(made: Path, da
 
 def test_ctrl_c_saves_and_says_how_to_continue(made: Path, data: Path) -> None:
     long = ("training.max_steps=100000", "training.checkpoint_steps=100000")
-    from processes import SERVER, _main
-
     command = ("learn", "may.jsonl", "--skills", "s", *FISHER, *TOY, *long)
-    process = SERVER.Process(
-        target=_main, args=(command, str(data), str(data / "out"), str(data / "err"), None)
-    )
-    process.start()
+    process = started(*command, cwd=data, out=data / "out", err=data / "err")
     deadline = time.monotonic() + 100
     while "learning" not in ((data / "err").read_text() if (data / "err").exists() else ""):
         assert time.monotonic() < deadline

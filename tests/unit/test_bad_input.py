@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +33,7 @@ from holdfast.errors import (
 from holdfast.models import block_parameters, tiny_llama
 from holdfast.runner import RunConfig, run
 from holdfast.tasks import toy_tokenizer
+from processes import started
 
 ROWS = [{"prompt": "ab=", "completion": "a"}, {"prompt": "cd=", "completion": "c"}]
 ALL_SAMPLES = {"name": "lrp", "samples": 8, "correct_only": False}
@@ -397,10 +397,10 @@ def test_really_full_disk_stops_the_run_and_a_larger_one_lets_it_end(
 # two processes, and ctrl-C
 
 
-def wait_for(condition: Any, process: subprocess.Popen[Any], seconds: float = 240) -> None:
+def wait_for(condition: Any, process: Any, seconds: float = 240) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, "the run ended before it could be stopped"
+        assert process.is_alive(), "the run ended before it could be stopped"
         assert time.monotonic() < end, "the run did not come this far"
         time.sleep(0.01)
 
@@ -408,34 +408,35 @@ def wait_for(condition: Any, process: subprocess.Popen[Any], seconds: float = 24
 def test_second_process_is_refused_and_ctrl_c_saves_and_says_how_to_continue(
     tiny: Any, tmp_path: Path
 ) -> None:
-    training = {"epochs": 100, "batch_size": 8, "learning_rate": 3e-3, "checkpoint_steps": 40}
-    whole = one_task(tiny, tmp_path / "whole", training=training)
+    training = {"epochs": 100, "batch_size": 8, "learning_rate": 3e-3, "checkpoint_steps": 80}
+    model = {"toy": True, "hidden": 16, "layers": 1}
+    whole = one_task(tiny, tmp_path / "whole", training=training, model=model)
     run(config_of(whole))
 
     folder = tmp_path / "broken"
     file = tmp_path / "broken.yaml"
     file.write_text(yaml.safe_dump({**whole, "output": str(folder)}))
-    command = [sys.executable, "-m", "holdfast", "run", str(file), "label=stopped"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    err = tmp_path / "err"
+    process = started("run", file, "label=stopped", cwd=tmp_path, out=tmp_path / "out", err=err)
     try:
         checkpoints = folder / "tasks" / "01-copy.partial" / "checkpoints"
-        wait_for(lambda: (checkpoints / "checkpoint-40" / "seal.json").exists(), process)
-        process.send_signal(signal.SIGSTOP)  # so that it can't end while the second one tries
+        wait_for(lambda: (checkpoints / "checkpoint-80" / "seal.json").exists(), process)
+        os.kill(process.pid, signal.SIGSTOP)  # so that it can't end while the second one tries
         second = holdfast_cli("run", str(file), "label=stopped")
         assert second.exit_code == 2
         assert f"another run is working here (process {process.pid})" in second.output
         assert "output=DIR" in second.output
-        process.send_signal(signal.SIGINT)
-        process.send_signal(signal.SIGCONT)
-        _, said = process.communicate(timeout=240)
+        os.kill(process.pid, signal.SIGINT)
+        os.kill(process.pid, signal.SIGCONT)
+        process.join(240)
     finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-    assert process.returncode == 130, said
+        process.kill()
+        process.join()
+    said = err.read_text()
+    assert process.exitcode == 130, said
     stopped = re.search(r"Stopped after step (\d+) of 400; saved\.", said)
     assert stopped is not None, said
-    assert f"Continue with: holdfast run {file} label=stopped" in said
+    assert f"Continue with: holdfast run {file} label=stopped" in " ".join(said.split())
     assert "Traceback" not in said
     assert (checkpoints / f"checkpoint-{stopped[1]}" / "seal.json").exists()
 
