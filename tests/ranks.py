@@ -36,8 +36,9 @@ def results(folder: Path, dtype: torch.dtype, in_parts: bool = False) -> dict[st
         for name, (kind, strategy) in STRATEGIES.items():
             found[name] = learned(folder / name, tiny_model(kind).to(dtype), strategy)
         found["callback"] = with_callback(folder / "callback", dtype)
+        whole = None if in_parts else under_each_hold(plain)
         for name, optimizer_of in ENGINES.items():
-            held = under_each_hold(optimizer_of if in_parts else plain)
+            held = whole or under_each_hold(optimizer_of)
             found |= {f"{hold}, {name}": weights for hold, weights in held.items()}
         return found
 
