@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from holdfast.progress import Progress
 from holdfast.runner import RunConfig, run
 from holdfast.training.bridge import Bridge
 from kills import Killed, dying, kill_when
+from tiny_runs import tiny_run
 
 FISHER = {
     "name": "attribution",
@@ -59,6 +61,17 @@ def assert_same_outcome(a: Path, b: Path) -> None:
     assert logged(a) == logged(b)
 
 
+KILLED = {"epochs": 2, "batch_size": 8, "learning_rate": 3e-3, "log_steps": 2, "checkpoint_steps": 3}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run under FISHER that was never killed. To be read, not written."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    run(config_of(tiny_run(folder, strategy=FISHER, training=KILLED)))
+    return folder
+
+
 @pytest.mark.parametrize(
     ("where", "call"),
     [
@@ -70,19 +83,16 @@ def assert_same_outcome(a: Path, b: Path) -> None:
     ],
 )
 def test_killed_run_ends_bit_identical(
-    where: str, call: int, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    where: str, call: int, whole: Path, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    training = {"epochs": 2, "batch_size": 8, "learning_rate": 3e-3, "log_steps": 2, "checkpoint_steps": 3}
-    whole = config_of(tiny(tmp_path / "whole", strategy=FISHER, training=training))
-    broken = config_of(tiny(tmp_path / "broken", strategy=FISHER, training=training))
-    run(whole)
+    broken = config_of(tiny(tmp_path / "broken", strategy=FISHER, training=KILLED))
     with monkeypatch.context() as patch:
         kill_when(patch, where, call)
         with pytest.raises(Killed):
             run(broken)
     assert not (tmp_path / "broken" / "tasks" / "03-head").exists()
     run(broken)
-    assert_same_outcome(tmp_path / "whole", tmp_path / "broken")
+    assert_same_outcome(whole, tmp_path / "broken")
 
 
 @pytest.mark.parametrize(("trainer", "step"), [("auto", 3), ("auto", 4), ("auto", 6), ("sft", 5)])
@@ -213,9 +223,9 @@ def test_kill_9_from_outside_ends_bit_identical(tiny: Any, tmp_path: Path) -> No
     assert_same_outcome(tmp_path / "whole", tmp_path / "broken")
 
 
-def test_torn_file_is_named_and_its_stage_redone(tiny: Any, tmp_path: Path) -> None:
-    config = config_of(tiny(tmp_path / "r", strategy=FISHER))
-    run(config)
+def test_torn_file_is_named_and_its_stage_redone(whole: Path, tiny: Any, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "r")
+    config = config_of(tiny(tmp_path / "r", strategy=FISHER, training=KILLED))
     before = outcome(tmp_path / "r")
     weights = next((tmp_path / "r" / "tasks" / "02-flip" / "model").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-100])

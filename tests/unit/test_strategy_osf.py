@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -348,13 +349,21 @@ def one_run(output: Path, strategy: Any) -> Path:
     return output / "tasks"
 
 
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The stages of a run that was never killed, made once for each choice of options."""
+    return cache(lambda **options: one_run(tmp_path_factory.mktemp("whole") / "run", options))
+
+
 def weights_in(stage: Path) -> dict[str, Tensor]:
     return load_file(next((stage / "model").glob("*.safetensors")))
 
 
-def test_growing_run_learns_the_first_task_plainly_and_the_second_otherwise(tmp_path: Path) -> None:
+def test_growing_run_learns_the_first_task_plainly_and_the_second_otherwise(
+    whole_run: Any, tmp_path: Path
+) -> None:
     plain = one_run(tmp_path / "plain", "sequential")
-    grown = one_run(tmp_path / "grown", {"name": "osf", "schedule": "growing"})
+    grown = whole_run(name="osf", schedule="growing")
     for stage, same in (("01-copy", True), ("02-flip", False)):
         a, b = weights_in(plain / stage), weights_in(grown / stage)
         assert a.keys() == b.keys(), "canonical names of a plain model"
@@ -373,10 +382,10 @@ def test_growing_run_learns_the_first_task_plainly_and_the_second_otherwise(tmp_
     ids=["gradient", "gradient-other-bits", "update-other-bits", "growing", "layers"],
 )
 def test_killed_run_ends_bit_identical_even_if_the_second_svd_differs(
-    options: Any, other: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: Any, other: bool, whole_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     strategy = {"name": "osf", **options}
-    whole = one_run(tmp_path / "whole", strategy)
+    whole = whole_run(**strategy)
     with monkeypatch.context() as patch:
         # in task 2, after its first checkpoint
         kill_when(patch, "holdfast.training.bridge.completion_loss", 14)
