@@ -8,12 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from holdfast.cli import app
 from holdfast.errors import ConfigError
 from holdfast.importance.prior import ImportancePrior
 from holdfast.importance.stored import BLOCK, packed, unpacked
 from holdfast.report.importance_map import importance_map
-from processes import holdfast
 
 
 @given(st.integers(1, 300), st.integers(0, 99), st.floats(-12, 12))
@@ -65,10 +66,10 @@ def test_a_prior_of_bytes_is_loaded_and_shown_as_what_it_was(kind: str, tmp_path
 def test_another_width_is_refused_before_anything_is_computed(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"save: no dtype='int4'\. Allowed: float32, bfloat16, int8"):
         a_prior("weights").save(tmp_path, dtype="int4")  # type: ignore[arg-type]
-    ended = holdfast(
-        "attribute", "--model", "none", "--data", "none.jsonl", "--out", "p", "--store", "int4", cwd=tmp_path
-    )
-    assert ended.code == 2
-    assert "store" in ended.err
-    assert "'float32', 'bfloat16' or 'int8'" in ended.err
-    assert not (tmp_path / "p").exists()
+    out = tmp_path / "p"
+    words = ["--model", "none", "--data", "none.jsonl", "--out", str(out), "--store", "int4"]
+    ended = CliRunner().invoke(app, ["attribute", *words], env={"COLUMNS": "80"})
+    assert ended.exit_code == 2
+    assert "store" in ended.stderr
+    assert "'float32', 'bfloat16' or 'int8'" in ended.stderr
+    assert not out.exists()

@@ -246,6 +246,7 @@ def test_every_strategy_learns_under_it(name: str, tmp_path: Path, monkeypatch: 
     values = tiny_run(tmp_path, strategy=options_of(name), evaluation={"zero_shot": False})
     values["tasks"] = {**values["tasks"], "order": ["copy", "flip"], "train_rows": 16, "test_rows": 2}
     values["training"] = {"max_steps": 2, "batch_size": 8, "loss": "kl_to_base"}
+    values["model"] = {"toy": True, "hidden": 16, "layers": 2}
     if needs_lora(name):
         values["model"] = {**values["model"], "lora": {"r": 4}}
     run(validate(RunConfig, values, "test"))
