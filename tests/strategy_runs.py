@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from holdfast.config import validate
@@ -56,6 +57,7 @@ def options_of(name: str) -> dict[str, Any]:
     return {"name": name, **QUICK.get(name, {})}
 
 
+@cache
 def needs_lora(name: str) -> bool:
     """Whether the method refuses full fine-tuning, or is a variant for LoRA."""
     if name in VARIANTS:
