@@ -108,7 +108,8 @@ class Opaque(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
-        return F.silu(x) + 0.3 * x.softmax(-1)
+        with torch._C.DisableTorchFunction():  # as a kernel, which shows nothing of what it does
+            return F.silu(x) + 0.3 * x.softmax(-1)
 
     @staticmethod
     def backward(ctx, g):

@@ -151,6 +151,7 @@ EXAMPLES: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "mm": lambda x, y: torch.mm(x, y.mT) + torch.mm(x, W.T) @ C[:2, :3],
     "bmm": lambda x, y: torch.bmm(x[None], y.mT[None]),
     "baddbmm": lambda x, y: torch.baddbmm(C[:, :3][None], x[None], y.mT[None], beta=0.5, alpha=2),
+    "sqrt": lambda x, y: x.relu().sqrt(),
     "silu": lambda x, y: F.silu(x),
     "gelu": lambda x, y: F.gelu(x) + F.gelu(x, approximate="tanh"),
     "relu": lambda x, y: F.relu(x),
@@ -182,12 +183,28 @@ EXAMPLES: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "cos": lambda x, y: x.cos(),
     "abs": lambda x, y: x.abs(),
     "softmax": lambda x, y: F.softmax(x, dim=0) + torch.softmax(y, -1),
+    "logsumexp": lambda x, y: (x.logsumexp(-1), torch.logsumexp(y, dim=0, keepdim=True)),
     "layer_norm": lambda x, y: F.layer_norm(x, (4,), C[0], C[1]),
     "rms_norm": lambda x, y: F.rms_norm(x, (4,), C[0]),
-    "scaled_dot_product_attention": lambda x, y: F.scaled_dot_product_attention(
-        x.view(1, 2, 3, 2), y.view(1, 2, 3, 2)[:, :1], y.view(1, 2, 3, 2)[:, 1:], C[:, :3], enable_gqa=True
+    "scaled_dot_product_attention": lambda x, y: tuple(
+        F.scaled_dot_product_attention(
+            x.view(1, 2, 3, 2), y.view(1, 2, 3, 2)[:, :1], y.view(1, 2, 3, 2)[:, 1:], mask, enable_gqa=True
+        )
+        for mask in (C[:, :3], y[:, :3], x[None, None, :1, :3])
     ),
 }
+
+
+class Halved(torch.autograd.Function):
+    """A square root with a way back of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view(-1).abs().sqrt()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0].view(3, 4) / 2
 
 
 def run(function: Callable[[Tensor, Tensor], Any], rules: Any = "paper", path: float = 0.5) -> LocalMode:
@@ -249,6 +266,7 @@ def test_an_operation_in_place_conserves_relevance(name: str) -> None:
         (lambda x, y: x + (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt(), "'add'"),
         (lambda x, y: F.dropout(x, 0.5), "at random"),
         (lambda x, y: (x * 1).exp_(), "in place"),
+        (lambda x, y: Halved.apply(x), "'abs' has no attribution rule inside 'Halved'"),
     ],
 )
 def test_an_operation_without_a_rule_is_refused(function, match: str) -> None:
@@ -298,13 +316,14 @@ def test_at_zero_an_activation_passes_its_slope(function, slope: float) -> None:
     torch.testing.assert_close(lam, torch.full_like(lam, slope), rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("mask", ["causal", "constant", "activation"])
 @pytest.mark.parametrize("rules", ["paper", "attnlrp"])
-def test_fused_attention_has_the_lambdas_of_its_parts(rules: str, causal: bool) -> None:
-    """Grouped heads, a float bias, a scale, and a row that is masked whole in the boolean form."""
+def test_fused_attention_has_the_lambdas_of_its_parts(rules: str, mask: str) -> None:
+    """Grouped heads, a float bias for every sample, a scale, and a row that is masked whole."""
     torch.manual_seed(1)
+    causal, adds = mask == "causal", mask == "activation"
     q, k, v = (torch.randn(2, h, 5, 3, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2))
-    bias = None if causal else torch.randn(1, 4, 5, 5, dtype=torch.float64)
+    bias = None if causal else torch.randn(1, 4, 5, 5, dtype=torch.float64, requires_grad=adds)
     seen = torch.ones(5, 5, dtype=torch.bool).tril()
 
     def fused():
@@ -320,9 +339,87 @@ def test_fused_attention_has_the_lambdas_of_its_parts(rules: str, causal: bool) 
         maps = WeightMaps(nn.ParameterList([W]), {}, Keep(), 0.5)
         with LocalMode(Trace(rules, 0.5, maps, None, {})):
             output = function()
-        found.append(torch.autograd.grad(output, (q, k, v), lam))
+        found.append(torch.autograd.grad(output, (q, k, v, bias) if adds else (q, k, v), lam))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("rules", ["paper", "attnlrp"])
+def test_a_log_of_summed_exponentials_passes_on_by_the_softmax_and_absorbs_the_entropy(rules: str) -> None:
+    score = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    ledger, maps = Ledger(), WeightMaps(nn.ParameterList([W]), {}, Keep(), 0.5)
+    with RuleMode(Trace(rules, 0.5, maps, ledger, {})):
+        value = torch.logsumexp(score, -1)
+    lam = torch.randn(3, dtype=torch.float64)
+    (found,) = torch.autograd.grad(value, score, lam)
+    weight = torch.softmax(score.detach(), -1)
+    torch.testing.assert_close(found, lam[:, None] * weight, rtol=1e-12, atol=1e-14)
+    entropy = -(weight * weight.log()).sum(-1)
+    assert ledger.absorbed["logsumexp"] == pytest.approx(float((entropy * lam).sum()), rel=1e-12)
+
+
+def test_a_square_root_passes_on_all_and_nothing_at_zero() -> None:
+    x = torch.tensor([0.0, 0.25, 4.0], dtype=torch.float64, requires_grad=True)
+    with RuleMode(Trace("paper", 0.5, WeightMaps(nn.ParameterList([W]), {}, Keep(), 0.5), None, {})):
+        y = x.sqrt()
+    (lam,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(lam, torch.tensor([0.0, 2.0, 0.5], dtype=torch.float64), rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("rules", ["paper", "attnlrp"])
+def test_rows_of_scores_that_are_all_minus_infinity_pass_nothing_on(rules: str) -> None:
+    """CPM-Ant masks padding before its softmax and again after it."""
+
+    def attend(x: Tensor, y: Tensor) -> Tensor:
+        hidden = torch.zeros(3, 4, dtype=torch.bool)
+        hidden[0], hidden[1, 2] = True, True
+        weight = torch.softmax(x.masked_fill(hidden, -torch.inf), -1)
+        return weight.masked_fill(hidden, 0.0) @ y.mT
+
+    mode = run(attend, rules)
+    assert all(ledger.leak(weights_share=True) < 1e-12 for _, _, ledger in mode.entries)
+
+
+class Tokens(Keep):
+    """Keeps the maps that tokens make, and the relevance that passed at each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[str, Tensor] = {}
+        self.passed: dict[str, float] = {}
+
+    def take_tokens(self, name: str, x_STI: Tensor, lam_STO: Tensor, passed_ST: Tensor, real_ST: Tensor):
+        assert x_STI.shape[:2] == lam_STO.shape[:2] == passed_ST.shape == real_ST.shape
+        self.made[name] = lam_STO.transpose(1, 2) @ x_STI
+        self.passed[name] = float(passed_ST.sum())
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda x, w: torch.bmm(x.view(-1, 2, 4).transpose(0, 1), w.view(2, 3, 4).transpose(1, 2)).sum(0),
+        lambda x, w: F.linear(x[..., :4], w[1:4]) + F.linear(x[..., 4:], w[::2]),
+        lambda x, w: F.linear(x[..., :2], w[:, 2:])[..., :3] + F.linear(x[..., 4:7], w[2:5, 1:]),
+    ],
+)
+def test_tokens_of_a_part_of_a_weight_make_the_map_of_the_whole(use) -> None:
+    """As DeepSeek-V4's projection of each group of heads: by token the maps are those by weight."""
+    torch.manual_seed(2)
+    weight = nn.Parameter(torch.randn(6, 4, dtype=torch.float64), requires_grad=False)
+    model, found = nn.ParameterList([weight]), []
+    for fold in (Keep(per_weight=True), Tokens()):
+        torch.manual_seed(3)
+        x = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
+        maps, ledger = WeightMaps(model, {"w": weight}, fold, 1.0), Ledger()
+        maps.begin_batch(2, {3})
+        with RuleMode(Trace("attnlrp", 1.0, maps, ledger, {})):
+            output = use(x, weight)
+        output.backward(torch.randn_like(output))
+        maps.end_batch()
+        assert ledger.maps == pytest.approx(ledger.maps_expected, rel=1e-12)
+        found.append((fold.made if isinstance(fold, Tokens) else fold.maps)["w"])
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
+    assert fold.passed["w"] == pytest.approx(ledger.maps, rel=1e-12)
 
 
 @pytest.mark.parametrize("rules", ["paper", "attnlrp"])

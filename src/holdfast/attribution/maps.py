@@ -87,6 +87,36 @@ class _Place(NamedTuple):
     stride: tuple[int, ...]
     offset: int
 
+    def block(self, parameter: Tensor, out_first: bool) -> tuple[tuple[slice, int], ...] | None:
+        """Which outputs and inputs of a matrix these are, and of how many each; None if they are no block.
+
+        The matrix may be (O, I) or (I, O), its part (O, I) if `out_first` else (I, O).
+        """
+        if parameter.dim() != 2 or len(self.size) != 2:
+            return None
+        size, step = parameter.shape, parameter.stride()
+        start = divmod(self.offset, step[0])
+        for order in ((0, 1), (1, 0)):  # of the part's dimensions, as rows and columns
+            found = []
+            for dim, by in enumerate(order):
+                count, stride = self.size[by], self.stride[by] if self.size[by] > 1 else step[dim]
+                last = start[dim] + (count - 1) * stride // step[dim]
+                if stride % step[dim] or last >= size[dim]:
+                    break
+                found.append((slice(start[dim], last + 1, stride // step[dim]), size[dim]))
+            else:
+                return tuple(found if (order == (0, 1)) == out_first else found[::-1])
+        return None
+
+
+def _spread(x: Tensor, at: slice, size: int) -> Tensor:
+    """Values in places of a longer last dimension, zeros in the others."""
+    if x.shape[-1] == size:
+        return x
+    wide = x.new_zeros(*x.shape[:-1], size)
+    wide[..., at] = x
+    return wide
+
 
 class _Use(NamedTuple):
     """One use of a parameter: makes the maps of some samples, of the shape of `place` (None: all of it)."""
@@ -334,22 +364,33 @@ class WeightMaps:
     ) -> None:
         parameter = self.source(weight)
         assert parameter is not None
-        if self.place(weight) is not None:
-            raise ModelError(
-                f"{self.names[id(parameter)]}: the model uses parts of this weight apart, so its inputs "
-                "can't be told as one. Take an importance by weight, such as 'fisher'."
-            )
         if ledger is not None:  # by the outputs, where what is expected goes by the inputs
-            weight_IO = parameter.detach().t() if out_first else parameter.detach()
+            weight_IO = weight.detach().t() if out_first else weight.detach()
             ledger.maps += self.factor * relevance(x_STI @ weight_IO, lam_STO)
         wide = torch.promote_types(x_STI.dtype, torch.float32)
         passed_ST = torch.linalg.vecdot(x_STI.to(wide), back_STI.to(wide))
+        place = self.place(weight)
+        if place is not None:
+            x_STI, lam_STO = self._widened(parameter, place, x_STI, lam_STO, out_first)
         real = (mask for mask in self.real if mask.shape[1] == x_STI.shape[1])
         real_ST = next(real, torch.ones(self.samples, x_STI.shape[1], dtype=torch.bool, device=x_STI.device))
         uses = self._tokens.setdefault(id(parameter), [])
         uses.append(_TokenUse(parameter, x_STI, lam_STO, passed_ST, self._select(real_ST[..., None])[..., 0]))
         if len(uses) == self._uses[id(parameter)]:
             self._emit_tokens(self._tokens.pop(id(parameter)))
+
+    def _widened(
+        self, parameter: nn.Parameter, place: _Place, x_STI: Tensor, lam_STO: Tensor, out_first: bool
+    ) -> tuple[Tensor, Tensor]:
+        """x and Lambda of a block of a weight as those of the whole: zero beside the block."""
+        block = place.block(parameter, out_first)
+        if block is None:
+            raise ModelError(
+                f"{self.names[id(parameter)]}: the model uses elements of this weight that are no block of "
+                "it, so its inputs can't be told. Take an importance by weight, such as 'fisher'."
+            )
+        (outputs, of_o), (inputs, of_i) = block
+        return _spread(x_STI, inputs, of_i), _spread(lam_STO, outputs, of_o)
 
     def _emit_tokens(self, uses: list[_TokenUse]) -> None:
         name = self.names[id(uses[0].parameter)]

@@ -14,7 +14,18 @@ from torch.overrides import TorchFunctionMode
 import holdfast.attribution.attention  # noqa: F401  (registers its rules)
 from holdfast.attribution import normaliser
 from holdfast.attribution.kernels import by_operations
-from holdfast.attribution.rules import MADE_OF, RULES, SHADOW, cast, in_place, made_of, whole_module
+from holdfast.attribution.rules import (
+    MADE_OF,
+    RULES,
+    SHADOW,
+    affine,
+    cast,
+    choice,
+    in_place,
+    linear_unchanged,
+    made_of,
+    whole_module,
+)
 from holdfast.attribution.samples import follow
 from holdfast.attribution.trace import Trace, tensors_in, tracked
 from holdfast.models import own_forward
@@ -22,6 +33,8 @@ from holdfast.models import own_forward
 # Needed for relevance and for plain per-sample gradients alike.
 LINEAR_MAPS = frozenset({"linear", "addmm", "matmul", "mm", "bmm", "baddbmm", "conv1d"})
 _WITH_WEIGHTS = LINEAR_MAPS | {"add", "add_"}  # an expert's bias is added by an operation of its own
+# Their rule is autograd's derivative.
+LINEAR_RULES = frozenset({linear_unchanged, cast, affine, choice})
 CASTS = frozenset(name for name, rule in RULES.items() if rule is cast)
 # New tensors that take only shape and type from an activation.
 _FRESH = frozenset(f"{kind}_like" for kind in ("zeros", "ones", "empty", "full", "rand", "randn")) | {
@@ -74,6 +87,9 @@ class RuleMode(TorchFunctionMode):
             return normaliser.apply(self.trace, name, func, args, kwargs)
         rule = RULES.get(name)
         if rule is not None:
+            behind = None if rule in LINEAR_RULES else self.trace.behind()
+            if behind is not None:
+                raise self.trace.unruled(name, f"inside '{behind}', whose way back is the model's own")
             return rule(self.trace, name, func, args, kwargs)
         role = normaliser.starts(name, args, kwargs)
         if role is not None:

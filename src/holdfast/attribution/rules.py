@@ -234,7 +234,7 @@ def addcmul(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
 @rule("linear")
 def linear(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
     """C = P W^T + B with W (O, I), as torch.nn.Linear has it."""
-    x, weight, bias = _arguments(("input", "weight", "bias"), args, kwargs)
+    x, weight, bias = arguments(("input", "weight", "bias"), args, kwargs)
     if tracked(weight) or tracked(bias):
         raise trace.unruled(name, "with a weight that is itself an activation")
     return linear_map(trace, name, x, weight, bias, out_first=True)
@@ -252,7 +252,7 @@ def addmm(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
 @rule("matmul", "mm", "bmm")
 def matmul(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
     """Activation times weight is a linear map; activation times activation is a product."""
-    left, right = _arguments(("input", "other" if name == "matmul" else "mat2"), args, kwargs)
+    left, right = arguments(("input", "other" if name == "matmul" else "mat2"), args, kwargs)
     if tracked(left) and tracked(right):
         return trace.product(func(left, right))
     constant = right if tracked(left) else left
@@ -270,7 +270,7 @@ def matmul(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
 @rule("baddbmm")
 def baddbmm(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
     """beta B + alpha P Q, apart: a product or linear map, and a sum."""
-    added, left, right = _arguments(("input", "batch1", "batch2"), args, kwargs)
+    added, left, right = arguments(("input", "batch1", "batch2"), args, kwargs)
     beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
     product = matmul(trace, "bmm", torch.bmm, (left, right), {})
     if alpha != 1:
@@ -281,7 +281,8 @@ def baddbmm(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
     return affine(trace, "add", torch.add, (product, added), {})
 
 
-def _arguments(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+def arguments(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The arguments of an operation by name; None for those that were not given."""
     return [args[i] if i < len(args) else kwargs.get(key) for i, key in enumerate(names)]
 
 
@@ -413,10 +414,11 @@ def batched_map(trace: Trace, name: str, x_ENI: Tensor, weight_EIO: Tensor) -> T
         return torch.bmm(x_ENI, weight_EIO), (x_ENI,)
 
     def backward(lam_ENO: Tensor, x_ENI: Tensor) -> tuple[Tensor]:
+        back_ENI = torch.bmm(lam_ENO, weight_EIO.transpose(1, 2))
         if wanted:
-            for x_NI, lam_NO, weight_IO in zip(x_ENI, lam_ENO, weight_EIO, strict=True):
-                maps.weight(weight_IO, x_NI, lam_NO, False, ledger)
-        lam_x = torch.bmm(lam_ENO, weight_EIO.transpose(1, 2)) * half
+            for x_NI, lam_NO, weight_IO, back_NI in zip(x_ENI, lam_ENO, weight_EIO, back_ENI, strict=True):
+                maps.weight(weight_IO, x_NI, lam_NO, False, ledger, None, back_NI)
+        lam_x = back_ENI * half
         if ledger is not None:
             of_weight = relevance(x_ENI, lam_x) / half * maps.factor
             _book_linear(trace, ledger, weight_EIO, None, of_weight, 0.0)
@@ -428,7 +430,7 @@ def batched_map(trace: Trace, name: str, x_ENI: Tensor, weight_EIO: Tensor) -> T
 @rule("conv1d")
 def conv1d(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
     """A convolution over time is a linear map; the weight (O, I / groups, K) takes its part."""
-    x, weight, bias, stride, padding, dilation, groups = _arguments(
+    x, weight, bias, stride, padding, dilation, groups = arguments(
         ("input", "weight", "bias", "stride", "padding", "dilation", "groups"), args, kwargs
     )
     stride, dilation, groups = stride or 1, dilation or 1, groups or 1
@@ -476,6 +478,17 @@ def conv1d(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
 def silu(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
     """silu(x) / x is the sigmoid, at x = 0 too."""
     return Ruled.apply(lambda x: (F.silu(x), (torch.sigmoid(x),)), lambda lam, ratio: (lam * ratio,), args[0])
+
+
+@rule("sqrt")
+def sqrt(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+    """sqrt(x) / x is 1 / sqrt(x). At x = 0, where the slope is infinite, there is nothing to pass."""
+
+    def compute(x: Tensor) -> tuple[Tensor, tuple[Tensor]]:
+        y = torch.sqrt(x)
+        return y, (torch.where(x == 0, 0.0, 1 / y),)
+
+    return Ruled.apply(compute, lambda lam, ratio: (lam * ratio,), args[0])
 
 
 @rule("gelu", "relu", "tanh", "leaky_relu", "elu", "selu", "celu", "hardswish", "mish", "softsign")
@@ -539,7 +552,7 @@ def whole_module(trace: Trace, module: nn.Module, x: Tensor, y: Tensor) -> Tenso
 @rule("layer_norm")
 def layer_norm(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
     """1 / sigma is a constant, subtracting the mean is linear, and the bias absorbs its part."""
-    x, shape, weight, bias = _arguments(("input", "normalized_shape", "weight", "bias"), args, kwargs)
+    x, shape, weight, bias = arguments(("input", "normalized_shape", "weight", "bias"), args, kwargs)
     eps = args[4] if len(args) > 4 else kwargs.get("eps", 1e-5)
     dims = tuple(range(-len(shape), 0))
     ledger = trace.ledger
@@ -560,7 +573,7 @@ def layer_norm(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> An
 @rule("rms_norm")
 def rms_norm(trace: Trace, name: str, func: Any, args: Any, kwargs: Any) -> Any:
     """1 / rms is a constant."""
-    x, shape, weight, eps = _arguments(("input", "normalized_shape", "weight", "eps"), args, kwargs)
+    x, shape, weight, eps = arguments(("input", "normalized_shape", "weight", "eps"), args, kwargs)
     eps = torch.finfo(x.dtype).eps if eps is None else eps
     dims = tuple(range(-len(shape), 0))
 

@@ -143,6 +143,16 @@ class Trace:
             frame = frame.f_back
         return "the model"
 
+    def behind(self) -> str | None:
+        """The model's own autograd.Function whose forward is running: it takes no rule on the way back."""
+        frame: Any = None if torch.is_grad_enabled() else sys._getframe(1)
+        while frame is not None:
+            first = next(iter(frame.f_locals.values()), None) if frame.f_code.co_name == "forward" else None
+            if isinstance(first, torch.autograd.function.BackwardCFunction):
+                return type(first).__name__.removesuffix("Backward")
+            frame = frame.f_back
+        return None
+
     def unruled(self, operation: str, reason: str = "") -> UnruledOperationError:
         """The error for an operation that can't be attributed."""
         return UnruledOperationError(
