@@ -258,7 +258,9 @@ def test_an_operation_in_place_conserves_relevance(name: str) -> None:
         (lambda x, y: x.clamp(min=C), "a limit for each element"),
         (lambda x, y: W[None] @ x.mT[None], "a batch of weights on its left"),
         (lambda x, y: 1 / x, "'__rdiv__'"),
-        (lambda x, y: x.detach() + y, "'detach'"),
+        (lambda x, y: x.detach() + y, "'add' has no attribution rule for an activation and a statistic"),
+        (lambda x, y: x.detach().topk(2).values * y[:, :2], "'mul'"),
+        (lambda x, y: x.detach().exp(), "may only become a normaliser"),
         (lambda x, y: x.data + y, "'data'"),
         (lambda x, y: x.square() + y, "'add'"),
         (lambda x, y: x.square().mean(-1, keepdim=True) * y, "'mul'"),
@@ -294,6 +296,32 @@ def test_a_composed_norm_scales_by_a_constant(norm) -> None:
     (lam_x,) = torch.autograd.grad(y, x, lam)
     assert torch.equal(y, norm(x))
     torch.testing.assert_close((x * lam_x).sum(), (y * lam).sum(), rtol=1e-9, atol=1e-12)
+
+
+def test_what_is_detached_may_choose() -> None:
+    """As ZAYA's router takes its experts: by what it detaches, and passes the chosen on."""
+
+    def chosen(x: Tensor, y: Tensor) -> Tensor:
+        _, index = torch.topk(x.detach().to(torch.float32) + C, 2, dim=-1)
+        return x.gather(1, index)
+
+    assert all(ledger.leak(weights_share=True) < 1e-12 for _, _, ledger in run(chosen).entries)
+
+
+def test_a_float64_model_sums_in_float64_where_it_makes_float32_of_its_own() -> None:
+    """Inkling 2 sums its experts in zeros of float32: relevance is followed in the model's type."""
+
+    def summed(x: Tensor, y: Tensor) -> Tensor:
+        total = torch.zeros_like(x, dtype=torch.float32)
+        return total.index_add_(0, INDEX, y[:2].to(total.dtype))
+
+    for rules in ("attnlrp", "gradient"):
+        maps = WeightMaps(nn.ParameterList([W]), {}, Keep(), 0.5)
+        with RuleMode(Trace(rules, 0.5, maps, None, {})):  # type: ignore[arg-type]
+            output = summed(
+                C.clone().requires_grad_(), torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+            )
+        assert output.dtype == torch.float64
 
 
 @pytest.mark.parametrize(

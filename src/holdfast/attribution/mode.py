@@ -81,6 +81,8 @@ class RuleMode(TorchFunctionMode):
         made = next((made_of(t) for t in tensors if made_of(t) is not None), None)
         if made is not None and name not in LINEAR_MAPS:
             raise self.trace.unruled(name, f"with what '{made}' makes of weights that are to be attributed")
+        if name in _FRESH:
+            return self._fresh(func, args, kwargs, tensors)
         if self.trace.rules == "gradient":
             return self._gradient(name, func, args, kwargs, tensors)
         if any(normaliser.role_of(t) for t in tensors):
@@ -168,14 +170,20 @@ class RuleMode(TorchFunctionMode):
             return {key: self._leaves(item) for key, item in value.items()}
         return type(value)(map(self._leaves, value)) if isinstance(value, list | tuple) else value
 
+    def _fresh(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Tensor:
+        """A constant with the shape of an activation; as activations do, it stays in float64."""
+        with torch.no_grad():
+            made: Tensor = func(*args, **kwargs)
+        wide = made.is_floating_point() and any(t.dtype == torch.float64 for t in tensors)
+        return made.double() if wide else made
+
     def _without_relevance(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         """Shapes, comparisons, indices: what has no real-valued result carries no relevance."""
         if in_place(name):
             raise self.trace.unruled(name, "(it works in place)")
         with torch.no_grad():
             result = func(*args, **kwargs)
-        real = any(t.is_floating_point() or t.is_complex() for t in tensors_in(result))
-        if real and name not in _FRESH:
+        if any(t.is_floating_point() or t.is_complex() for t in tensors_in(result)):
             raise self.trace.unruled(name)
         return result
 

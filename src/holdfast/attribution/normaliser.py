@@ -2,7 +2,7 @@
 
 The normaliser is a constant for relevance, but a square is not: so a square of an activation may only
 become a normaliser, and a normaliser may only scale an activation. Untracked tensors on that way carry a
-role, and every other use of them is an error.
+role, and every other use of them is an error. What a model detaches is such a tensor too.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def starts(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Role | 
     """The role that an operation on a tracked tensor gives its result, if it starts a normaliser."""
     if name in ("square",) or (name == "pow" and _exponent(args, kwargs) == 2):
         return "square"
-    if name == "var":
+    if name in ("var", "detach"):  # what a model detaches may normalise, or choose (an expert)
         return "statistic"
     if name in ("rsqrt", "std", "norm", "vector_norm", "linalg_vector_norm"):
         return "normaliser"
@@ -74,9 +74,13 @@ def apply(trace: Trace, name: str, func: Any, args: Sequence[Any], kwargs: Mappi
         if name in ("view_as", "expand_as", "type_as", "reshape_as"):
             return func(*args, **kwargs)
         raise trace.unruled(name, f"for an activation and a {'/'.join(sorted(map(str, roles)))} of one")
-    role: Role | None = next(iter(roles)) if len(roles) == 1 else None
+    role = next(iter(roles)) if len(roles) == 1 else None
     output = func(*args, **kwargs)
-    if not isinstance(output, Tensor) or not output.is_floating_point():
+    if not any(t.is_floating_point() for t in tensors_in(output)):
+        return output
+    if not isinstance(output, Tensor):  # topk: its indices choose, its values remain what they are
+        for t in tensors_in(output):
+            t._holdfast_role = role if t.is_floating_point() else None  # type: ignore[attr-defined]
         return output
     after = None if role is None else _after(role, name, args, kwargs)
     if after is None:
