@@ -9,7 +9,6 @@ import pytest
 from holdfast.config import Options, validate
 from holdfast.errors import ConfigError
 from holdfast.evaluation.evaluate import EvaluationOptions
-from holdfast.importance.sensitivity import SensitivityOptions
 from holdfast.learner.config import ProtectBaseOptions
 from holdfast.models import ModelOptions
 from holdfast.strategies import STRATEGIES
@@ -26,8 +25,6 @@ IDLE: list[tuple[type[Options], dict[str, Any], dict[str, Any]]] = [
     (ROUTED, {"router": "oracle"}, {"probes": 8}),
     (STRATEGIES["lora-oracle"].Options, {}, {"samples": 8}),
     (STRATEGIES["o-lora"].Options, {"orthogonality": 0}, {"overlap": "squared"}),
-    (SensitivityOptions, {"smoothing": False}, {"alpha1": 0.5}),
-    (SensitivityOptions, {"smoothing": False}, {"alpha2": 0.5}),
     (ATTRIBUTION, {"importance": "uniform"}, {"control": "permuted"}),
     (TrainingOptions, {"scheduler": "constant"}, {"warmup_steps": 3}),
     (EvaluationOptions, {}, {"general_rows": 8}),

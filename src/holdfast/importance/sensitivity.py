@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from holdfast.config import Options
@@ -26,12 +26,6 @@ class SensitivityOptions(Options):
     smoothing: bool = Field(True, description="eqs. 10 to 12; off: the last step's sensitivity (table IV)")
     alpha1: float = Field(0.85, ge=0, lt=1, description="of the smoothed sensitivity, eq. 10")
     alpha2: float = Field(0.85, ge=0, lt=1, description="of its uncertainty, eq. 11")
-
-    @model_validator(mode="after")
-    def _only_what_applies(self) -> SensitivityOptions:
-        if not self.smoothing:
-            self.refuse_ignored(("alpha1", "alpha2"), "with `smoothing: false`")
-        return self
 
 
 def sensitivity_options(value: Any) -> Any:
