@@ -93,15 +93,18 @@ _STATE = {"conv_kernel": 4, "num_heads": 4, "head_dim": 16, "n_groups": 1, "chun
 _INDEXER = {"num_key_value_heads": 4, "index_head_dim": 8, "index_n_heads": 2, "index_topk": 4}
 _DECODER = {"is_decoder": True}
 _TEXT = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
+    key: SIZES[key]
+    for key in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+    )
 }
 _VISION = {
     "hidden_size": 16,

@@ -106,26 +106,25 @@ def refuse_what_is_no_file(path: Path) -> None:
 
 def refuse_what_can_not_be_written(path: Path) -> None:
     """`refuse_what_is_no_file`, and where a file stands in place of a folder above the path."""
-    if file := file_in_the_way(path.parent):
-        raise StorageError(f"could not write {path}: '{file}' is a file, not a folder. Give another path.")
+    if why := not_a_folder(path.parent):
+        raise StorageError(f"could not write {path}: {why}. Give another path.")
     refuse_what_is_no_file(path)
 
 
-def why_no_folder(path: Path, error: OSError) -> str:
-    """Why a folder could not be made: the file that is in its place or above it, or what the system says."""
-    file = file_in_the_way(path)
-    return f"'{file}' is a file, not a folder" if file else str(error.strerror)
-
-
-def file_in_the_way(folder: Path) -> Path | None:
-    """The nearest of a folder and those above it that is there, if it is none."""
-    for path in (folder, *folder.parents):
+def not_a_folder(path: Path) -> str:
+    """Which file stands in a folder's place, or in that of one above it, as a phrase; "" where none does."""
+    for place in (path, *path.parents):
         try:
-            if path.exists():
-                return None if path.is_dir() else path
+            if place.exists():
+                return "" if place.is_dir() else f"'{place}' is a file, not a folder"
         except (OSError, ValueError):  # a path that no file system takes, or that may not be seen
             continue
-    return None
+    return ""
+
+
+def why_no_folder(path: Path, error: OSError) -> str:
+    """Why a folder could not be made: `not_a_folder`, or what the system says."""
+    return not_a_folder(path) or str(error.strerror)
 
 
 def _flush(path: Path) -> None:

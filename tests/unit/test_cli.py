@@ -13,21 +13,15 @@ from typing import Any
 import pytest
 import yaml
 from safetensors.torch import load_file
-from typer.testing import CliRunner, Result
 
-from holdfast.cli import app
+from command_line import holdfast_cli
 from holdfast.importance.registry import REGISTRY
 from holdfast.records import Faithfulness
 from holdfast.strategies import STRATEGIES
 from holdfast.tasks import TOY_TASKS, list_orders, toy_suite
 
 ROOT = Path(__file__).parents[2]
-WIDE = {"COLUMNS": "240", "NO_COLOR": "1", "TERM": "dumb"}
 COMMANDS = ("demo", "run", "compare", "attribute", "report", "check", "list")
-
-
-def holdfast_cli(*arguments: object) -> Result:
-    return CliRunner(env=WIDE).invoke(app, [str(a) for a in arguments])
 
 
 def config_file(folder: Path, values: dict[str, Any]) -> Path:

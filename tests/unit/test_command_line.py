@@ -7,18 +7,12 @@ from typing import Any
 
 import pytest
 import typer
-from typer.testing import CliRunner, Result
 
-from holdfast.cli import app
+from command_line import holdfast_cli
 from holdfast.cli.messages import told
 from holdfast.config import differences
 
-WIDE = {"COLUMNS": "400", "NO_COLOR": "1", "TERM": "dumb"}
 MISSING = ["--model", "missing", "--data", "missing"]
-
-
-def holdfast_cli(*words: str) -> Result:
-    return CliRunner(env=WIDE).invoke(app, list(words))
 
 
 def refused(*words: str) -> str:
@@ -82,6 +76,10 @@ def test_run_into_a_file_names_the_file_and_not_an_error_of_the_system(path: str
     assert f"'{path}' can't be used as a run directory ('file' is a file, not a folder)" in refused(
         "run", "mine.yaml", f"output={path}"
     )
+
+
+def test_check_finds_a_file_above_the_output_as_the_run_would(here: Path) -> None:
+    assert "output: 'file' is a file, not a folder." in refused("check", "mine.yaml", "output=file/x")
 
 
 # configurations

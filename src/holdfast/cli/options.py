@@ -44,10 +44,10 @@ def new_file(file: Path | None) -> Path | None:
 
 def new_folder(folder: Path | None) -> Path | None:
     """The same of a folder to write into."""
-    from holdfast.storage import file_in_the_way
+    from holdfast.storage import not_a_folder
 
-    if folder is not None and (file := file_in_the_way(folder)):
-        raise typer.BadParameter(f"'{file}' is a file, not a folder. Give another path.")
+    if folder is not None and (why := not_a_folder(folder)):
+        raise typer.BadParameter(f"{why}. Give another path.")
     return folder
 
 

@@ -24,6 +24,7 @@ from holdfast.quantities import count, mebibytes
 from holdfast.runner.config import RunConfig
 from holdfast.runner.directory import RunDirectory
 from holdfast.runner.table import Rows
+from holdfast.storage import not_a_folder
 from holdfast.strategies import Strategy, build_strategy
 from holdfast.tasks import Encoder, inspect_stream, load_task, read_otherwise, toy_tokenizer
 from holdfast.tasks.memory import Rehearsal, WritingOptions, stand_in
@@ -123,8 +124,8 @@ def check(config: RunConfig, directory: bool = True) -> Findings:
 def _check_output(config: RunConfig, findings: Findings) -> None:
     output = Path(config.output)
     try:
-        if output.exists() and not output.is_dir():
-            findings.problems.append(f"output: {output} is a file, not a folder.")
+        if why := not_a_folder(output):
+            findings.problems.append(f"output: {why}.")
         elif different := RunDirectory.hindrances(config):
             findings.problems.append(
                 f"output: {output} holds a run with another configuration; different: "
