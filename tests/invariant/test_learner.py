@@ -54,6 +54,12 @@ def learn(learner: Learner, name: str, count: int = 24, **options: Any) -> None:
         stage.train()
 
 
+def learners_part(config: RunConfig) -> LearnerConfig:
+    """What a run tells its learner; how it is asked has its defaults in both."""
+    ours = set(LearnerConfig.model_fields) - {"evaluation"}
+    return validate(LearnerConfig, config.model_dump(include=ours), "test")
+
+
 def weights(model: Any) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
@@ -203,7 +209,7 @@ def test_strategy_learns_an_unknown_stream_in_pieces_as_the_runner_learns_a_know
     """Made anew before each task; weights, state, scores and answers bit for bit."""
     config = run_config(name, tmp_path / "run")
     run(config)
-    ours = validate(LearnerConfig, config.model_dump(include=set(LearnerConfig.model_fields)), "test")
+    ours = learners_part(config)
     stream = build_stream(config.tasks, config.seed)
     stages = build_strategy(config.strategy).stages(stream)
     open_ended = build_strategy(config.strategy).open_ended
@@ -461,7 +467,7 @@ def test_export_is_a_plain_folder_that_answers_as_the_learner_or_is_refused(
     from transformers import AutoModelForCausalLM
 
     config = run_config(name, tmp_path / "unused")
-    ours = validate(LearnerConfig, config.model_dump(include=set(LearnerConfig.model_fields)), "test")
+    ours = learners_part(config)
     model, tokenizer = load_model(config.model, config.seed, toy_tokenizer)
     learner = Learner(model, tokenizer, ours)
     for task in ("may",) if name == "multitask" else ("may", "june"):

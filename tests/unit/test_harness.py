@@ -16,8 +16,8 @@ from holdfast import Learner
 from holdfast.cli import app
 from holdfast.config import validate
 from holdfast.errors import ConfigError
-from holdfast.evaluation.evaluate import EvaluationOptions
 from holdfast.evaluation.harness import courses
+from holdfast.learner.config import LearnerEvaluationOptions
 from holdfast.report import write_report
 from holdfast.runner import RunConfig, run
 from holdfast.tasks import toy_tokenizer
@@ -162,11 +162,11 @@ def test_a_strategy_whose_answers_no_plain_model_gives_is_refused(name: str, tmp
 
 
 def test_a_list_of_names_stands_for_the_section() -> None:
-    options = validate(EvaluationOptions, {"harness": ["arc_easy"]}, "test")
+    options = validate(LearnerEvaluationOptions, {"harness": ["arc_easy"]}, "test")
     assert options.harness is not None
     assert options.harness.tasks == ("arc_easy",)
     with pytest.raises(ConfigError, match=r"harness: .*at least 1"):
-        validate(EvaluationOptions, {"harness": []}, "test")
+        validate(LearnerEvaluationOptions, {"harness": []}, "test")
 
 
 def test_courses_leave_standard_errors_out_and_gaps_open() -> None:

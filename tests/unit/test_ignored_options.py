@@ -8,8 +8,7 @@ import pytest
 
 from holdfast.config import Options, validate
 from holdfast.errors import ConfigError
-from holdfast.evaluation.evaluate import EvaluationOptions
-from holdfast.learner.config import ProtectBaseOptions
+from holdfast.learner.config import LearnerEvaluationOptions, ProtectBaseOptions
 from holdfast.models import ModelOptions
 from holdfast.strategies import STRATEGIES
 from holdfast.training.options import TrainingOptions
@@ -27,7 +26,7 @@ IDLE: list[tuple[type[Options], dict[str, Any], dict[str, Any]]] = [
     (STRATEGIES["o-lora"].Options, {"orthogonality": 0}, {"overlap": "squared"}),
     (ATTRIBUTION, {"importance": "uniform"}, {"control": "permuted"}),
     (TrainingOptions, {"scheduler": "constant"}, {"warmup_steps": 3}),
-    (EvaluationOptions, {}, {"general_rows": 8}),
+    (LearnerEvaluationOptions, {}, {"general_rows": 8}),
     (ModelOptions, {"toy": True}, {"random_init": True}),
     (ProtectBaseOptions, {"general": "chats.jsonl"}, {"tokens": 8}),
 ]
@@ -51,6 +50,6 @@ def test_the_same_options_are_taken_where_they_count() -> None:
         (MOE, {"types": 4, "delta": 0.3}),
         (ROUTED, {"samples": 8, "probes": 8}),
         (TrainingOptions, {"scheduler": "constant_with_warmup", "warmup_steps": 3}),
-        (EvaluationOptions, {"general": True, "general_rows": 8}),
+        (LearnerEvaluationOptions, {"general": True, "general_rows": 8}),
     ):
         assert validate(section, values, "test").model_dump().items() >= values.items()

@@ -5,50 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field
 
 from holdfast.config import Options
 from holdfast.evaluation.answers import generate, rank_options, total_log_likelihoods
-from holdfast.evaluation.harness import HarnessOptions, named_tasks
 from holdfast.evaluation.scores import SCORES, sari, sources_of
 from holdfast.records import Prediction
 from holdfast.tasks.encode import Encoded, Encoder
 from holdfast.tasks.task import Task
 
-Scope = Literal["all", "seen", "needed", "last"]
-
 
 class EvaluationOptions(Options):
-    """How a model is tested after each task."""
+    """How a model is asked."""
 
     batch_size: int = Field(64, ge=1)
     max_new_tokens: int | None = Field(
         None, ge=1, description="default: the longest answer of the task, plus two tokens"
     )
-    scope: Scope = Field(
-        "all",
-        description="which tasks after each stage. all: every one; seen: those learned so far (no FWT); "
-        "needed: what AP, FWT, BWT and learning accuracy need, those just learned and the next (half the "
-        "time on four tasks; gaps in the matrix); last: none but after the last stage, so AP alone",
-    )
-    zero_shot: bool = Field(True, description="score every task before any training (row 0 of the matrix)")
-    general: bool = Field(
-        False,
-        description="measure KL(base || now) after each task, on rows that the base writes itself at the "
-        "start and on the new task's rows",
-    )
-    harness: Annotated[HarnessOptions | None, BeforeValidator(named_tasks)] = Field(
-        None, description="tasks of EleutherAI's lm-eval, asked before the first task and after each"
-    )
-    general_rows: int = Field(64, ge=1, description="how many rows of each kind that is measured on")
-
-    @model_validator(mode="after")
-    def _only_what_applies(self) -> EvaluationOptions:
-        if not self.general:
-            self.refuse_ignored(("general_rows",), "without `general: true`")
-        return self
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from holdfast.config import MAX_SEED, Options, read_recorded, validate
 from holdfast.errors import RunDirectoryError
 from holdfast.evaluation.evaluate import EvaluationOptions
+from holdfast.evaluation.harness import HarnessOptions, named_tasks
 from holdfast.folder import CONFIG
 from holdfast.importance.inputs import InputsOptions
 from holdfast.models import ModelOptions
@@ -52,6 +53,26 @@ class ProtectBaseOptions(Options):
         return self
 
 
+class LearnerEvaluationOptions(EvaluationOptions):
+    """How a model is asked, and what of it is measured after each task."""
+
+    general: bool = Field(
+        False,
+        description="measure KL(base || now) after each task, on rows that the base writes itself at the "
+        "start and on the new task's rows",
+    )
+    general_rows: int = Field(64, ge=1, description="how many rows of each kind that is measured on")
+    harness: Annotated[HarnessOptions | None, BeforeValidator(named_tasks)] = Field(
+        None, description="tasks of EleutherAI's lm-eval, asked before the first task and after each"
+    )
+
+    @model_validator(mode="after")
+    def _only_what_applies(self) -> LearnerEvaluationOptions:
+        if not self.general:
+            self.refuse_ignored(("general_rows",), "without `general: true`")
+        return self
+
+
 def _switched(value: Any) -> Any:
     """``protect_base: true`` for the defaults, ``false`` for none."""
     return ({} if value else None) if isinstance(value, bool) else value
@@ -76,7 +97,7 @@ class LearnerConfig(Options):
         description="true: before the first task the base writes rows of its own, and is held by them like a "
         "task that was learned",
     )
-    evaluation: EvaluationOptions = Field(default_factory=EvaluationOptions)
+    evaluation: LearnerEvaluationOptions = Field(default_factory=LearnerEvaluationOptions)
     keep: Literal["all", "last"] = Field(
         "all",
         description="on disk. last: of all tasks but the last two the weights, priors and states are deleted "
@@ -218,10 +239,17 @@ def recorded_config(path: Path, sections: Mapping[str, Any]) -> LearnerConfig:
     """
     try:
         recorded = read_recorded(path / CONFIG)
-        values = {key: value for key, value in recorded.items() if key in LearnerConfig.model_fields}
+        values = _known(LearnerConfig, recorded)
+        if "evaluation" in values:
+            values["evaluation"] = _known(LearnerEvaluationOptions, values["evaluation"])
     except AttributeError as error:
         raise RunDirectoryError(f"{path / CONFIG}: can't be read ({error}).") from error
     return validate(LearnerConfig, {**values, **sections}, str(path / CONFIG))
+
+
+def _known(section: type[Options], recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """What a learner has of it: a run has more."""
+    return {key: value for key, value in recorded.items() if key in section.model_fields}
 
 
 def _memory_of(options: Any) -> Literal["none", "kept", "generated"]:

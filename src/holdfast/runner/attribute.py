@@ -156,4 +156,5 @@ def _sections_of(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"--config takes a run's folder, its config.yaml, or a file for `holdfast run`.\n{error}"
         ) from error
-    return {"template": config.template.model_dump(), "evaluation": config.evaluation.model_dump()}
+    asked = config.evaluation.model_dump(include=set(EvaluationOptions.model_fields))
+    return {"template": config.template.model_dump(), "evaluation": asked}

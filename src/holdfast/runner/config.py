@@ -4,14 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
 from holdfast.config import override, read_yaml, validate
 from holdfast.errors import ConfigError
-from holdfast.learner.config import LearnerConfig
+from holdfast.learner.config import LearnerConfig, LearnerEvaluationOptions
 from holdfast.models import ModelOptions
 from holdfast.tasks import TasksOptions
+
+Scope = Literal["all", "seen", "needed", "last"]
+
+
+class RunEvaluationOptions(LearnerEvaluationOptions):
+    """The same, and which tasks of a known stream are asked when."""
+
+    scope: Scope = Field(
+        "all",
+        description="which tasks after each stage. all: every one; seen: those learned so far (no FWT); "
+        "needed: what AP, FWT, BWT and learning accuracy need, those just learned and the next (half the "
+        "time on four tasks; gaps in the matrix); last: none but after the last stage, so AP alone",
+    )
+    zero_shot: bool = Field(True, description="score every task before any training (row 0 of the matrix)")
 
 
 class RunConfig(LearnerConfig):
@@ -21,6 +36,7 @@ class RunConfig(LearnerConfig):
     label: str | None = Field(None, description="how the run is called in tables; default: the strategy")
     model: ModelOptions
     tasks: TasksOptions
+    evaluation: RunEvaluationOptions = Field(default_factory=RunEvaluationOptions)
 
     @property
     def title(self) -> str:

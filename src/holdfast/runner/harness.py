@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from holdfast.errors import ConfigError
-from holdfast.evaluation.evaluate import EvaluationOptions
 from holdfast.evaluation.harness import HarnessOptions, Results, check_harness, run_harness
 from holdfast.learner import Learner
+from holdfast.learner.config import LearnerEvaluationOptions
 from holdfast.learner.harness import check_askable
 from holdfast.models import onto_gpu
 from holdfast.progress import Progress
@@ -32,7 +32,9 @@ def harness_folder(folder: Path, options: HarnessOptions, progress: Progress) ->
     check_harness(options)  # before the model is loaded
     with Learner.load(folder, progress=progress) as learner:
         onto_gpu(learner.model)
-        check_askable(learner.config.model_copy(update={"evaluation": EvaluationOptions(harness=options)}))
+        check_askable(
+            learner.config.model_copy(update={"evaluation": LearnerEvaluationOptions(harness=options)})
+        )
         progress.say(f"{folder}: asking {', '.join(options.tasks)}: the base, then the model as it stands")
         base: Results | None = None
         try:

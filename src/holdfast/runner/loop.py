@@ -12,7 +12,6 @@ import torch
 from holdfast import world
 from holdfast.environment import describe_environment
 from holdfast.errors import RunDirectoryError
-from holdfast.evaluation.evaluate import Scope
 from holdfast.evaluation.harness import courses
 from holdfast.evaluation.metrics import summarise
 from holdfast.evaluation.predictions import file_safe
@@ -23,7 +22,7 @@ from holdfast.learner.known import read_about
 from holdfast.models import load_model, onto_gpu
 from holdfast.progress import Progress, stoppable
 from holdfast.records import RunMetrics, StageMetrics, TrainingLog
-from holdfast.runner.config import RunConfig
+from holdfast.runner.config import RunConfig, Scope
 from holdfast.runner.directory import RunDirectory
 from holdfast.strategies import Stage, build_strategy
 from holdfast.tasks import build_stream, toy_tokenizer
