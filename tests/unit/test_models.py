@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from holdfast.errors import ModelError
+from command_line import holdfast_cli
+from holdfast.config import validate
+from holdfast.errors import ConfigError, ModelError
+from holdfast.importance import ImportancePrior
+from holdfast.learner import LearnerConfig
 from holdfast.models import (
     LoraOptions,
     ModelOptions,
@@ -71,6 +75,27 @@ def test_adapter_folder_loads_on_its_base_and_only_the_adapter_is_trainable(tmp_
     assert {n.rsplit(".", 2)[-2] for n in block_parameters(again)} == {"lora_A", "lora_B"}
     with pytest.raises(ModelError, match="is an adapter already"):
         load_model(ModelOptions(path=str(tmp_path / "adapter"), lora=LoraOptions()))
+
+
+@pytest.mark.parametrize("trainable", ["all", "blocks"])
+def test_other_weights_than_an_adapters_cant_be_asked_for(trainable: str, tmp_path: Path) -> None:
+    path = adapter(tmp_path / "adapter", toy(tmp_path / "base"))
+    told = r"model: `trainable` does not apply to '.*adapter', which holds an adapter"
+    values = {"strategy": "sequential", "model": {"path": path, "trainable": trainable}}
+    with pytest.raises(ConfigError, match=told):
+        validate(LearnerConfig, values, "test")
+
+
+def test_an_adapter_is_attributed_from_its_folder(tmp_path: Path) -> None:
+    path = adapter(tmp_path / "adapter", toy(tmp_path / "base"))
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "ab", "answer": "c"}\n' * 4)
+    done = holdfast_cli(
+        "attribute", "--model", path, "--data", data, "--out", tmp_path / "prior", "--importance", "fisher"
+    )
+    assert done.exit_code == 0, done.output
+    prior = ImportancePrior.load(tmp_path / "prior")
+    assert {name.rsplit(".", 2)[-2] for name in prior.tensors} == {"lora_A", "lora_B"}
 
 
 def adapter(folder: Path, base: str, tokenizer=None, **options) -> str:

@@ -65,8 +65,9 @@ class ModelOptions(Options):
             raise ValueError("`hidden` and `layers` apply to `toy: true` only")
         if self.toy:
             self.refuse_ignored(("random_init",), "with `toy: true`, whose weights are random")
-        if self.lora is not None and self.trainable is not None:
-            raise ValueError("`trainable` does not apply with `lora`: only the adapters are trained")
+        if self.adapted and self.trainable is not None:
+            where = "with `lora`" if self.lora is not None else f"to '{self.path}', which holds an adapter"
+            raise ValueError(f"`trainable` does not apply {where}: only the adapters are trained")
         if self.quantise is not None:
             self._quantisable()
         return self

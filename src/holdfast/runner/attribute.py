@@ -19,6 +19,7 @@ from holdfast.importance.prior import TENSORS
 from holdfast.importance.registry import REGISTRY
 from holdfast.importance.stored import Width
 from holdfast.models import ModelOptions, is_encoder_decoder, load_model
+from holdfast.models.adapters import is_adapter
 from holdfast.progress import Progress
 from holdfast.quantities import count, number, short
 from holdfast.resume import Partial
@@ -77,7 +78,7 @@ def attribute_to_folder(
     values: dict[str, Any] = {
         **({} if like is None else _sections_of(like)),
         "importance": {"name": importance},
-        "model": {"path": model, "dtype": dtype, "trainable": "all"},
+        "model": {"path": model, "dtype": dtype, "trainable": None if is_adapter(model) else "all"},
         "store": store,
         "seed": seed,
     }
