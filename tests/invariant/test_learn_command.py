@@ -375,8 +375,8 @@ def test_folder_that_is_something_else_is_refused_and_untouched(data: Path) -> N
     assert {p.name for p in thesis.parent.iterdir()} <= {"thesis.tex", "run.lock"}
     (data / "file").write_text("mine")
     refused(holdfast(*[a if a != "s" else "file" for a in MAY], cwd=data), "file: can't be used as")
-    refused(holdfast("skills", "file", cwd=data), "there are no skills here")
-    refused(holdfast("skills", "s", "--undo", cwd=data), "there are no skills here")
+    refused(holdfast("skills", "file", cwd=data), "there is no learner here")
+    refused(holdfast("skills", "s", "--undo", cwd=data), "there is no learner here")
 
 
 @pytest.mark.parametrize(

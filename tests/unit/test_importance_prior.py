@@ -80,8 +80,11 @@ def test_bfloat16_on_disk_keeps_eight_bits_and_loads_as_float32(tmp_path: Path) 
 
 
 def test_missing_prior_names_the_folder_and_the_file(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no importance prior in '.*gone': prior\.json is missing"):
-        ImportancePrior.load(tmp_path / "gone")
+    (tmp_path / "may").mkdir()
+    with pytest.raises(DataError, match=r"there is no '.*/mai'\. Did you mean '.*/may'\? Give a folder that"):
+        ImportancePrior.load(tmp_path / "mai")
+    with pytest.raises(DataError, match=r"no importance prior in '.*may': prior\.json is missing"):
+        ImportancePrior.load(tmp_path / "may")
     prior().save(tmp_path)
     (tmp_path / "prior.safetensors").unlink()
     with pytest.raises(DataError, match=r"prior\.safetensors is missing"):

@@ -20,6 +20,7 @@ from holdfast.importance.reading import Top, bars, block_means, frame, largest, 
 from holdfast.importance.stored import Width, packed, unpacked
 from holdfast.models import block_parameters, fingerprints, input_sizes
 from holdfast.names import canonical_name
+from holdfast.places import near
 from holdfast.records import PriorMeta
 from holdfast.storage import atomic_write, json_text, save_tensors, sha256
 
@@ -420,14 +421,12 @@ class ImportancePrior:
                 return cls(named, {"kind": "inputs"} if kind == "inputs" else {})
             except DataError as error:
                 raise DataError(f"{folder}: {error}") from error
-        if folder.suffix == ".safetensors" and not folder.exists():
-            raise DataError(f"no importance prior: there is no '{folder}'.")
+        wanted = "Give a folder that `holdfast attribute` or `prior.save` wrote, or a .safetensors file."
+        if not folder.exists():
+            raise DataError(f"no importance prior: there is no '{folder}'.{near(folder)} {wanted}")
         for name in (META, TENSORS):
             if not (folder / name).is_file():
-                raise DataError(
-                    f"no importance prior in '{folder}': {name} is missing. Give a folder that "
-                    "`holdfast attribute` or `prior.save` wrote, or a .safetensors file."
-                )
+                raise DataError(f"no importance prior in '{folder}': {name} is missing. {wanted}")
         again = "Compute it again with `holdfast attribute`."
         record = PriorMeta.read(folder / META)
         try:

@@ -15,6 +15,7 @@ from holdfast.evaluation.harness import HarnessOptions, named_tasks
 from holdfast.folder import CONFIG
 from holdfast.importance.inputs import InputsOptions
 from holdfast.models import ModelOptions
+from holdfast.places import near
 from holdfast.strategies import STRATEGIES, StrategyOptions
 from holdfast.tasks import Template
 from holdfast.tasks.memory import RehearsalOptions, WritingOptions
@@ -225,6 +226,22 @@ def cannot_hold_base(strategy: Any, replay: RehearsalOptions | None) -> str:
 
 def _completed(options: Any, lora: bool) -> Any:
     return options.completed(lora) if hasattr(options, "completed") else options
+
+
+def require_learner(path: Path) -> None:
+    """See that a folder is a learner's.
+
+    Raises
+    ------
+    RunDirectoryError
+        It isn't.
+    """
+    if not (path / CONFIG).is_file():
+        raise RunDirectoryError(
+            f"{path}: there is no learner here (no {CONFIG}).{'' if path.exists() else near(path)} `holdfast "
+            f"learn DATA --skills {path} --model MODEL` makes one, or holdfast.Learner(model, tokenizer, "
+            "folder=...)."
+        )
 
 
 def recorded_config(path: Path, sections: Mapping[str, Any]) -> LearnerConfig:

@@ -21,11 +21,11 @@ from holdfast.evaluation.asking import ask
 from holdfast.evaluation.explaining import explain
 from holdfast.evaluation.general import Divergence
 from holdfast.evaluation.predictions import file_safe
-from holdfast.folder import CONFIG, PARTIAL, Folder
+from holdfast.folder import PARTIAL, Folder
 from holdfast.importance.explanation import Explanation
 from holdfast.learner.aside import fit_aside
 from holdfast.learner.base_task import BASE, BaseTask
-from holdfast.learner.config import STAGES, LearnerConfig, recorded_config
+from holdfast.learner.config import STAGES, LearnerConfig, recorded_config, require_learner
 from holdfast.learner.engine import check_engine
 from holdfast.learner.export import export, push
 from holdfast.learner.figures import figures_after
@@ -223,11 +223,7 @@ class Learner:
             There is no learner in the folder, or it can't be loaded.
         """
         path = Path(folder).expanduser()
-        if not (path / CONFIG).is_file():
-            raise RunDirectoryError(
-                f"{path}: there is no learner here (no {CONFIG}). `holdfast learn DATA --skills {path} "
-                "--model MODEL` makes one, or holdfast.Learner(model, tokenizer, folder=...)."
-            )
+        require_learner(path)
         if (model is None) != (tokenizer is None):
             given = "tokenizer" if model is None else "model"
             raise ConfigError(

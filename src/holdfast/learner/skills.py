@@ -11,9 +11,9 @@ from holdfast.errors import RunDirectoryError
 from holdfast.evaluation.harness import courses
 from holdfast.evaluation.metrics import summarise
 from holdfast.evaluation.predictions import read_predictions
-from holdfast.folder import CONFIG, Folder
+from holdfast.folder import Folder
 from holdfast.learner.base_task import BASE
-from holdfast.learner.config import STAGES, recorded_config
+from holdfast.learner.config import STAGES, recorded_config, require_learner
 from holdfast.learner.figures import matrix_of
 from holdfast.learner.known import ABOUT, read_about
 from holdfast.records import RunMetrics, StageMetrics
@@ -120,11 +120,7 @@ def read_skills(path: str | Path) -> Skills:
         One of its files is torn.
     """
     root = Path(path).expanduser()
-    if not (root / CONFIG).is_file():
-        raise RunDirectoryError(
-            f"{root}: there are no skills here (no {CONFIG}). `holdfast learn DATA --skills {root} --model "
-            "MODEL` makes the folder."
-        )
+    require_learner(root)
     folder = Folder(root)
     parts = [root / part for part in folder.parts(STAGES)]
     metrics = [StageMetrics.read(part / "metrics.json") for part in parts]
@@ -206,8 +202,7 @@ def undo(path: str | Path) -> str:
         before the last task are not kept, or it is one of a run, whose configuration says what is in it.
     """
     root = Path(path).expanduser()
-    if not (root / CONFIG).is_file():
-        raise RunDirectoryError(f"{root}: there are no skills here (no {CONFIG}).")
+    require_learner(root)
     folder = Folder(root)
     folder.lock("learner")
     try:
