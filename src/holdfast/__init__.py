@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from holdfast.lazy import later
 
 if TYPE_CHECKING:
     from holdfast.api import attribute, explain
@@ -54,10 +54,4 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-
-def __getattr__(name: str) -> Any:  # torch and transformers load only when something is used
-    if name in _HOME:
-        return getattr(import_module(_HOME[name]), name)
-    if find_spec(f"{__name__}.{name}") is not None:  # holdfast.hold.tell_total_rate, as messages have it
-        return import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module 'holdfast' has no attribute '{name}'")
+__getattr__ = later(__name__, _HOME)  # torch and transformers load only when something is used

@@ -35,7 +35,7 @@ LAYERS = [  # from the top down; those in one line may import each other
     {"tables"},
     {"storage", "quantities", "precision"},
     {"world"},
-    {"errors", "pieces"},
+    {"errors", "lazy", "pieces"},
 ]
 LEVEL = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 FILES = sorted(ROOT.rglob("*.py"))

@@ -55,10 +55,11 @@ def run_command(
     with told(f"Continue with: {again}", processes=True), Progress() as progress:
         from holdfast.records import RunMetrics
         from holdfast.runner.config import load_config
-        from holdfast.runner.loop import run
         from holdfast.runner.table import harness_table, metrics_table
 
-        loaded = load_config(config, overrides or [])
+        loaded = load_config(config, overrides or [])  # what is wrong in it is told before the rest loads
+        from holdfast.runner.loop import run
+
         metrics = RunMetrics.model_validate(run(loaded, progress))
         if not world.leads():
             return

@@ -156,7 +156,7 @@ def skills_command(
     with told():
         import json
 
-        from holdfast.learner import Learner
+        import holdfast
         from holdfast.learner.ownership import move_base
         from holdfast.learner.skills import read_skills
         from holdfast.learner.skills import undo as take_back
@@ -174,11 +174,11 @@ def skills_command(
             tell(console, f"Taken back: {take_back(folder)}")
         known = read_skills(folder)
         if export is not None:
-            with Progress() as progress, Learner.load(folder, progress=progress) as learner:
+            with Progress() as progress, holdfast.Learner.load(folder, progress=progress) as learner:
                 learner.export(export, rank=rank)
             tell(console, f"Exported: {export}")
         if push is not None:
-            with Learner.load(folder) as learner:
+            with holdfast.Learner.load(folder) as learner:
                 url = learner.push_to_hub(push, private=private or None)
             tell(console, f"Uploaded: {url}")
         if report is not None and not known.skills:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -127,10 +128,12 @@ def input_dims(model: nn.Module) -> dict[str, int]:
     1 for `torch.nn.Linear`, whose weight is (O, I); 0 for transformers' Conv1D, where it is (I, O). PEFT's
     LoRA on parameters (experts) has linear layers too, but multiplies their weights: no input goes into them.
     """
-    from peft.tuners.lora.layer import ParamWrapper
+    multiplied: tuple[str, ...] = ()
+    if "peft" in sys.modules:  # whose import takes seconds, and without which no model has such layers
+        from peft.tuners.lora.layer import ParamWrapper
 
-    wrappers = [name for name, module in model.named_modules() if isinstance(module, ParamWrapper)]
-    multiplied = tuple(f"{name}.lora_{factor}." for name in wrappers for factor in "AB")
+        wrappers = [name for name, module in model.named_modules() if isinstance(module, ParamWrapper)]
+        multiplied = tuple(f"{name}.lora_{factor}." for name in wrappers for factor in "AB")
     return {
         canonical_name(f"{name}.weight"): int(isinstance(module, nn.Linear))
         for name, module in linear_modules(model)
