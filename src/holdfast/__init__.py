@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from holdfast.runner import RunConfig, load_config, run
     from holdfast.tasks import Example, Task, TaskStream, toy_suite
     from holdfast.training.callback import ProtectCallback
+    from holdfast.training.kl_callback import KLCallback
 
 _HOME = {
     "Anchor": "holdfast.hold",
     "Example": "holdfast.tasks",
     "Gate": "holdfast.hold",
     "ImportancePrior": "holdfast.importance",
+    "KLCallback": "holdfast.training.kl_callback",
     "Learner": "holdfast.learner",
     "Penalty": "holdfast.hold",
     "ProtectCallback": "holdfast.training.callback",
@@ -39,6 +41,7 @@ __all__ = [
     "Example",
     "Gate",
     "ImportancePrior",
+    "KLCallback",
     "Learner",
     "Penalty",
     "ProtectCallback",

@@ -348,7 +348,7 @@ def test_callback_takes_a_folder(tmp_path: Path) -> None:
     half_prior(model).save(tmp_path / "prior")
     callback = ProtectCallback(tmp_path / "prior", control="permuted", seed=4)
     assert callback.prior.meta["control"] == "permuted"
-    with pytest.raises(DataError, match=r"prior\.json is missing"):
+    with pytest.raises(DataError, match=r"no importance prior: there is no '.*nothing'"):
         ProtectCallback(tmp_path / "nothing")
 
 

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
 
 from holdfast import world
 from holdfast.errors import ConfigError
@@ -33,7 +32,7 @@ from holdfast.importance.prior import ImportancePrior
 from holdfast.models import unwrapped
 from holdfast.storage import write_tensors
 from holdfast.training.beginning import warn_of_other_beginning
-from holdfast.training.checkpoints import ours
+from holdfast.training.checkpoints import ours, own_checkpoint, saved_checkpoint
 
 REFERENCE = "reference.safetensors"  # in a checkpoint: the weights that training began with
 
@@ -139,7 +138,7 @@ class ProtectCallback(TrainerCallback):
         model, optimizer, prior = kwargs["model"], kwargs["optimizer"], self.prior
         if self._needs_reference:
             if state.global_step > 0:
-                self._recall(ours(_checkpoint(args, state), REFERENCE), model)
+                self._recall(ours(own_checkpoint(args, state), REFERENCE), model)
             elif unwrapped(model) not in self._captured:  # added late, or the trainer has made another model
                 self._capture(model)
         self._detach()  # a training that failed left without on_train_end
@@ -160,7 +159,7 @@ class ProtectCallback(TrainerCallback):
     ) -> None:
         """Save the weights to return to with the checkpoint."""
         captured = self._captured.get(unwrapped(kwargs["model"]))
-        folder = _saved(args, state)
+        folder = saved_checkpoint(args, state)
         if captured is not None and folder.is_dir():
             whole = {name: world.whole(weight) for name, weight in captured.items()}
             if args.should_save:
@@ -246,19 +245,3 @@ class ProtectCallback(TrainerCallback):
 
 def _loaded(prior: ImportancePrior | str | os.PathLike[str]) -> ImportancePrior:
     return prior if isinstance(prior, ImportancePrior) else ImportancePrior.load(prior)
-
-
-def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-
-
-def _saved(args: TrainingArguments, state: TrainerState) -> Path:
-    """The checkpoint of this step: a search for hyperparameters saves each trial in a folder of its own.
-
-    What the trial's folder is called only the trainer knows, so it is the one whose state was written last.
-    """
-    own = _checkpoint(args, state)
-    if not state.is_hyper_param_search:
-        return own
-    states = own.parent.glob(f"*/{own.name}/{TRAINER_STATE_NAME}")
-    return max(states, key=lambda path: path.stat().st_mtime_ns, default=own / TRAINER_STATE_NAME).parent

@@ -7,6 +7,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+
 from holdfast import world
 from holdfast.manifest import problem_of, write_manifest
 from holdfast.storage import give_usual_mode
@@ -20,6 +23,23 @@ def ours(checkpoint: Path, name: str) -> Path:
     """Where a file of ours is in a checkpoint, or goes; in those of earlier versions beside the model's."""
     before = checkpoint / name
     return before if before.is_file() else checkpoint / _OURS / name
+
+
+def own_checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    """The checkpoint of this step in a trainer's own folder."""
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+
+
+def saved_checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    """The checkpoint of this step: a search for hyperparameters saves each trial in a folder of its own.
+
+    What the trial's folder is called only the trainer knows, so it is the one whose state was written last.
+    """
+    own = own_checkpoint(args, state)
+    if not state.is_hyper_param_search:
+        return own
+    states = own.parent.glob(f"*/{own.name}/{TRAINER_STATE_NAME}")
+    return max(states, key=lambda path: path.stat().st_mtime_ns, default=own / TRAINER_STATE_NAME).parent
 
 
 def seal_checkpoint(folder: Path) -> None:
