@@ -133,13 +133,19 @@ def test_no_rows_is_an_error():
         as_examples([])
 
 
-def test_all_problems_are_counted_and_the_first_ten_shown():
+def test_all_problems_are_counted_and_the_first_ten_kinds_shown():
     with pytest.raises(DataError) as error:
-        as_examples([{}] * 13)
+        as_examples([{f"column{i}": "a"} for i in range(13)] * 2)
     lines = str(error.value).splitlines()
-    assert lines[0] == "13 problems in the data:"
+    assert lines[0] == "26 problems in the data:"
     assert len(lines) == 12
-    assert lines[-1] == "  ... and 3 more"
+    assert lines[1].endswith("(and 1 more like it)")
+    assert lines[-1] == "  ... and 3 other kinds"
+
+
+def test_a_problem_that_all_rows_have_is_told_once():
+    with pytest.raises(DataError, match=r"^row 1: no column 'gold'; .* \(and 12 more like it\)$"):
+        as_examples([{"prompt": "a", "completion": "b"}] * 13, Columns(references="gold"))
 
 
 def test_skipped_rows_are_noted_apart_from_problems():

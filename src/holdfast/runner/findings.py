@@ -72,7 +72,7 @@ def check(config: RunConfig, directory: bool = True) -> Findings:
     stream: TaskStream | None
     stream, data = inspect_stream(config.tasks, config.seed)
     if data.found:  # what could be read is not what would run
-        findings.problems += data.found
+        findings.problems += data.told
         findings.remarks += data.advice
         stream = None
     findings.remarks += data.left_out

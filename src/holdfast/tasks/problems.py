@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Iterable
 
 from holdfast.errors import DataError
@@ -37,26 +38,39 @@ class Problems:
         self._other_columns, self._lacking = other_columns, False
         self._leave_out, self._bad_rows = leave_out, False
         self._rows = self.skipped if skip_rows else self.found
-        self._known: set[str] = set()  # a file that serves two splits is read twice
+        self._known: dict[str, str] = {}  # with its place, and without; a file of two splits is read twice
 
     def __len__(self) -> int:
         return len(self.found)
 
     def add(self, where: object, what: str) -> None:
         """Note one problem; `where` is a file with its line, or the name of a setting."""
-        self._note(self.found, f"{where}: {what}")
+        self._note(self.found, where, what)
 
     def add_row(self, where: object, what: object) -> None:
         """Note a bad row: a problem, or merely skipped if that was asked for."""
         lacking = isinstance(what, NoColumn)  # then all rows do: to leave them out would leave none
         self._lacking |= lacking
         self._bad_rows |= not lacking
-        self._note(self._rows, f"{where}: {what}")
+        self._note(self._rows, where, what)
 
-    def _note(self, problems: list[str], text: str) -> None:
+    def _note(self, problems: list[str], where: object, what: object) -> None:
+        text = f"{where}: {what}"
         if text not in self._known:
-            self._known.add(text)
+            self._known[text] = str(what)
             problems.append(text)
+
+    @property
+    def told(self) -> list[str]:
+        """Each problem at its first place, with how many more places have it."""
+        first: dict[str, str] = {}
+        for text in self.found:
+            first.setdefault(self._known[text], text)
+        places = Counter(self._known[text] for text in self.found)
+        return [
+            text if places[what] == 1 else f"{text} (and {places[what] - 1} more like it)"
+            for what, text in first.items()
+        ]
 
     @property
     def advice(self) -> list[str]:
@@ -71,7 +85,7 @@ class Problems:
         return [f"{many} left out, such as {self.skipped[0]}"] if self.skipped else []
 
     def raise_if_any(self) -> None:
-        """Raise one error that counts all problems and shows the first of them.
+        """Raise one error that counts all problems and shows the first of each kind.
 
         Raises
         ------
@@ -80,11 +94,12 @@ class Problems:
         """
         if not self.found:
             return
-        if len(self.found) == 1:
-            raise DataError("\n".join([*self.found, *self.advice]))
-        lines = [f"{len(self.found)} problems in the data:", *(f"  {line}" for line in self.found[:SHOWN])]
-        if len(self.found) > SHOWN:
-            lines.append(f"  ... and {len(self.found) - SHOWN} more")
+        told = self.told
+        if len(told) == 1:
+            raise DataError("\n".join([*told, *self.advice]))
+        lines = [f"{len(self.found)} problems in the data:", *(f"  {line}" for line in told[:SHOWN])]
+        if len(told) > SHOWN:
+            lines.append(f"  ... and {len(told) - SHOWN} other kinds")
         raise DataError("\n".join([*lines, *self.advice]))
 
 
