@@ -13,6 +13,7 @@ from peft import (
     LoraConfig,
     OFTConfig,
     PromptTuningConfig,
+    ShiraConfig,
     VeraConfig,
     get_peft_model,
 )
@@ -34,6 +35,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 
 OTHERS = {
     "IA3": IA3Config(target_modules=["k_proj"], feedforward_modules=[], init_ia3_weights=False),
+    "SHiRA": ShiraConfig(r=2, target_modules=["q_proj"], init_weights=False),
     "LoHa": LoHaConfig(r=2, target_modules=["q_proj"], init_weights=False),
     "VeRA": VeraConfig(r=2, target_modules=["q_proj"], init_weights=False),
     "OFT": OFTConfig(r=0, oft_block_size=4, target_modules=["q_proj"], init_weights=False),

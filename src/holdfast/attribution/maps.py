@@ -188,6 +188,8 @@ class WeightMaps:
         """The parameter whose memory `weight` shares, or of which it is a cast; None for a constant."""
         if is_traceable_wrapper_subclass(weight):  # torchao's and quanto's bits: no memory of its own
             return cast(nn.Parameter, weight) if id(weight) in self.names else None
+        if weight.layout != torch.strided:  # SHiRA's sparse change: no memory to share
+            return None
         pointer = weight.untyped_storage().data_ptr()
         copy = self._copies.get(pointer)
         return self._by_storage.get(pointer) if copy is None else copy[1]
