@@ -49,6 +49,24 @@ def test_an_optimizer_of_deepspeed_that_no_hold_reaches_is_refused_by_name() -> 
         Gate(prior).attach(model, stage)
 
 
+@pytest.mark.parametrize("mechanism", [Anchor, Penalty])
+def test_a_model_cast_after_attaching_is_refused_by_name_at_its_first_step(mechanism: Any) -> None:
+    model = network(torch.float32)
+    prior = ImportancePrior({n: torch.ones(p.shape) for n, p in model.named_parameters()})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    mechanism(prior).attach(model, optimizer)
+    model.bfloat16()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = weights(model)
+    with pytest.raises(
+        ConfigError, match=r"was torch\.float32 when .* is torch\.bfloat16 now\. Cast the model"
+    ):
+        optimizer.step()
+    if mechanism is Penalty:
+        assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+
+
 def test_fsdp1_is_refused_by_name() -> None:
     wrapper = type("FullyShardedDataParallel", (nn.Sequential,), {})
     model = wrapper(*network())

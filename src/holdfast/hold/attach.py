@@ -103,9 +103,22 @@ class Chunk:
 
     def __post_init__(self) -> None:
         self.owners = self.owners or list(self.parameters)
+        self.dtypes = [part.dtype for part in self.parameters]
 
     def moving(self) -> list[Tensor | None]:
-        """Of each weight what a mechanism works on in this step; None where it `rests`."""
+        """Of each weight what a mechanism works on in this step; None where it `rests`.
+
+        Raises
+        ------
+        ConfigError
+            The model was cast to another type since.
+        """
+        for name, part, dtype in zip(self.names, self.parameters, self.dtypes, strict=True):
+            if part.dtype != dtype:
+                raise ConfigError(
+                    f"attach: '{name}' was {dtype} when the hold was attached, and is {part.dtype} now. "
+                    "Cast the model first, then make the optimizer and attach."
+                )
         rows = zip(self.parameters, self.owners, strict=True)
         return [None if rests(owner, part) else part for part, owner in rows]
 
@@ -232,20 +245,23 @@ def _with_gradients(chunk: Chunk, optimizer: Optimizer) -> Chunk:
 
 def chunks_of(bound: Sequence[Bound], optimizer: Optimizer) -> list[Chunk]:
     """Put weights together that one fused call can handle."""
-    chunks: list[Chunk] = []
-    last: dict[Any, tuple[Chunk, int]] = {}
+    runs: list[list[tuple[Bound, Tensor]]] = []
+    last: dict[Any, tuple[list[tuple[Bound, Tensor]], int]] = {}
     for b in bound:
         part = _part(b.parameter, optimizer)
         key = (b.group, part.device, part.dtype)
-        chunk, size = last.get(key, (None, _CHUNK))
-        if chunk is None or size + part.numel() > _CHUNK:
-            chunk, size = Chunk(b.group, [], []), 0
-            chunks.append(chunk)
-        chunk.names.append(b.name)
-        chunk.parameters.append(part)
-        chunk.owners.append(b.parameter)
-        last[key] = (chunk, size + part.numel())
-    return [_with_gradients(chunk, optimizer) for chunk in chunks]
+        together, size = last.get(key, (None, _CHUNK))
+        if together is None or size + part.numel() > _CHUNK:
+            together, size = [], 0
+            runs.append(together)
+        together.append((b, part))
+        last[key] = (together, size + part.numel())
+    return [_with_gradients(_chunk(together), optimizer) for together in runs]
+
+
+def _chunk(together: Sequence[tuple[Bound, Tensor]]) -> Chunk:
+    of, parts = zip(*together, strict=True)
+    return Chunk(of[0].group, [b.name for b in of], list(parts), [b.parameter for b in of])
 
 
 def _part(parameter: nn.Parameter, optimizer: Optimizer) -> Tensor:
