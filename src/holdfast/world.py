@@ -328,6 +328,11 @@ def in_pieces(parameter: Any) -> bool:
     return hasattr(parameter, "ds_id")
 
 
+def holds_parts(parameters: Iterable[Any]) -> bool:
+    """Whether each process has only a part of some of these (FSDP2, ZeRO-3)."""
+    return any(is_sharded(parameter) or in_pieces(parameter) for parameter in parameters)
+
+
 def cut_up(parameter: Any, pieces: Sequence[Piece] | None) -> None:
     """Say which piece of a whole parameter each process steps (ZeRO-1, ZeRO-2); with None that it is over."""
     if pieces is not None:

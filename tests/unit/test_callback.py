@@ -326,6 +326,18 @@ def test_a_resume_from_another_folder_says_where_the_reference_was_looked_for(tm
         other.train(resume_from_checkpoint=str(checkpoint))
 
 
+def test_weights_loaded_after_the_trainer_was_made_are_told(tmp_path: Path) -> None:
+    model, other = tiny_model(), tiny_model(seed=1)
+    callback = ProtectCallback(half_prior(model))
+    trainer = Trainer(model, arguments(tmp_path, max_steps=1), train_dataset=rows(), callbacks=[callback])
+    model.load_state_dict(other.state_dict())
+    with pytest.warns(UserWarning, match=r"weights have changed since the trainer was made.*`reference=`"):
+        trainer.train()
+    with warnings.catch_warnings():  # a second training goes on from what the first has changed
+        warnings.filterwarnings("error", message=".*weights have changed since.*")
+        trainer.train()
+
+
 def test_protection_ends_with_the_training(tmp_path: Path) -> None:
     model = tiny_model()
     trainer = Trainer(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from safetensors.torch import load_file
@@ -108,6 +109,7 @@ class ProtectCallback(TrainerCallback):
         self.given = reference
         self.protection: Protection | None = None
         self._captured: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()  # by model
+        self._trained: WeakSet[nn.Module] = WeakSet()
         self._handle, self._handle_beside = Handle(), Handle()
         self._mean: float | None = None  # of the summary, which goes through all weights
 
@@ -141,6 +143,8 @@ class ProtectCallback(TrainerCallback):
                 self._recall(ours(own_checkpoint(args, state), REFERENCE), model)
             elif unwrapped(model) not in self._captured:  # added late, or the trainer has made another model
                 self._capture(model)
+            elif not world.holds_parts(model.parameters()):
+                self._tell_if_moved(model)
         self._detach()  # a training that failed left without on_train_end
         reference = self.given if self.given is not None else self._captured.get(unwrapped(model))
         tell_total_rate(optimizer, kwargs.get("lr_scheduler"), state.max_steps)
@@ -149,6 +153,7 @@ class ProtectCallback(TrainerCallback):
             self._handle_beside = Anchor(beside, reference=reference).attach(model, optimizer)
         self.protection, self._mean = build_mechanism(self.mechanism, prior, reference), None
         self._handle = self.protection.attach(model, optimizer)
+        self._trained.add(unwrapped(model))
         if "first_token" in self.prior.meta:
             rows = getattr(kwargs.get("train_dataloader"), "dataset", None)
             first = self.prior.meta["first_token"]
@@ -223,6 +228,19 @@ class ProtectCallback(TrainerCallback):
             names = [name for prior in self._priors for name in prior.tensors]
             self._captured[unwrapped(model)] = weights_of(model, names)
 
+    def _is_as_captured(self, model: nn.Module) -> bool:
+        captured = self._captured[unwrapped(model)]
+        return all(torch.equal(t, captured[name]) for name, t in weights_of(model, captured).items())
+
+    def _tell_if_moved(self, model: nn.Module) -> None:
+        """Say so where somebody has changed a model between the making of its trainer and its training."""
+        if unwrapped(model) not in self._trained and not self._is_as_captured(model):
+            warnings.warn(
+                "ProtectCallback: the model's weights have changed since the trainer was made, and it is "
+                "held to those of then. Load weights before the trainer is made, or give `reference=`.",
+                stacklevel=3,
+            )
+
     def _recall(self, file: Path, model: nn.Module) -> None:
         """Take the weights to return to from a checkpoint; where it has none, those that were captured."""
         if file.is_file():
@@ -231,7 +249,7 @@ class ProtectCallback(TrainerCallback):
         captured = self._captured.get(unwrapped(model))
         if captured is None:
             why = "the callback was added after the trainer was made, or the trainer has made its model anew"
-        elif all(torch.equal(t, captured[n]) for n, t in weights_of(model, captured).items()):
+        elif self._is_as_captured(model):
             why = "the trainer was made with the checkpoint's own weights"
         else:
             return

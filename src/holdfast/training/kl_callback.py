@@ -93,7 +93,7 @@ class KLCallback(TrainerCallback):
             The trainer has no tokenizer, or the model is cut up.
         """
         model, tokenizer = kwargs["model"], _tokenizer(kwargs)
-        if any(world.in_pieces(p) or world.is_sharded(p) for p in model.parameters()):
+        if world.holds_parts(model.parameters()):
             raise ConfigError(
                 "KLCallback: each process has only a part of the model (FSDP2, ZeRO-3), which can't be asked "
                 "here. Train under DDP or in one process, or measure with holdfast.Learner "
