@@ -120,7 +120,7 @@ def with_callback(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     """A script's own Trainer: its batch size is that of a device."""
     from transformers import Trainer, TrainingArguments
 
-    from holdfast import ProtectCallback
+    from holdfast import KLCallback, ProtectCallback
     from holdfast.importance import compute_prior
     from holdfast.tasks import Encoder, toy_tokenizer
     from holdfast.tasks.encode import Template
@@ -141,13 +141,17 @@ def with_callback(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
         save_strategy="no",
         remove_unused_columns=False,
     )
+    measure = KLCallback(rows=4)
     Trainer(
         model,
         arguments,
         train_dataset=Rows(encoded),
         data_collator=lambda items: {k: v for k, v in collate(items).items() if k != "row_ids"},
-        callbacks=[ProtectCallback(prior)],
+        processing_class=tokenizer,
+        callbacks=[ProtectCallback(prior), measure],
     ).train()
+    (figures,) = {tuple(found["kl_base"] for found in of_one) for of_one in world.gather(measure.history)}
+    assert figures[-1] > 0, "the same in each process"
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
