@@ -194,14 +194,21 @@ def test_scaled_gradients_of_fp16_give_the_same_sensitivity() -> None:
 
 
 @settings(deadline=None)
-@given(st.integers(1, 6), st.floats(0.0, 0.99), st.floats(0.0, 0.99), st.integers(0, 99), st.booleans())
+@given(
+    st.integers(1, 6),
+    st.floats(0.0, 0.99, exclude_min=True),
+    st.floats(0.0, 0.99),
+    st.integers(0, 99),
+    st.booleans(),
+)
 def test_smoothing_and_uncertainty_follow_the_trajectory(
     steps: int, alpha1: float, alpha2: float, seed: int, smoothing: bool
 ) -> None:
     """Eqs. 10, 11 and 12 in plain Python, one weight at a time; Algorithm 1."""
     generator = torch.Generator().manual_seed(seed)
     layer = nn.Linear(2, 2, bias=False).double()
-    options = SensitivityOptions(alpha1=alpha1, alpha2=alpha2, smoothing=smoothing)
+    shares = {"alpha1": alpha1, "alpha2": alpha2} if smoothing else {}
+    options = SensitivityOptions(smoothing=smoothing, **shares)
     seen = Sensitivity(layer, {"w": layer.weight}, options)
     mean, spread = [0.0] * 4, [0.0] * 4
     for _ in range(steps):

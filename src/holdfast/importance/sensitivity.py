@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from holdfast.config import Options
@@ -24,8 +24,19 @@ class SensitivityOptions(Options):
         "the batch's gradient in both terms (the authors' code); gradient: its magnitude alone (table IV)",
     )
     smoothing: bool = Field(True, description="eqs. 10 to 12; off: the last step's sensitivity (table IV)")
-    alpha1: float = Field(0.85, ge=0, lt=1, description="of the smoothed sensitivity, eq. 10")
+    alpha1: float = Field(
+        0.85,
+        gt=0,
+        lt=1,
+        description="of the smoothed sensitivity, eq. 10; at 0 eq. 11 is zero, and with it every score",
+    )
     alpha2: float = Field(0.85, ge=0, lt=1, description="of its uncertainty, eq. 11")
+
+    @model_validator(mode="after")
+    def _only_what_applies(self) -> SensitivityOptions:
+        if not self.smoothing:
+            self.refuse_ignored(("alpha1", "alpha2"), "with `smoothing: false`")
+        return self
 
 
 def sensitivity_options(value: Any) -> Any:

@@ -46,15 +46,11 @@ class Freeze(Strategy):
         """Canonical name to parameter, of what these options freeze."""
         parameters = parameters_by_name(model)
         low = {n for n in parameters if (layer := layer_of(n)) is not None and layer < self.options.blocks}
-        if self.options.embeddings:
-            tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-            ids = {id(p) for table in tables for p in table.parameters()}
-            # T5 keeps the table of its relative positions inside its first block: that belongs to the block
-            low |= {n for n, p in parameters.items() if id(p) in ids and layer_of(n) is None}
-        return {name: parameters[name] for name in sorted(low)}
+        found = {name: parameters[name] for name in sorted(low)}
+        return {**found, **_embeddings(model)} if self.options.embeddings else found
 
     def check(self, model: nn.Module) -> None:
-        """See that the model has so many blocks, and that something is left to be trained."""
+        """See that the model has so many blocks, and that what is frozen and what is left is trained."""
         layers = {
             layer
             for name in block_parameters(model, trainable_only=False)
@@ -65,6 +61,17 @@ class Freeze(Strategy):
             raise ConfigError(
                 f"strategy.blocks: {self.options.blocks} blocks to freeze, but the model has {depth}. "
                 f"Give a number below {depth}."
+            )
+        tables_train = any(p.requires_grad for p in _embeddings(model).values())
+        if not (self.options.embeddings or tables_train):
+            raise ConfigError(
+                "strategy.embeddings: false does nothing here, as this model's embeddings aren't trained. "
+                "Leave it out, or train them (model.trainable: all)."
+            )
+        if not (self.options.blocks or (self.options.embeddings and tables_train)):
+            raise ConfigError(
+                "strategy.blocks: with 0 nothing that is trained is frozen. Give at least 1, or use the "
+                "strategy sequential."
             )
         frozen = {id(p) for p in self.frozen(model).values()}
         if not any(p.requires_grad and id(p) not in frozen for p in model.parameters()):
@@ -84,3 +91,11 @@ class Freeze(Strategy):
         if stage.index + 1 >= self.options.from_task:
             for parameter in self.frozen(context.model).values():
                 parameter.requires_grad_(False)
+
+
+def _embeddings(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Canonical name to parameter, of all tables but those inside blocks."""
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    ids = {id(p) for table in tables for p in table.parameters()}
+    # T5 keeps the table of its relative positions inside its first block: that belongs to the block
+    return {n: p for n, p in parameters_by_name(model).items() if id(p) in ids and layer_of(n) is None}

@@ -60,6 +60,8 @@ class SsrOptions(Options):
             if getattr(self, few) > getattr(self, of):
                 numbers = f"`{few}: {getattr(self, few)}` are taken from `{of}: {getattr(self, of)}`"
                 raise ValueError(f"{numbers}; give at most as many")
+        if self.count == self.candidates:
+            self.refuse_ignored(("clusters",), "where all `candidates` are rehearsed (`count` as many)")
         return self
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from holdfast.config import Options
@@ -25,6 +25,12 @@ class CLoraOptions(Options):
     name: Literal["c-lora"] = "c-lora"
     share: float = Field(0.5, gt=0, le=1, description="k: columns of P, as a share of a map's width")
     strength: float = Field(1.0, ge=0, description="lambda of the penalty")
+
+    @model_validator(mode="after")
+    def _only_what_applies(self) -> CLoraOptions:
+        if not self.strength:
+            self.refuse_ignored(("share",), "with `strength: 0`")
+        return self
 
 
 def subspace(width: int, share: float, seed: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -30,6 +30,12 @@ class FisherMaskOptions(Options):
         "output", description="output: whole rows, by their mean Fisher; weight: each weight by itself"
     )
     fisher: FisherOptions = Field(default_factory=FisherOptions)
+
+    @model_validator(mode="after")
+    def _only_what_applies(self) -> FisherMaskOptions:
+        if not self.masked:
+            self.refuse_ignored(("unit", "fisher"), "with `masked: 0`, where nothing is held")
+        return self
 
 
 @register

@@ -33,6 +33,12 @@ class AttentionOptions(Options):
     )
 
     @model_validator(mode="after")
+    def _only_what_applies(self) -> AttentionOptions:
+        if not self.reflection:
+            self.refuse_ignored(("memory",), "with `reflection: 0`")
+        return self
+
+    @model_validator(mode="after")
     def _rows_stay(self) -> AttentionOptions:
         if self.memory.sampling != "reservoir":
             return self
