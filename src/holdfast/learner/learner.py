@@ -120,9 +120,16 @@ class Learner:
         **sections: Any,
     ) -> None:
         whole = isinstance(strategy, LearnerConfig)
+        if whole and sections:
+            raise ConfigError(
+                f"Learner: got {', '.join(sections)} beside a LearnerConfig, which has all sections itself; "
+                "put them into that one, such as by validate(LearnerConfig, {...})."
+            )
         self.config: LearnerConfig = (
             strategy if whole else validate(LearnerConfig, {"strategy": strategy, **sections}, "Learner")
         )
+        if self.config.threads is not None:
+            torch.set_num_threads(self.config.threads)
         if self.config.model is None:
             self.config = self.config.for_adapted(is_adapted(unwrapped(model)))
         world.start()
@@ -264,7 +271,7 @@ class Learner:
         train: Iterable[Example | Mapping[str, Any]],
         test: Iterable[Example | Mapping[str, Any]] = (),
         *,
-        metric: MetricName = "exact_match",
+        metric: MetricName | None = None,
         options: Sequence[str] = (),
         total: int | None = None,
         about: Mapping[str, Any] | None = None,
@@ -280,8 +287,8 @@ class Learner:
         test : iterable, optional
             Rows kept aside, of the same form: after this task and each later one the model is asked them.
         metric, options
-            How answers are scored, see `holdfast.tasks.task.Task`. Running text is scored by ``perplexity``,
-            whatever is said.
+            How answers are scored, see `holdfast.tasks.task.Task`; by default by ``exact_match``, and running
+            text by ``perplexity``. Options are those of the metric ``options``.
         total : int, optional
             How many tasks there will be in all, where somebody knows: few strategies ask it.
         about : mapping, optional
@@ -290,14 +297,19 @@ class Learner:
         Raises
         ------
         ConfigError
-            The name is taken, nothing was trained in the block, or the strategy must know `total`.
+            The name is taken, nothing was trained in the block, the strategy must know `total`, or there are
+            options for a metric without.
         DataError
             A row is malformed, doesn't fit the model, or can't be answered (`look`).
         """
         rows = as_examples(train)
         asked_rows = as_examples(test, needed=False)
-        if any(row.raw for row in asked_rows):
-            metric = "perplexity"
+        metric = metric or ("perplexity" if any(row.raw for row in asked_rows) else "exact_match")
+        if options and metric != "options":
+            raise ConfigError(
+                f"task '{name}': `options` do nothing with the metric '{metric}'; leave them out, or give "
+                'metric="options".'
+            )
         task = Task(name, rows, asked_rows, metric, tuple(options))
         stage = Stage(name, (task,), len(self.learned), total)
         self._check_can_begin(stage)

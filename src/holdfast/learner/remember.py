@@ -21,7 +21,8 @@ def rows_to_keep(state: LearnerState, task: Task, options: MemoryOptions) -> lis
     config, context = state.config, state.context
     size, encoder = config.evaluation.batch_size, context.encoder
     if task.name == BASE and config.protect_base is not None:
-        return list(subsample(task.train, options.written, config.seed, BASE, "memory"))
+        count = options.written if options.generated else options.size(len(task.train))
+        return list(subsample(task.train, count, config.seed, BASE, "memory"))
     if options.sampling == "surprise":
         with context.progress.bar(f"surprise of {task.name}", total=len(task.train)) as bar:
             found = surprises(state.route(task.name), encoder, task.train, batch_size=size, progress=bar)

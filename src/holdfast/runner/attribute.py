@@ -88,6 +88,11 @@ def attribute_to_folder(
             f"--test-faithfulness zeroes the weights that a prior calls important, and '{importance}' rates "
             "directions of inputs. Leave it out, or choose an importance by weight such as lrp."
         )
+    idle = [a for a in assignments if a.split("=")[0].split(".")[0] == "evaluation" and not faithfulness]
+    if idle:
+        raise ConfigError(
+            f"--set {idle[0]} does nothing without --test-faithfulness: nothing is asked. Leave it out."
+        )
     task = load_task(data, Columns.of(columns))
     if task.read_as:
         progress.say(f"{data}: read as {task.read_as}.")

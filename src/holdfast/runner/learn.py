@@ -9,8 +9,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-
 from holdfast import world
 from holdfast.config import override, validate
 from holdfast.errors import ConfigError, DataError
@@ -101,8 +99,6 @@ def learn_data(
     usual_rate &= "learning_rate" not in config.training.model_fields_set
     usual_frame &= not {"chat", "prompt"} & config.template.model_fields_set
     task = _task(data, name, test, metric, Columns.of(columns), config.seed, progress)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
     usual = (usual_rate, usual_frame, usual_base, usual_rank)
     with stoppable(), _learner(skills, config, progress, *usual) as learner:
         if task.name in learner.learned:
@@ -288,7 +284,7 @@ def _task(
         raise DataError(f"{data}: there are no rows to train on.")
     words = [len(row.completion.split()) for row in train]
     chosen: MetricName = "rouge_l" if median(words) >= LONG_ANSWER else "exact_match"
-    if any(row.raw for row in train):
+    if any(row.raw for row in (*train, *tests)):
         chosen = "perplexity"
     task = Task(name, list(train), list(tests), metric or chosen)
     if task.metric != "options":

@@ -46,7 +46,7 @@ def run(config: RunConfig, progress: Progress | None = None) -> dict[str, Any]:
         Any of its subclasses; what was finished stays on disk.
     """
     world.start()
-    if config.threads is not None:
+    if config.threads is not None:  # the learner sets them too: here for what is recorded of the environment
         torch.set_num_threads(config.threads)
     with RunDirectory.open(config, describe_environment(config.seed)) as directory, stoppable():
         if progress is not None:

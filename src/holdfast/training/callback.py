@@ -60,7 +60,7 @@ class ProtectCallback(TrainerCallback):
     seed : int
         Of the control.
     reference : mapping of str to Tensor, optional
-        The weights to return to, by canonical name, if not those at the start.
+        The weights to return to, by canonical name, if not those at the start; for mechanisms that return.
     beside : ImportancePrior or path, optional
         A prior by weight of what `prior` leaves out, from ``holdfast.attribute(..., importance="fisher",
         beside=prior)``: held too, by an anchor at its default strength.
@@ -84,7 +84,8 @@ class ProtectCallback(TrainerCallback):
     Raises
     ------
     ConfigError
-        No such mechanism or control, or an option that the mechanism doesn't have.
+        No such mechanism or control, an option that the mechanism doesn't have, or a reference for one that
+        returns to no weights.
     DataError
         There is no readable prior in the folder.
 
@@ -107,6 +108,11 @@ class ProtectCallback(TrainerCallback):
         self.beside = None if beside is None else apply_control(_loaded(beside), control, seed)
         self.mechanism = mechanism_options(mechanism, "ProtectCallback", **options)
         self.given = reference
+        if reference is not None and not self._returns:
+            raise ConfigError(
+                f"ProtectCallback: `reference` does nothing with {self.mechanism.name!r} on the "
+                f"{self.mechanism.on}, which returns to no weights; leave it out."
+            )
         self.protection: Protection | None = None
         self._captured: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()  # by model
         self._trained: WeakSet[nn.Module] = WeakSet()
@@ -220,8 +226,14 @@ class ProtectCallback(TrainerCallback):
         return [self.prior] if self.beside is None else [self.prior, self.beside]
 
     @property
+    def _returns(self) -> bool:
+        """Whether what is held goes back to weights: not under a gate, nor where gradients are projected."""
+        projects = self.mechanism.name == "project" and self.mechanism.on == "gradient"
+        return self.beside is not None or not (projects or self.mechanism.name == "gate")
+
+    @property
     def _needs_reference(self) -> bool:
-        return (self.mechanism.name != "gate" or self.beside is not None) and self.given is None
+        return self._returns and self.given is None
 
     def _capture(self, model: nn.Module) -> None:
         if self._needs_reference:
