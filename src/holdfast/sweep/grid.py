@@ -84,6 +84,8 @@ class Choose(Options):
     @classmethod
     def _keys(cls, values: dict[str, Any]) -> dict[str, Any]:
         _refuse_own(values)
+        if "tasks.test_split" in values:
+            raise ValueError("'tasks.test_split' is set by `on`, while choosing")
         return values
 
 
@@ -104,6 +106,16 @@ class Grid(Options):
     )
     choose: Choose | None = None
     jobs: int = Field(1, ge=1, description="cells at a time, each in a process of its own when above 1")
+
+    @model_validator(mode="after")
+    def _points_differ(self) -> Grid:
+        for row in self.rows:
+            if self.choose is not None and (both := sorted(self.choose.set.keys() & row.grid.keys())):
+                raise ValueError(
+                    f"'{both[0]}' stands in `choose.set`, and row '{row.name}' tries values of it, which "
+                    "would all be the same while choosing; leave it out there"
+                )
+        return self
 
     @property
     def lines(self) -> list[Line]:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from holdfast.places import local_path
 from holdfast.tasks.files import read_json
@@ -55,6 +55,12 @@ class ClBenchmarkSource(SourceOptions):
         if value is not None and "{input}" not in value:
             raise ValueError(f"the text must contain {{input}}, got {value!r}")
         return value
+
+    @model_validator(mode="after")
+    def _only_what_applies(self) -> ClBenchmarkSource:
+        if self.prompt is not None and "{instruction}" not in self.prompt:
+            self.refuse_ignored(("instructions",), "in a `prompt` without {instruction}")
+        return self
 
     def title(self) -> str:
         return self.path.name
@@ -108,7 +114,14 @@ class ClBenchmarkSource(SourceOptions):
     def _defined(
         self, path: Path, data: Mapping[str, Any], labels: tuple[str, ...], problems: Problems
     ) -> list[Example]:
-        definition = data["Definition"]
+        definition, name = data["Definition"], path.parent.name
+        if (
+            isinstance(self.instructions, dict) and name in self.instructions
+        ):  # a group's is for those without
+            problems.add(
+                "tasks.instructions",
+                f"'{name}' does nothing to {path}, which has a Definition of its own; leave it out",
+            )
         if isinstance(definition, list):
             definition = definition[0] if definition else ""
         if not isinstance(definition, str):

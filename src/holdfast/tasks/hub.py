@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from holdfast.config import Options
 from holdfast.places import local_path
@@ -34,6 +34,19 @@ class HubTask(Options):
     test: str = Field(default="test", description="split to test on, such as 'validation' or 'train[80%:]'")
     columns: Columns = STANDARD
 
+    @property
+    def files(self) -> dict[str, str] | None:
+        """The local files of each split; None where a hub id is given."""
+        if isinstance(self.path, str):
+            return {"train": self.path} if Path(self.path).suffix.lower() in FORMATS else None
+        return {str(split): file for split, file in self.path.items()}
+
+    @model_validator(mode="after")
+    def _only_what_applies(self) -> HubTask:
+        if self.files is not None:
+            self.refuse_ignored(("config", "revision"), "to local files")
+        return self
+
 
 class HubSource(SourceOptions):
     """A data set of the Hugging Face hub, or local json, csv or parquet files, for each task."""
@@ -54,7 +67,7 @@ class HubSource(SourceOptions):
 def _rows(name: str, spec: HubTask, split: str, problems: Problems) -> tuple[list[Example], str]:
     source = spec.path if isinstance(spec.path, str) else name
     where = f"{source}[{split}]"
-    files = _files(spec)
+    files = spec.files
     if files is None:
         rows = _from_hub(name, spec, split, where, problems)
     else:
@@ -65,14 +78,6 @@ def _rows(name: str, spec: HubTask, split: str, problems: Problems) -> tuple[lis
     if rows or not problems.found:
         note_if_empty(examples, where if files is None else next(iter(files.values())), problems)
     return examples, form
-
-
-def _files(spec: HubTask) -> dict[str, str] | None:
-    """The local files of each split; None where a hub id is given."""
-    if isinstance(spec.path, str):
-        local = Path(spec.path).suffix.lower() in FORMATS
-        return {"train": spec.path} if local else None
-    return {str(split): file for split, file in spec.path.items()}
 
 
 def _from_files(

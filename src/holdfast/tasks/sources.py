@@ -170,13 +170,17 @@ def _check_mappings(config: SourceOptions, names: list[str], problems: Problems)
 
 def _finish(task: Task, config: SourceOptions, problems: Problems, seed: int) -> Task:
     """Choose the rows and settle the metric."""
-    options = next(
-        (answers for key, answers in config.options.items() if match_task(key, [task.name])), task.options
-    )
+    key = next((key for key in config.options if match_task(key, [task.name])), None)
+    options = task.options if key is None else config.options[key]
     metric = _metric(config, task)
     if metric == "options":
         where = f"give tasks.options.{task.name} or a labels.json"
         check_options(task, options, where, problems)
+    elif key is not None:
+        problems.add(
+            f"tasks.options.{key}",
+            f"does nothing with the metric '{metric}'; leave it out, or set tasks.metric.{key}=options",
+        )
     drawn = config.test_split == "validation" and not config.makes_validation
     tested = _validation_rows(task, config, problems, seed) if drawn else task.test
     return replace(
