@@ -155,8 +155,8 @@ def test_one_logging_integration_may_be_given_by_its_name() -> None:
 def test_a_logging_integration_that_is_not_installed_is_told() -> None:
     options = TrainingOptions(report_to=("swanlab",))
     with pytest.raises(ConfigError, match=r"training\.report_to: swanlab can't be imported; install it"):
-        options.check_installed()
-    TrainingOptions().check_installed()
+        options.check_machine()
+    TrainingOptions().check_machine()
 
 
 @pytest.mark.parametrize(

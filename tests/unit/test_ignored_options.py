@@ -17,6 +17,7 @@ from holdfast.importance.sensitivity import SensitivityOptions
 from holdfast.learner.config import LearnerConfig, LearnerEvaluationOptions, ProtectBaseOptions
 from holdfast.models import ModelOptions, load_model
 from holdfast.progress import Progress
+from holdfast.runner import RunConfig, run
 from holdfast.runner.attribute import attribute_to_folder
 from holdfast.strategies import STRATEGIES, build_strategy
 from holdfast.sweep.grid import Grid
@@ -54,6 +55,7 @@ IDLE: list[tuple[type[Options], dict[str, Any], dict[str, Any]]] = [
     (STRATEGIES["sapt-lora"].Options, {"reflection": 0}, {"memory": {"count": 8}}),
     (STRATEGIES["sapt-prompt"].Options, {"reflection": 0}, {"memory": {"count": 8}}),
     (STRATEGIES["ssr"].Options, {"candidates": 8, "count": 8}, {"clusters": 4}),
+    (ToySource, {}, {"bad_rows": "skip"}),
     (HubTask, {"path": "rows.csv"}, {"revision": "main"}),
     (HubTask, {"path": {"train": "rows.csv"}}, {"config": "small"}),
     (ClBenchmarkSource, {"path": "data", "prompt": "{input}"}, {"instructions": {"TC": "Topic?"}}),
@@ -104,6 +106,19 @@ def test_a_freeze_that_freezes_nothing_of_what_is_trained_is_refused(
     with pytest.raises(ConfigError, match=message):
         build_strategy(validate(Freeze, options, "test")).check(model)
     build_strategy(validate(Freeze, {}, "test")).check(model)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 counts on a GPU")
+def test_half_precision_that_a_cpu_would_leave_out_is_refused_before_training(tmp_path: Path) -> None:
+    values = tiny_run(tmp_path / "run", training={"precision": "fp16", "max_steps": 1})
+    with pytest.raises(ConfigError, match=r"training\.precision: fp16 does nothing without a CUDA GPU"):
+        run(validate(RunConfig, values, "test"))
+    learner = learner_of("sequential", training={"precision": "fp16", "max_steps": 1})
+    with (
+        pytest.raises(ConfigError, match=r"training\.precision: fp16 does nothing without a CUDA GPU"),
+        learner.task("may", rows_of("may", 8)) as stage,
+    ):
+        stage.train()
 
 
 # tasks

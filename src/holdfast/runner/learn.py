@@ -109,7 +109,7 @@ def learn_data(
                 )
             progress.say(f"{skills}: '{task.name}' is learned already; nothing to do.")
             return read_skills(skills)
-        learner.config.training.check_installed()
+        learner.config.training.check_machine()
         about = {"learned": datetime.now(UTC).isoformat(timespec="seconds"), "data": str(data)}
         with learner.task(
             task.name, task.train, task.test, metric=task.metric, options=task.options, about=about

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from holdfast.errors import DataError
 from holdfast.tasks.options import SourceOptions
@@ -285,6 +285,11 @@ class ToySource(SourceOptions):
     size: int = Field(
         default=6, ge=SIZES.start, lt=SIZES.stop, description="letters in a prompt: how hard the tasks are"
     )
+
+    @model_validator(mode="after")
+    def _only_what_applies(self) -> ToySource:
+        self.refuse_ignored(("bad_rows",), "to toy tasks, which have none")
+        return self
 
     def available(self, problems: Problems) -> list[str]:
         return list(STREAM_TASKS) if self.order is None else list(TOY_TASKS)

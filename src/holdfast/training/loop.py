@@ -128,7 +128,8 @@ def train(
         Ctrl-C inside `holdfast.progress.stoppable`; a checkpoint was written first.
     ConfigError
         ``gradient_checkpointing`` for a model that can't; ``trainer: sft`` for an encoder-decoder model;
-        ``loss: kl_to_base`` where the base can't be had; an engine that the launcher chose isn't there.
+        ``loss: kl_to_base`` where the base can't be had; ``precision: fp16`` without a GPU; an engine that
+        the launcher chose isn't there.
     """
     from transformers import set_seed
 
@@ -141,6 +142,7 @@ def train(
         raise ConfigError(
             f"training.gradient_checkpointing: {type(model).__name__} doesn't support it; leave it out."
         )
+    options.check_machine()
     set_seed(seed)
     progress = progress or Progress(quiet=True)
     record = TrainingRecord(trained=trained_numbers(model), lm_weight=options.lm_weight or 0.0)

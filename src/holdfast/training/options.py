@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from pydantic import Field, field_validator, model_validator
 
 from holdfast.config import Options
@@ -87,14 +88,19 @@ class TrainingOptions(Options):
             )
         return self
 
-    def check_installed(self) -> None:
-        """See that every logging integration can be imported.
+    def check_machine(self) -> None:
+        """See that this machine has what the options ask for.
 
         Raises
         ------
         ConfigError
-            One is missing.
+            fp16 without a GPU, or a logging integration that can't be imported.
         """
+        if self.precision == "fp16" and not torch.cuda.is_available():
+            raise ConfigError(
+                "training.precision: fp16 does nothing without a CUDA GPU, and there is none here; use bf16, "
+                "or leave it out."
+            )
         if not self.report_to:
             return
         from transformers.integrations import get_available_reporting_integrations
