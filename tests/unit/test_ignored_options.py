@@ -12,6 +12,7 @@ import torch
 from holdfast import Learner, ProtectCallback
 from holdfast.config import Options, validate
 from holdfast.errors import ConfigError, DataError
+from holdfast.hold import AnchorOptions
 from holdfast.importance.prior import ImportancePrior
 from holdfast.importance.sensitivity import SensitivityOptions
 from holdfast.learner.config import LearnerConfig, LearnerEvaluationOptions, ProtectBaseOptions
@@ -43,6 +44,11 @@ IDLE: list[tuple[type[Options], dict[str, Any], dict[str, Any]]] = [
     (STRATEGIES["lora-oracle"].Options, {}, {"samples": 8}),
     (STRATEGIES["o-lora"].Options, {"orthogonality": 0}, {"overlap": "squared"}),
     (ATTRIBUTION, {"importance": "uniform"}, {"control": "permuted"}),
+    (ATTRIBUTION, {"importance": "uniform"}, {"balance": False}),
+    (ATTRIBUTION, {"importance": "uniform"}, {"prior_from": "single_task"}),
+    (ATTRIBUTION, {"importance": "random"}, {"prior_from": "single_task"}),
+    (AnchorOptions, {"strength": 0}, {"every": 2}),
+    (AnchorOptions, {"pull": 0}, {"every": 2}),
     (TrainingOptions, {"scheduler": "constant"}, {"warmup_steps": 3}),
     (LearnerEvaluationOptions, {}, {"general_rows": 8}),
     (ModelOptions, {"toy": True}, {"random_init": True}),
@@ -106,6 +112,36 @@ def test_a_freeze_that_freezes_nothing_of_what_is_trained_is_refused(
     with pytest.raises(ConfigError, match=message):
         build_strategy(validate(Freeze, options, "test")).check(model)
     build_strategy(validate(Freeze, {}, "test")).check(model)
+
+
+@pytest.mark.parametrize(
+    ("options", "where", "message"),
+    [
+        (
+            {"others": "lrp"},
+            {"lora": None},
+            r"strategy\.others: lrp does nothing here: of what is trained",
+        ),
+        ({"others": "none"}, {"lora": {}}, r"strategy\.others: none does nothing here"),
+        ({"merge_lora": "none"}, {"lora": None}, r"strategy\.merge_lora: none does nothing here"),
+        ({"merge_lora": "none", "importance": "fisher"}, {}, r"strategy\.merge_lora: none does nothing here"),
+    ],
+)
+def test_a_choice_for_weights_that_the_model_does_not_train_is_refused(
+    options: dict[str, Any], where: dict[str, Any], message: str
+) -> None:
+    def check(options: dict[str, Any], **model: Any) -> None:
+        made, _ = load_model(ModelOptions(toy=True, hidden=32, layers=1, **model), 0, toy_tokenizer)
+        build_strategy(validate(ATTRIBUTION, options, "test")).check(made)
+
+    with pytest.raises(ConfigError, match=message):
+        check(options, **where)
+    if "others" in options:
+        check({"others": "none"}, trainable="all")
+    else:
+        check(options, lora={})
+    recorded = validate(ATTRIBUTION, {}, "test").model_dump(mode="json")
+    check(recorded, **where)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 counts on a GPU")

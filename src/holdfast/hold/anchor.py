@@ -93,6 +93,8 @@ class AnchorOptions(Options):
             )
         if self.bound is not None and self.strength != "auto":
             raise ValueError("`bound` applies to `strength: auto` only")
+        if 0 in (self.strength, self.pull):
+            self.refuse_ignored(("every",), "where nothing is pulled (a `strength` or `pull` of 0)")
         return self
 
     def resolved(self, kind: Kind, lora: bool | None = None) -> AnchorOptions:

@@ -26,7 +26,7 @@ from holdfast.importance.inputs import InputsOptions
 from holdfast.importance.prior import Kind, default_merge
 from holdfast.importance.registry import REGISTRY
 from holdfast.models import block_parameters, input_dims
-from holdfast.models.adapters import under_adapter
+from holdfast.models.adapters import is_adapted, under_adapter
 from holdfast.records import ProtectionSummary
 from holdfast.strategies.beside import Beside
 from holdfast.strategies.lora.grown import grown_cost
@@ -108,7 +108,12 @@ class AttributionStrategyOptions(Options):
         if isinstance(self.others, Options) and REGISTRY[self.others.name].kind != "weights":  # type: ignore[attr-defined]
             raise ValueError("`others` takes an importance by weight, such as fisher or lrp; or none")
         if self.importance.name == "uniform":
-            self.refuse_ignored(("control",), "with `importance: uniform`, which is the same everywhere")
+            same = "with `importance: uniform`, which is the same everywhere and of every model"
+            self.refuse_ignored(("control", "balance", "prior_from"), same)
+        if self.importance.name == "random":
+            self.refuse_ignored(
+                ("prior_from",), "with `importance: random`, which is the same of every model"
+            )
         changed: dict[str, Any] = {"merge": self.merge or default_merge(self.kind)}
         if self.kind == "inputs" and self.others is None:
             changed["others"] = FisherOptions()
@@ -157,6 +162,7 @@ class Attribution(Strategy):
 
     def check(self, model: nn.Module) -> None:
         """Take the initial prior, if one is given, and see that it fits; choose what becomes of LoRA."""
+        self._check_choices(model)
         if self.options.kind == "inputs":
             form = form_for(model, self.options.merge_lora, self.options.name)
             self._merged = None if form is None else Merged(model, form)
@@ -179,17 +185,35 @@ class Attribution(Strategy):
         prior = prior if rank is None else prior.leading(rank)  # a sum with a whole moment is whole
         self.prior = prior.mean_normalised() if self.options.balance else prior
 
+    def _check_choices(self, model: nn.Module) -> None:
+        """See that what is chosen for LoRA, and for other weights than linear maps, has some to act on."""
+        if self.options.merge_lora == "none" and not is_adapted(model):
+            raise ConfigError(
+                "strategy.merge_lora: none does nothing here, as this model has no LoRA; leave it out."
+            )
+        others = self.options.others
+        if others not in (None, FisherOptions()) and not self._left(model):
+            named = others if isinstance(others, str) else others.name
+            raise ConfigError(
+                f"strategy.others: {named} does nothing here: of what is trained it rates nothing that isn't "
+                "rated by its inputs already. Leave it out."
+            )
+
+    def _left(self, model: nn.Module) -> list[nn.Parameter]:
+        """What is trained beside linear maps, and rated by `others`; where nothing is to be, by fisher."""
+        dims = input_dims(model)
+        maps = ImportancePrior({n: p.data for n, p in block_parameters(model).items() if n in dims})
+        every = FisherOptions() if self._beside is None else self._beside.options
+        return list(left_to_rate(model, every, maps).values())
+
     def estimate(self, model: nn.Module, stream: TaskStream) -> Estimate:
         """The prior, and what acts on it; and the models of one task each."""
         alone = [(len(task.train), None) for task in stream if self.options.prior_from == "single_task"]
         costs = prior_costs(model, self.options.importance)
         if self.options.kind == "inputs":
-            dims = input_dims(model)
-            maps = ImportancePrior({n: p.data for n, p in block_parameters(model).items() if n in dims})
-            every = FisherOptions() if self._beside is None else self._beside.options
-            left = list(left_to_rate(model, every, maps).values())
+            left = self._left(model)
             if self._beside is not None:
-                costs += prior_costs(model, every, weights=left)
+                costs += prior_costs(model, self._beside.options, weights=left)
             elif left:
                 free = f"{sum(p.numel() for p in left):,} trained parameters are no linear maps"
                 costs[0] = costs[0]._replace(note=f"{free} and not held; strategy.others=fisher holds them.")
