@@ -122,7 +122,6 @@ def test_a_freeze_that_freezes_nothing_of_what_is_trained_is_refused(
             {"lora": None},
             r"strategy\.others: lrp does nothing here: of what is trained",
         ),
-        ({"others": "none"}, {"lora": {}}, r"strategy\.others: none does nothing here"),
         ({"merge_lora": "none"}, {"lora": None}, r"strategy\.merge_lora: none does nothing here"),
         ({"merge_lora": "none", "importance": "fisher"}, {}, r"strategy\.merge_lora: none does nothing here"),
     ],
@@ -137,7 +136,8 @@ def test_a_choice_for_weights_that_the_model_does_not_train_is_refused(
     with pytest.raises(ConfigError, match=message):
         check(options, **where)
     if "others" in options:
-        check({"others": "none"}, trainable="all")
+        check({"others": "taylor"}, trainable="all")
+        check({"others": "none"}, **where)  # which says what is so
     else:
         check(options, lora={})
     recorded = validate(ATTRIBUTION, {}, "test").model_dump(mode="json")

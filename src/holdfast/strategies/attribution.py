@@ -191,12 +191,11 @@ class Attribution(Strategy):
             raise ConfigError(
                 "strategy.merge_lora: none does nothing here, as this model has no LoRA; leave it out."
             )
-        others = self.options.others
-        if others not in (None, FisherOptions()) and not self._left(model):
-            named = others if isinstance(others, str) else others.name
+        others: Any = self.options.others
+        if others not in (None, "none", FisherOptions()) and not self._left(model):
             raise ConfigError(
-                f"strategy.others: {named} does nothing here: of what is trained it rates nothing that isn't "
-                "rated by its inputs already. Leave it out."
+                f"strategy.others: {others.name} does nothing here: of what is trained it rates nothing that "
+                "isn't rated by its inputs already. Leave it out."
             )
 
     def _left(self, model: nn.Module) -> list[nn.Parameter]:

@@ -115,9 +115,8 @@ class ClBenchmarkSource(SourceOptions):
         self, path: Path, data: Mapping[str, Any], labels: tuple[str, ...], problems: Problems
     ) -> list[Example]:
         definition, name = data["Definition"], path.parent.name
-        if (
-            isinstance(self.instructions, dict) and name in self.instructions
-        ):  # a group's is for those without
+        # said of a group of data sets, it is for those without
+        if isinstance(self.instructions, dict) and name in self.instructions:
             problems.add(
                 "tasks.instructions",
                 f"'{name}' does nothing to {path}, which has a Definition of its own; leave it out",
