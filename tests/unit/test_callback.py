@@ -338,6 +338,16 @@ def test_weights_loaded_after_the_trainer_was_made_are_told(tmp_path: Path) -> N
         trainer.train()
 
 
+def test_a_model_that_is_cast_as_engines_do_has_not_changed(tmp_path: Path) -> None:
+    model = tiny_model()
+    callback = ProtectCallback(half_prior(model))
+    trainer = Trainer(model, arguments(tmp_path, max_steps=1), train_dataset=rows(), callbacks=[callback])
+    model.bfloat16()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*weights have changed since.*")
+        trainer.train()
+
+
 def test_protection_ends_with_the_training(tmp_path: Path) -> None:
     model = tiny_model()
     trainer = Trainer(

@@ -241,8 +241,9 @@ class ProtectCallback(TrainerCallback):
             self._captured[unwrapped(model)] = weights_of(model, names)
 
     def _is_as_captured(self, model: nn.Module) -> bool:
+        """In the type and on the device that an engine may have given them since."""
         captured = self._captured[unwrapped(model)]
-        return all(torch.equal(t, captured[name]) for name, t in weights_of(model, captured).items())
+        return all(torch.equal(t, captured[name].to(t)) for name, t in weights_of(model, captured).items())
 
     def _tell_if_moved(self, model: nn.Module) -> None:
         """Say so where somebody has changed a model between the making of its trainer and its training."""
