@@ -44,6 +44,7 @@ class Logger(TrainerCallback):
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+    monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: True)
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Logger)
     monkeypatch.setattr(Logger, "told", [], raising=False)
     return Logger.told
@@ -73,11 +74,10 @@ def test_each_task_s_scores_ap_bwt_and_kl_are_logged_before_the_end_of_its_train
 
 
 def test_a_run_logs_what_its_metrics_say_and_counts_a_task_that_comes_again_once(
-    told: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    told: Any, tmp_path: Path
 ) -> None:
     values = tiny_run(tmp_path / "run", training={**TRAINING, "report_to": "tensorboard"})
     values["tasks"] = {**values["tasks"], "order": ["copy", "flip", "copy"]}
-    monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: True)
     metrics = run(validate(RunConfig, values, "test"))
     last = measured(told)[-1]
     assert {key: last[f"eval_{key}"] for key in ("ap", "bwt", "learning_accuracy")} == {

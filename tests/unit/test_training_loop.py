@@ -371,6 +371,7 @@ def test_tensorboard_writes_beside_the_stage_and_not_into_the_folder_that_is_del
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             written.append(self.logging_dir or args.output_dir)
 
+    monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: True)
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", TensorBoardCallback)
     fit(tiny_model(), rows_of(), tmp_path, max_steps=1, report_to=("tensorboard",))
     assert written == [str(tmp_path / "tensorboard")]
