@@ -25,9 +25,7 @@ finally:
 @pytest.mark.parametrize(
     ("command", "code"),
     [
-        (["list", "strategies"], 0),
         (["skills", "none"], 2),
-        (["run", "run.yaml", "training.epoch=1"], 2),
         (["check", "run.yaml"], 0),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
