@@ -44,10 +44,12 @@ class Freeze(Strategy):
 
     def frozen(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Canonical name to parameter, of what these options freeze."""
-        parameters = parameters_by_name(model)
-        low = {n for n in parameters if (layer := layer_of(n)) is not None and layer < self.options.blocks}
-        found = {name: parameters[name] for name in sorted(low)}
-        return {**found, **_embeddings(model)} if self.options.embeddings else found
+        low = {
+            name: parameter
+            for name, parameter in parameters_by_name(model).items()
+            if (layer := layer_of(name)) is not None and layer < self.options.blocks
+        }
+        return {**low, **_embeddings(model)} if self.options.embeddings else low
 
     def check(self, model: nn.Module) -> None:
         """See that the model has so many blocks, and that what is frozen and what is left is trained."""

@@ -118,11 +118,7 @@ class KLCallback(TrainerCallback):
         """Measure."""
         self._measure(state, kwargs["model"], _tokenizer(kwargs))
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Measure."""
-        self._measure(state, kwargs["model"], _tokenizer(kwargs))
+    on_evaluate = on_epoch_end
 
     def on_log(
         self,
