@@ -250,6 +250,18 @@ def ask_base(base: Any, tokenizer: Any, rows: Sequence[Encoded], **kept: int) ->
     return Answers(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
+def ask_own(
+    base: Any, tokenizer: Any, count: int, seed: int
+) -> tuple[list[Example], list[Encoded], Answers] | None:
+    """Let a base write rows and ask it them: the rows, as token ids, and its answers; None if it writes none.
+
+    Parameters are those of `own_rows`.
+    """
+    rows = own_rows(base, tokenizer, count, seed)
+    encoded = encode_own(rows, tokenizer, is_encoder_decoder(base))
+    return (rows, encoded, ask_base(base, tokenizer, encoded)) if encoded else None
+
+
 def divergence(model: Any, tokenizer: Any, rows: Sequence[Encoded], base: Answers) -> Divergence:
     """How far a model is from its base on some rows."""
     total = square = 0.0

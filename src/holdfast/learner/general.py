@@ -12,10 +12,10 @@ from holdfast.evaluation.general import (
     Answers,
     Divergence,
     ask_base,
+    ask_own,
     divergence,
     encode_own,
     load_own,
-    own_rows,
     save_own,
 )
 from holdfast.learner.config import STAGES
@@ -97,12 +97,11 @@ class General:
     def _written(self, folder: Path) -> tuple[list[Encoded], Answers] | None:
         context, count = self.state.context, self.state.config.evaluation.general_rows
         with self._base() as base:
-            rows = own_rows(base, context.tokenizer, count, context.seed)
-        encoded = self._encode(rows)
-        if not encoded:
+            found = ask_own(base, context.tokenizer, count, context.seed)
+        if found is None:
             context.progress.say("general ability isn't measured on the base's own rows: it writes nothing.")
             return None
-        answers = self._ask(encoded)
+        rows, encoded, answers = found
         save_own(folder, rows, answers)
         return encoded, answers
 

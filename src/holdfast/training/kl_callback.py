@@ -17,10 +17,10 @@ from holdfast.errors import ConfigError
 from holdfast.evaluation.general import (
     Answers,
     ask_base,
+    ask_own,
     divergence,
     encode_own,
     load_own,
-    own_rows,
     save_own,
 )
 from holdfast.models import evaluating, is_encoder_decoder, unwrapped
@@ -150,12 +150,11 @@ class KLCallback(TrainerCallback):
             write_tensors(kept / NEW, vars(self._new[1]))
 
     def _ask(self, model: nn.Module, tokenizer: Any, new: list[Encoded]) -> None:
-        self._written = own_rows(model, tokenizer, self.rows, self.seed)
-        encoded = encode_own(self._written, tokenizer, is_encoder_decoder(model))
-        self._own = (encoded, ask_base(model, tokenizer, encoded)) if encoded else None
-        self._new = (new, ask_base(model, tokenizer, new)) if new else None
-        if not encoded:
+        found = ask_own(model, tokenizer, self.rows, self.seed)
+        if found is None:
             warnings.warn("KLCallback: the model writes nothing, so it has no kl_base.", stacklevel=3)
+        self._written, self._own = ([], None) if found is None else (found[0], found[1:])
+        self._new = (new, ask_base(model, tokenizer, new)) if new else None
 
     def _recall(self, kept: Path, model: nn.Module, tokenizer: Any, new: list[Encoded]) -> bool:
         """Take what the model said before its first step; False where the checkpoint has nothing of it."""
