@@ -17,6 +17,9 @@ that is 0.2 s, on top of 1.0 to 1.5 s for the products.
 
 `ratio_streaming` is the same with K = 8 and 32 sequences in 4 batches against 4 plain passes: from the ninth
 sample on, every relevance is merged into 8 sorted values in memory (another 2 x 32 bytes each).
+`ratio_later_batch` is of the three batches after the first. What a call does once is a large part of `ratio`:
+a comparison of a sample in a batch with the sample alone (three more samples), and the sums of the
+conservation check.
 """
 
 from __future__ import annotations
@@ -99,13 +102,15 @@ def main() -> None:
     torch.set_num_threads(1)
     model = llama(384, 6, intermediate=1280, heads=6).eval()  # 12.4 M parameters in the blocks
     one, streaming = compare(model, SEQUENCES, ROUNDS), compare(model, 4 * SEQUENCES, 2)
+    later = {kind: streaming[kind][0] - one[kind][0] for kind in one}
     result = {
         "ratio": round(one["attribution"][0] / one["plain"][0], 3),
-        "target": 1.6,
+        "target": 1.3,
         "ratio_processor_time": round(one["attribution"][1] / one["plain"][1], 3),
         "plain_seconds": round(one["plain"][0], 3),
         "attribution_seconds": round(one["attribution"][0], 3),
         "ratio_streaming": round(streaming["attribution"][0] / streaming["plain"][0], 3),
+        "ratio_later_batch": round(later["attribution"] / later["plain"], 3),
         "block_parameters": sum(p.numel() for p in block_parameters(model).values()),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -13,11 +13,15 @@ from torch import Tensor
 from holdfast import world
 from holdfast.resume import State
 
-CHUNK = 2**16  # elements worked on at once: they fit the fastest caches
 # Of eq. 10; A does not state its value. It is above the rounding noise of a tensor without
 # relevance (the keys' bias, to which softmax is blind), which eq. 10 would otherwise blow up to 1.
 EPSILON = 1e-8
 SENT = 2**22  # elements of which the processes exchange their K largest at once
+
+
+def _chunk(device: torch.device) -> int:
+    """Elements worked on at once: they fit a CPU's caches, and are worth a GPU's while to start on."""
+    return 2**16 if device.type == "cpu" else 2**24
 
 
 def _working_type(dtype: torch.dtype) -> torch.dtype:
@@ -91,10 +95,11 @@ class TopKMean:
     def _merge(self, state: _TopState, value_N: Tensor, scale: float) -> None:
         """Keep the K largest of the K in the slots and one more."""
         self._normalise(state)
-        for start in range(0, value_N.numel(), CHUNK):
-            value = value_N[start : start + CHUNK]
+        chunk = _chunk(value_N.device)
+        for start in range(0, value_N.numel(), chunk):
+            value = value_N[start : start + chunk]
             carried, spare = _signed_log(value, torch.empty_like(value)).mul_(scale), torch.empty_like(value)
-            for slot in state.slots[:, start : start + CHUNK]:  # keep the larger, carry the smaller on
+            for slot in state.slots[:, start : start + chunk]:  # keep the larger, carry the smaller on
                 torch.minimum(slot, carried, out=spare)
                 torch.maximum(slot, carried, out=slot)
                 carried, spare = spare, carried
@@ -104,7 +109,7 @@ class TopKMean:
         if not state.merged:
             state.merged = True
             for slot_N, slot_scale in zip(state.slots, state.scales, strict=False):
-                for slot in slot_N.split(CHUNK):
+                for slot in slot_N.split(_chunk(slot_N.device)):
                     slot.copy_(_signed_log(slot, torch.empty_like(slot)).mul_(slot_scale))
 
     def state(self) -> State:
@@ -146,11 +151,12 @@ class TopKMean:
         for name in list(self._states):
             state = self._states.pop(name)
             mean_N, count = torch.zeros_like(state.slots[0]), len(state.scales)
-            scratch = torch.empty_like(mean_N[:CHUNK])
-            for start in range(0, mean_N.numel(), CHUNK):
-                mean = mean_N[start : start + CHUNK]
+            chunk = _chunk(mean_N.device)
+            scratch = torch.empty_like(mean_N[:chunk])
+            for start in range(0, mean_N.numel(), chunk):
+                mean = mean_N[start : start + chunk]
                 for slot_N, scale in zip(state.slots, state.scales, strict=False):
-                    slot = slot_N[start : start + CHUNK]
+                    slot = slot_N[start : start + chunk]
                     if state.merged:
                         mean.add_(slot, alpha=1 / count)
                     else:
