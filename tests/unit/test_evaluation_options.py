@@ -22,7 +22,7 @@ from tiny_runs import tiny_run
 @pytest.mark.parametrize("option", [{"scope": "last"}, {"zero_shot": False}])
 def test_a_learner_refuses_what_only_a_known_stream_can_be_asked(option: dict[str, Any]) -> None:
     (name,) = option
-    with pytest.raises(ConfigError, match=f"evaluation.{name}: unknown key.*here: batch_size, general"):
+    with pytest.raises(ConfigError, match=f"evaluation.{name}: unknown key.*here: batch_size, engine"):
         Learner(tiny_model("llama"), toy_tokenizer(), "sequential", evaluation=option)
 
 

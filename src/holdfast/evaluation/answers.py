@@ -15,6 +15,8 @@ from holdfast.models import accepts, context_length, is_encoder_decoder
 from holdfast.tasks.encode import Encoded, collate, collate_prompts
 
 Progress = Callable[[int, int], None]
+# rows, at most how many tokens an answer, what ends one, progress: greedy answers as token ids
+Greedy = Callable[[Sequence[Encoded], int, Sequence[int], Progress | None], list[list[int]]]
 T = TypeVar("T")
 
 
@@ -97,6 +99,10 @@ def room_for_answers(model: nn.Module, longest_prompt: int, wanted: int) -> int:
     return max(1, min(wanted, limit if is_encoder_decoder(model) else limit - longest_prompt))
 
 
+def _longest(rows: Sequence[Encoded]) -> int:
+    return max((len(row.prompt_ids) for row in rows), default=0)
+
+
 def _until(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
     """The tokens before the first that ends an answer (a decoder's start token may be such a one)."""
     end = next((i for i, token in enumerate(ids) if i and token in stop_ids), len(ids))
@@ -113,6 +119,7 @@ def generate(
     stop_ids: Sequence[int] | None = None,
     kept_ids: Collection[int] = (),
     progress: Progress | None = None,
+    engine: Greedy | None = None,
 ) -> list[str]:
     """The texts of `greedy`'s answers, in the order of `rows`.
 
@@ -124,18 +131,23 @@ def generate(
         Tokens that end an answer; the tokenizer's end token when omitted.
     kept_ids : collection of int
         Special tokens that are part of an answer. All others are left out.
+    engine : callable, optional
+        Gives the answers in place of `greedy`.
     """
     stop_ids = [tokenizer.eos_token_id] if stop_ids is None else list(stop_ids)
     dropped = {*tokenizer.all_special_ids, *stop_ids} - {*kept_ids}
-    answers = greedy(
-        model,
-        tokenizer,
-        rows,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        stop_ids=stop_ids,
-        progress=progress,
-    )
+    if engine is not None:
+        answers = engine(rows, room_for_answers(model, _longest(rows), max_new_tokens), stop_ids, progress)
+    else:
+        answers = greedy(
+            model,
+            tokenizer,
+            rows,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            stop_ids=stop_ids,
+            progress=progress,
+        )
     said = ([token for token in _until(ids, stop_ids) if token not in dropped] for ids in answers)
     return [tokenizer.decode(ids, skip_special_tokens=False).strip() for ids in said]
 
@@ -158,8 +170,7 @@ def greedy(
     `stop_ids` are those of `generate`.
     """
     encoder_decoder = is_encoder_decoder(model)
-    longest = max((len(row.prompt_ids) for row in rows), default=0)
-    max_new_tokens = room_for_answers(model, longest, max_new_tokens)
+    max_new_tokens = room_for_answers(model, _longest(rows), max_new_tokens)
     answers: list[list[int]] = [[] for _ in rows]
     model.eval()
     done = 0

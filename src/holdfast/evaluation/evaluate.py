@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import Field
 
 from holdfast.config import Options
-from holdfast.evaluation.answers import generate, rank_options, total_log_likelihoods
+from holdfast.evaluation.answers import Greedy, generate, rank_options, total_log_likelihoods
 from holdfast.evaluation.scores import SCORES, sari, sources_of
 from holdfast.records import Prediction
 from holdfast.tasks.encode import Encoded, Encoder
@@ -121,8 +121,12 @@ def evaluate_encoded(
     *,
     batch_size: int,
     progress: Callable[[int, int], None] | None = None,
+    engine: Greedy | None = None,
 ) -> TaskScore:
-    """As `evaluate_task`, of a task that `encode_task` has encoded."""
+    """As `evaluate_task`, of a task that `encode_task` has encoded.
+
+    With `engine` its answers are scored, where answers are generated, in place of the model's own.
+    """
     task = encoded.task
     if task.metric == "perplexity":
         return _perplexities(model, tokenizer, encoded, batch_size, progress)
@@ -140,6 +144,7 @@ def evaluate_encoded(
             stop_ids=encoded.stop_ids,
             kept_ids=encoded.kept_ids,
             progress=progress,
+            engine=engine,
         )
     scores = _scores(task, answers)
     predictions = [

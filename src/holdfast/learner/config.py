@@ -8,10 +8,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from holdfast.config import MAX_SEED, Options, read_recorded, validate
+from holdfast.config import MAX_SEED, Options, named, read_recorded, validate
 from holdfast.errors import RunDirectoryError
 from holdfast.evaluation.evaluate import EvaluationOptions
 from holdfast.evaluation.harness import HarnessOptions, named_tasks
+from holdfast.evaluation.vllm_engine import EngineOptions
 from holdfast.folder import CONFIG
 from holdfast.importance.inputs import InputsOptions
 from holdfast.models import ModelOptions
@@ -63,6 +64,10 @@ class LearnerEvaluationOptions(EvaluationOptions):
         "start and on the new task's rows",
     )
     general_rows: int = Field(64, ge=1, description="how many rows of each kind that is measured on")
+    engine: Annotated[EngineOptions, BeforeValidator(named)] = Field(
+        default_factory=EngineOptions,
+        description="what generates the answers to test rows: this process, or `vllm` in one of its own",
+    )
     harness: Annotated[HarnessOptions | None, BeforeValidator(named_tasks)] = Field(
         None, description="tasks of EleutherAI's lm-eval, asked before the first task and after each"
     )

@@ -7,41 +7,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from holdfast import world
-from holdfast.errors import ConfigError
-from holdfast.evaluation.harness import Results, check_harness, run_harness
-from holdfast.learner.config import STAGES, LearnerConfig
+from holdfast.evaluation.harness import Results, run_harness
+from holdfast.learner.config import STAGES
 from holdfast.learner.state import LearnerState
 from holdfast.records import StageMetrics
 from holdfast.storage import write_json
-from holdfast.strategies import STRATEGIES, Strategy
 
 BEFORE = "harness_before.json"  # in a stage's folder: so that a killed one doesn't ask again
-
-
-def check_askable(config: LearnerConfig) -> None:
-    """See that lm-eval can ask what learns under this configuration, before anything is trained.
-
-    Raises
-    ------
-    ConfigError
-        lm-eval is missing or doesn't know a task, or the answers come from more than a plain model; or there
-        are several processes.
-    """
-    if config.evaluation.harness is None:
-        return
-    if STRATEGIES[config.strategy.name].strategy.route is not Strategy.route:
-        raise ConfigError(
-            f"evaluation.harness: under strategy '{config.strategy.name}' answers come from more than a "
-            "plain model (prompts, routers), which lm-eval can't ask. Leave evaluation.harness out, or take "
-            "another strategy."
-        )
-    if world.size() > 1:
-        raise ConfigError(
-            "evaluation.harness: lm-eval shares questions out by itself where it finds several processes. "
-            "Leave it out here, and ask with `holdfast harness FOLDER --tasks ...` afterwards."
-        )
-    check_harness(config.evaluation.harness)
 
 
 class Harness:

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from holdfast.evaluation.answers import Greedy, room_for_answers
 from holdfast.evaluation.evaluate import EncodedTask, encode_task, evaluate_encoded
 from holdfast.evaluation.predictions import write_predictions
+from holdfast.evaluation.vllm_engine import Vllm
 from holdfast.learner.state import LearnerState
+from holdfast.models import save_merged
+from holdfast.models.adapters import is_adapter
 from holdfast.tasks.task import Task
+
+VLLM_LOG = "vllm.log"  # what it says, in the learner's folder
+_WHOLE = ".asked-"  # begins the name of the folder that vLLM gets the model in
 
 
 class Testing:
@@ -49,8 +59,8 @@ class Testing:
             Task to score, 0 to 100.
         """
         scores: dict[str, float] = {}
-        context = self.state.context
-        with context.progress.bar(f"test {description}", total=sum(len(t.test) for t in tasks)) as bar:
+        context, total = self.state.context, sum(len(t.test) for t in tasks)
+        with self._engine(tasks) as engine, context.progress.bar(f"test {description}", total=total) as bar:
             done = 0
             for task in tasks:
                 result = evaluate_encoded(
@@ -59,11 +69,40 @@ class Testing:
                     self._encoded_of(task),
                     batch_size=self.state.config.evaluation.batch_size,
                     progress=partial(_ahead, bar, done),
+                    engine=engine,
                 )
                 write_predictions(folder, task.name, result.predictions)
                 scores[task.name] = result.score
                 done += len(task.test)
         return scores
+
+    @contextmanager
+    def _engine(self, tasks: Sequence[Task]) -> Iterator[Greedy | None]:
+        """What answers in the model's place, if another engine is asked for and answers are generated."""
+        state, options = self.state, self.state.config.evaluation.engine
+        asked = [encoded for task in tasks if (encoded := self._encoded_of(task)).max_new_tokens]
+        if options.name != "vllm" or not asked:
+            yield None
+            return
+        model, home = state.route(), state.folder.path
+        prompts = [(max(len(row.prompt_ids) for row in e.rows), e.max_new_tokens) for e in asked]
+        longest = max(length + room_for_answers(model, length, wanted) for length, wanted in prompts)
+        for left in home.glob(f"{_WHOLE}*"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        with TemporaryDirectory(dir=home, prefix=_WHOLE) as folder:
+            self._write_whole(Path(folder))
+            log = home / VLLM_LOG
+            state.context.progress.say(f"  vLLM starts ({log})")
+            with Vllm(Path(folder), options, dtype=model.dtype, longest=longest, log=log) as vllm:
+                yield vllm.greedy
+
+    def _write_whole(self, folder: Path) -> None:
+        """The model that answers, with its adapter merged."""
+        context = self.state.context
+        self.state.strategy.export(context, folder)
+        if is_adapter(str(folder)):
+            shutil.rmtree(folder)
+            save_merged(context.model, context.tokenizer, folder)
 
     def _encoded_of(self, task: Task) -> EncodedTask:
         if task.name not in self._encoded:

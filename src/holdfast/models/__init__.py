@@ -25,7 +25,7 @@ from holdfast.models.parts import (
     unwrapped,
     weights_of,
 )
-from holdfast.models.saving import save_model
+from holdfast.models.saving import save_merged, save_model
 from holdfast.models.toy import tiny_llama
 
 __all__ = [
@@ -51,6 +51,7 @@ __all__ = [
     "quantisation_of",
     "recomputes_reentrantly",
     "require_rateable",
+    "save_merged",
     "save_model",
     "text_part",
     "tiny_llama",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,11 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     for name, config in getattr(model, "peft_config", {}).items():
         _order_sets(config, folder / ADAPTER if name == NAME else folder / name / ADAPTER)
     tokenizer.save_pretrained(folder)
+
+
+def save_merged(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write an adapted model with its adapter merged into the weights; the model stays as it is."""
+    save_model(copy.deepcopy(model).merge_and_unload(), tokenizer, folder)
 
 
 def _keep_processor(model: Any, folder: Path) -> None:

@@ -17,7 +17,7 @@ from holdfast.errors import HoldfastError
 from holdfast.evaluation.audit import audit
 from holdfast.folder import CONFIG
 from holdfast.hold.cost import trained_numbers
-from holdfast.learner.harness import check_askable
+from holdfast.learner.askable import check_askable
 from holdfast.models import is_encoder_decoder, load_model, weights_of
 from holdfast.progress import tell
 from holdfast.quantities import count, mebibytes
@@ -87,7 +87,7 @@ def check(config: RunConfig, directory: bool = True) -> Findings:
         model, tokenizer = load_model(config.model, config.seed, toy_tokenizer)
     except HoldfastError as error:
         findings.problems.append(str(error))
-    for found_out in (config.training.check_machine, partial(check_askable, config)):
+    for found_out in (config.training.check_machine, partial(check_askable, config, model)):
         try:
             found_out()
         except HoldfastError as error:

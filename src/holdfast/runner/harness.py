@@ -7,8 +7,8 @@ from pathlib import Path
 from holdfast.errors import ConfigError
 from holdfast.evaluation.harness import HarnessOptions, Results, check_harness, run_harness
 from holdfast.learner import Learner
+from holdfast.learner.askable import check_askable
 from holdfast.learner.config import LearnerEvaluationOptions
-from holdfast.learner.harness import check_askable
 from holdfast.models import onto_gpu
 from holdfast.progress import Progress
 from holdfast.records import HarnessAnswers
