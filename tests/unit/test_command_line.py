@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +173,21 @@ def test_command_to_continue_with_can_be_pasted_into_a_shell(
     result = holdfast_cli("run", "mine.yaml", "output=my run", "tasks.order=[copy, head]")
     assert result.exit_code == 130
     assert "holdfast run mine.yaml 'output=my run' 'tasks.order=[copy, head]'" in result.output
+
+
+def test_ctrl_c_before_any_command_is_known_ends_without_a_traceback() -> None:
+    code = (
+        "import sys\n"
+        "class Stops:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'holdfast.cli':\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Stops())\n"
+        "from holdfast.__main__ import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "")
 
 
 def test_ctrl_c_while_libraries_load_is_told_too(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -89,8 +89,3 @@ for _app, _commands in ((app, _COMMANDS), (prior_app, _OF_PRIORS)):
     for _name, _command in _commands.items():
         _app.command(_name, cls=Command)(_command)
 app.add_typer(prior_app, name="prior")
-
-
-def main() -> Any:
-    """Entry point for ``python -m holdfast``."""
-    return app()
