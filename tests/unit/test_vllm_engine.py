@@ -7,6 +7,8 @@ that has vLLM, the slow test asks the real one.
 from __future__ import annotations
 
 import os
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from command_line import holdfast_cli
 from holdfast import Learner
 from holdfast.config import validate
 from holdfast.errors import ConfigError, HoldfastError, ModelError
+from holdfast.evaluation.vllm_engine import EngineOptions, Vllm
 from holdfast.learner.config import LearnerEvaluationOptions
 from holdfast.models import LoraOptions, add_lora, tiny_llama
 from holdfast.runner import RunConfig, run
@@ -95,6 +98,22 @@ def test_where_it_breaks_the_error_says_why_and_where_to_look(
     with pytest.raises(ConfigError, match=message):
         asked(model_of("weights"), tmp_path, engine)
     assert not list((tmp_path / "skills").glob(".asked-*"))
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_ctrl_c_while_it_answers_ends_it_at_once(tmp_path: Path) -> None:
+    options = EngineOptions(name="vllm", arguments={"break_at": "never"})
+    log = tmp_path / "log"
+    with (
+        suppress(KeyboardInterrupt),
+        Vllm(tmp_path, options, dtype=torch.float32, longest=8, log=log) as vllm,
+    ):
+        process = vllm._process
+        vllm._send({"prompts": [[1]], "max_tokens": 2, "stop_ids": []})
+        started = time.monotonic()
+        raise KeyboardInterrupt
+    assert process.poll() is not None
+    assert time.monotonic() - started < 20
 
 
 def test_without_vllm_nothing_is_begun(tmp_path: Path) -> None:

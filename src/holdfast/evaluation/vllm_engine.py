@@ -154,8 +154,8 @@ class Vllm:
     def __enter__(self) -> Vllm:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, error: object, *_: object) -> None:
+        self.close(PATIENCE if error is None else 0)
 
     def greedy(
         self,
@@ -172,16 +172,15 @@ class Vllm:
                 progress(told["done"], len(rows))
         return told["answers"]
 
-    def close(self) -> None:
-        """End the process, and what it started."""
+    def close(self, patience: float = 0) -> None:
+        """End the process, and what it started; it gets so many seconds to do so by itself."""
         process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
         try:
             with suppress(OSError, subprocess.TimeoutExpired):
                 process.stdin.close()  # nothing more to read: it ends
-                if self.version:
-                    process.wait(PATIENCE)
+                process.wait(patience)
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -199,7 +198,7 @@ class Vllm:
     def _next(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
-        if not line:
+        if not line.endswith("\n"):  # nothing, or a part of a line
             raise self._ended()
         told: dict[str, Any] = json.loads(line)
         if "error" in told:
