@@ -6,6 +6,7 @@ that has vLLM, the slow test asks the real one.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import time
 from contextlib import suppress
@@ -29,6 +30,7 @@ from tiny_models import tiny_model
 from tiny_runs import tiny_run
 
 TOKENIZER = toy_tokenizer()
+missing = pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed here")
 # answers of different lengths, and one that is rated without being written
 TASKS = [
     Task("short", [], [Example("ab" * i, "b") for i in range(1, 7)]),
@@ -116,6 +118,7 @@ def test_ctrl_c_while_it_answers_ends_it_at_once(tmp_path: Path) -> None:
     assert time.monotonic() - started < 20
 
 
+@missing
 def test_without_vllm_nothing_is_begun(tmp_path: Path) -> None:
     values = tiny_run(tmp_path / "run", evaluation={"engine": "vllm"})
     with pytest.raises(ConfigError, match=r"vLLM isn't installed for .*python.* an environment of its own"):
@@ -167,6 +170,7 @@ def test_options_that_do_nothing_are_refused(engine: Any, message: str) -> None:
         validate(LearnerEvaluationOptions, {"engine": engine}, "test")
 
 
+@missing
 def test_check_tells_that_it_is_missing(tmp_path: Path) -> None:
     config = tmp_path / "c.yaml"
     config.write_text("{model: {toy: true}, tasks: {source: toy}, strategy: sequential}")
