@@ -91,16 +91,17 @@ def plain_greedy(
             holder.generation_config = config
 
 
-def room_for_answers(model: nn.Module, longest_prompt: int, wanted: int) -> int:
+def longest_prompt(rows: Sequence[Encoded]) -> int:
+    """Tokens of the longest prompt; 0 of no rows."""
+    return max((len(row.prompt_ids) for row in rows), default=0)
+
+
+def room_for_answers(model: nn.Module, rows: Sequence[Encoded], wanted: int) -> int:
     """How many tokens of an answer fit behind the longest prompt, at most `wanted` and at least one."""
     limit = context_length(model)
     if limit is None:
         return wanted
-    return max(1, min(wanted, limit if is_encoder_decoder(model) else limit - longest_prompt))
-
-
-def _longest(rows: Sequence[Encoded]) -> int:
-    return max((len(row.prompt_ids) for row in rows), default=0)
+    return max(1, min(wanted, limit if is_encoder_decoder(model) else limit - longest_prompt(rows)))
 
 
 def _until(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
@@ -137,7 +138,7 @@ def generate(
     stop_ids = [tokenizer.eos_token_id] if stop_ids is None else list(stop_ids)
     dropped = {*tokenizer.all_special_ids, *stop_ids} - {*kept_ids}
     if engine is not None:
-        answers = engine(rows, room_for_answers(model, _longest(rows), max_new_tokens), stop_ids, progress)
+        answers = engine(rows, room_for_answers(model, rows, max_new_tokens), stop_ids, progress)
     else:
         answers = greedy(
             model,
@@ -170,7 +171,7 @@ def greedy(
     `stop_ids` are those of `generate`.
     """
     encoder_decoder = is_encoder_decoder(model)
-    max_new_tokens = room_for_answers(model, _longest(rows), max_new_tokens)
+    max_new_tokens = room_for_answers(model, rows, max_new_tokens)
     answers: list[list[int]] = [[] for _ in rows]
     model.eval()
     done = 0

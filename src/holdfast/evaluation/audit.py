@@ -237,8 +237,7 @@ def _context(encoded: EncodedTask, rows: list[Encoded], model: nn.Module, found:
         return
     if not encoded.max_new_tokens or not encoded.rows:
         return
-    longest_test = max(len(row.prompt_ids) for row in encoded.rows)
-    room = room_for_answers(model, longest_test, encoded.max_new_tokens)
+    room = room_for_answers(model, encoded.rows, encoded.max_new_tokens)
     if room < encoded.max_new_tokens:
         found.remarks.append(
             f"{task.name}: answers may have {room} tokens instead of {encoded.max_new_tokens}: the longest "

@@ -122,7 +122,7 @@ class Vllm:
     def __init__(
         self, folder: Path, options: EngineOptions, *, dtype: torch.dtype, longest: int, log: Path
     ) -> None:
-        self.log, self.version = log, ""
+        self.log = log
         with log.open("w") as file:
             self._process = subprocess.Popen(
                 [options.interpreter, vllm_process.__file__],
@@ -146,7 +146,7 @@ class Vllm:
         }
         try:
             self._send(arguments)
-            self.version = self._next()["ready"]
+            self._next()  # it is ready
         except BaseException:
             self.close()
             raise

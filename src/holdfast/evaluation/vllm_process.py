@@ -43,7 +43,7 @@ def serve(lines: TextIO, told: TextIO) -> None:
         import vllm
 
         llm = vllm.LLM(**json.loads(next(lines)))
-        tell(ready=vllm.__version__)
+        tell(ready=True)
         for line in lines:
             answers: list[list[int]] = []
             for some in answered(llm, json.loads(line)):

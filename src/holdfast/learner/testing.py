@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from holdfast.evaluation.answers import Greedy, room_for_answers
+from holdfast.evaluation.answers import Greedy, longest_prompt, room_for_answers
 from holdfast.evaluation.evaluate import EncodedTask, encode_task, evaluate_encoded
 from holdfast.evaluation.predictions import write_predictions
 from holdfast.evaluation.vllm_engine import Vllm
@@ -80,13 +80,15 @@ class Testing:
     def _engine(self, tasks: Sequence[Task]) -> Iterator[Greedy | None]:
         """What answers in the model's place, if another engine is asked for and answers are generated."""
         state, options = self.state, self.state.config.evaluation.engine
-        asked = [encoded for task in tasks if (encoded := self._encoded_of(task)).max_new_tokens]
-        if options.name != "vllm" or not asked:
+        encoded = map(self._encoded_of, tasks if options.name == "vllm" else ())
+        asked = [e for e in encoded if e.max_new_tokens]
+        if not asked:
             yield None
             return
         model, home = state.route(), state.folder.path
-        prompts = [(max(len(row.prompt_ids) for row in e.rows), e.max_new_tokens) for e in asked]
-        longest = max(length + room_for_answers(model, length, wanted) for length, wanted in prompts)
+        longest = max(
+            longest_prompt(e.rows) + room_for_answers(model, e.rows, e.max_new_tokens) for e in asked
+        )
         for left in home.glob(f"{_WHOLE}*"):  # by a process that was killed
             shutil.rmtree(left, ignore_errors=True)
         with TemporaryDirectory(dir=home, prefix=_WHOLE) as folder:

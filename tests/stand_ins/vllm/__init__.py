@@ -11,8 +11,6 @@ from types import SimpleNamespace
 
 import torch
 
-__version__ = "0.stand-in"
-
 
 @dataclass
 class SamplingParams:
