@@ -118,6 +118,16 @@ def test_ctrl_c_while_it_answers_ends_it_at_once(tmp_path: Path) -> None:
     assert time.monotonic() - started < 20
 
 
+def begin(model: Any, strategy: Any, engine: Any) -> None:
+    """Begin a task, which must be refused before its block."""
+    rows = [Example("a", "b")]
+    with (
+        Learner(model, TOKENIZER, strategy, evaluation={"engine": engine}) as learner,
+        learner.task("t", train=rows, test=[Example("b", "a")]),
+    ):
+        raise AssertionError("the task began")
+
+
 @missing
 def test_without_vllm_nothing_is_begun(tmp_path: Path) -> None:
     values = tiny_run(tmp_path / "run", evaluation={"engine": "vllm"})
@@ -127,16 +137,14 @@ def test_without_vllm_nothing_is_begun(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"evaluation.engine.python: /no/python can't be run \(.*No such file"
     ):
-        Learner(
-            tiny_model("llama"), TOKENIZER, evaluation={"engine": {"name": "vllm", "python": "/no/python"}}
-        )
+        begin(tiny_model("llama"), "sequential", {"name": "vllm", "python": "/no/python"})
 
 
 @pytest.mark.usefixtures("stand_in")
 def test_what_it_can_not_run_is_refused_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(model: Any, strategy: Any, error: type[HoldfastError], message: str) -> None:
         with pytest.raises(error, match=message):
-            Learner(model, TOKENIZER, strategy, evaluation={"engine": "vllm"})
+            begin(model, strategy, "vllm")
 
     refused(tiny_model("t5"), "sequential", ModelError, "is an encoder-decoder model, which vLLM doesn't run")
     refused(
@@ -168,6 +176,29 @@ def test_what_it_can_not_run_is_refused_beforehand(monkeypatch: pytest.MonkeyPat
 def test_options_that_do_nothing_are_refused(engine: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         validate(LearnerEvaluationOptions, {"engine": engine}, "test")
+
+
+@missing
+def test_a_folder_recorded_with_it_can_be_asked_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skills = tmp_path / "skills"
+    with monkeypatch.context() as there:
+        there.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "stand_ins"))
+        with (
+            Learner(
+                model_of("weights"), TOKENIZER, "sequential", folder=skills, evaluation={"engine": "vllm"}
+            ) as learner,
+            learner.task("t", train=[Example("a", "b")], test=[Example("b", "a")]) as learning,
+        ):
+            learning.train()
+    with Learner.load(skills, model_of("weights"), TOKENIZER) as learner:
+        assert len(learner.answer(["a", "b"])) == 2
+        with (
+            pytest.raises(ConfigError, match="vLLM isn't installed for"),
+            learner.task("u", train=[Example("b", "b")]),
+        ):
+            raise AssertionError("the task began")
 
 
 @missing

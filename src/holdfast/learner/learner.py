@@ -24,7 +24,6 @@ from holdfast.evaluation.predictions import file_safe
 from holdfast.folder import PARTIAL, Folder
 from holdfast.importance.explanation import Explanation
 from holdfast.learner.aside import fit_aside
-from holdfast.learner.askable import check_askable
 from holdfast.learner.base_task import BASE, BaseTask
 from holdfast.learner.config import STAGES, LearnerConfig, recorded_config, require_learner
 from holdfast.learner.engine import check_engine
@@ -134,7 +133,6 @@ class Learner:
         if self.config.model is None:
             self.config = self.config.for_adapted(is_adapted(unwrapped(model)))
         world.start()
-        check_askable(self.config, model)
         if tokenizer.pad_token_id is None:
             raise ModelError(
                 "Learner: the tokenizer has no padding token. Give it one first, such as "

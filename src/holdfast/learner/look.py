@@ -1,4 +1,4 @@
-"""What tasks' rows lose on their way to the model: told once, before anything is trained."""
+"""What can't be asked of tasks, and what their rows lose on their way: told once, before any training."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from holdfast.errors import DataError
 from holdfast.evaluation.audit import require_sound
+from holdfast.learner.askable import check_askable
 from holdfast.learner.state import LearnerState
 from holdfast.tasks.options import trained_on
 from holdfast.tasks.task import Example, Task
@@ -31,8 +32,12 @@ class Look:
         DataError
             Rows can't be encoded, don't fit the model, can't be scored, or aren't what the strategy can
             learn behind what it has.
+        ConfigError, ModelError
+            lm-eval or vLLM shall ask, and can't (`check_askable`).
         """
-        problems: list[str] = []
+        problems, tasks = list[str](), list(tasks)
+        if any(id(task) not in self._seen for task in tasks):
+            check_askable(self.state.config, self.state.model)
         before, new = [*self.state.tests], dict[int, Task]()
         for task in tasks:
             before.append(task)

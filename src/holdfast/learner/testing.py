@@ -13,6 +13,7 @@ from holdfast.evaluation.answers import Greedy, longest_prompt, room_for_answers
 from holdfast.evaluation.evaluate import EncodedTask, encode_task, evaluate_encoded
 from holdfast.evaluation.predictions import write_predictions
 from holdfast.evaluation.vllm_engine import Vllm
+from holdfast.learner.askable import check_askable
 from holdfast.learner.state import LearnerState
 from holdfast.models import save_merged
 from holdfast.models.adapters import is_adapter
@@ -85,6 +86,7 @@ class Testing:
         if not asked:
             yield None
             return
+        check_askable(state.config, state.model)  # of a folder that is only asked nobody has looked
         model, home = state.route(), state.folder.path
         longest = max(
             longest_prompt(e.rows) + room_for_answers(model, e.rows, e.max_new_tokens) for e in asked
