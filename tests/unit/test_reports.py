@@ -65,6 +65,7 @@ def test_each_task_s_scores_ap_bwt_and_kl_are_logged_before_the_end_of_its_train
     kinds = [kind for kind, _ in told if kind != "log"]
     assert kinds == ["measured", "end", "measured", "end"]
     first, second = measured(told)
+    assert [first["eval_tasks_learned"], second["eval_tasks_learned"]] == [1, 2]
     assert first["eval_score/a"] == first["eval_ap"] == known.skills[0].then
     assert "eval_bwt" not in first  # of one task there is none
     figures = known.metrics()

@@ -30,7 +30,8 @@ def figures_after(parts: Sequence[Path], now: StageMetrics, same_as: Mapping[str
     -------
     dict
         ``eval_score/<task>``, ``eval_ap``, ``eval_bwt``, ``eval_learning_accuracy``, ``eval_kl_base`` and
-        ``eval_kl_new``; without what was not measured.
+        ``eval_kl_new``, without what was not measured; and ``eval_tasks_learned``, the axis to draw the
+        others over, since each training counts its steps from 0.
     """
     records = [*(StageMetrics.read(part / "metrics.json") for part in parts), now]
     names = [record.stage for record in records]
@@ -38,5 +39,5 @@ def figures_after(parts: Sequence[Path], now: StageMetrics, same_as: Mapping[str
     found = summarise(matrix_of(names, [record.scores for record in records]), tasks)
     figures = {f"eval_score/{task}": score for task, score in now.scores.items()}
     figures |= {f"eval_{key}": found[key] for key in ("ap", "bwt", "learning_accuracy")}
-    figures |= {"eval_kl_base": now.kl_base, "eval_kl_new": now.kl_new}
+    figures |= {"eval_kl_base": now.kl_base, "eval_kl_new": now.kl_new, "eval_tasks_learned": len(records)}
     return {name: value for name, value in figures.items() if value is not None}
