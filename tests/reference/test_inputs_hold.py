@@ -331,6 +331,21 @@ def test_an_optimizer_used_on_after_the_hold_begins_anew_with_what_was_held(make
     assert all(map(torch.equal, model.parameters(), fresh.parameters()))
 
 
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.Adafactor])
+def test_an_optimizer_that_stepped_without_the_hold_begins_anew_with_what_is_held(make: Any) -> None:
+    model = Net()
+    optimizer = make(model.parameters(), lr=ETA)
+    stepped(optimizer, model)
+    fresh = copy.deepcopy(model)
+    anew = make(fresh.parameters(), lr=ETA)
+    pairs = zip(model.named_parameters(), fresh.parameters(), strict=True)
+    anew.state.update({q: copy.deepcopy(optimizer.state[p]) for (n, p), q in pairs if n not in NAMES})
+    for m, o in ((model, optimizer), (fresh, anew)):
+        Anchor(moments(), strength=LAMBDA).attach(m, o)
+        stepped(o, m)
+    assert all(map(torch.equal, model.parameters(), fresh.parameters()))
+
+
 def test_moments_that_were_loaded_before_a_hold_is_removed_stay() -> None:
     model = Net()
     optimizer = torch.optim.AdamW(model.parameters(), lr=ETA)

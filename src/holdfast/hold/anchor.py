@@ -175,8 +175,9 @@ class Anchor:
     goes into checkpoints.
 
     With coordinates ``inputs`` the optimizer's moments of these weights are in the basis of C, and squares
-    have no way back. So attach before its first step; and when the handle is removed they go, and an
-    optimizer that is used on, without a hold or under another prior, begins with these weights anew.
+    have no way there or back. So an optimizer that has stepped them without this hold begins with them anew;
+    and when the handle is removed they go, and one that is used on, without a hold or under another prior,
+    begins with these weights anew again. Moments that were loaded with a checkpoint of such a hold stay.
     """
 
     def __init__(
@@ -365,11 +366,18 @@ class Anchor:
             changes = [row for chunk, c in pairs for row in zip(chunk.names, c.state(), strict=True)]
             state["param_groups"][0][_CHANGES] = {name: z_OI for name, z_OI in changes if z_OI is not None}
 
+        begun = False
+
         def load() -> None:
+            nonlocal begun
             kept = inner.param_groups[0].pop(_CHANGES, None)
             if kept is not None:
                 for chunk, coordinates in zip(chunks, rotated, strict=True):
                     coordinates.load_state([kept.get(name) for name in chunk.names])
+            elif not begun:  # what it knows of them is in the weights' own coordinates
+                for weight in (p for chunk in chunks for p in chunk.owners):
+                    inner.state.pop(weight, None)
+            begun = True
 
         stepped: list[tuple[Tensor, Any]] = []  # each weight, and its state in the optimizer
 
