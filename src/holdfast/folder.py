@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -22,6 +23,7 @@ CONFIG = "config.yaml"  # what a folder was told
 ENVIRONMENT = "environment.json"
 LOCK = "run.lock"
 GONE = ".gone"
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
 THINNED = "not-kept.txt"  # in a part some files of which were deleted on purpose
 
 
@@ -174,7 +176,7 @@ class Folder:
         Raises
         ------
         StorageError
-            The disk is full or fails; finished parts are untouched.
+            The disk is full or fails; finished parts are untouched. Other errors of the block are its own.
         """
         partial = self.path / (name + PARTIAL)
         try:
@@ -183,7 +185,7 @@ class Folder:
             world.barrier()
             world.first(lambda: self._commit(partial, name))
         except Exception as error:
-            if not is_disk_error(error):
+            if not _is_of_writing(error, partial.parent):
                 raise
             raise StorageError(
                 f"{partial}: could not be written ({error}). Finished stages are untouched; free some space "
@@ -203,6 +205,15 @@ class Folder:
                 os.fsync(handle.fileno())
         write_manifest(partial, MANIFEST)
         os.rename(partial, self.path / name)  # the commit
+
+
+def _is_of_writing(error: Exception, folder: Path) -> bool:
+    """Whether an error is of the disk, or of a file in a folder; a script's block may raise any other."""
+    if not isinstance(error, OSError):
+        return is_disk_error(error) and "deserializ" not in str(error)
+    file = error.filename
+    inside = isinstance(file, str) and Path(file).absolute().is_relative_to(folder.absolute())
+    return inside or error.errno in _DISK
 
 
 def lock(path: Path, what: str) -> IO[str]:

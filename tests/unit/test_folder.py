@@ -55,6 +55,21 @@ def test_disk_error_says_that_finished_parts_are_untouched(folder: Folder) -> No
         fill()
 
 
+def test_errors_of_a_script_s_own_files_and_connections_are_its_own(folder: Folder, tmp_path: Path) -> None:
+    def fail(error: OSError) -> None:
+        with folder.part("tasks/01-a") as path:
+            if isinstance(error, PermissionError):
+                error.filename = str(path / "checkpoint")
+            raise error
+
+    for error in (FileNotFoundError(2, "No such file", str(tmp_path / "rows")), ConnectionError("network")):
+        with pytest.raises(type(error)) as raised:
+            fail(error)
+        assert raised.value is error
+    with pytest.raises(StorageError, match=r"could not be written \(.*Permission denied"):
+        fail(PermissionError(13, "Permission denied"))
+
+
 def test_leftovers_of_killed_writes_and_checkpoints_are_not_committed(folder: Folder) -> None:
     with folder.part("tasks/01-a") as path:
         (path / "checkpoints" / "checkpoint-3").mkdir(parents=True)

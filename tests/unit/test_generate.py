@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from holdfast.evaluation.answers import generate, rank_options
+from holdfast.evaluation import answers
+from holdfast.evaluation.answers import generate, log_likelihoods, rank_options
 from holdfast.evaluation.evaluate import EvaluationOptions, encode_task, evaluate_task
 from holdfast.models import tiny_llama
 from holdfast.tasks import Encoded, Encoder, Example, Task, Template, toy_tokenizer
@@ -151,3 +152,18 @@ def test_lora_model_answers_without_its_own_generation_settings(tokenizer: Any) 
     lora = add_lora(base, LoraOptions(r=2))  # at first the identity
     assert generate(lora, tokenizer, rows, batch_size=4, max_new_tokens=6) == expected
     assert base.generation_config.repetition_penalty == 3.0
+
+
+def test_likelihoods_are_the_same_where_their_logits_must_be_taken_in_parts(
+    model: Any, tokenizer: Any, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = encoder.many([Example(prompt, "ab" * (1 + i % 3)) for i, prompt in enumerate(PROMPTS)])
+    whole = log_likelihoods(model, tokenizer, rows)
+    sizes: list[int] = []
+    hook = model.register_forward_hook(lambda module, args, out: sizes.append(out.logits.numel()))
+    longest = max(len(row.prompt_ids) + len(row.completion_ids) for row in rows)
+    monkeypatch.setattr(answers, "_CELLS", 2 * longest * model.config.vocab_size)
+    torch.testing.assert_close(log_likelihoods(model, tokenizer, rows), whole)
+    hook.remove()
+    assert len(sizes) == 4
+    assert max(sizes) <= 2 * longest * model.config.vocab_size

@@ -94,3 +94,20 @@ def test_a_prior_that_rates_nothing_says_so() -> None:
 def test_what_holds_says_nothing() -> None:
     for mechanism in (Anchor(fisher()), Penalty(fisher(), strength=1e9), Penalty(fisher(), strength=0)):
         assert said(mechanism) == []
+
+
+def test_the_sum_of_rates_is_known_of_schedulers_made_of_others() -> None:
+    from torch.optim.lr_scheduler import ChainedScheduler, ExponentialLR, LinearLR
+
+    optimizer = torch.optim.SGD(network().parameters(), lr=0.1)
+    scheduler = ChainedScheduler([LinearLR(optimizer, 0.5, total_iters=3), ExponentialLR(optimizer, 0.9)])
+    tell_total_rate(optimizer, scheduler, 5)
+    rates = []
+    for _ in range(5):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    told = optimizer.param_groups[0]["holdfast_total_rate"]
+    assert told == pytest.approx(sum(rates))
+    tell_total_rate(optimizer, scheduler, 5)  # of one that has moved, what is there stays
+    assert optimizer.param_groups[0]["holdfast_total_rate"] == told

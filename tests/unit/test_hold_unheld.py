@@ -120,6 +120,21 @@ def test_weights_that_a_second_optimizer_trains_are_told_unless_they_are_held_th
         )
 
 
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_that_the_optimizer_of_a_hold_never_stepped_is_told_when_it_is_removed(name: str) -> None:
+    model = network()
+    names = list(dict(model.named_parameters()))
+    attached, other = sgd(model, *names), sgd(model, *names)
+    handle = MECHANISMS[name](ones(model, *names)).attach(model, attached)
+    step(model, other)
+    with pytest.warns(UserWarning, match=rf"{name}: 4 held tensors have changed, and step\(\) of the SGD"):
+        handle.remove()
+    handle = MECHANISMS[name](ones(model, *names)).attach(model, attached)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        handle.remove()  # nothing was trained
+
+
 def test_a_removed_handle_says_and_holds_nothing_more() -> None:
     model = network()
     optimizer = sgd(model, "0.weight", "0.bias")

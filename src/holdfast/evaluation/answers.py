@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from holdfast import world
-from holdfast.models import accepts, context_length, is_encoder_decoder
+from holdfast.models import accepts, context_length, evaluating, is_encoder_decoder, unwrapped
 from holdfast.tasks.encode import Encoded, collate, collate_prompts
 
 Progress = Callable[[int, int], None]
 # rows, at most how many tokens an answer, what ends one, progress: greedy answers as token ids
 Greedy = Callable[[Sequence[Encoded], int, Sequence[int], Progress | None], list[list[int]]]
 T = TypeVar("T")
+_CELLS = 2**26  # numbers in the logits of one batch whose likelihoods are taken: a few are held at once
 
 
 def _by_length(rows: Sequence[Encoded], size: int) -> list[list[int]]:
@@ -46,6 +47,7 @@ def for_model(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _unwrapping(model: Any) -> Iterator[Any]:
     """The model, and what each wrapper around it holds (prompts in front of an adapter on a base)."""
+    model = unwrapped(model)  # what is compiled has its settings inside
     yield model
     while hasattr(model, "get_base_model"):
         model = model.get_base_model()
@@ -173,7 +175,6 @@ def greedy(
     encoder_decoder = is_encoder_decoder(model)
     max_new_tokens = room_for_answers(model, rows, max_new_tokens)
     answers: list[list[int]] = [[] for _ in rows]
-    model.eval()
     done = 0
     for indices in world.part(_by_length(rows, batch_size)):
         batch = collate_prompts(
@@ -181,7 +182,7 @@ def greedy(
         )
         batch.pop("position_ids", None)  # generate() derives them from the mask
         batch = for_model(model, batch)
-        with plain_greedy(model, tokenizer, max_new_tokens, stop_ids):
+        with evaluating(model), plain_greedy(model, tokenizer, max_new_tokens, stop_ids):
             output = model.generate(**batch)
         start = 0 if encoder_decoder else batch["input_ids"].shape[1]
         for index, ids in zip(indices, output[:, start:].tolist(), strict=True):
@@ -194,7 +195,20 @@ def greedy(
 
 @torch.no_grad()
 def log_likelihoods(model: Any, tokenizer: Any, rows: Sequence[Encoded]) -> Tensor:
-    """Log-likelihood of each row's answer given its prompt, summed over its tokens, in one batch -> (S,)."""
+    """Log-likelihood of each row's answer given its prompt, summed over its tokens -> (S,).
+
+    In one batch, or where the logits of all tokens would take too much memory in several.
+    """
+    longest = max(len(row.prompt_ids) + len(row.completion_ids) for row in rows)
+    config = unwrapped(model).config
+    vocabulary = getattr(config, "get_text_config", lambda: config)().vocab_size
+    size = max(1, _CELLS // (longest * vocabulary))
+    with evaluating(model):
+        parts = [_of_batch(model, tokenizer, rows[i : i + size]) for i in range(0, len(rows), size)]
+    return torch.cat(parts)
+
+
+def _of_batch(model: Any, tokenizer: Any, rows: Sequence[Encoded]) -> Tensor:
     encoder_decoder = is_encoder_decoder(model)
     batch = collate(rows, tokenizer.pad_token_id, encoder_decoder=encoder_decoder)
     batch = for_model(model, batch)
@@ -218,7 +232,6 @@ def total_log_likelihoods(
 ) -> list[float]:
     """`log_likelihoods` of any number of rows, in their order."""
     totals, done = [0.0] * len(rows), 0
-    model.eval()
     for indices in _by_length(rows, batch_size):
         found = log_likelihoods(model, tokenizer, [rows[i] for i in indices]).tolist()
         for index, total in zip(indices, found, strict=True):
@@ -247,7 +260,6 @@ def rank_options(
         The token ids are those of the whole completion, end token included.
     """
     answers = [""] * len(rows)
-    model.eval()
     done = 0
     for indices in world.part(_by_length(rows, max(1, batch_size // len(options)))):
         pairs = [Encoded(rows[i].prompt_ids, ids, 0) for i in indices for _, ids in options]

@@ -26,7 +26,6 @@ def surprises(
     SuRe ranks by the whole sequence, and averages a fast and a slow LoRA besides; here the answer alone
     counts, asked once the task is learned, and nothing is averaged.
     """
-    model.eval()
     rows, found = encoder.many(examples), []
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]

@@ -22,6 +22,7 @@ from holdfast.evaluation.answers import (
     log_likelihoods,
     plain_greedy,
 )
+from holdfast.models import evaluating
 from holdfast.storage import write_json, write_text
 from holdfast.tasks.encode import Encoded, Encoder, collate_prompts
 from holdfast.tasks.memory import WritingOptions
@@ -225,7 +226,6 @@ def _draw(
 ) -> list[list[int]]:
     """What a model writes behind an opening, once for each row of random numbers."""
     tokenizer, rows = encoder.tokenizer, len(drawn_BT)
-    model.eval()
     extra: dict[str, Any] = {}
     if encoder.encoder_decoder:  # the decoder goes on from the opening, and the encoder has read nothing
         batch = collate_prompts(
@@ -241,7 +241,7 @@ def _draw(
         before = len(opening.given)
     batch.pop("position_ids", None)  # generate() derives them from the mask
     draw = _Draw(drawn_BT, options)
-    with plain_greedy(model, tokenizer, drawn_BT.shape[1]):
+    with evaluating(model), plain_greedy(model, tokenizer, drawn_BT.shape[1]):
         output = model.generate(
             **for_model(model, batch),
             **extra,

@@ -29,7 +29,7 @@ from holdfast.hold.drift import Meter
 from holdfast.hold.inputs import Coordinates, Inputs
 from holdfast.hold.operator import Operator, Rate
 from holdfast.hold.region import Region
-from holdfast.hold.schedule import TOTAL
+from holdfast.hold.schedule import TOTAL, total_rate_of
 from holdfast.hold.spectrum import Spectrum
 from holdfast.hold.strength import mean_of, warn_if_pull_is_faint
 from holdfast.hold.unheld import Unheld
@@ -230,7 +230,7 @@ class Anchor:
         told = [group.get(TOTAL, 0.0) for group in unwrap(optimizer).param_groups]
         if self.options.pull is not None and None in told:
             raise self._unknown_total()
-        inner, chunks = self.spectrum.bind(model, optimizer)
+        inner, chunks = self.spectrum.bind(model, optimizer, begun=self.reference is not None)
         operators: list[Operator] = []
         references: list[list[Tensor]] = []
         rotated: list[Coordinates] = []
@@ -281,7 +281,7 @@ class Anchor:
                     if rate is not None:
                         operator.blend_(chunk.moving(), reference, rate)
 
-            handle = hook(inner, after=pull, first=watch.attach)
+            handle = hook(inner, lambda: self._require_totals(inner), pull, first=watch.attach)
         handle.meter = meter
         self._handle = handle
         return self._handle
@@ -387,6 +387,7 @@ class Anchor:
                     inner.state.pop(weight, None)
 
         def enter() -> None:
+            self._require_totals(inner)  # while the weights are themselves
             load()
             for chunk, coordinates in zip(chunks, rotated, strict=True):
                 coordinates.enter([part is not None for part in chunk.moving()])
@@ -398,7 +399,11 @@ class Anchor:
                 coordinates.leave(passed)
             stepped[:] = [(p, inner.state[p]) for c in chunks for p in c.owners if p in inner.state]
 
-        handle = hook(inner, enter, leave, "anchor with coordinates 'inputs'", watch.attach, turned)
+        def undo() -> None:
+            for coordinates in rotated:
+                coordinates.undo()
+
+        handle = hook(inner, enter, leave, "anchor with coordinates 'inputs'", watch.attach, turned, undo)
         handle.removers += [inner.register_state_dict_post_hook(save).remove, forget]
         return handle
 
@@ -418,9 +423,7 @@ class Anchor:
             rate = group["lr"]
             self._saw(group, rate)
             if self.options.pull is not None:
-                total = group.get(TOTAL)
-                if total is None:
-                    raise self._unknown_total()
+                total = total_rate_of(group, inner)
                 rate = rate / total if total else 0.0
             if self.options.every > 1:
                 steps, waited = group.get(_WAITED, (0, 0.0))
@@ -430,6 +433,10 @@ class Anchor:
                 rate = rate if due else None
             found.append(rate)
         return found
+
+    def _require_totals(self, inner: Optimizer) -> None:
+        if self.options.pull is not None and None in [total_rate_of(g, inner) for g in inner.param_groups]:
+            raise self._unknown_total()
 
     def _unknown_total(self) -> ConfigError:
         return ConfigError(

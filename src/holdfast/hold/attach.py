@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import wraps
+from types import MethodType
 from typing import Any, Protocol, cast
 from weakref import WeakKeyDictionary
 
@@ -147,6 +149,7 @@ class _Innermost:
 
 
 _INNERMOST: WeakKeyDictionary[Optimizer, list[_Innermost]] = WeakKeyDictionary()
+_ENDED = "_holdfast_ended"  # of an optimizer's step: what to call where it raises
 
 
 def turned_by(optimizer: Optimizer) -> set[int]:
@@ -174,8 +177,15 @@ def groups_of(optimizer: Optimizer) -> dict[int, int]:
     return {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
 
 
-def bind(prior: ImportancePrior, model: nn.Module, optimizer: Any) -> tuple[Optimizer, list[Chunk]]:
+def bind(
+    prior: ImportancePrior, model: nn.Module, optimizer: Any, *, begun: bool = False
+) -> tuple[Optimizer, list[Chunk]]:
     """Find the prior's weights in the model and in the optimizer; frozen ones are left out.
+
+    Parameters
+    ----------
+    begun : bool
+        The training may have begun (a checkpoint was loaded), so weights say nothing of the prior's origin.
 
     Raises
     ------
@@ -190,7 +200,7 @@ def bind(prior: ImportancePrior, model: nn.Module, optimizer: Any) -> tuple[Opti
             "knows. Use FSDP2 (fsdp_version: 2, configs/accelerate/fsdp2.yaml), ZeRO or DDP."
         )
     stay_differentiable(model)
-    prior.check_fits(model)
+    prior.check_fits(model, shapes_alone=begun)
     if any(world.is_sharded(p) for p in model.parameters()):
         world.start()  # a script's own processes: what is told of a weight is a sum over its parts
     inner = unwrap(optimizer)
@@ -319,8 +329,12 @@ def hook(
     needs_gradients: str = "",
     first: Callable[[], Handle] | None = None,
     turned: set[int] | None = None,
+    undo: Callable[[], None] | None = None,
 ) -> Handle:
     """Run `before` and `after` around every step of the optimizer, without autograd.
+
+    Where the step raises (out of memory, ctrl-C), or one of the two, torch runs no hook after it: then `undo`
+    is run in place of `after`.
 
     A step at rate 0 without a gradient is none: torch makes one to save the state of an optimizer that has
     none (SGD under FSDP2), and to go back to W* + Z Uᵀ would move weights by their rounding.
@@ -337,6 +351,8 @@ def hook(
     turned : set of int, optional
         ids of the parameters that are not themselves between `before` and `after`: whatever else is attached,
         earlier or later, then runs outside of the two. More may join it.
+    undo : callable, optional
+        Puts right what `before` has done.
 
     Raises
     ------
@@ -374,8 +390,16 @@ def hook(
                 after()
         inside = False
 
+    def ended() -> None:
+        nonlocal inside
+        broken, inside = inside and not idle, False
+        if broken and undo is not None:
+            with torch.no_grad():
+                undo()
+
     around = optimizer.register_step_pre_hook(pre), optimizer.register_step_post_hook(post)
     handle.removers += [each.remove for each in around]
+    handle.removers += [_guard(optimizer, ended), ended]
     inner = _INNERMOST.setdefault(optimizer, [])
     if turned is not None:
         inner.append(own := _Innermost(*around, turned))
@@ -386,6 +410,33 @@ def hook(
             each.after.id, last=False
         )
     return handle
+
+
+def _guard(optimizer: Optimizer, ended: Callable[[], None]) -> Callable[[], None]:
+    """Call `ended` where a step of this optimizer raises, until what is returned is called."""
+    waiting: list[Callable[[], None]] | None = getattr(optimizer.step, _ENDED, None)
+    if waiting is None:
+        waiting = _wrap(optimizer)
+    waiting.append(ended)
+    return lambda: waiting.remove(ended)
+
+
+def _wrap(optimizer: Optimizer) -> list[Callable[[], None]]:
+    """Wrap an optimizer's step, as schedulers do, so that what is in the list is called if it raises."""
+    raw, waiting = optimizer.step, list[Callable[[], None]]()
+
+    @wraps(raw)  # with the marks of schedulers, which warn where they miss them
+    def step(_: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return raw(*args, **kwargs)
+        except BaseException:
+            for each in waiting:
+                each()
+            raise
+
+    setattr(step, _ENDED, waiting)
+    optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign]
+    return waiting
 
 
 def _idle(optimizer: Optimizer) -> bool:

@@ -139,7 +139,8 @@ class Coordinates:
     Notes
     -----
     After the step ``.grad`` is that in the rotated coordinates. Memory, in float32: W* U and Z, and room for
-    one map. Of 16-bit weights a carried Z keeps what W rounds away.
+    one map. Of 16-bit weights a carried Z keeps what W rounds away. A step that fails in between must be
+    followed by `undo`.
     """
 
     def __init__(
@@ -152,6 +153,7 @@ class Coordinates:
         self._changes = [torch.empty_like(origin_OI) for origin_OI in self._origins]
         self._left: list[int | None] = [None] * len(self._maps)  # how each weight was when Z was right
         self._moving = [True] * len(self._maps)  # which of them this step is of
+        self._inside = [False] * len(self._maps)  # which hold W U now
         self._dtypes = {parameter.dtype for parameter in parameters}
         # pages that are new at each step cost more than what is written to them
         sizes = {(o.device, o.dtype): 0 for o in self._origins}
@@ -165,8 +167,7 @@ class Coordinates:
 
     def _marks(self) -> list[int]:
         """Sums of the weights' bits: they tell whether somebody has set weights, even by ``.data``."""
-        sums = [p.view(bits := _BITS[p.element_size()]).sum(dtype=bits) for p, _, _, _ in self._maps]
-        return [int(number) for number in torch.stack(sums).tolist()]
+        return [int(number) for number in torch.stack([_bits(p) for p, _, _, _ in self._maps]).tolist()]
 
     def state(self) -> list[Tensor | None]:
         """Z of each map, for `load_state`; None where it would be made of W. It is the memory itself."""
@@ -204,7 +205,7 @@ class Coordinates:
         known = self.carried and any(left is not None for left in self._left)
         marks = self._marks() if known else [0] * len(self._maps)
         rows = zip(self._maps, self._origins, self._changes, self._left, marks, self._moving, strict=True)
-        for (parameter, ref_OI, basis, dim), origin_OI, change_OI, left, mark, moves in rows:
+        for at, ((parameter, ref_OI, basis, dim), origin_OI, change_OI, left, mark, moves) in enumerate(rows):
             if not moves:
                 continue
             weight_OI, room_OI = outputs_first(parameter, dim), self._room_for(origin_OI)
@@ -213,6 +214,7 @@ class Coordinates:
                     basis.into(torch.sub(weight_OI, ref_OI, out=room_OI), out=change_OI)
                 else:
                     basis.into(room_OI.copy_(weight_OI).sub_(ref_OI), out=change_OI)
+            self._inside[at] = True
             if weight_OI.dtype == room_OI.dtype:
                 torch.add(origin_OI, change_OI, out=weight_OI)
             else:
@@ -246,13 +248,36 @@ class Coordinates:
     def _leave(self, passed: Sequence[Tensor] | None) -> None:
         factors = [None] * len(self._maps) if passed is None else passed
         rows = zip(self._maps, self._changes, factors, self._moving, strict=True)
-        for (parameter, ref_OI, basis, dim), change_OI, passed_I, moves in rows:
+        for at, ((parameter, ref_OI, basis, dim), change_OI, passed_I, moves) in enumerate(rows):
             if not moves:
                 continue
             weight_OI = outputs_first(parameter, dim)
             if passed_I is not None:
                 change_OI *= passed_I
             _into_weights(weight_OI, change_OI, ref_OI, basis)
+            self._inside[at] = False
         if self.carried:
             kept = zip(self._left, self._marks(), self._moving, strict=True)
             self._left = [mark if moves else left for left, mark, moves in kept]
+
+    def undo(self) -> None:
+        """Return to weights, and gradients, from where a step failed: without it, or with all of it."""
+        with products_for(self._dtypes):
+            rows = zip(self._maps, self._changes, self._inside, strict=True)
+            for at, ((parameter, ref_OI, basis, dim), change_OI, inside) in enumerate(rows):
+                if not inside:
+                    continue
+                _into_weights(outputs_first(parameter, dim), change_OI, ref_OI, basis)
+                if parameter.grad is not None:
+                    gradient_OI = outputs_first(parameter.grad, dim)
+                    gradient_OI.copy_(basis.back(gradient_OI.to(basis.dtype)))
+                self._left[at], self._inside[at] = None, False
+
+
+def _bits(weight: Tensor) -> Tensor:
+    """The sum of a weight's bits, in words of 64: in narrower ones to halve or negate all would not show."""
+    size = weight.element_size()
+    aligned = (weight.numel() * size) % 8 == 0 and (weight.storage_offset() * size) % 8 == 0
+    if weight.is_contiguous() and aligned:
+        return weight.view(-1).view(torch.int64).sum()
+    return weight.view(_BITS[size]).sum(dtype=torch.int64)  # which takes ten times as long

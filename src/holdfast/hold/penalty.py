@@ -22,7 +22,7 @@ from holdfast.hold.attach import (
     reference_weights,
 )
 from holdfast.hold.operator import Operator
-from holdfast.hold.schedule import TOTAL
+from holdfast.hold.schedule import total_rate_of
 from holdfast.hold.spectrum import Spectrum
 from holdfast.hold.strength import mean_of, warn_if_pull_is_faint
 from holdfast.hold.unheld import Unheld
@@ -130,19 +130,21 @@ class Penalty:
         ConfigError
             `pull` was given, and the sum of the task's learning rates is not known.
         """
-        inner, chunks = self.spectrum.bind(model, optimizer)
+        inner, chunks = self.spectrum.bind(model, optimizer, begun=self.reference is not None)
         operators: list[Operator] = []
         references: list[list[Tensor]] = []
 
         def take(more: list[Chunk]) -> None:
             for chunk in more:
-                strength = self._strength(inner.param_groups[chunk.group].get(TOTAL))
+                strength = self._strength(total_rate_of(inner.param_groups[chunk.group], inner))
                 operators.append(self._operator(chunk, model, strength))
             references.extend(reference_weights(chunk, self.reference, "penalty") for chunk in more)
 
         take(chunks)
         mean = mean_of(self.spectrum.values[name] for chunk in chunks for name in chunk.names)
-        strongest = max(self._strength(inner.param_groups[chunk.group].get(TOTAL)) for chunk in chunks)
+        strongest = max(
+            self._strength(total_rate_of(inner.param_groups[chunk.group], inner)) for chunk in chunks
+        )
         warn_if_pull_is_faint("penalty", strongest, mean, inner, chunks)
         watch = Unheld("penalty", self.prior, model, inner, chunks, take)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from torch.optim import Optimizer
@@ -50,7 +51,7 @@ def tell_total_rate(optimizer: Any, scheduler: Any, steps: int) -> None:
             float(base) * sum(float(factor(step)) for step in range(steps))
             for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
         ]
-    elif scheduler.last_epoch > 0 and all(group.get(TOTAL) is not None for group in inner.param_groups):
+    elif _moved(scheduler) and all(group.get(TOTAL) is not None for group in inner.param_groups):
         return
     else:
         totals = _simulated(inner, scheduler, steps)
@@ -58,9 +59,34 @@ def tell_total_rate(optimizer: Any, scheduler: Any, steps: int) -> None:
         group[TOTAL] = total
 
 
+def total_rate_of(group: Mapping[str, Any], optimizer: Optimizer) -> float | None:
+    """Σ_t η_t of one of an optimizer's parameter groups; None where it isn't known.
+
+    Of a group that has joined since it was told (``add_param_group``), that of a group that was there, in
+    proportion to their rates: so its weights are pulled as strongly at each step as the others.
+    """
+    if TOTAL in group:
+        return cast("float | None", group[TOTAL])
+    for other in optimizer.param_groups:
+        if TOTAL in other:
+            known = other[TOTAL]
+            return None if known is None else known * _start(group) / (_start(other) or 1.0)
+    return None
+
+
+def _start(group: Mapping[str, Any]) -> float:
+    return float(group.get("initial_lr", group["lr"]))
+
+
 def _follows_a_metric(scheduler: Any) -> bool:
     """Whether it can't step without being given one."""
     return any(p.default is p.empty for p in inspect.signature(scheduler.step).parameters.values())
+
+
+def _moved(scheduler: Any) -> bool:
+    """Whether it has stepped; one that is made of others (ChainedScheduler) counts nothing itself."""
+    parts = getattr(scheduler, "_schedulers", ())
+    return bool(getattr(scheduler, "last_epoch", 0) > 0) or any(map(_moved, parts))
 
 
 def _simulated(optimizer: Optimizer, scheduler: Any, steps: int) -> list[float]:

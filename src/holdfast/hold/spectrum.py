@@ -53,9 +53,11 @@ class Spectrum:
         world.agree([*values.values(), *directions.values()])
         return cls(prior, values, directions)
 
-    def bind(self, model: nn.Module, optimizer: Optimizer) -> tuple[Optimizer, list[Chunk]]:
+    def bind(
+        self, model: nn.Module, optimizer: Optimizer, *, begun: bool = False
+    ) -> tuple[Optimizer, list[Chunk]]:
         """Find the weights in the model and in the optimizer, see `holdfast.hold.attach.bind`."""
-        return bind(self.prior, model, optimizer)
+        return bind(self.prior, model, optimizer, begun=begun)
 
     def operator(
         self, chunk: Chunk, model: nn.Module, values: Mapping[str, Tensor], *, partial: bool = False

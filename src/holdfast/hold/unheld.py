@@ -55,6 +55,7 @@ class Unheld:
         self._count(chunks)
         self._strangers: set[int] = set()  # in the optimizer, and nothing of the model as it was
         self._versions = {n: p._version for n, p in self._parameters.items() if not p.is_inference()}
+        self._stepped = False
 
     def attach(self) -> Handle:
         """Warn of what is not held now, and look again before each step until the handle is removed."""
@@ -64,6 +65,7 @@ class Unheld:
         return Handle([remove, self._release], not_held=self.names)
 
     def _look(self) -> None:
+        self._stepped = True
         group_of = groups_of(self.optimizer)
         strangers = group_of.keys() - {id(p) for p in self._parameters.values()}
         if strangers != self._strangers:
@@ -139,7 +141,23 @@ class Unheld:
                 self._counted.append(p)
                 _HELD[p] = _HELD.get(p, 0) + 1
 
+    def _tell_bypassed(self) -> None:
+        """Of what is held and was trained all the same, where the optimizer has made no step."""
+        changed = [
+            name
+            for name, p in self._parameters.items()
+            if id(p) in self._held and p._version != self._versions.get(name, p._version)
+        ]
+        if changed and not self._stepped:
+            warnings.warn(
+                f"{self.whose}: {len(changed)} held tensors have changed, and step() of the "
+                f"{type(self.optimizer).__name__} that they are held in was never called, so nothing was "
+                f"held: {some(changed)}. Attach to the optimizer whose step() trains them, after it is made.",
+                stacklevel=2,
+            )
+
     def _release(self) -> None:
+        self._tell_bypassed()
         while self._counted:
             p = self._counted.pop()
             _HELD[p] = _HELD.get(p, 1) - 1

@@ -9,6 +9,7 @@ from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, Se
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ BESIDE = "beside"  # in a prior's meta: by weight, and linear maps are another's
 FREE = "free"  # in a prior's meta: weights that are not rated, and that nobody need hear of as not held
 Kind = Literal["weights", "inputs"]
 How = Literal["max", "sum", "mean"]
+_ASKED: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()  # of which origins, see `check_fits`
 _SHOWN = 5  # names listed in a message; a wrong model can differ in hundreds
 
 
@@ -290,7 +292,7 @@ class ImportancePrior:
         meta = _merged_meta([p.meta for p in everyone], how)
         return ImportancePrior(merged, {**meta, "parts": sum(parts)} if how == "mean" else meta)
 
-    def check_fits(self, model: nn.Module) -> None:
+    def check_fits(self, model: nn.Module, *, shapes_alone: bool = False) -> None:
         """Make sure that the prior belongs to this model.
 
         Every name must be a parameter of the model with the same shape, and every trainable linear map in
@@ -299,6 +301,12 @@ class ImportancePrior:
         in a prior of whole maps (``whole_maps``).
 
         Warns if its weights are others than those that the prior was made on: frozen ones, or all of them.
+        A model is asked once: behind that its weights have been trained.
+
+        Parameters
+        ----------
+        shapes_alone : bool
+            Say nothing of weights.
 
         Raises
         ------
@@ -316,7 +324,8 @@ class ImportancePrior:
             needed = {n for n in needed & sizes.keys() if not (whole and self._has_its_map(n))}
         expected = {name: s for name, s in all_shapes.items() if name in needed or name in self.tensors}
         _compare(self.shapes, expected, "the prior", f"the model ({type(model).__name__})")
-        self._check_values(model)
+        if not shapes_alone:
+            self._check_values(model)
 
     def covers(self, name: str) -> bool:
         """Whether a weight of this canonical name is rated, by itself or as a factor of LoRA by its map."""
@@ -330,6 +339,10 @@ class ImportancePrior:
 
     def _check_values(self, model: nn.Module) -> None:
         made_on = self.meta.get("weights") or {}
+        origin = hash(frozenset(made_on.items()))
+        if not made_on or origin in (asked := _ASKED.setdefault(model, set())):
+            return
+        asked.add(origin)
         now = fingerprints(model)
         other = [name for name, value in made_on.items() if now.get(name, value) != value]
         frozen = {name for name, p in parameters_by_name(model).items() if not p.requires_grad}

@@ -23,6 +23,7 @@ from holdfast.evaluation.general import Divergence
 from holdfast.evaluation.predictions import file_safe
 from holdfast.folder import PARTIAL, Folder
 from holdfast.importance.explanation import Explanation
+from holdfast.importance.prior import some
 from holdfast.learner.aside import fit_aside
 from holdfast.learner.base_task import BASE, BaseTask
 from holdfast.learner.config import STAGES, LearnerConfig, recorded_config, require_learner
@@ -138,6 +139,11 @@ class Learner:
                 "Learner: the tokenizer has no padding token. Give it one first, such as "
                 "tokenizer.pad_token = tokenizer.eos_token; padding is masked everywhere."
             )
+        if tokenizer.eos_token_id is None:
+            raise ModelError(
+                "Learner: the tokenizer has no end token, so no answer would end. Give it one first, such as "
+                'tokenizer.eos_token = "</s>", one of its own.'
+            )
         self.tokenizer, self.progress = tokenizer, progress or Progress(quiet=True)
         self.encoder = Encoder(tokenizer, self.config.template, encoder_decoder=is_encoder_decoder(model))
         strategy = build_strategy(self.config.strategy)
@@ -154,6 +160,7 @@ class Learner:
         needed = self.config.model is not None or is_adapted(unwrapped(model))  # else the folder has it all
         self._identity = identity_of(model) if needed else None
         self.folder = self._open(folder, model, new)
+        self._trained: set[str] | None = None  # names of what was trained when the task before had ended
         try:
             self.state = self._state(model, strategy, replay, base_model, new)
             strategy.prepare(self.state.context)
@@ -406,6 +413,7 @@ class Learner:
                 reports.log(figures_after(before, metrics, {**same_as(self.folder.path), **again}))
             self._save_state(folder)
         self._broken = ""
+        self._trained = self._trained_now()
         self.look.learned(stage.tasks)
         self.learned.append(stage.name)
         thin(self.folder, STAGES, self.config.keep)
@@ -463,6 +471,7 @@ class Learner:
                 f"strategy: '{self.config.strategy.name}' with these options must know how many tasks there "
                 "will be. Give learner.task(..., total=n), or use `holdfast run` on a whole stream."
             )
+        self._check_trained()
         unfinished = [part for part in self.folder.partial(STAGES) if part != self.part(stage)]
         if unfinished:
             name = unfinished[0].rpartition("/")[2]
@@ -470,6 +479,29 @@ class Learner:
                 f"{self.folder.path}: '{name}' was begun and is not finished. Learn that one to its end, or "
                 f"take it back with `holdfast skills {self.folder.path} --undo`."
             )
+
+    def _trained_now(self) -> set[str]:
+        return {name for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def _check_trained(self) -> None:
+        """See that what a method has kept of earlier tasks is of the weights that are trained now."""
+        if self._trained is None or (now := self._trained_now()) == self._trained:
+            return
+        if not self.state.strategy.state_dict()[0]:
+            return
+        said = [
+            f"{len(names)} {how}: {some(sorted(names))}"
+            for names, how in (
+                (self._trained - now, "are frozen now"),
+                (now - self._trained, "were frozen"),
+            )
+            if names
+        ]
+        raise ConfigError(
+            f"Learner: other weights are trained than in '{self.learned[-1]}' ({'; '.join(said)}), and what "
+            f"'{self.config.strategy.name}' keeps of earlier tasks is of those. Set requires_grad as it was, "
+            "or begin another learner."
+        )
 
     def route(self, task: str | None = None) -> Any:
         """The model that answers.

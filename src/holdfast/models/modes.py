@@ -71,13 +71,14 @@ def require_rateable(model: nn.Module) -> None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block, and the mode it was in behind it."""
-    training = model.training
+    """Evaluation mode inside the block; behind it each module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 def onto_gpu(model: nn.Module) -> None:
