@@ -14,6 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from holdfast.evaluation import writing
 from holdfast.evaluation.answers import greedy
 from holdfast.evaluation.writing import Written, choose, write_rows
 from holdfast.models import tiny_llama
@@ -77,6 +78,24 @@ def test_drawn_tokens_come_as_often_as_their_probability_says() -> None:
     assert (tokens.bincount(minlength=4) / 20000).tolist() == pytest.approx(probability.tolist(), abs=1e-4)
     nucleus = choose(probability.log().expand(20000, 4), drawn, 1.0, 0.75)
     assert (nucleus.bincount(minlength=4) / 20000).tolist() == pytest.approx([0.625, 0.375, 0, 0], abs=1e-4)
+
+
+@pytest.mark.parametrize("leading", [3, 8, 63, 64, 100])
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize(("top_p", "top_k"), [(0.3, None), (0.95, None), (0.95, 5), (1.0, None), (1.0, 70)])
+def test_to_sort_the_first_tokens_alone_draws_what_to_sort_them_all_does(
+    leading: int, ties: bool, top_p: float, top_k: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    logits_BV, drawn_B = torch.randn(200, 64) * 3, torch.rand(200, dtype=torch.float64)
+    logits_BV = logits_BV.round() if ties else logits_BV
+    sorted_BV, order_BV = (logits_BV.double() / 0.7).softmax(-1).sort(descending=True, stable=True)
+    total_BV = sorted_BV.cumsum(-1)
+    last_B1 = (total_BV < top_p).sum(-1, keepdim=True).clamp(max=(top_k or 64) - 1).clamp(max=63)
+    target_B1 = drawn_B[:, None] * total_BV.gather(-1, last_B1)
+    place_B1 = (total_BV <= target_B1).sum(-1, keepdim=True).minimum(last_B1)
+    monkeypatch.setattr(writing, "_LEADING", leading)
+    assert torch.equal(choose(logits_BV, drawn_B, 0.7, top_p, top_k), order_BV.gather(-1, place_B1)[:, 0])
 
 
 # filters, by a model that says what it is told to

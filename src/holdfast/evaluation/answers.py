@@ -200,9 +200,7 @@ def log_likelihoods(model: Any, tokenizer: Any, rows: Sequence[Encoded]) -> Tens
     In one batch, or where the logits of all tokens would take too much memory in several.
     """
     longest = max(len(row.prompt_ids) + len(row.completion_ids) for row in rows)
-    config = unwrapped(model).config
-    vocabulary = getattr(config, "get_text_config", lambda: config)().vocab_size
-    size = max(1, _CELLS // (longest * vocabulary))
+    size = max(1, _CELLS // (longest * len(tokenizer)))
     with evaluating(model):
         parts = [_of_batch(model, tokenizer, rows[i : i + size]) for i in range(0, len(rows), size)]
     return torch.cat(parts)

@@ -31,6 +31,7 @@ from holdfast.tasks.task import Example
 
 ROWS = "memory.jsonl"
 RECORD = "memory.json"
+_LEADING = 2048  # tokens of a vocabulary that are sorted first
 
 
 @dataclass
@@ -184,14 +185,38 @@ def choose(
     Tensor
         Token ids, (B,) int64.
     """
-    sorted_BV, order_BV = (logits_BV.double() / temperature).softmax(-1).sort(descending=True, stable=True)
-    total_BV = sorted_BV.cumsum(-1)
-    last_B1 = (total_BV < top_p).sum(-1, keepdim=True).clamp(max=total_BV.shape[-1] - 1)
+    # a stable sort of a whole vocabulary takes as long as a small model: mostly its first tokens are enough
+    p_BV = (logits_BV.double() / temperature).softmax(-1)
+    order_BK, sure_B1 = _largest(logits_BV, _LEADING)
+    total_BK, last_B1 = _nucleus(p_BV, order_BK, top_p, top_k)
+    if bool((last_B1 >= sure_B1).any()):
+        order_BK = p_BV.sort(descending=True, stable=True).indices
+        total_BK, last_B1 = _nucleus(p_BV, order_BK, top_p, top_k)
+    target_B1 = drawn_B.to(total_BK)[:, None] * total_BK.gather(-1, last_B1)
+    place_B1 = (total_BK <= target_B1).sum(-1, keepdim=True).minimum(last_B1)
+    return order_BK.gather(-1, place_B1)[:, 0]
+
+
+def _largest(logits_BV: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The tokens of the largest logits in the order of a stable sort, and of how many that is sure, (B, 1).
+
+    Those that are as large as the last of them may have been chosen from among more.
+    """
+    found_BK = logits_BV.topk(min(count, logits_BV.shape[-1]), -1).indices.sort(-1).values
+    sorted_BK, place_BK = logits_BV.gather(-1, found_BK).sort(descending=True, stable=True)
+    sure_B1 = (sorted_BK > sorted_BK[:, -1:]).sum(-1, keepdim=True)
+    if count >= logits_BV.shape[-1]:
+        sure_B1.fill_(logits_BV.shape[-1])
+    return found_BK.gather(-1, place_BK), sure_B1
+
+
+def _nucleus(p_BV: Tensor, order_BK: Tensor, top_p: float, top_k: int | None) -> tuple[Tensor, Tensor]:
+    """Cumulative probabilities of tokens in order, and where the nucleus ends, (B, 1)."""
+    total_BK = p_BV.gather(-1, order_BK).cumsum(-1)
+    last_B1 = (total_BK < top_p).sum(-1, keepdim=True)
     if top_k is not None:
         last_B1 = last_B1.clamp(max=top_k - 1)
-    target_B1 = drawn_B.to(total_BV)[:, None] * total_BV.gather(-1, last_B1)
-    place_B1 = (total_BV <= target_B1).sum(-1, keepdim=True).minimum(last_B1)
-    return order_BV.gather(-1, place_B1)[:, 0]
+    return total_BK, last_B1.clamp(max=total_BK.shape[-1] - 1)
 
 
 class _Draw(LogitsProcessor):
