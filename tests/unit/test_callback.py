@@ -23,7 +23,7 @@ from transformers.trainer_utils import HPSearchBackend
 from holdfast.errors import ConfigError, DataError, PriorMismatchError
 from holdfast.hold.drift import Drift
 from holdfast.importance.prior import ImportancePrior
-from holdfast.models import block_parameters
+from holdfast.models import block_parameters, fingerprints
 from holdfast.training.bridge import Bridge
 from holdfast.training.callback import REFERENCE, ProtectCallback
 from holdfast.training.checkpoints import ours
@@ -281,6 +281,16 @@ def test_callback_added_late_refuses_to_resume_without_a_reference(tmp_path: Pat
     late.add_callback(ProtectCallback(half_prior(model)))
     with pytest.raises(ConfigError, match="weights to return to are unknown"):
         late.train(resume_from_checkpoint=True)
+
+
+def test_callback_added_late_warns_of_a_prior_of_other_weights(tmp_path: Path) -> None:
+    prior = half_prior(tiny_model(seed=1))
+    origin = {n: mark for n, mark in fingerprints(tiny_model(seed=1)).items() if n in prior.tensors}
+    prior = ImportancePrior(prior.tensors, {"weights": origin})
+    trainer = Trainer(tiny_model(seed=2), arguments(tmp_path, max_steps=1), train_dataset=rows())
+    trainer.add_callback(ProtectCallback(prior))
+    with pytest.warns(UserWarning, match="the prior was made on another model"):
+        trainer.train()
 
 
 def test_each_trainer_that_shares_a_callback_returns_to_the_weights_of_its_own_model(tmp_path: Path) -> None:

@@ -85,6 +85,8 @@ def test_two_answers_are_contrasted_on_the_prompt() -> None:
     assert "instead of" in repr(found)
     with pytest.raises(ConfigError, match="on one prompt"):
         ours.instead_of(holdfast.explain(model, TOKENIZER, "copy ba=", "ab"))
+    with pytest.raises(ConfigError, match="'ab' is to be explained instead of itself"):
+        holdfast.explain(model, TOKENIZER, "copy ab=", "ab", instead_of="ab")
 
 
 def test_a_reader_sees_each_token_with_its_number_and_no_markup_of_theirs(tmp_path: Path) -> None:

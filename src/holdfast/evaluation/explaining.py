@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from holdfast.attribution import AttributionOptions
+from holdfast.errors import ConfigError
 from holdfast.evaluation.audit import require_sound
 from holdfast.evaluation.evaluate import EvaluationOptions
 from holdfast.importance.explanation import Explanation, explain_answer
@@ -39,6 +40,10 @@ def explain(
     HoldfastError
         Prompt or answer can't be encoded or don't fit, or an operation of the model has no rule.
     """
+    if instead_of is not None and answer == instead_of:
+        raise ConfigError(
+            f"explain: {answer!r} is to be explained instead of itself; give two different answers."
+        )
     problems, answers = Problems(), [answer] if instead_of is None else [answer, instead_of]
     examples = [to_example({"prompt": prompt, "completion": a}, "explain", problems) for a in answers]
     problems.raise_if_any()

@@ -594,10 +594,6 @@ class Learner:
         if not said.strip():
             why = "the model answers nothing" if answer is None else f"the answer is empty (got {answer!r})"
             raise ConfigError(f"explain: {why}; give the answer that is to be explained.")
-        if said == instead_of:
-            raise ConfigError(
-                f"explain: {said!r} is to be explained instead of itself; give two different answers."
-            )
         return explain(
             self.model,
             self.encoder,

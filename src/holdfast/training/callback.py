@@ -129,8 +129,7 @@ class ProtectCallback(TrainerCallback):
         PriorMismatchError
             The prior doesn't fit the trainer's model.
         """
-        for prior in self._priors:
-            prior.check_fits(kwargs["model"])
+        self._check(kwargs["model"])
         self._capture(kwargs["model"])
 
     def on_train_begin(
@@ -148,6 +147,7 @@ class ProtectCallback(TrainerCallback):
             if state.global_step > 0:
                 self._recall(ours(own_checkpoint(args, state), REFERENCE), model)
             elif unwrapped(model) not in self._captured:  # added late, or the trainer has made another model
+                self._check(model)
                 self._capture(model)
             elif not world.holds_parts(model.parameters()):
                 self._tell_if_moved(model)
@@ -181,6 +181,10 @@ class ProtectCallback(TrainerCallback):
     ) -> None:
         """Detach."""
         self._detach()
+
+    def _check(self, model: nn.Module) -> None:
+        for prior in self._priors:
+            prior.check_fits(model)
 
     def _detach(self) -> None:
         self._handle.remove()
