@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.records import Environment
+from holdfast.storage import as_utf8
 
 PACKAGES = ("holdfast", "torch", "transformers", "accelerate", "peft", "trl", "datasets", "safetensors")
 
@@ -29,7 +30,7 @@ def describe_environment(seed: int) -> dict[str, Any]:
         threads=torch.get_num_threads(),
         git={"working_directory": revision_of(Path.cwd()), "holdfast": revision_of(Path(__file__).parent)},
         seed=seed,
-        command=[Path(sys.argv[0]).name, *sys.argv[1:]],
+        command=[Path(sys.argv[0]).name, *map(as_utf8, sys.argv[1:])],
     ).model_dump(mode="json")
 
 

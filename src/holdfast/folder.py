@@ -7,8 +7,8 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -70,15 +70,16 @@ class Folder:
             self._lock = None
 
     def parts(self, within: str) -> list[str]:
-        """The committed parts in a sub-folder, in the order of their names."""
+        """The committed parts in a sub-folder, in the order of their numbers."""
         folder = self.path / within
-        found = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
-        return [f"{within}/{name}" for name in found if name[0] != "." and not name.endswith(PARTIAL)]
+        found = in_order(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+        names = [p.name for p in found]
+        return [f"{within}/{name}" for name in names if name[0] != "." and not name.endswith(PARTIAL)]
 
     def partial(self, within: str) -> list[str]:
         """The parts there that were begun and not committed, without their ending."""
         folder = self.path / within
-        found = sorted(folder.glob(f"*{PARTIAL}")) if folder.is_dir() else []
+        found = in_order(folder.glob(f"*{PARTIAL}")) if folder.is_dir() else []
         return [f"{within}/{p.name.removesuffix(PARTIAL)}" for p in found]
 
     def problem(self, part: str, only: Collection[str] | None = None) -> str | None:
@@ -207,6 +208,17 @@ class Folder:
         os.rename(partial, self.path / name)  # the commit
 
 
+def in_order(parts: Iterable[Path]) -> list[Path]:
+    """Parts by the number that their names begin with: as text ``100-x`` stands before ``11-x``."""
+
+    def place(part: Path) -> tuple[bool, int, str]:
+        number = part.name.partition("-")[0]
+        known = number.isascii() and number.isdigit()
+        return not known, int(number) if known else 0, part.name
+
+    return sorted(parts, key=place)
+
+
 def _is_of_writing(error: Exception, folder: Path) -> bool:
     """Whether an error is of the disk, or of a file in a folder; a script's block may raise any other."""
     if not isinstance(error, OSError):
@@ -247,7 +259,7 @@ def lock(path: Path, what: str) -> IO[str]:
             f"{path.parent}: another {what} is working here (process {owner}). Wait for it, stop it, or give "
             f"this one a folder of its own{'' if what == 'learner' else ' with output=DIR'}."
         ) from None
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
+    with suppress(OSError):  # on a full disk too a folder can be asked, and a task taken back
+        file.truncate(0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
     return file

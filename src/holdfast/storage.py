@@ -86,6 +86,11 @@ _TORCH_WRITES = (
 )
 
 
+def as_utf8(text: str) -> str:
+    """A text that may be of a file's name, with what is no UTF-8 in it spelt out."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def is_disk_error(error: Exception) -> bool:
     """Whether writing failed below Python: safetensors and torch wrap the system's error in their own."""
     if isinstance(error, RuntimeError):  # all other errors of torch are of this class too

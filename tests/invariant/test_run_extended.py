@@ -186,3 +186,41 @@ def test_run_where_learn_added_a_task_says_so(tiny: Any, tmp_path: Path) -> None
         task.train()
     with pytest.raises(RunDirectoryError, match=r"more was learned here than .* has \(more\)"):
         run(config)
+
+
+def folders_of(tmp_path: Path) -> RunConfig:
+    for name in ("a", "b"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for split, count in (("train", 6), ("test", 2)):
+            rows = [{"prompt": f"{name}{split}{i}=", "completion": name} for i in range(count)]
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            (tmp_path / "data" / name / f"{split}.jsonl").write_text(text)
+    values = tiny_run(tmp_path / "run", strategy="sequential")
+    values["model"]["layers"] = 1
+    values["training"] = {"max_steps": 2, "batch_size": 4}
+    values["tasks"] = {"source": "jsonl", "path": str(tmp_path / "data")}
+    return validate(RunConfig, values, source="test")
+
+
+def test_a_task_that_was_renamed_is_told_and_the_run_s_figures_stay(tmp_path: Path) -> None:
+    config = folders_of(tmp_path)
+    run(config)
+    before = (tmp_path / "run/metrics.json").read_bytes()
+    (tmp_path / "data/b").rename(tmp_path / "data/c")
+    with pytest.raises(RunDirectoryError, match="learned here: a, b; this configuration begins with a, c"):
+        run(config)
+    assert (tmp_path / "run/metrics.json").read_bytes() == before
+
+
+def test_rows_that_changed_are_told_and_the_run_s_figures_stay(tmp_path: Path) -> None:
+    config = folders_of(tmp_path)
+    run(config)
+    before = (tmp_path / "run/metrics.json").read_bytes()
+    file = tmp_path / "data/b/test.jsonl"
+    rows = file.read_text()
+    file.write_text(rows.replace("btest0", "btest7"))
+    with pytest.raises(RunDirectoryError, match=r"02-b: was learned from other rows of b than there are now"):
+        run(config)
+    assert (tmp_path / "run/metrics.json").read_bytes() == before
+    file.write_text(rows)
+    run(config)

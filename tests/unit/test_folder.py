@@ -55,6 +55,29 @@ def test_disk_error_says_that_finished_parts_are_untouched(folder: Folder) -> No
         fill()
 
 
+def test_parts_stand_in_the_order_of_their_numbers_beyond_a_hundred_too(folder: Folder) -> None:
+    numbers = [1, 9, 10, 11, 99, 100, 101, 1000]
+    for number in reversed(numbers):
+        with folder.part(f"tasks/{number:02d}-t"):
+            pass
+    (folder.path / "tasks" / "by-hand").mkdir()
+    assert folder.parts("tasks") == [*(f"tasks/{number:02d}-t" for number in numbers), "tasks/by-hand"]
+    for number in (100, 12):
+        (folder.path / "tasks" / f"{number}-u.partial").mkdir()
+    assert folder.partial("tasks") == ["tasks/12-u", "tasks/100-u"]
+
+
+def test_a_folder_on_a_full_disk_can_be_locked(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    folder.release()
+    monkeypatch.setattr(os, "pwrite", full)
+    folder.lock("learner")
+    with pytest.raises(RunDirectoryError, match="another learner is working here"):
+        Folder(folder.path).lock("learner")
+
+
 def test_errors_of_a_script_s_own_files_and_connections_are_its_own(folder: Folder, tmp_path: Path) -> None:
     def fail(error: OSError) -> None:
         with folder.part("tasks/01-a") as path:

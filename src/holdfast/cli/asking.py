@@ -15,6 +15,7 @@ from holdfast.cli.options import Column, new_file
 from holdfast.errors import HoldfastError
 from holdfast.progress import Progress, tell
 
+_SHOWN = 40  # characters of a question that something is told of
 Learned = Annotated[Path, typer.Argument(metavar="SKILLS|RUN", help="folder of skills, or of a run")]
 
 
@@ -61,8 +62,8 @@ def ask_command(
     """
     with told("The same command continues."):
         from holdfast.progress import stoppable
-        from holdfast.runner.ask import ask_file, load_to_ask
-        from holdfast.tasks import Columns
+        from holdfast.runner.ask import ask_file, load_to_ask, lost_of
+        from holdfast.tasks import Columns, as_questions
 
         wrong = [
             "--data without --out" * (data is not None and out is None),
@@ -90,6 +91,8 @@ def ask_command(
                 tell(console, f"{count} answers: {out}")
                 return
             for question in questions or _lines():
+                for lost in lost_of(learner, as_questions([question])):
+                    tell(console, f"{question[:_SHOWN]}: {lost}")
                 if base:
                     before = learner.answer([question], max_new_tokens=max_new_tokens, base=True)[0]
                     print(f"base: {before}")

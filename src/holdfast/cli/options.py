@@ -44,8 +44,11 @@ def new_file(file: Path | None) -> Path | None:
 
 def new_folder(folder: Path | None) -> Path | None:
     """The same of a folder to write into."""
+    from holdfast.config import half_character
     from holdfast.storage import not_a_folder
 
+    if folder is not None and half_character(str(folder)):
+        raise typer.BadParameter(f"{str(folder)!a} is no text in UTF-8. Give another path.")
     if folder is not None and (why := not_a_folder(folder)):
         raise typer.BadParameter(f"{why}. Give another path.")
     return folder

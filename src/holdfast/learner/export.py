@@ -7,6 +7,7 @@ from pathlib import Path
 
 from holdfast.errors import ConfigError, RunDirectoryError
 from holdfast.learner.card import model_card, write_card
+from holdfast.learner.config import STAGES
 from holdfast.learner.skills import read_skills
 from holdfast.learner.state import LearnerState
 from holdfast.models.adapters import is_adapted, recompress
@@ -22,6 +23,8 @@ def export(state: LearnerState, target: Path, rank: int | None, title: str | Non
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RunDirectoryError(f"{target}: not an empty folder. Choose a new or empty one.")
+    if target.resolve().is_relative_to((state.folder.path / STAGES).resolve()):
+        raise RunDirectoryError(f"{target}: lies among what was learned here. Choose a folder elsewhere.")
     if rank is not None and (state.strategy.changes_base or not is_adapted(state.model)):
         raise ConfigError(
             f"export: got rank {rank}, but what answers here is a whole model and no adapter. Leave the "

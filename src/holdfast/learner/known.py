@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,11 @@ from holdfast.tasks.task import Example, Task
 
 ABOUT = "task.json"
 TEST = "test.jsonl"
+
+
+def digest_of(task: Task) -> str:
+    """SHA-256 of a task's rows: whether an earlier attempt was at the same ones."""
+    return hashlib.sha256(repr((task.metric, task.options, task.train, task.test)).encode()).hexdigest()
 
 
 def write_task(folder: Path, task: Task, about: Mapping[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import tempfile
 import time
@@ -33,7 +32,7 @@ from holdfast.learner.figures import figures_after
 from holdfast.learner.general import General
 from holdfast.learner.harness import Harness
 from holdfast.learner.keep import thin
-from holdfast.learner.known import read_about, write_task
+from holdfast.learner.known import digest_of, read_about, write_task
 from holdfast.learner.learning import Learning
 from holdfast.learner.look import Look
 from holdfast.learner.ownership import FIXED, began_new, claim, rebuilt, write_identity
@@ -321,7 +320,7 @@ class Learner:
         self._check_can_begin(stage)
         self.look([task])
         asked = [known for known in (*self.state.tests, task) if known.test]
-        digest = self.digest(task)
+        digest = digest_of(task)
         known = {"digest": digest, "training": self.config.training.model_dump(mode="json")}
         self._forget_another(stage, known)
         answers = {"answer_tokens": self.testing.begin(task)}
@@ -331,11 +330,6 @@ class Learner:
             yield learning
         self.state.tests.append(Task(name, (), task.test, metric, task.options))
         self.state.digests[name] = digest
-
-    @staticmethod
-    def digest(task: Task) -> str:
-        """SHA-256 of a task's rows: whether an earlier attempt was at the same ones."""
-        return hashlib.sha256(repr((task.metric, task.options, task.train, task.test)).encode()).hexdigest()
 
     def _forget_another(self, stage: Stage, known: Mapping[str, Any]) -> None:
         """Begin anew where a killed attempt was at other rows, or had other options of training."""

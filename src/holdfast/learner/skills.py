@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from holdfast.errors import RunDirectoryError
+from holdfast.errors import DataError, RunDirectoryError
 from holdfast.evaluation.harness import courses
 from holdfast.evaluation.metrics import summarise
 from holdfast.evaluation.predictions import read_predictions
-from holdfast.folder import Folder
+from holdfast.folder import PARTIAL, Folder
 from holdfast.learner.base_task import BASE
 from holdfast.learner.config import STAGES, recorded_config, require_learner
 from holdfast.learner.figures import matrix_of
@@ -143,7 +144,7 @@ def read_skills(path: str | Path) -> Skills:
         )
         for i, name in enumerate(names)
     ]
-    unfinished = [part.rpartition("/")[2].partition("-")[2] for part in folder.partial(STAGES)]
+    unfinished = [_name_of(root / (part + PARTIAL)) for part in folder.partial(STAGES)]
     config = recorded_config(root, {})
     asked = [record.harness for record in metrics]
     harness = courses([metrics[0].harness_before, *asked]) if any(asked) else {}
@@ -221,14 +222,23 @@ def undo(path: str | Path) -> str:
                 f"{root}: the weights before '{last}' are not kept (`keep: last` keeps those of the last two "
                 "tasks), so it can't be taken back. Nothing was changed."
             )
+        name = _name_of(root / (begun[-1] + (PARTIAL if folder.partial(STAGES) else "")))
         folder.remove(begun[-1])
         if not any((root / STAGES).iterdir()):
             (root / STAGES).rmdir()
             if (root / BASE / ABOUT).exists():  # it was made for the first task
                 folder.remove(BASE)
-        return begun[-1].rpartition("/")[2].partition("-")[2]
+        return name
     finally:
         folder.release()
+
+
+def _name_of(part: Path) -> str:
+    """A task's name as it was given; where nothing tells, as its folder says it."""
+    with suppress(DataError):
+        if name := read_about(part).get("name"):
+            return str(name)
+    return part.name.removesuffix(PARTIAL).partition("-")[2]
 
 
 def _drift(then: Path, now: Path, task: str) -> float | None:

@@ -13,7 +13,7 @@ from holdfast.config import recorded_in
 from holdfast.errors import DataError
 from holdfast.evaluation.harness import courses
 from holdfast.evaluation.predictions import read_predictions
-from holdfast.folder import CONFIG, ENVIRONMENT, MANIFEST
+from holdfast.folder import CONFIG, ENVIRONMENT, MANIFEST, in_order
 from holdfast.learner.skills import read_skills
 from holdfast.places import near
 from holdfast.records import (
@@ -203,7 +203,8 @@ def _metrics_of_skills(path: Path) -> RunMetrics:
 
 def _read_run(path: Path, metrics: RunMetrics | None = None) -> RunRecord:
     metrics = metrics or RunMetrics.read(path / "metrics.json")
-    folders = sorted(p for p in (path / "tasks").glob("[0-9]*-*") if p.is_dir() and p.suffix != ".partial")
+    parts = (p for p in (path / "tasks").glob("[0-9]*-*") if p.is_dir() and p.suffix != ".partial")
+    folders = in_order(parts)
     named = [] if metrics.strategy == "multitask" else metrics.tasks  # a folder's name may be a cleaned one
     stages = tuple(_read_stage(folder, named) for folder in folders)
     asked = _read_if(HarnessAnswers, path / "harness.json")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from holdfast.errors import ConfigError, StorageError
+from holdfast.folder import MANIFEST
 from holdfast.learner import Learner
+from holdfast.learner.config import STAGES
 from holdfast.learner.skills import read_skills
 from holdfast.models import onto_gpu
 from holdfast.places import local_path
@@ -53,7 +56,7 @@ def ask_file(
     """Answer a file's questions into a JSONL file of its rows with their answers; how many there were.
 
     Killed, the same call goes on: answers are kept in ``OUT.<digest>.partial`` as they come, the digest of
-    questions, options and weights.
+    rows, options and weights.
 
     Parameters
     ----------
@@ -73,20 +76,9 @@ def ask_file(
         raise StorageError(f"--out: {out} is there already, and is not written over. Give another name.")
     rows, questions = read_questions(local_path(data), columns)
     with progress.bar(f"read {data.name}", total=len(questions)) as bar:
-        cut = sum(row.cut > 0 for row in learner.encoder.questions(questions, bar))
-    if cut:
-        template = learner.config.template
-        progress.say(
-            f"{data}: {cut} of {len(questions)} questions are longer than template.max_prompt_tokens "
-            f"({template.max_prompt_tokens}), as it was learned; their {template.keep} tokens are kept."
-        )
-    unseen = sum(map(learner.encoder.leaves_out_tools, questions))
-    if unseen:
-        progress.say(
-            f"{data}: {unseen} of {len(questions)} questions have tools that the model isn't shown, as no "
-            "chat template frames a text here. Ask in chat messages, or write them into the questions."
-        )
-    partial = out.with_name(f"{out.name}.{_digest(learner, questions, base, options)}.partial")
+        for lost in lost_of(learner, questions, bar):
+            progress.say(f"{data}: {lost}")
+    partial = out.with_name(f"{out.name}.{_digest(learner, rows, questions, base, options)}.partial")
     out.parent.mkdir(parents=True, exist_ok=True)
     done = _whole_lines(partial)
     if done:
@@ -109,10 +101,31 @@ def ask_file(
     return len(questions)
 
 
-def _digest(learner: Learner, questions: list[Example], base: bool, options: dict[str, Any]) -> str:
-    manifests = sorted(learner.folder.path.glob("tasks/*/manifest.json"))[: len(learner.learned)]
+def lost_of(
+    learner: Learner, questions: Sequence[Example], bar: Callable[[int], None] | None = None
+) -> Iterator[str]:
+    """What the model isn't shown of some questions: what is cut, and tools where no template frames them."""
+    encoder, template = learner.encoder, learner.config.template
+    cut = sum(row.cut > 0 for row in encoder.questions(questions, bar))
+    if cut:
+        yield (
+            f"{cut} of {len(questions)} questions are longer than template.max_prompt_tokens "
+            f"({template.max_prompt_tokens}), as it was learned; their {template.keep} tokens are kept."
+        )
+    if unseen := sum(map(encoder.leaves_out_tools, questions)):
+        yield (
+            f"{unseen} of {len(questions)} questions have tools that the model isn't shown, as no chat "
+            "template frames a text here. Ask in chat messages, or write them into the questions."
+        )
+
+
+def _digest(
+    learner: Learner, rows: Sequence[Any], questions: Sequence[Example], base: bool, options: dict[str, Any]
+) -> str:
+    folder = learner.folder
+    manifests = [folder.path / part / MANIFEST for part in folder.parts(STAGES)[: len(learner.learned)]]
     weights = [hashlib.sha256(manifest.read_bytes()).hexdigest() for manifest in manifests]
-    identity = repr((weights, questions, base, sorted(options.items())))
+    identity = repr((weights, rows, questions, base, sorted(options.items())))
     return hashlib.sha256(identity.encode()).hexdigest()[:8]
 
 

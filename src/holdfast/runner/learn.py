@@ -10,16 +10,19 @@ from statistics import median
 from typing import Any
 
 from holdfast import world
-from holdfast.config import override, validate
+from holdfast.config import half_character, override, validate
 from holdfast.errors import ConfigError, DataError
 from holdfast.hold.cost import advised_rank
 from holdfast.importance.inputs import InputsOptions
 from holdfast.learner import Learner, LearnerConfig
 from holdfast.learner.config import ProtectBaseOptions, cannot_hold_base, recorded_config
+from holdfast.learner.known import digest_of
 from holdfast.learner.ownership import absolute_model, begun, begun_with, move_base
 from holdfast.learner.skills import Skills, read_skills
 from holdfast.models import onto_gpu
+from holdfast.models.adapters import is_adapted
 from holdfast.progress import Progress, stoppable
+from holdfast.storage import as_utf8
 from holdfast.tasks import load_task
 from holdfast.tasks.options import left_out, subsample
 from holdfast.tasks.problems import Problems
@@ -102,7 +105,7 @@ def learn_data(
     usual = (usual_rate, usual_frame, usual_base, usual_rank)
     with stoppable(), _learner(skills, config, progress, *usual) as learner:
         if task.name in learner.learned:
-            if learner.state.digests.get(task.name) != learner.digest(task):
+            if learner.state.digests.get(task.name) != digest_of(task):
                 raise ConfigError(
                     f"{skills}: a task '{task.name}' was learned already, from other rows or with another "
                     "metric. Give this one a name of its own with --name."
@@ -110,7 +113,7 @@ def learn_data(
             progress.say(f"{skills}: '{task.name}' is learned already; nothing to do.")
             return read_skills(skills)
         learner.config.training.check_machine()
-        about = {"learned": datetime.now(UTC).isoformat(timespec="seconds"), "data": str(data)}
+        about = {"learned": datetime.now(UTC).isoformat(timespec="seconds"), "data": as_utf8(str(data))}
         with learner.task(
             task.name, task.train, task.test, metric=task.metric, options=task.options, about=about
         ) as learning:
@@ -246,7 +249,7 @@ def _ranked(config: LearnerConfig, model: Any, progress: Progress) -> LearnerCon
 
 def _usual_rate(config: LearnerConfig, model: Any) -> float:
     """What people train such a model at, where nobody says."""
-    if config.model is not None and config.model.lora is not None:
+    if is_adapted(model):
         return 2e-4
     return 1e-3 if sum(p.numel() for p in model.parameters()) < SMALL else 2e-5
 
@@ -267,6 +270,8 @@ def _task(
     if name is not None and not name.strip():
         raise ConfigError(f"--name: a skill needs a name (got {name!r}); leave it out for '{loaded.name}'.")
     name = name or loaded.name
+    if half_character(name):
+        raise ConfigError(f"--name: {name!a} is no text in UTF-8, as a skill's name must be; give another.")
     train: Sequence[Example] = loaded.train
     tests: Sequence[Example] = loaded.test if test is None else load_task(test, columns).train
     if not tests:

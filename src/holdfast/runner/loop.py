@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,20 +16,22 @@ from holdfast.errors import RunDirectoryError
 from holdfast.evaluation.harness import courses
 from holdfast.evaluation.metrics import summarise
 from holdfast.evaluation.predictions import file_safe
-from holdfast.folder import PARTIAL
+from holdfast.folder import PARTIAL, in_order
 from holdfast.learner import Learner
 from holdfast.learner.base_task import BASE
-from holdfast.learner.known import read_about
+from holdfast.learner.known import digest_of, read_about
 from holdfast.models import load_model, onto_gpu
 from holdfast.progress import Progress, stoppable
 from holdfast.records import RunMetrics, StageMetrics, TrainingLog
 from holdfast.runner.config import RunConfig, Scope
 from holdfast.runner.directory import RunDirectory
+from holdfast.storage import write_json
 from holdfast.strategies import Stage, build_strategy
 from holdfast.tasks import build_stream, toy_tokenizer
 from holdfast.tasks.task import Task
 
 ZERO_SHOT = "zero_shot"
+ROWS = "rows.json"  # in a stage: the digest of each task's rows
 LATER = "later"  # what a stage's model says to tasks that came into the order after it
 
 
@@ -80,6 +83,7 @@ class _Run:
                 f"back with `holdfast skills {directory.path} --undo`, or give this run a directory with "
                 "output=DIR."
             )
+        self._check_same_stream(learner.learned)
         learner.look(task for stage in self.stages[len(learner.learned) :] for task in stage.tasks)
         if before and done == 0:
             with directory.part(ZERO_SHOT) as folder:
@@ -89,6 +93,31 @@ class _Run:
             self._learn(learner, stage)
             self._write_metrics(learner)
         return self._write_metrics(learner)
+
+    def _check_same_stream(self, learned: Sequence[str]) -> None:
+        """See that what was learned here, or begun, is what the configuration's data are now.
+
+        Raises
+        ------
+        RunDirectoryError
+            Other tasks, or other rows of one; nothing is changed.
+        """
+        path = self.directory.path
+        planned = [stage.name for stage in self.stages[: len(learned)]]
+        if planned != list(learned):
+            raise RunDirectoryError(
+                f"{path}: learned here: {', '.join(learned)}; this configuration begins with "
+                f"{', '.join(planned)}. Give the order as it was in tasks.order, with new tasks behind it, "
+                "or another directory with output=DIR."
+            )
+        for part, stage in zip(self.names, self.stages, strict=True):
+            for folder in (path / part, path / (part + PARTIAL)):
+                other = _other_rows(folder / ROWS, stage)
+                if other:
+                    raise RunDirectoryError(
+                        f"{folder}: was learned from other rows of {', '.join(other)} than there are now. "
+                        "Bring these back, or give this run a directory of its own with output=DIR."
+                    )
 
     def _learner(self, after: int | None = None) -> Learner:
         """The learner as the directory has it; or as it was after so many stages."""
@@ -101,6 +130,7 @@ class _Run:
         description = f"{stage.index + 1}/{len(self.stages)} learn {stage.name}"
         started = time.perf_counter()
         with learner.stage(stage, self._tested_after(stage.index), description) as learning:
+            write_json(learning.folder / ROWS, {task.name: digest_of(task) for task in stage.tasks})
             learning.train()
         record = _records(self.directory.path, self.names[stage.index])[0]
         asked = [score for t in stage.tasks if (score := record.scores.get(t.name)) is not None]
@@ -157,6 +187,14 @@ class _Run:
         return metrics
 
 
+def _other_rows(file: Path, stage: Stage) -> list[str]:
+    """The tasks of a stage that have other rows than when it began; none where nothing tells."""
+    if not file.is_file():
+        return []
+    then = json.loads(file.read_text(encoding="utf-8"))
+    return [task.name for task in stage.tasks if then.get(task.name) != digest_of(task)]
+
+
 def tested_after(stages: Sequence[Stage], index: int, scope: Scope) -> list[Task]:
     """Which tasks are tested after a stage; after the last one all of them."""
     final = index == len(stages) - 1
@@ -177,7 +215,8 @@ def later(part: str, task: str) -> str:
 
 def later_parts(path: Path) -> list[str]:
     """All such parts that are committed."""
-    found = sorted((path / LATER).glob("*/*/metrics.json"))
+    asked = in_order((path / LATER).glob("*"))
+    found = [file for part in asked for file in sorted(part.glob("*/metrics.json"))]
     return [str(f.parent.relative_to(path)) for f in found if not f.parent.name.endswith(PARTIAL)]
 
 

@@ -87,6 +87,10 @@ class Weighted:
         """The model's."""
         return iter(self.model.parameters())
 
+    def modules(self) -> Iterator[nn.Module]:
+        """The model's."""
+        return iter(self.model.modules())
+
     def eval(self) -> Weighted:
         """Put the model into evaluation mode."""
         self.model.eval()

@@ -201,6 +201,10 @@ class Prompted:
         """The model's."""
         return iter(self.model.parameters())
 
+    def modules(self) -> Iterator[nn.Module]:
+        """The model's."""
+        return iter(self.model.modules())
+
     def eval(self) -> Prompted:
         """Put the model into evaluation mode."""
         self.model.eval()
