@@ -130,6 +130,26 @@ def test_the_command_answers_arguments_lines_and_files_alike(there: Path) -> Non
     refused(in_this_process("ask", "s", "--data", "p.jsonl", "--out", "b", cwd=there), "q.jsonl")
 
 
+def test_what_is_cut_of_a_question_on_the_command_line_is_told(there: Path) -> None:
+    asked = in_this_process("ask", "s", "a" * 3000, "copy ab=", cwd=there)
+    assert asked.code == 0, asked.err
+    assert asked.err.count("1 of 1 questions are longer than template.max_prompt_tokens") == 1
+    assert len(asked.out.splitlines()) == 2
+
+
+def test_answers_of_a_killed_file_don_t_go_on_under_other_rows(there: Path) -> None:
+    rows = [{"prompt": row["prompt"], "id": i} for i, row in enumerate(rows_of("may", 200))]
+    write_rows(there / "q.jsonl", rows)
+    command = ("ask", "s", "--data", "q.jsonl", "--out", "a.jsonl")
+    killed = holdfast(*command, cwd=there, die=("holdfast.learner.learner.ask", 2))
+    assert killed.code == -signal.SIGKILL, killed.err
+    write_rows(there / "q.jsonl", [{**row, "id": row["id"] + 1000} for row in rows])
+    ended = in_this_process(*command, cwd=there)
+    assert ended.code == 0, ended.err
+    ids = [json.loads(line)["id"] for line in (there / "a.jsonl").read_text().splitlines()]
+    assert ids == list(range(1000, 1200))
+
+
 def test_a_killed_file_goes_on_where_it_was(there: Path) -> None:
     write_rows(there / "q.jsonl", [{"prompt": row["prompt"]} for row in rows_of("may", 300)])
     command = ("ask", "s", "--data", "q.jsonl", "--out")

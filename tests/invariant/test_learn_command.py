@@ -502,3 +502,37 @@ def test_a_prior_larger_than_the_model_is_cut_where_nobody_says(
     with Learner.load(data / "s") as learner:
         rank = getattr(getattr(learner.config.strategy, "importance", None), "rank", None)
         assert rank == (None if said else 5)
+
+
+def test_an_odd_name_is_shown_and_taken_back_as_it_was_given(data: Path) -> None:
+    name = "glue/mnli [bold]x"
+    ended = in_this_process("learn", "may.jsonl", "--skills", "s", *TOY, *SHORT, "--name", name, cwd=data)
+    assert ended.code == 0, ended.err
+    taken = in_this_process("skills", "s", "--undo", cwd=data)
+    assert f"Taken back: {name}" in " ".join(taken.err.split()), taken
+
+
+def test_what_is_no_utf_8_in_a_name_is_refused(data: Path) -> None:
+    command = ("learn", "may.jsonl", *TOY, *SHORT)
+    refused(in_this_process(*command, "--skills", "s", "--name", "x\udcff", cwd=data), "is no text in UTF-8")
+    shutil.copy(data / "may.jsonl", data / "ma\udcffy.jsonl")
+    odd = ("learn", "ma\udcffy.jsonl", "--skills", "s", *TOY, *SHORT)
+    refused(in_this_process(*odd, cwd=data), "is no text in UTF-8")
+    ended = in_this_process(*odd, "--name", "may", cwd=data)
+    assert ended.code == 0, ended.err
+
+
+def test_an_export_does_not_go_among_what_was_learned(there: Path) -> None:
+    before = sorted(str(p) for p in (there / "s").rglob("*"))
+    refused(in_this_process("skills", "s", "--export", "s/tasks/x", cwd=there), "lies among what was learned")
+    assert sorted(str(p) for p in (there / "s").rglob("*")) == before
+
+
+def test_an_adapter_s_folder_is_trained_at_a_lora_s_rate(data: Path) -> None:
+    save_model(*load_model(ModelOptions(toy=True, hidden=16, layers=1), 0, toy_tokenizer), data / "m")
+    first = ("learn", "may.jsonl", "--skills", "s", "--model", "m", "--lora", "training.max_steps=1")
+    ended = in_this_process(*first, cwd=data)
+    assert "learning rate 0.0002" in ended.err, ended.err
+    assert in_this_process("skills", "s", "--export", "e", cwd=data).code == 0
+    again = in_this_process("learn", "june.jsonl", "--skills", "t", "--model", "e", first[-1], cwd=data)
+    assert "learning rate 0.0002" in again.err, again
