@@ -218,6 +218,16 @@ def test_a_cell_that_fails_is_shown_and_the_rest_goes_on(tmp_path):
     assert (tmp_path / "out" / "report.html").is_file()
 
 
+def test_a_sweep_does_not_go_into_the_folder_of_a_run(chosen, tmp_path):
+    file, _ = chosen
+    run = shutil.copytree(next((file.parent / "out/runs").glob("plain/seed-*")), tmp_path / "run")
+    before = sorted(run.rglob("*"))
+    result = holdfast_cli("compare", file, f"output={run}")
+    assert result.exit_code == 2, result.output
+    assert "is the folder of a run, or of skills (it has a config.yaml)" in result.output
+    assert sorted(run.rglob("*")) == before
+
+
 def test_the_command_line_shows_the_table_and_writes_all_three_forms(chosen):
     file, results = chosen
     result = holdfast_cli("compare", file)  # finished: everything is read from disk

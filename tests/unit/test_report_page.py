@@ -301,3 +301,15 @@ def test_a_report_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
     with pytest.raises(StorageError, match="No space left"):
         write_report([write_run(tmp_path / "r", "x", artefacts=False)], out)
     assert out.read_text() == "old"
+
+
+def test_what_is_no_page_is_not_written_over(tmp_path):
+    run = write_run(tmp_path / "r", "x", artefacts=False)
+    config = run / "metrics.json"
+    before = config.read_bytes()
+    with pytest.raises(StorageError, match=r"metrics\.json: is there, and is no page"):
+        write_report([run], config)
+    assert config.read_bytes() == before
+    (tmp_path / "page").touch()
+    for _ in range(2):
+        assert write_report([run], tmp_path / "page").read_text().startswith("<!")

@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from holdfast.errors import HoldfastError
-from holdfast.folder import lock
+from holdfast.errors import HoldfastError, RunDirectoryError
+from holdfast.folder import CONFIG, lock
 from holdfast.models import load_model
 from holdfast.progress import Progress
 from holdfast.records import Comparison
@@ -40,11 +40,16 @@ def compare(plan: Plan, progress: Progress) -> Comparison:
     ConfigError
         What can be known before training is wrong with any cell; every problem is named.
     RunDirectoryError
-        Another sweep runs in this folder.
+        Another sweep runs in this folder, or it is a run's or a learner's.
     Interrupted
         ctrl-C; what was finished is on disk.
     """
     output = Path(plan.grid.output)
+    if (output / CONFIG).exists():
+        raise RunDirectoryError(
+            f"output: '{output}' is the folder of a run, or of skills (it has a {CONFIG}). Give the sweep "
+            "one of its own."
+        )
     try:
         output.mkdir(parents=True, exist_ok=True)
         held = lock(output / "compare.lock", "sweep")
