@@ -48,7 +48,7 @@ def write_report(runs: Sequence[str | Path], out: str | Path, title: str | None 
 
 def _may_be_written_over(file: Path) -> bool:
     """Whether there is no file, an empty one, or a page; and no run's configuration, say."""
-    if not file.is_file():
+    if not file.is_file() or file.suffix.lower() in (".html", ".htm"):
         return True
     with file.open("rb") as there:
         begins = there.read(64)
