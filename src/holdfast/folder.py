@@ -65,7 +65,8 @@ class Folder:
     def release(self) -> None:
         """Give the folder up; a second call does nothing."""
         if self._lock is not None:
-            self._lock.truncate(0)  # nobody works here now: the folder says nothing about who did
+            with suppress(OSError):
+                self._lock.truncate(0)  # nobody works here now: the folder says nothing about who did
             self._lock.close()
             self._lock = None
 
@@ -244,11 +245,13 @@ def lock(path: Path, what: str) -> IO[str]:
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as error:
-        if not path.is_symlink():
+        if path.is_symlink():
+            raise RunDirectoryError(
+                f"{path}: is a symbolic link, which would be written through. Remove it."
+            ) from error
+        if error.errno not in (errno.EROFS, errno.EACCES) or not path.is_file():
             raise
-        raise RunDirectoryError(
-            f"{path}: is a symbolic link, which would be written through. Remove it."
-        ) from error
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)  # who only asks needs no more
     file = os.fdopen(descriptor, "r+")  # held as long as the owner works
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

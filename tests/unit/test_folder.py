@@ -67,6 +67,28 @@ def test_parts_stand_in_the_order_of_their_numbers_beyond_a_hundred_too(folder: 
     assert folder.partial("tasks") == ["tasks/12-u", "tasks/100-u"]
 
 
+def test_a_folder_that_can_t_be_written_to_can_be_locked_to_read_it(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder.lock("learner")
+    folder.release()
+    opened = os.open
+
+    def read_only(path: Path, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_RDWR:
+            raise OSError(30, "Read-only file system")
+        return opened(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", read_only)
+    folder.lock("learner")
+    with pytest.raises(RunDirectoryError, match="another learner is working here"):
+        Folder(folder.path).lock("learner")
+    folder.release()
+    (folder.path / "run.lock").unlink()
+    with pytest.raises(OSError, match="Read-only"):
+        folder.lock("learner")
+
+
 def test_a_folder_on_a_full_disk_can_be_locked(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
