@@ -143,3 +143,11 @@ def test_scores_of_lm_eval_of_an_earlier_state_say_of_which(tmp_path, learned, t
     run = read(path)
     assert isinstance(run, RunRecord)
     assert run.metrics.harness == {told: [0.25, 0.5]}
+
+
+def test_a_folder_of_skills_whose_first_task_is_unfinished_is_told_to_be_gone_on_with(tmp_path):
+    begun = tmp_path / "s/tasks/01-may.partial"
+    begun.mkdir(parents=True)
+    (begun / "task.json").write_text("{}")
+    with pytest.raises(DataError, match=r"Run the same `holdfast run` \(or `holdfast learn`\) command again"):
+        read(tmp_path / "s")

@@ -13,7 +13,7 @@ from holdfast.config import recorded_in
 from holdfast.errors import DataError
 from holdfast.evaluation.harness import courses
 from holdfast.evaluation.predictions import read_predictions
-from holdfast.folder import CONFIG, ENVIRONMENT, MANIFEST, in_order
+from holdfast.folder import CONFIG, ENVIRONMENT, MANIFEST, PARTIAL, in_order
 from holdfast.learner.skills import read_skills
 from holdfast.places import near
 from holdfast.records import (
@@ -169,7 +169,7 @@ def read(path: Path) -> Folder:
         return _read_run(path)
     if (path / "compare.json").is_file():
         return _read_comparison(path)
-    if any(path.glob("tasks/*/task.json")):
+    if any(file.parent.suffix != PARTIAL for file in path.glob("tasks/*/task.json")):
         return _read_run(path, _metrics_of_skills(path))
     prior = next((p for p in (path / "prior.json", path / "prior" / "prior.json") if p.is_file()), None)
     if prior or (path / "faithfulness.json").is_file():
@@ -177,7 +177,7 @@ def read(path: Path) -> Folder:
     if any((path / part).exists() for part in (CONFIG, MANIFEST, "tasks", "zero_shot")):
         raise DataError(
             f"{path}: this run has no metrics.json yet: it stopped before its first evaluation was saved. "
-            "Run the same `holdfast run` command again; it continues where it stopped."
+            "Run the same `holdfast run` (or `holdfast learn`) command again; it continues where it stopped."
         )
     raise DataError(
         f"{path}: neither a run (no metrics.json) nor an attribution (no prior.json, no faithfulness.json) "
@@ -203,7 +203,7 @@ def _metrics_of_skills(path: Path) -> RunMetrics:
 
 def _read_run(path: Path, metrics: RunMetrics | None = None) -> RunRecord:
     metrics = metrics or RunMetrics.read(path / "metrics.json")
-    parts = (p for p in (path / "tasks").glob("[0-9]*-*") if p.is_dir() and p.suffix != ".partial")
+    parts = (p for p in (path / "tasks").glob("[0-9]*-*") if p.is_dir() and p.suffix != PARTIAL)
     folders = in_order(parts)
     named = [] if metrics.strategy == "multitask" else metrics.tasks  # a folder's name may be a cleaned one
     stages = tuple(_read_stage(folder, named) for folder in folders)
