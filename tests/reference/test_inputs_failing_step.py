@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -150,6 +152,7 @@ def test_schedulers_and_copies_find_the_step_that_they_expect(when: str) -> None
         schedulers = []
         if when != "after":
             schedulers.append(torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9))
+        mark = vars(optimizer).get("step")
         handle = Anchor(prior_of(), strength=3.0).attach(model, optimizer)
         if when != "before":
             schedulers.append(torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9))
@@ -160,7 +163,25 @@ def test_schedulers_and_copies_find_the_step_that_they_expect(when: str) -> None
         assert "step" not in vars(copied)
         handle.remove()
         take(model, optimizer, 2)
+    if when == "before":
+        assert optimizer.step is mark
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 * 0.9 ** len(schedulers))
+
+
+def test_an_optimizer_that_was_held_is_freed_with_its_last_name() -> None:
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    handle = Anchor(prior_of(), strength=3.0).attach(model, optimizer)
+    take(model, optimizer, 1)
+    handle.remove()
+    assert "step" not in vars(optimizer)
+    freed = weakref.ref(optimizer)
+    gc.disable()
+    try:
+        del optimizer, handle
+        assert freed() is None
+    finally:
+        gc.enable()
 
 
 def test_weights_that_are_added_to_the_optimizer_are_pulled_as_strongly_as_the_others() -> None:

@@ -149,7 +149,15 @@ class _Innermost:
 
 
 _INNERMOST: WeakKeyDictionary[Optimizer, list[_Innermost]] = WeakKeyDictionary()
-_ENDED = "_holdfast_ended"  # of an optimizer's step: what to call where it raises
+_GUARD = "_holdfast_guard"  # of a wrapped step: its `_Guard`
+
+
+@dataclass(eq=False)
+class _Guard:
+    """What an optimizer's own ``step`` was, if it had one, and what is called where a step raises."""
+
+    before: Callable[..., Any] | None
+    ended: list[Callable[[], None]] = field(default_factory=list)
 
 
 def turned_by(optimizer: Optimizer) -> set[int]:
@@ -414,29 +422,39 @@ def hook(
 
 def _guard(optimizer: Optimizer, ended: Callable[[], None]) -> Callable[[], None]:
     """Call `ended` where a step of this optimizer raises, until what is returned is called."""
-    waiting: list[Callable[[], None]] | None = getattr(optimizer.step, _ENDED, None)
-    if waiting is None:
-        waiting = _wrap(optimizer)
-    waiting.append(ended)
-    return lambda: waiting.remove(ended)
+    guard: _Guard = getattr(optimizer.step, _GUARD, None) or _wrap(optimizer)
+    guard.ended.append(ended)
+
+    def let_go() -> None:
+        guard.ended.remove(ended)
+        last = vars(optimizer).get("step")
+        if guard.ended or not isinstance(last, MethodType) or getattr(last, _GUARD, None) is not guard:
+            return  # somebody holds yet, or a scheduler has wrapped it since
+        del optimizer.step  # what is bound to an optimizer keeps its state alive
+        if guard.before is not None:
+            optimizer.step = guard.before  # type: ignore[method-assign]
+
+    return let_go
 
 
-def _wrap(optimizer: Optimizer) -> list[Callable[[], None]]:
-    """Wrap an optimizer's step, as schedulers do, so that what is in the list is called if it raises."""
-    raw, waiting = optimizer.step, list[Callable[[], None]]()
+def _wrap(optimizer: Optimizer) -> _Guard:
+    """Wrap an optimizer's step, as schedulers do: nothing in it holds the optimizer itself."""
+    guard = _Guard(vars(optimizer).get("step"))
 
-    @wraps(raw)  # with the marks of schedulers, which warn where they miss them
-    def step(_: Optimizer, *args: Any, **kwargs: Any) -> Any:
+    @wraps(type(optimizer).step if guard.before is None else guard.before)  # with the marks of schedulers
+    def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
         try:
-            return raw(*args, **kwargs)
+            if guard.before is None:
+                return type(self).step(self, *args, **kwargs)
+            return guard.before(*args, **kwargs)
         except BaseException:
-            for each in waiting:
+            for each in guard.ended:
                 each()
             raise
 
-    setattr(step, _ENDED, waiting)
+    setattr(step, _GUARD, guard)
     optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign]
-    return waiting
+    return guard
 
 
 def _idle(optimizer: Optimizer) -> bool:
