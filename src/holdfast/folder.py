@@ -223,7 +223,7 @@ def in_order(parts: Iterable[Path]) -> list[Path]:
 def _is_of_writing(error: Exception, folder: Path) -> bool:
     """Whether an error is of the disk, or of a file in a folder; a script's block may raise any other."""
     if not isinstance(error, OSError):
-        return is_disk_error(error) and "deserializ" not in str(error)
+        return is_disk_error(error)
     file = error.filename
     inside = isinstance(file, str) and Path(file).absolute().is_relative_to(folder.absolute())
     return inside or error.errno in _DISK

@@ -76,6 +76,11 @@ def atomic_write(*paths: str | os.PathLike[str]) -> Iterator[Any]:
         raise
 
 
+def as_utf8(text: str) -> str:
+    """A text that may be of a file's name, with what is no UTF-8 in it spelt out."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 # what torch.save says on a full disk, by size of the tensors and by format
 _TORCH_WRITES = (
     "PytorchStreamWriter",
@@ -86,16 +91,13 @@ _TORCH_WRITES = (
 )
 
 
-def as_utf8(text: str) -> str:
-    """A text that may be of a file's name, with what is no UTF-8 in it spelt out."""
-    return text.encode(errors="backslashreplace").decode()
-
-
 def is_disk_error(error: Exception) -> bool:
     """Whether writing failed below Python: safetensors and torch wrap the system's error in their own."""
     if isinstance(error, RuntimeError):  # all other errors of torch are of this class too
         return any(text in str(error) for text in _TORCH_WRITES)
-    return isinstance(error, OSError) or type(error).__name__ == "SafetensorError"
+    if type(error).__name__ == "SafetensorError":  # of reading, too
+        return "deserializ" not in str(error)
+    return isinstance(error, OSError)
 
 
 def refuse_what_is_no_file(path: Path) -> None:

@@ -207,7 +207,8 @@ def undo(path: str | Path) -> str:
     folder = Folder(root)
     folder.lock("learner")
     try:
-        begun = folder.partial(STAGES) or folder.parts(STAGES)[-1:]
+        unfinished = folder.partial(STAGES)
+        begun = unfinished or folder.parts(STAGES)[-1:]
         if not begun:
             raise RunDirectoryError(f"{root}: nothing was learned here, so there is nothing to take back.")
         if (root / RUN).exists() and not (root / begun[-1] / ABOUT).exists():
@@ -222,7 +223,7 @@ def undo(path: str | Path) -> str:
                 f"{root}: the weights before '{last}' are not kept (`keep: last` keeps those of the last two "
                 "tasks), so it can't be taken back. Nothing was changed."
             )
-        name = _name_of(root / (begun[-1] + (PARTIAL if folder.partial(STAGES) else "")))
+        name = _name_of(root / (begun[-1] + (PARTIAL if unfinished else "")))
         folder.remove(begun[-1])
         if not any((root / STAGES).iterdir()):
             (root / STAGES).rmdir()
