@@ -23,6 +23,7 @@ CONFIG = "config.yaml"  # what a folder was told
 ENVIRONMENT = "environment.json"
 LOCK = "run.lock"
 GONE = ".gone"
+CHECKPOINTS = "checkpoints"  # in a part that is being written: what a killed one goes on from
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
 THINNED = "not-kept.txt"  # in a part some files of which were deleted on purpose
 
@@ -172,8 +173,9 @@ class Folder:
     def part(self, name: str) -> Iterator[Path]:
         """The folder to write a part into; committed when the block ends without an error.
 
-        What an interrupted attempt left there (checkpoints) is kept for the block to continue from. Of
-        several processes each has the block; rank 0 makes the folder, and commits it once all are through.
+        What an interrupted attempt left there is kept for the block to continue from; what lies in
+        `CHECKPOINTS` serves for nothing else, and is deleted at the commit. Of several processes each has
+        the block; rank 0 makes the folder, and commits it once all are through.
 
         Raises
         ------
@@ -199,7 +201,7 @@ class Folder:
         self._sweep(partial.parent)
 
     def _commit(self, partial: Path, name: str) -> None:
-        shutil.rmtree(partial / "checkpoints", ignore_errors=True)
+        shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)
         for file in list(partial.rglob(".*.tmp")):
             file.unlink()  # of a write that was killed
         for file in (p for p in partial.rglob("*") if p.is_file()):

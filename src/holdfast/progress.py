@@ -89,11 +89,11 @@ class Bar:
         self._started = self._said = time.monotonic()
         self._task = owner._rich.add_task(description, total=total, note="") if owner._rich else None
 
-    def __call__(self, done: int, total: int | None = None) -> None:
+    def __call__(self, done: int, total: int | None = None, note: str = "") -> None:
         """Set how many steps are done (the callback form that the engines take)."""
         if _stop.is_set():
             raise Interrupted("Stopped on request.")
-        self.show(done, total)
+        self.show(done, total, note)
 
     def show(self, done: int, total: int | None = None, note: str = "") -> None:
         """Set how many steps are done without honouring a stop request (the caller does)."""

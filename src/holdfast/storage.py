@@ -155,6 +155,17 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a file that is appended to; half a line, of a write that was killed, is taken off it."""
+    if not path.exists():
+        return []
+    with path.open("r+b") as file:
+        written = file.read()
+        whole = written[: written.rfind(b"\n") + 1]
+        file.truncate(len(whole))
+    return whole.decode("utf-8").split("\n")[:-1]
+
+
 def write_json(path: str | os.PathLike[str], obj: Any) -> None:
     """Write `obj` as indented JSON, atomically.
 

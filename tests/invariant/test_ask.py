@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 from test_learn_command import in_this_process, refused
 from typer.testing import CliRunner
 
@@ -166,3 +167,22 @@ def test_a_killed_file_goes_on_where_it_was(there: Path) -> None:
     assert "of 300 are answered already" in ended.err
     assert (there / "a.jsonl").read_bytes() == (there / "whole.jsonl").read_bytes()
     assert not list(there.glob("*.partial"))
+
+
+def test_a_row_with_a_column_of_an_answers_name_is_told(there: Path) -> None:
+    write_rows(there / "q.jsonl", [{"prompt": "ab"}, {"prompt": "bc", "generated": "mine"}])
+    ended = in_this_process("ask", "s", "--data", "q.jsonl", "--out", "a.jsonl", cwd=there)
+    refused(ended, "1 of 2 rows, first row 2, have 'generated' already")
+    assert not list(there.glob("a.jsonl*"))
+
+
+def test_a_missing_number_of_a_table_is_null_in_the_answers(there: Path) -> None:
+    rows = Dataset.from_dict({"prompt": ["ab", "bc"], "weight": [1.5, float("nan")]})
+    rows.to_parquet(there / "q.parquet")
+    ended = in_this_process("ask", "s", "--data", "q.parquet", "--out", "a.jsonl", cwd=there)
+    assert ended.code == 0, ended.err
+    lines = (there / "a.jsonl").read_text().splitlines()
+    strict = [
+        json.loads(line, parse_constant=lambda what: pytest.fail(f"{what} is no JSON")) for line in lines
+    ]
+    assert [row["weight"] for row in strict] == [1.5, None]

@@ -108,6 +108,21 @@ def test_a_run_killed_anywhere_ends_bit_identical(
     assert json.loads((tmp_path / "whole" / "base" / "memory.json").read_text())["kept"] > 0
 
 
+def test_what_the_base_wrote_before_a_kill_is_not_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = config_of(tmp_path / "broken", INPUTS)
+    with monkeypatch.context() as patch:
+        kill_when(patch, "holdfast.evaluation.writing.log_likelihoods", 1)
+        with pytest.raises(Killed):
+            run(broken)
+    with monkeypatch.context() as patch:  # INPUTS keeps no memory: nothing else is written
+        for name in ("_draw", "greedy"):
+            kill_when(patch, f"holdfast.evaluation.writing.{name}", 1)
+        run(broken)
+    assert not list((tmp_path / "broken").rglob("written-*.jsonl")), "it serves to go on, and goes"
+
+
 def learner_of(strategy: Any, folder: Path | None = None, **sections: Any) -> Learner:
     values = {"training": {"max_steps": 4, "batch_size": 8, "learning_rate": 3e-3}, "protect_base": BASE}
     base = lambda: tiny_model("llama")  # noqa: E731

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from holdfast.tasks.memory import WritingOptions
 from holdfast.tasks.opening import opening_of
 from holdfast.training.loop import train
 from holdfast.training.options import TrainingOptions
+from kills import Killed, dying
 from tiny_t5 import tiny_t5
 
 TOKENIZER = toy_tokenizer()
@@ -277,7 +279,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return made.double().eval()
 
 
-def rows_of(model: Any, batch_size: int, seed: str = "0") -> Written:
+def rows_of(model: Any, batch_size: int, seed: str = "0", kept: Path | None = None) -> Written:
     encoder = encoder_of(model.config.is_encoder_decoder)
     (task,) = toy_suite(["head"], 64, 1)
     return write_rows(
@@ -289,7 +291,55 @@ def rows_of(model: Any, batch_size: int, seed: str = "0") -> Written:
         seed=seed,
         known=task.train,
         batch_size=batch_size,
+        kept=kept,
     )
+
+
+def asked(patch: pytest.MonkeyPatch, die_at: int = 0) -> list[int]:
+    """Count how often the model is asked for something, or die at one of these times."""
+    calls = [0]
+    for name in ("_draw", "greedy", "log_likelihoods"):
+        patch.setattr(writing, name, dying(getattr(writing, name), die_at, calls))
+    return calls
+
+
+def test_killed_anywhere_the_same_rows_come_and_nothing_is_asked_twice(model: Any, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        calls, whole = asked(patch), rows_of(model, 2)
+    assert whole.rows
+    assert calls[0] > 8
+    for die_at in (1, 2, 5, calls[0] // 2, calls[0]):
+        kept = tmp_path / str(die_at)
+        with pytest.MonkeyPatch.context() as patch:
+            asked(patch, die_at)
+            with pytest.raises(Killed):
+                rows_of(model, 2, kept=kept)
+        with pytest.MonkeyPatch.context() as patch:
+            again, found = asked(patch), rows_of(model, 2, kept=kept)
+        assert (found.rows, found.confidence, found.said()) == (whole.rows, whole.confidence, whole.said())
+        assert again[0] == calls[0] - (die_at - 1)
+
+
+def test_half_a_line_of_what_was_said_is_asked_again(model: Any, tmp_path: Path) -> None:
+    whole = rows_of(model, 2, kept=tmp_path)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-3])
+    with pytest.MonkeyPatch.context() as patch:
+        calls, found = asked(patch), rows_of(model, 2, kept=tmp_path)
+    assert (found.rows, calls) == (whole.rows, [1])
+
+
+@pytest.mark.parametrize("what", ["seed", "batch_size", "weights"])
+def test_what_was_said_under_other_conditions_is_not_taken(what: str, model: Any, tmp_path: Path) -> None:
+    rows_of(model, 2, kept=tmp_path)
+    other = copy.deepcopy(model)
+    if what == "weights":
+        next(other.parameters()).data.add_(1e-12)
+    with pytest.MonkeyPatch.context() as patch:
+        calls = asked(patch)
+        rows_of(other, 3 if what == "batch_size" else 2, "1" if what == "seed" else "0", kept=tmp_path)
+    assert calls[0] > 4
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_rows_depend_on_the_seed_and_not_on_the_batch_size(model: Any) -> None:

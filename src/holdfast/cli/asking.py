@@ -91,12 +91,13 @@ def ask_command(
                 tell(console, f"{count} answers: {out}")
                 return
             for question in questions or _lines():
-                for lost in lost_of(learner, as_questions([question])):
+                asked = as_questions([question])
+                for lost in lost_of(learner, asked):
                     tell(console, f"{question[:_SHOWN]}: {lost}")
                 if base:
-                    before = learner.answer([question], max_new_tokens=max_new_tokens, base=True)[0]
+                    before = learner.answer(asked, max_new_tokens=max_new_tokens, base=True)[0]
                     print(f"base: {before}")
-                answer = learner.answer([question], **options)[0]
+                answer = learner.answer(asked, **options)[0]
                 print(f"now:  {answer}" if base else answer, flush=True)
 
 

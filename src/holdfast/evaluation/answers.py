@@ -21,7 +21,7 @@ T = TypeVar("T")
 _CELLS = 2**26  # numbers in the logits of one batch whose likelihoods are taken: a few are held at once
 
 
-def _by_length(rows: Sequence[Encoded], size: int) -> list[list[int]]:
+def by_length(rows: Sequence[Encoded], size: int) -> list[list[int]]:
     """Batches of indices, longest prompts first: little padding, and memory runs out early or never."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].prompt_ids))
     return [order[i : i + size] for i in range(0, len(order), size)]
@@ -176,7 +176,7 @@ def greedy(
     max_new_tokens = room_for_answers(model, rows, max_new_tokens)
     answers: list[list[int]] = [[] for _ in rows]
     done = 0
-    for indices in world.part(_by_length(rows, batch_size)):
+    for indices in world.part(by_length(rows, batch_size)):
         batch = collate_prompts(
             [rows[i] for i in indices], tokenizer.pad_token_id, encoder_decoder=encoder_decoder
         )
@@ -230,7 +230,7 @@ def total_log_likelihoods(
 ) -> list[float]:
     """`log_likelihoods` of any number of rows, in their order."""
     totals, done = [0.0] * len(rows), 0
-    for indices in _by_length(rows, batch_size):
+    for indices in by_length(rows, batch_size):
         found = log_likelihoods(model, tokenizer, [rows[i] for i in indices]).tolist()
         for index, total in zip(indices, found, strict=True):
             totals[index] = total
@@ -259,7 +259,7 @@ def rank_options(
     """
     answers = [""] * len(rows)
     done = 0
-    for indices in world.part(_by_length(rows, max(1, batch_size // len(options)))):
+    for indices in world.part(by_length(rows, max(1, batch_size // len(options)))):
         pairs = [Encoded(rows[i].prompt_ids, ids, 0) for i in indices for _, ids in options]
         score_NO = log_likelihoods(model, tokenizer, pairs).view(len(indices), len(options))
         for index, best in zip(indices, score_NO.argmax(1).tolist(), strict=True):

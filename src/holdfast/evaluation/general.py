@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from holdfast.models import accepts, is_encoder_decoder
+from holdfast.models import accepts, evaluating, is_encoder_decoder
 from holdfast.storage import write_tensors, write_text
 from holdfast.tasks.encode import Encoded, collate, collate_prompts
 from holdfast.tasks.task import Example
@@ -133,8 +133,8 @@ def own_rows(model: Any, tokenizer: Any, count: int, seed: int, batch_size: int 
     start = [begin] if opening is None else opening
     device = next(model.parameters()).device
     rows: list[Example] = []
-    model.eval()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    devices = [device] if device.type == "cuda" else []
+    with evaluating(model), torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         for _ in range(4):  # what is empty is written anew
             if missing := count - len(rows):
@@ -220,27 +220,27 @@ def predictions(model: Any, tokenizer: Any, rows: Sequence[Encoded]) -> Iterator
     config = getattr(model.config, "get_text_config", lambda: model.config)()
     size = max(1, min(64, _CELLS // (longest * config.vocab_size + 1)))
     device = next(model.parameters()).device
-    model.eval()
-    for first in range(0, len(rows), size):
-        batch = collate(
-            rows[first : first + size],
-            tokenizer.pad_token_id,
-            encoder_decoder=encoder_decoder,
-            side="right" if encoder_decoder else "left",
-        )
-        if not accepts(model, "position_ids"):
-            batch.pop("position_ids", None)
-        batch = {k: v.to(device) for k, v in batch.items()}
-        labels = batch["labels"]
-        if encoder_decoder:
-            yield model(**batch).logits[labels != -100]
-            continue
-        if not getattr(model, "reads_labels", False):
-            del batch["labels"]
-        keep = max(len(row.completion_ids) for row in rows[first : first + size]) + 1
-        extra: dict[str, Any] = {"logits_to_keep": keep} if accepts(model, "logits_to_keep") else {}
-        logits = model(**batch, use_cache=False, **extra).logits[:, -keep:-1]
-        yield logits[labels[:, -keep:][:, 1:] != -100]
+    with evaluating(model):
+        for first in range(0, len(rows), size):
+            batch = collate(
+                rows[first : first + size],
+                tokenizer.pad_token_id,
+                encoder_decoder=encoder_decoder,
+                side="right" if encoder_decoder else "left",
+            )
+            if not accepts(model, "position_ids"):
+                batch.pop("position_ids", None)
+            batch = {k: v.to(device) for k, v in batch.items()}
+            labels = batch["labels"]
+            if encoder_decoder:
+                yield model(**batch).logits[labels != -100]
+                continue
+            if not getattr(model, "reads_labels", False):
+                del batch["labels"]
+            keep = max(len(row.completion_ids) for row in rows[first : first + size]) + 1
+            extra: dict[str, Any] = {"logits_to_keep": keep} if accepts(model, "logits_to_keep") else {}
+            logits = model(**batch, use_cache=False, **extra).logits[:, -keep:-1]
+            yield logits[labels[:, -keep:][:, 1:] != -100]
 
 
 def ask_base(base: Any, tokenizer: Any, rows: Sequence[Encoded], **kept: int) -> Answers:

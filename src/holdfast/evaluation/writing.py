@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,17 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
+from holdfast import world
 from holdfast.evaluation.answers import (
-    Progress,
+    by_length,
     decoder_start,
     for_model,
     greedy,
     log_likelihoods,
     plain_greedy,
 )
-from holdfast.models import evaluating
+from holdfast.evaluation.transcript import Transcript
+from holdfast.models import digest, evaluating
 from holdfast.storage import write_json, write_text
 from holdfast.tasks.encode import Encoded, Encoder, collate_prompts
 from holdfast.tasks.memory import WritingOptions
@@ -31,6 +34,7 @@ from holdfast.tasks.task import Example
 
 ROWS = "memory.jsonl"
 RECORD = "memory.json"
+Progress = Callable[[int, int, str], None]  # rows kept, rows wanted, what is being done
 _LEADING = 2048  # tokens of a vocabulary that are sorted first
 
 
@@ -103,6 +107,7 @@ def write_rows(
     batch_size: int = 16,
     progress: Progress | None = None,
     writer: Any = None,
+    kept: Path | None = None,
 ) -> Written:
     """Let a model write rows: it goes on from an opening to its closing, and answers what it wrote.
 
@@ -116,15 +121,24 @@ def write_rows(
     known : sequence of Example
         Rows that must not come back: one with the same prompt is left out.
     progress : callable, optional
-        Called with the rows kept so far, and `count`.
+        Called with the rows kept so far, `count`, and what is being done.
     writer : optional
         Who writes the prompts, where it isn't the model that answers them.
+    kept : Path, optional
+        A folder for what the model has said so far, batch by batch: a killed call that is made again goes on
+        behind it, and gives the same rows. The caller deletes it.
     """
     before, behind = (str(encoder.tokenizer.decode(list(ids))) for ids in (opening.given, opening.closing))
     written = Written(count, before, behind)
-    ids = [row.completion_ids if opening.raw else row.prompt_ids for row in encoder.many(known)]
-    not_again = set(map(tuple, ids))
-    seen: set[tuple[int, ...]] = set()
+    known_ids = [row.completion_ids if opening.raw else row.prompt_ids for row in encoder.many(known)]
+    not_again = set(map(tuple, known_ids))
+    file = None
+    if kept is not None:
+        depends_on = (digest(model), seed, count, opening, options, encoder.template, batch_size)
+        name = hashlib.sha256(repr((*depends_on, world.size(), sorted(not_again))).encode()).hexdigest()
+        file = kept / f"written-{name[:16]}.jsonl"
+    said = Transcript(file)
+    work = _Writing(model, encoder, opening, options, batch_size, said, not_again, written, progress)
     most = options.tries * count
     while len(written.rows) < count and written.written < most:
         # a round is as large as it takes by what was left out so far: rounds of a few rows take as long as of
@@ -132,32 +146,12 @@ def write_rows(
         tried = written.written / max(len(written.rows), 1) if written.written else 1.0
         missing = math.ceil((count - len(written.rows)) * min(tried, options.tries))
         size = min(max(missing, 8), most - written.written)
-        drawn = _uniform(f"{seed} {written.written}", size, _room(encoder, opening))
-        prompts = []
-        for first in range(0, size, batch_size):
-            prompts += _draw(writer or model, encoder, opening, drawn[first : first + batch_size], options)
-            if progress is not None:
-                progress(len(written.rows), count)
+        prompts = work.drawn(writer or model, _uniform(f"{seed} {written.written}", size, work.room))
         written.written += size
-        if opening.raw:
-            texts = list(_sound_texts(prompts, encoder, options, seen, not_again, written))
-            _keep_sure(model, encoder, texts, options, batch_size, written)
-        else:
-            rows = list(_sound_prompts(prompts, encoder, opening, seen, not_again, written))
-            _answer(model, encoder, rows, options, batch_size, written)
-        if progress is not None:
-            progress(len(written.rows), count)
+        work.keep_sure(list(work.sound_texts(prompts) if opening.raw else work.answered(prompts)))
     del written.rows[count:], written.confidence[count:]
     written.cut = sum(not row.ended for row in written.rows)
     return written
-
-
-def _room(encoder: Encoder, opening: Opening) -> int:
-    """How many tokens may follow the opening: no more than the template lets a prompt have."""
-    if opening.raw:
-        return encoder.template.max_prompt_tokens + encoder.template.max_completion_tokens + 1
-    rest = encoder.template.max_prompt_tokens - len(opening.shared)
-    return max(1, rest) + (0 if opening.part_of_text else len(opening.closing))
 
 
 def _uniform(seed: str, rows: int, steps: int) -> Tensor:
@@ -276,56 +270,154 @@ def _draw(
     return [list(ids) for ids in output[:, before:].tolist()]
 
 
-def _sound_prompts(
-    prompts: Sequence[list[int]],
-    encoder: Encoder,
-    opening: Opening,
-    seen: set[tuple[int, ...]],
-    known: Collection[tuple[int, ...]],
-    written: Written,
-) -> Iterator[tuple[Example, Encoded]]:
-    """The prompts that are whole and new; the others are counted."""
-    limit = max(1, encoder.template.max_prompt_tokens - len(opening.shared))
-    for ids in prompts:
-        end = _find(ids, opening.closing)
-        if end is None and opening.cut and encoder.tokenizer.eos_token_id not in ids:
-            end = limit
-        if end is None:
-            written.unfinished += 1
-            continue
-        body = [*opening.shared, *ids[:end], *(opening.closing if opening.part_of_text else ())]
-        if not encoder.text_of(ids[:end]).strip():
-            written.empty += 1
-            continue
-        prompt = opening.prompt(encoder.text_of(body))
-        row = encoder(Example(prompt, "?"))
-        key = tuple(row.prompt_ids)
-        if _is_new(key, seen, known, written):
-            yield Example(prompt, ""), row
+@dataclass
+class _Writing:
+    """Rows on their way from a drawn prompt to one that is kept.
 
+    Attributes
+    ----------
+    said : Transcript
+        Of the model, batch by batch.
+    known : collection of tuple of int
+        The tokens of rows that must not come back.
+    written : Written
+        What becomes of them.
+    """
 
-def _sound_texts(
-    texts: Sequence[list[int]],
-    encoder: Encoder,
-    options: WritingOptions,
-    seen: set[tuple[int, ...]],
-    known: Collection[tuple[int, ...]],
-    written: Written,
-) -> Iterator[tuple[Example, Encoded]]:
-    """The running texts that are whole and new; the others are counted."""
-    for ids in texts:
-        end = _find(ids, [encoder.tokenizer.eos_token_id])
-        text = _whole(encoder.text_of(ids[:end]), end)
-        if end is None and options.cut != "kept":
-            written.unfinished += 1
-        elif not text.strip():
-            written.empty += 1
+    model: Any
+    encoder: Encoder
+    opening: Opening
+    options: WritingOptions
+    batch_size: int
+    said: Transcript
+    known: Collection[tuple[int, ...]]
+    written: Written
+    progress: Progress | None = None
+    seen: set[tuple[int, ...]] = field(default_factory=set)
+
+    @property
+    def room(self) -> int:
+        """How many tokens may follow the opening: no more than the template lets a prompt have."""
+        template, opening = self.encoder.template, self.opening
+        if opening.raw:
+            return template.max_prompt_tokens + template.max_completion_tokens + 1
+        rest = template.max_prompt_tokens - len(opening.shared)
+        return max(1, rest) + (0 if opening.part_of_text else len(opening.closing))
+
+    def drawn(self, writer: Any, drawn_BT: Tensor) -> list[list[int]]:
+        """What is written behind the opening, a row for each of random numbers."""
+        found: list[list[int]] = []
+        for part_BT in drawn_BT.split(self.batch_size):
+            found += self.said(partial(_draw, writer, self.encoder, self.opening, part_BT, self.options))
+            self._tell("texts" if self.opening.raw else "prompts", len(found), len(drawn_BT))
+        return found
+
+    def sound_texts(self, texts: Sequence[list[int]]) -> Iterator[tuple[Example, Encoded]]:
+        """The running texts that are whole and new; the others are counted."""
+        encoder, written = self.encoder, self.written
+        for ids in texts:
+            end = _find(ids, [encoder.tokenizer.eos_token_id])
+            text = _whole(encoder.text_of(ids[:end]), end)
+            if end is None and self.options.cut != "kept":
+                written.unfinished += 1
+            elif not text.strip():
+                written.empty += 1
+            else:
+                example = Example.text(text, ended=end is not None)
+                row = encoder(example)
+                if self._is_new(tuple(row.completion_ids)):
+                    yield example, row
+
+    def answered(self, prompts: Sequence[list[int]]) -> Iterator[tuple[Example, Encoded]]:
+        """The prompts that are whole and new with greedy answers that are whole; the others are counted."""
+        encoder, written = self.encoder, self.written
+        rows = list(self._sound_prompts(prompts))
+        chat = bool(rows) and encoder.asks_in_turns(rows[0][0].prompt)
+        stops = encoder.stop_ids(chat=chat)
+        for (example, row), ids in zip(rows, self._answers([row for _, row in rows], stops), strict=True):
+            end = next((i for i, token in enumerate(ids) if token in stops), None)
+            whole = ids if end is None else ids[: end + 1]
+            text = _whole(encoder.answer_of(whole), end)
+            if end is None and self.options.cut != "kept":
+                written.unfinished += 1
+            elif not text.strip():
+                written.empty += 1
+            else:
+                answer = Example(example.prompt, text, ended=end is not None)
+                yield answer, Encoded(row.prompt_ids, list(whole))
+
+    def _sound_prompts(self, prompts: Sequence[list[int]]) -> Iterator[tuple[Example, Encoded]]:
+        encoder, opening, written = self.encoder, self.opening, self.written
+        limit = max(1, encoder.template.max_prompt_tokens - len(opening.shared))
+        for ids in prompts:
+            end = _find(ids, opening.closing)
+            if end is None and opening.cut and encoder.tokenizer.eos_token_id not in ids:
+                end = limit
+            if end is None:
+                written.unfinished += 1
+                continue
+            body = [*opening.shared, *ids[:end], *(opening.closing if opening.part_of_text else ())]
+            if not encoder.text_of(ids[:end]).strip():
+                written.empty += 1
+                continue
+            prompt = opening.prompt(encoder.text_of(body))
+            row = encoder(Example(prompt, "?"))
+            if self._is_new(tuple(row.prompt_ids)):
+                yield Example(prompt, ""), row
+
+    def _answers(self, rows: Sequence[Encoded], stops: Sequence[int]) -> list[list[int]]:
+        """Greedy answers, in batches of all processes."""
+        room = self.encoder.template.max_completion_tokens + self.encoder.completion_frame_size
+        found: list[list[int]] = [[] for _ in rows]
+        done = 0
+        for indices in by_length(rows, self.batch_size * world.size()):
+            part = [rows[i] for i in indices]
+            answers = self.said(partial(self._greedy, part, room, stops))
+            for i, ids in zip(indices, answers, strict=True):
+                found[i] = ids
+            done += len(indices)
+            self._tell("answers", done, len(rows))
+        return found
+
+    def _greedy(self, rows: Sequence[Encoded], room: int, stops: Sequence[int]) -> list[list[int]]:
+        tokenizer, size = self.encoder.tokenizer, self.batch_size
+        return greedy(self.model, tokenizer, rows, batch_size=size, max_new_tokens=room, stop_ids=stops)
+
+    def keep_sure(self, sound: Sequence[tuple[Example, Encoded]]) -> None:
+        """Keep rows with how likely the model finds them, but for those below what the options ask for."""
+        options, written = self.options, self.written
+        for first in range(0, len(sound), self.batch_size):
+            part = sound[first : first + self.batch_size]
+            rows = [row for _, row in part]
+            sums = self.said(partial(self._likelihoods, rows))
+            for (example, row), total in zip(part, sums, strict=True):
+                mean = total / len(row.completion_ids)
+                if options.unsure is not None and mean < options.unsure:
+                    written.unsure += 1
+                else:
+                    written.rows.append(example)
+                    written.confidence.append(mean)
+            self._tell("likelihoods", first + len(part), len(sound))
+
+    def _likelihoods(self, rows: Sequence[Encoded]) -> list[float]:
+        found: list[float] = log_likelihoods(self.model, self.encoder.tokenizer, rows).tolist()
+        return found
+
+    def _is_new(self, key: tuple[int, ...]) -> bool:
+        """Whether it is neither copied nor written before, which are counted; it is then seen."""
+        if key in self.known:
+            self.written.copied += 1
+        elif key in self.seen:
+            self.written.repeated += 1
         else:
-            example = Example.text(text, ended=end is not None)
-            row = encoder(example)
-            key = tuple(row.completion_ids)
-            if _is_new(key, seen, known, written):
-                yield example, row
+            self.seen.add(key)
+            return True
+        return False
+
+    def _tell(self, what: str, done: int, total: int) -> None:
+        if self.progress is not None:
+            kept = min(len(self.written.rows), self.written.asked)
+            self.progress(kept, self.written.asked, f"{what} {done} of {total}")
 
 
 def _whole(text: str, end: int | None) -> str:
@@ -333,77 +425,7 @@ def _whole(text: str, end: int | None) -> str:
     return text if end is not None else text.rstrip("\N{REPLACEMENT CHARACTER}")
 
 
-def _is_new(
-    key: tuple[int, ...],
-    seen: set[tuple[int, ...]],
-    known: Collection[tuple[int, ...]],
-    written: Written,
-) -> bool:
-    """Whether it is neither copied nor written before, which are counted; it is then seen."""
-    if key in known:
-        written.copied += 1
-    elif key in seen:
-        written.repeated += 1
-    else:
-        seen.add(key)
-        return True
-    return False
-
-
 def _find(ids: Sequence[int], closing: Sequence[int]) -> int | None:
     """Where the closing begins; None where it isn't there."""
     size = len(closing)
     return next((i for i in range(len(ids) - size + 1) if tuple(ids[i : i + size]) == tuple(closing)), None)
-
-
-def _answer(
-    model: Any,
-    encoder: Encoder,
-    rows: Sequence[tuple[Example, Encoded]],
-    options: WritingOptions,
-    batch_size: int,
-    written: Written,
-) -> None:
-    """Answer prompts greedily, and keep what is whole and sure enough."""
-    if not rows:
-        return
-    tokenizer = encoder.tokenizer
-    stops = encoder.stop_ids(chat=encoder.asks_in_turns(rows[0][0].prompt))
-    room = encoder.template.max_completion_tokens + encoder.completion_frame_size
-    answers = greedy(
-        model, tokenizer, [row for _, row in rows], batch_size=batch_size, max_new_tokens=room, stop_ids=stops
-    )
-    sound = []
-    for (example, row), ids in zip(rows, answers, strict=True):
-        end = next((i for i, token in enumerate(ids) if token in stops), None)
-        whole = ids if end is None else ids[: end + 1]
-        text = _whole(encoder.answer_of(whole), end)
-        if end is None and options.cut != "kept":
-            written.unfinished += 1
-        elif not text.strip():
-            written.empty += 1
-        else:
-            answered = Example(example.prompt, text, ended=end is not None)
-            sound.append((answered, Encoded(row.prompt_ids, list(whole))))
-    _keep_sure(model, encoder, sound, options, batch_size, written)
-
-
-def _keep_sure(
-    model: Any,
-    encoder: Encoder,
-    sound: Sequence[tuple[Example, Encoded]],
-    options: WritingOptions,
-    batch_size: int,
-    written: Written,
-) -> None:
-    """Keep rows with how likely the model finds them, but for those below what the options ask for."""
-    for first in range(0, len(sound), batch_size):
-        part = sound[first : first + batch_size]
-        sums = log_likelihoods(model, encoder.tokenizer, [row for _, row in part]).tolist()
-        for (example, row), total in zip(part, sums, strict=True):
-            mean = total / len(row.completion_ids)
-            if options.unsure is not None and mean < options.unsure:
-                written.unsure += 1
-            else:
-                written.rows.append(example)
-                written.confidence.append(mean)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from holdfast import world
+from holdfast.folder import CHECKPOINTS
 from holdfast.learner.state import LearnerState
 from holdfast.tasks.task import Example
 from holdfast.training.loop import train
@@ -32,7 +33,7 @@ def fit_aside(
         context.encoder.many(examples),
         options,
         tokenizer=context.tokenizer,
-        folder=folder / "checkpoints",
+        folder=folder / CHECKPOINTS,
         seed=state.config.seed,
         verbs=verbs,
         base=state.base,

@@ -13,6 +13,7 @@ import torch
 
 from holdfast.errors import ConfigError, DataError, RunDirectoryError
 from holdfast.evaluation.writing import Written, write_rows
+from holdfast.folder import CHECKPOINTS
 from holdfast.learner.known import write_task
 from holdfast.learner.look import Look
 from holdfast.learner.state import LearnerState
@@ -189,6 +190,7 @@ class BaseTask:
                 seed=f"{context.seed} {BASE}",
                 batch_size=config.evaluation.batch_size,
                 progress=bar,
+                kept=context.folder / CHECKPOINTS,
             )
         if not written.rows and not options.optional:
             raise ConfigError(

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from holdfast import world
 from holdfast.errors import ConfigError
+from holdfast.folder import CHECKPOINTS
 from holdfast.hold import Handle, tell_total_rate
 from holdfast.hold.cost import trained_numbers
 from holdfast.hold.drift import Drift
@@ -121,7 +122,7 @@ class Learning:
             self.rows,
             self.options,
             tokenizer=context.tokenizer,
-            folder=self.folder / "checkpoints",
+            folder=self.folder / CHECKPOINTS,
             seed=self.seed,
             verbs=self.strategy,
             base=self.base,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from holdfast.evaluation.surprise import most_surprising, surprises
 from holdfast.evaluation.writing import write_rows
+from holdfast.folder import CHECKPOINTS
 from holdfast.learner.base_task import BASE
 from holdfast.learner.state import LearnerState
 from holdfast.tasks.memory import MemoryOptions, WritingOptions
@@ -38,6 +39,7 @@ def rows_to_keep(state: LearnerState, task: Task, options: MemoryOptions) -> lis
             known=task.train,
             batch_size=size,
             progress=bar,
+            kept=context.folder / CHECKPOINTS,
         )
     written.save(context.folder)
     context.progress.say(f"  memory of {task.name}: {written.said()}")

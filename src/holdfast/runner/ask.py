@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from holdfast.errors import ConfigError, StorageError
+from holdfast.errors import ConfigError, DataError, StorageError
 from holdfast.folder import MANIFEST
 from holdfast.learner import Learner
 from holdfast.learner.config import STAGES
@@ -16,6 +17,7 @@ from holdfast.learner.skills import read_skills
 from holdfast.models import onto_gpu
 from holdfast.places import local_path
 from holdfast.progress import Progress
+from holdfast.storage import whole_lines
 from holdfast.tasks.load import read_questions
 from holdfast.tasks.rows import STANDARD, Columns
 from holdfast.tasks.task import Example
@@ -70,17 +72,18 @@ def ask_file(
     Raises
     ------
     HoldfastError
-        A question can't be read, or the output is there already.
+        A question can't be read, a row has a column of an answer's name, or the output is there already.
     """
     if out.exists():
         raise StorageError(f"--out: {out} is there already, and is not written over. Give another name.")
     rows, questions = read_questions(local_path(data), columns)
+    _refuse_answered(data, rows, base)
     with progress.bar(f"read {data.name}", total=len(questions)) as bar:
         for lost in lost_of(learner, questions, bar):
             progress.say(f"{data}: {lost}")
     partial = out.with_name(f"{out.name}.{_digest(learner, rows, questions, base, options)}.partial")
     out.parent.mkdir(parents=True, exist_ok=True)
-    done = _whole_lines(partial)
+    done = len(whole_lines(partial))
     if done:
         progress.say(f"{partial}: {done} of {len(questions)} are answered already")
     size = max(_AT_ONCE, learner.config.evaluation.batch_size)
@@ -94,11 +97,31 @@ def ask_file(
                 for row, answer in zip(added, learner.answer(part, base=True, **asked), strict=True):
                     row[BY_BASE] = answer
             for row, more in zip(rows[start : start + size], added, strict=True):
-                file.write(json.dumps(row | more, ensure_ascii=False, default=str) + "\n")
+                file.write(
+                    json.dumps(_as_json(row | more), ensure_ascii=False, default=str, allow_nan=False) + "\n"
+                )
             file.flush()
             bar(start + len(part))
     partial.replace(out)
     return len(questions)
+
+
+def _refuse_answered(data: Path, rows: Sequence[Mapping[str, Any]], base: bool) -> None:
+    for name in (GENERATED, BY_BASE)[: 2 if base else 1]:
+        if at := [number for number, row in enumerate(rows, 1) if name in row]:
+            raise DataError(
+                f"{data}: {len(at)} of {len(rows)} rows, first row {at[0]}, have '{name}' already, which is "
+                "what an answer is written as. Rename it or take it out of the file."
+            )
+
+
+def _as_json(value: Any) -> Any:
+    """A row with null where a table has no number: JSON has no NaN."""
+    if isinstance(value, Mapping):
+        return {key: _as_json(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def lost_of(
@@ -127,13 +150,3 @@ def _digest(
     weights = [hashlib.sha256(manifest.read_bytes()).hexdigest() for manifest in manifests]
     identity = repr((weights, rows, questions, base, sorted(options.items())))
     return hashlib.sha256(identity.encode()).hexdigest()[:8]
-
-
-def _whole_lines(partial: Path) -> int:
-    """How many answers a killed call left; half a line at the end is taken off."""
-    if not partial.exists():
-        return 0
-    with partial.open("r+b") as file:
-        written = file.read()
-        file.truncate(written.rfind(b"\n") + 1)
-    return written.count(b"\n")

@@ -16,6 +16,7 @@ from holdfast.config import Options
 from holdfast.errors import DataError
 from holdfast.evaluation.predictions import file_safe
 from holdfast.evaluation.writing import write_rows
+from holdfast.folder import CHECKPOINTS
 from holdfast.models import is_encoder_decoder
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.prompts.soft import Source, prepend, vocabulary_rows
@@ -185,6 +186,7 @@ class Tasks:
                     seed=f"{context.seed} {stage.index} {task}",
                     writer=writer_of(self.rows[self.number(task)]),
                     progress=bar,
+                    kept=context.folder / CHECKPOINTS,
                 )
             folder = Path(context.folder) / "written" / f"{i + 1:02d}-{file_safe(task)}"
             folder.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from holdfast.config import Options
 from holdfast.evaluation.predictions import file_safe
 from holdfast.evaluation.writing import write_rows
+from holdfast.folder import CHECKPOINTS
 from holdfast.hold.cost import Cost, Estimate
 from holdfast.models import is_encoder_decoder
 from holdfast.strategies.context import Context, Stage
@@ -192,6 +193,7 @@ class Ssr(Strategy):
                     seed=f"{context.seed} {task} {number}",
                     known=kept,
                     writer=base,
+                    kept=context.folder / CHECKPOINTS,
                 )
                 candidates |= {repr(row.prompt): row for row in written.rows}
                 folder = Path(context.folder) / "written" / file_safe(task) / f"{number + 1:03d}"
