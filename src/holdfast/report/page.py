@@ -27,7 +27,7 @@ from holdfast.report.lines import Line, lines_of
 from holdfast.report.moved_figures import moved_panels
 from holdfast.report.packed import pack, plotly
 from holdfast.report.panels import Panel, column
-from holdfast.report.read import AttributionRecord, ComparisonRecord, Folder, RunRecord, StageRecord
+from holdfast.report.read import AnyRecord, AttributionRecord, ComparisonRecord, RunRecord, StageRecord
 from holdfast.report.summary import (
     COLUMNS,
     Group,
@@ -55,7 +55,7 @@ class WeightBlock:
     notes: dict[str, str] = field(default_factory=dict)
 
 
-def build(records: Sequence[Folder], title: str | None) -> str:
+def build(records: Sequence[AnyRecord], title: str | None) -> str:
     """The page's HTML for what was read."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 

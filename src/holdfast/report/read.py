@@ -13,7 +13,8 @@ from holdfast.config import recorded_in
 from holdfast.errors import DataError
 from holdfast.evaluation.harness import courses
 from holdfast.evaluation.predictions import read_predictions
-from holdfast.folder import CONFIG, ENVIRONMENT, MANIFEST, PARTIAL, in_order
+from holdfast.folder import CONFIG, ENVIRONMENT, MANIFEST, PARTIAL, Folder
+from holdfast.learner.config import STAGES
 from holdfast.learner.skills import read_skills
 from holdfast.places import near
 from holdfast.records import (
@@ -147,10 +148,10 @@ class ComparisonRecord:
     runs: tuple[RunRecord, ...]
 
 
-Folder = RunRecord | AttributionRecord | ComparisonRecord
+AnyRecord = RunRecord | AttributionRecord | ComparisonRecord
 
 
-def read(path: Path) -> Folder:
+def read(path: Path) -> AnyRecord:
     """Read one directory, whichever of the kinds it is.
 
     Raises
@@ -203,8 +204,7 @@ def _metrics_of_skills(path: Path) -> RunMetrics:
 
 def _read_run(path: Path, metrics: RunMetrics | None = None) -> RunRecord:
     metrics = metrics or RunMetrics.read(path / "metrics.json")
-    parts = (p for p in (path / "tasks").glob("[0-9]*-*") if p.is_dir() and p.suffix != PARTIAL)
-    folders = in_order(parts)
+    folders = [path / part for part in Folder(path).parts(STAGES)]
     named = [] if metrics.strategy == "multitask" else metrics.tasks  # a folder's name may be a cleaned one
     stages = tuple(_read_stage(folder, named) for folder in folders)
     asked = _read_if(HarnessAnswers, path / "harness.json")
