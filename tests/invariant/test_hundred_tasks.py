@@ -59,6 +59,6 @@ def test_a_hundred_tasks_take_no_more_memory_and_disk_than_ten(
     learner.close()
     again = Learner.load(folder, tiny_model("llama"), toy_tokenizer())
     assert len(again.learned) == 100
-    last = weights_in(sorted((folder / "tasks").iterdir())[-1])
+    last = weights_in(folder / "tasks" / "100-task99")
     assert same(last, {n: p.detach() for n, p in again.model.named_parameters() if n in last})
     assert all(torch.isfinite(p).all() for p in again.model.parameters())
