@@ -73,7 +73,7 @@ def equal(ours: dict[str, Any], others: dict[str, Any]) -> bool:
 @pytest.mark.parametrize(
     ("strategy", "sections", "where", "call"),
     [
-        (INPUTS, {}, "holdfast.evaluation.writing.log_likelihoods", 1),  # while the base writes
+        (INPUTS, {}, "holdfast.evaluation.writing.log_likelihoods", 2),  # while the base writes
         (INPUTS, {"replay": REPLAY}, "holdfast.learner.state.write_json", 2),  # ended, and not committed
         pytest.param(INPUTS, {}, "os.rename", 1, marks=pytest.mark.slow),
         ({"name": "ewc", "fisher": {"samples": 8}}, {}, "holdfast.training.bridge.completion_loss", 3),
@@ -113,7 +113,7 @@ def test_what_the_base_wrote_before_a_kill_is_not_written_again(
 ) -> None:
     broken = config_of(tmp_path / "broken", INPUTS)
     with monkeypatch.context() as patch:
-        kill_when(patch, "holdfast.evaluation.writing.log_likelihoods", 1)
+        kill_when(patch, "holdfast.evaluation.writing.log_likelihoods", 2)
         with pytest.raises(Killed):
             run(broken)
     with monkeypatch.context() as patch:  # INPUTS keeps no memory: nothing else is written

@@ -305,7 +305,7 @@ def asked(patch: pytest.MonkeyPatch, die_at: int = 0) -> list[int]:
 
 def test_killed_anywhere_the_same_rows_come_and_nothing_is_asked_twice(model: Any, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        calls, whole = asked(patch), rows_of(model, 2)
+        calls, whole = asked(patch), rows_of(model, 2, kept=tmp_path / "whole")
     assert whole.rows
     assert calls[0] > 8
     for die_at in (1, 2, 5, calls[0] // 2, calls[0]):
@@ -317,7 +317,8 @@ def test_killed_anywhere_the_same_rows_come_and_nothing_is_asked_twice(model: An
         with pytest.MonkeyPatch.context() as patch:
             again, found = asked(patch), rows_of(model, 2, kept=kept)
         assert (found.rows, found.confidence, found.said()) == (whole.rows, whole.confidence, whole.said())
-        assert again[0] == calls[0] - (die_at - 1)
+        # each time a few rows first, by which the model is known again
+        assert again[0] == calls[0] - max(die_at - 2, 0)
 
 
 def test_half_a_line_of_what_was_said_is_asked_again(model: Any, tmp_path: Path) -> None:
@@ -326,7 +327,7 @@ def test_half_a_line_of_what_was_said_is_asked_again(model: Any, tmp_path: Path)
     file.write_bytes(file.read_bytes()[:-3])
     with pytest.MonkeyPatch.context() as patch:
         calls, found = asked(patch), rows_of(model, 2, kept=tmp_path)
-    assert (found.rows, calls) == (whole.rows, [1])
+    assert (found.rows, calls) == (whole.rows, [2]), "one more to know the model again"
 
 
 @pytest.mark.parametrize("what", ["seed", "batch_size", "weights"])
@@ -334,7 +335,7 @@ def test_what_was_said_under_other_conditions_is_not_taken(what: str, model: Any
     rows_of(model, 2, kept=tmp_path)
     other = copy.deepcopy(model)
     if what == "weights":
-        next(other.parameters()).data.add_(1e-12)
+        next(other.parameters()).data.mul_(1.001)
     with pytest.MonkeyPatch.context() as patch:
         calls = asked(patch)
         rows_of(other, 3 if what == "batch_size" else 2, "1" if what == "seed" else "0", kept=tmp_path)

@@ -25,7 +25,7 @@ from holdfast.evaluation.answers import (
     plain_greedy,
 )
 from holdfast.evaluation.transcript import Transcript
-from holdfast.models import digest, evaluating
+from holdfast.models import evaluating
 from holdfast.storage import write_json, write_text
 from holdfast.tasks.encode import Encoded, Encoder, collate_prompts
 from holdfast.tasks.memory import WritingOptions
@@ -35,6 +35,7 @@ from holdfast.tasks.task import Example
 ROWS = "memory.jsonl"
 RECORD = "memory.json"
 Progress = Callable[[int, int, str], None]  # rows kept, rows wanted, what is being done
+_ASKED = 8  # rows by whose likelihood a model is known again
 _LEADING = 2048  # tokens of a vocabulary that are sorted first
 
 
@@ -130,12 +131,13 @@ def write_rows(
     """
     before, behind = (str(encoder.tokenizer.decode(list(ids))) for ids in (opening.given, opening.closing))
     written = Written(count, before, behind)
-    known_ids = [row.completion_ids if opening.raw else row.prompt_ids for row in encoder.many(known)]
-    not_again = set(map(tuple, known_ids))
+    known_rows = encoder.many(known)
+    not_again = {tuple(row.completion_ids if opening.raw else row.prompt_ids) for row in known_rows}
     file = None
     if kept is not None:
-        depends_on = (digest(model), seed, count, opening, options, encoder.template, batch_size)
-        name = hashlib.sha256(repr((*depends_on, world.size(), sorted(not_again))).encode()).hexdigest()
+        sums = [_known_by(who, encoder, opening, known_rows) for who in (model, writer) if who is not None]
+        depends_on = (sums, seed, count, opening, options, encoder.template, batch_size, world.size())
+        name = hashlib.sha256(repr((depends_on, sorted(not_again))).encode()).hexdigest()
         file = kept / f"written-{name[:16]}.jsonl"
     said = Transcript(file)
     work = _Writing(model, encoder, opening, options, batch_size, said, not_again, written, progress)
@@ -152,6 +154,14 @@ def write_rows(
     del written.rows[count:], written.confidence[count:]
     written.cut = sum(not row.ended for row in written.rows)
     return written
+
+
+def _known_by(model: Any, encoder: Encoder, opening: Opening, rows: Sequence[Encoded]) -> list[float]:
+    """What tells one model from another, prompts in front of it included: how likely it finds a few rows."""
+    end = encoder.tokenizer.eos_token_id
+    asked = [*rows[:_ASKED], Encoded([*opening.given] or [end], [end])]
+    found: list[float] = log_likelihoods(model, encoder.tokenizer, asked).tolist()
+    return found
 
 
 def _uniform(seed: str, rows: int, steps: int) -> Tensor:
