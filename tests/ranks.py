@@ -155,6 +155,48 @@ def with_callback(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
+def script(folder: str) -> None:
+    """Somebody's own DDP loop, which starts no world: rank 1 finds another basis, and another rating."""
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    from holdfast import Anchor
+    from holdfast.hold import spectrum
+    from holdfast.importance import compute_prior
+    from holdfast.tasks import Encoder, toy_tokenizer
+    from holdfast.tasks.encode import Template, collate
+
+    dist.init_process_group("gloo")
+    other, own = dist.get_rank() == 1, spectrum.spectrum
+
+    def turned(c: Tensor) -> tuple[Tensor, Tensor]:
+        c_I, basis_II = own(c)
+        order = c_I.argsort()[:2]  # no input has these: any turn of them is a basis too
+        turn = torch.tensor([[0.6, -0.8], [0.8, 0.6]], dtype=basis_II.dtype)
+        basis_II[:, order] = basis_II[:, order] @ turn
+        return c_I, basis_II
+
+    if other:
+        spectrum.spectrum = turned
+    tokenizer, found = toy_tokenizer(), dict[str, Any]()
+    encoded = Encoder(tokenizer, Template(), encoder_decoder=False).many(rows(4, "june"))
+    batch = collate(encoded, tokenizer.pad_token_id, encoder_decoder=False, side="left")
+    for importance in ("inputs", "fisher"):
+        model = tiny_model("llama").double()
+        prior = compute_prior(model, encoded, importance, pad_id=tokenizer.pad_token_id)
+        for tensor in prior.tensors.values():
+            tensor.mul_(1 + 1e-3 * other)
+        optimizer, replica = plain(model), DistributedDataParallel(model)
+        Anchor(prior, strength=100).attach(model, optimizer)
+        for _ in range(3):
+            optimizer.zero_grad()
+            logits = replica(**{k: v for k, v in batch.items() if k != "labels"}).logits
+            F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()).backward()
+            optimizer.step()
+        found[importance] = {name: p.detach().clone() for name, p in model.named_parameters()}
+    torch.save({**found, "world": world.size()}, f"{folder}/script{dist.get_rank()}.pt")
+
+
 HOLDS: dict[str, tuple[str, Any]] = {
     "anchor, elementwise": ("fisher", {"strength": 600}),
     "anchor, inputs": ("inputs", {"strength": 100}),

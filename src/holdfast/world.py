@@ -48,16 +48,20 @@ def start() -> None:
     Without a GPU they talk over gloo. A process group that is there already (of a script of your own) is used
     as it is.
     """
-    global _rank, _size, _peers
-    if _size > 1 or not launched():
-        return
-    import torch
-    from accelerate import PartialState
+    if _size == 1 and launched():
+        import torch
+        from accelerate import PartialState
 
-    PartialState(cpu=not torch.cuda.is_available())
+        PartialState(cpu=not torch.cuda.is_available())
+        join()
+
+
+def join() -> None:
+    """Join the other processes, if somebody has brought them together already; else do nothing."""
+    global _rank, _size, _peers
     import torch.distributed as dist
 
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if _size == 1 and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         _rank, _size = dist.get_rank(), dist.get_world_size()
         _peers = gather((socket.gethostname(), os.getpid()))
 
@@ -304,6 +308,18 @@ def whole_batches(loader: Any) -> Any:
         sampler = loader.batch_sampler
         sampler.num_processes, sampler.process_index, sampler.even_batches = 1, 0, False
     return loader
+
+
+def steps_at_once(scheduler: Any) -> int:
+    """How many steps a learning rate's scheduler makes at one of the optimizer.
+
+    accelerate's wrapper makes one for each process, where each process has batches of its own.
+    """
+    if not getattr(scheduler, "step_with_optimizer", False) or scheduler.split_batches:
+        return 1
+    from accelerate.state import AcceleratorState
+
+    return int(AcceleratorState().num_processes)
 
 
 def named_error(text: str) -> str:

@@ -33,6 +33,17 @@ def test_several_processes_find_and_learn_what_one_does(tmp_path: Path, processe
     assert not {case: d for case, d in differences.items() if d > limits[case]}, differences
 
 
+def test_replicas_of_a_script_step_in_one_basis_and_under_one_prior(tmp_path: Path) -> None:
+    """Directions of equal weight are arbitrary, and each process may find others."""
+    for rank in launched(2, ranks.script, [str(tmp_path)], tmp_path)():
+        assert rank.code == 0, rank.err
+    found = [torch.load(tmp_path / f"script{rank}.pt") for rank in range(2)]
+    for importance in ("inputs", "fisher"):
+        pairs = zip(*(weights[importance].values() for weights in found), strict=True)
+        assert all(torch.equal(*pair) for pair in pairs), importance
+    assert all(weights["world"] == 2 for weights in found)
+
+
 EWC = ("--strategy", "ewc", "strategy.fisher.samples=8")
 LEARN = ("learn", "may.jsonl", "--skills", "s", *EWC, *TOY, *SHORT)
 

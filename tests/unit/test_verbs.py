@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -172,6 +173,32 @@ def test_total_rate_is_the_sum_of_the_rates_that_are_stepped_through(
     wrapped_optimizer, wrapped = Accelerator(cpu=True).prepare(optimizer, scheduler)
     assert type(wrapped) is not type(scheduler)
     assert total_rate(wrapped_optimizer, wrapped, 17) == pytest.approx(total, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["linear", "exponential", "one cycle"])
+@pytest.mark.parametrize("split_batches", [False, True])
+def test_total_rate_counts_the_steps_that_accelerate_makes_for_each_process(
+    name: str, split_batches: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accelerate import Accelerator
+    from torch.optim.lr_scheduler import ExponentialLR, OneCycleLR
+
+    processes, steps = 3, 7
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    each = {
+        "linear": lambda: get_scheduler("linear", optimizer, 4, processes * steps),
+        "exponential": lambda: ExponentialLR(optimizer, 0.9),
+        "one cycle": lambda: OneCycleLR(optimizer, 0.1, total_steps=processes * steps - 2),
+    }
+    prepared = Accelerator(cpu=True, split_batches=split_batches).prepare(optimizer, each[name]())
+    for module in ("accelerate.state", "accelerate.scheduler"):
+        monkeypatch.setattr(f"{module}.AcceleratorState", lambda: SimpleNamespace(num_processes=processes))
+    told, rates = total_rate(*prepared, steps), []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        prepared[0].step()
+        prepared[1].step()
+    assert told == pytest.approx(sum(rates), rel=1e-12)
 
 
 def total_rate(optimizer: Any, scheduler: Any, steps: int) -> float:

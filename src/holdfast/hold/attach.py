@@ -209,8 +209,6 @@ def bind(
         )
     stay_differentiable(model)
     prior.check_fits(model, shapes_alone=begun)
-    if any(world.is_sharded(p) for p in model.parameters()):
-        world.start()  # a script's own processes: what is told of a weight is a sum over its parts
     inner = unwrap(optimizer)
     group_of = groups_of(inner)
     parameters = parameters_by_name(model)

@@ -12,6 +12,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from holdfast import world
 from holdfast.hold.attach import makes_own_rate, unwrap
 
 TOTAL = "holdfast_total_rate"  # in each parameter group: Σ_t η_t over the task's steps; None: nobody knows
@@ -36,7 +37,7 @@ def tell_total_rate(optimizer: Any, scheduler: Any, steps: int) -> None:
     steps : int
         Of the optimizer, in the whole task.
     """
-    inner = unwrap(optimizer)
+    inner, stride = unwrap(optimizer), world.steps_at_once(scheduler)
     scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate's wrapper
     if scheduler is not None and _follows_a_metric(scheduler):
         for group in inner.param_groups:
@@ -48,13 +49,13 @@ def tell_total_rate(optimizer: Any, scheduler: Any, steps: int) -> None:
         totals = [float(group["lr"]) * steps for group in inner.param_groups]
     elif isinstance(scheduler, LambdaLR):
         totals = [
-            float(base) * sum(float(factor(step)) for step in range(steps))
+            float(base) * sum(float(factor(step * stride)) for step in range(steps))
             for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
         ]
     elif _moved(scheduler) and all(group.get(TOTAL) is not None for group in inner.param_groups):
         return
     else:
-        totals = _simulated(inner, scheduler, steps)
+        totals = _simulated(inner, scheduler, steps, stride)
     for group, total in zip(inner.param_groups, totals, strict=True):
         group[TOTAL] = total
 
@@ -89,8 +90,8 @@ def _moved(scheduler: Any) -> bool:
     return bool(getattr(scheduler, "last_epoch", 0) > 0) or any(map(_moved, parts))
 
 
-def _simulated(optimizer: Optimizer, scheduler: Any, steps: int) -> list[float]:
-    """Run a copy of the scheduler on an optimizer without weights."""
+def _simulated(optimizer: Optimizer, scheduler: Any, steps: int, stride: int) -> list[float]:
+    """Run a copy of the scheduler on an optimizer without weights, `stride` steps for each of its own."""
     groups = [
         {"params": [torch.zeros(1)], **{k: copy.deepcopy(v) for k, v in group.items() if k != "params"}}
         for group in optimizer.param_groups
@@ -103,5 +104,8 @@ def _simulated(optimizer: Optimizer, scheduler: Any, steps: int) -> list[float]:
         dummy.step()
         with warnings.catch_warnings():  # it misses the mark that schedulers leave on their optimizer's step
             warnings.simplefilter("ignore")
-            moving.step()
+            for _ in range(stride):
+                total = getattr(moving, "total_steps", None)
+                if total is None or moving._step_count <= total:  # as accelerate does
+                    moving.step()
     return totals

@@ -42,14 +42,19 @@ class Spectrum:
 
     @classmethod
     def of(cls, prior: ImportancePrior) -> Spectrum:
-        """The prior as it is; moments are scaled to mean eigenvalue 1 and decomposed, in float64."""
-        if prior.kind == "weights":
-            return cls(prior, prior.tensors, {})
-        values, directions = {}, {}
-        for name, c in prior.tensors.items():
-            c_I, directions[name] = spectrum(mean_eigenvalue_one(c))
-            values[name] = c_I.clamp(min=0).float()
-        # directions of equal weight are arbitrary, and all processes must step in the same
+        """The prior as it is; moments are scaled to mean eigenvalue 1 and decomposed, in float64.
+
+        Of several processes (also of a script's own) all get that of rank 0: directions of equal weight are
+        arbitrary, a rating may differ in its last bits, and replicas that step otherwise stay apart.
+        """
+        world.join()
+        values, directions = dict(prior.tensors), dict[str, Tensor]()
+        if prior.kind == "inputs":
+            for name, c in prior.tensors.items():
+                c_I, directions[name] = spectrum(mean_eigenvalue_one(c))
+                values[name] = c_I.clamp(min=0).float()
+        elif world.size() > 1:
+            values = {name: tensor.clone() for name, tensor in values.items()}
         world.agree([*values.values(), *directions.values()])
         return cls(prior, values, directions)
 
