@@ -303,6 +303,39 @@ def test_hold_attached_to_a_loaded_optimizer_goes_on_bit_for_bit() -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("order", ["load, then attach", "attach, then load"])
+@pytest.mark.parametrize("kind", ["inputs", "weights"])
+def test_a_script_that_goes_on_without_the_weights_it_began_with_is_told(
+    kind: str, order: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    model = Net(torch.float32)
+    start = weights(model)
+    by_weight = ImportancePrior({name: torch.ones_like(weight) for name, weight in start.items()})
+    prior = moments() if kind == "inputs" else by_weight
+
+    def begin(model: nn.Module, state: Any = None, reference: Any = None) -> torch.optim.Optimizer:
+        optim = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        if state and order == "load, then attach":
+            optim.load_state_dict(state)
+        handle = Anchor(prior, strength=10.0, reference=reference).attach(model, optim)
+        if state and order == "attach, then load":
+            optim.load_state_dict(state)
+        stepped(optim, model, steps=2)
+        handle.remove()
+        assert not [key for key in optim.param_groups[0] if key.startswith("holdfast_anchor")]
+        return optim
+
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    Anchor(prior, strength=10.0).attach(model, optim)
+    stepped(optim, model, steps=3)
+    state = copy.deepcopy(optim.state_dict())
+    begin(copy.deepcopy(model), copy.deepcopy(state), reference=start)
+    begin(copy.deepcopy(model))
+    assert not [w for w in recwarn if "held to other weights" in str(w.message)]
+    with pytest.warns(UserWarning, match=r"anchor: .* held to other weights .* give `reference=`"):
+        begin(copy.deepcopy(model), copy.deepcopy(state))
+
+
 @pytest.mark.parametrize("then", ["no hold", "another prior"])
 @pytest.mark.parametrize(
     "make",

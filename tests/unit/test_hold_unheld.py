@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import re
 import warnings
+from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
+import holdfast
 from holdfast.hold import Anchor, Gate, Penalty, Project
 from holdfast.importance.prior import ImportancePrior
+from holdfast.models import tiny_llama
+from holdfast.tasks import toy_tokenizer
 from small_network import backward, network, weights
 
 MECHANISMS = {
@@ -145,3 +150,34 @@ def test_a_removed_handle_says_and_holds_nothing_more() -> None:
         step(model, optimizer)
     assert not optimizer._optimizer_step_pre_hooks
     assert not optimizer._optimizer_step_post_hooks
+
+
+@pytest.mark.parametrize("mechanism", [Anchor, Gate, Penalty])
+def test_what_was_rated_zero_is_told_as_not_held(mechanism: Any) -> None:
+    model = network()
+    tensors = {name: torch.ones(p.shape) for name, p in model.named_parameters()}
+    tensors["2.weight"].zero_()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match=r"1 trained tensor was rated zero, and is not held: 2\.weight\."):
+        handle = mechanism(ImportancePrior(tensors)).attach(model, optimizer)
+    assert handle.not_held == ["2.weight"]
+
+
+@pytest.mark.parametrize("dora", [True, False])
+def test_factors_of_dora_are_told_to_be_held_in_part_only(
+    dora: bool, recwarn: pytest.WarningsRecorder
+) -> None:
+    base = tiny_llama(toy_tokenizer(), hidden=16, layers=1)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], use_dora=dora))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    rows = [{"prompt": "copy ab=", "completion": "ab"}]
+    importance = {"name": "inputs", "correct_only": False}
+    prior = holdfast.attribute(model, toy_tokenizer(), rows, importance=importance, progress=False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    Anchor(prior, strength=1.0).attach(model, optimizer)
+    told = [str(w.message) for w in recwarn if "factors of DoRA" in str(w.message)]
+    assert len(told) == dora
+    assert not dora or "lora_A" in told[0]

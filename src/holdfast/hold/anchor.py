@@ -28,6 +28,7 @@ from holdfast.hold.attach import (
 from holdfast.hold.drift import Meter
 from holdfast.hold.inputs import Coordinates, Inputs
 from holdfast.hold.operator import Operator, Rate
+from holdfast.hold.reference import watch_reference
 from holdfast.hold.region import Region
 from holdfast.hold.schedule import TOTAL, total_rate_of
 from holdfast.hold.spectrum import Spectrum
@@ -283,6 +284,10 @@ class Anchor:
 
             handle = hook(inner, lambda: self._require_totals(inner), pull, first=watch.attach)
         handle.meter = meter
+        if all(p is o for chunk in chunks for p, o in zip(chunk.parameters, chunk.owners, strict=True)):
+            names = [name for chunk in chunks for name in chunk.names]
+            held_to = [weight for reference in references for weight in reference]
+            handle.removers.append(watch_reference("anchor", inner, names, held_to))
         self._handle = handle
         return self._handle
 

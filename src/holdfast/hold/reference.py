@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 
+import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from holdfast import world
 from holdfast.importance.prior import parameters_by_name
+from holdfast.models.identity import sampled
 
 
 def weights_of(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
@@ -20,3 +25,42 @@ def weights_of(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
         name: world.whole(p).cpu() if world.in_pieces(p := named[name]) else p.detach().clone()
         for name in names
     }
+
+
+def watch_reference(
+    whose: str, optimizer: Optimizer, names: Sequence[str], references: Sequence[Tensor]
+) -> Callable[[], None]:
+    """Warn where an optimizer's state is of a training that was held to other weights than these.
+
+    A script that goes on from a checkpoint and gives no `reference` would hold old outputs as the training
+    until then has left them. A mark of the weights goes into the state; one that is there is looked at now,
+    and whenever a state is loaded.
+
+    Returns
+    -------
+    callable
+        Ends it.
+    """
+    key = f"holdfast_{whose}_{hashlib.sha256(repr(names).encode()).hexdigest()[:8]}"
+    values = b"".join(sampled(weight).view(torch.uint8).numpy().tobytes() for weight in references)
+    mark = hashlib.sha256(values).hexdigest()[:16]
+
+    def look(_: Optimizer) -> None:
+        group = optimizer.param_groups[0]
+        if group.get(key, mark) != mark:
+            warnings.warn(
+                f"{whose}: the optimizer's state is of a training that was held to other weights than this "
+                "one is. Where it goes on from a checkpoint give `reference=`, the weights that it began "
+                "with: without, old outputs are held as they are now, and their movement counts from here.",
+                stacklevel=2,
+            )
+        group[key] = mark
+
+    look(optimizer)
+    watched = optimizer.register_load_state_dict_post_hook(look)
+
+    def end() -> None:
+        watched.remove()
+        optimizer.param_groups[0].pop(key, None)
+
+    return end

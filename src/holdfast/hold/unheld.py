@@ -60,6 +60,9 @@ class Unheld:
     def attach(self) -> Handle:
         """Warn of what is not held now, and look again before each step until the handle is removed."""
         self._tell(self._missed(), "")
+        bound = [name for chunk in self.chunks for name in chunk.names]
+        self._tell_zeros([name for name in bound if not self.prior.tensors[name].any()])
+        self._tell_divided(bound)
         # before the hooks of the mechanism, which copy the weights that they hold
         remove = self.optimizer.register_step_pre_hook(lambda *_: self._look()).remove
         return Handle([remove, self._release], not_held=self.names)
@@ -133,6 +136,32 @@ class Unheld:
             f"not held, {100 * share:.3g} % of the trained weights: {some(names)}. {fix}",
             stacklevel=2,
         )
+
+    def _tell_zeros(self, names: Sequence[str]) -> None:
+        if names:
+            self.names.extend(names)
+            warnings.warn(
+                f"{self.whose}: {len(names)} trained {'tensor was' if len(names) == 1 else 'tensors were'} "
+                f"rated zero, and {'is' if len(names) == 1 else 'are'} not held: {some(names)}. No rated row "
+                "uses them as far as this importance sees (experts that none is routed to, a router whose "
+                "choice has no gradient). Freeze what must not change.",
+                stacklevel=2,
+            )
+
+    def _tell_divided(self, names: Sequence[str]) -> None:
+        """Of DoRA: a row of W + B A is divided by its norm, along inputs that no old row has, too."""
+        ends = ".lora_magnitude_vector"
+        divided = {n.partition(ends)[0] for n in self._parameters if ends in n}
+        if self.prior.kind == "inputs" and (
+            found := [n for n in names if n.partition(".lora_")[0] in divided]
+        ):
+            warnings.warn(
+                f"{self.whose}: {len(found)} tensors are factors of DoRA, which divides a map by the norm of "
+                "its weights: what a change of theirs does to old outputs through this norm is neither held "
+                f"nor in the drift that is shown: {some(found)}. Use a LoRA without use_dora, or a prior by "
+                "weight (importance='fisher').",
+                stacklevel=2,
+            )
 
     def _count(self, chunks: Sequence[Chunk]) -> None:
         for chunk in chunks:

@@ -36,6 +36,13 @@ def _plain(tensor: Tensor) -> Iterator[Tensor]:
         yield from _plain(getattr(tensor, name))
 
 
+def sampled(tensor: Tensor) -> Tensor:
+    """A few values of a tensor, evenly spaced, on the CPU."""
+    flat = tensor.reshape(-1)
+    places = torch.linspace(0, max(0, flat.numel() - 1), min(flat.numel(), _SAMPLED), dtype=torch.float64)
+    return flat[places.long().to(flat.device)].cpu().contiguous()
+
+
 def fingerprints(model: nn.Module) -> dict[str, str]:
     """Canonical name to eight hex digits of a few values of each parameter, the same in every float type.
 
@@ -43,9 +50,7 @@ def fingerprints(model: nn.Module) -> dict[str, str]:
     """
     found = {}
     for name, parameter in model.named_parameters():
-        flat = next(_plain(world.whole(parameter).detach())).reshape(-1)
-        places = torch.linspace(0, max(0, flat.numel() - 1), min(flat.numel(), _SAMPLED), dtype=torch.float64)
-        values = flat[places.long().to(flat.device)].to("cpu", torch.bfloat16).contiguous()
+        values = sampled(next(_plain(world.whole(parameter).detach()))).to(torch.bfloat16)
         h = hashlib.sha256(repr(tuple(world.shape(parameter))).encode())
         if values.numel():
             h.update(values.view(torch.uint8).numpy().tobytes())
