@@ -61,7 +61,7 @@ class Unheld:
         """Warn of what is not held now, and look again before each step until the handle is removed."""
         self._tell(self._missed(), "")
         bound = [name for chunk in self.chunks for name in chunk.names]
-        self._tell_zeros([name for name in bound if not self.prior.tensors[name].any()])
+        self._tell_zeros(bound)
         self._tell_divided(bound)
         # before the hooks of the mechanism, which copy the weights that they hold
         remove = self.optimizer.register_step_pre_hook(lambda *_: self._look()).remove
@@ -137,9 +137,10 @@ class Unheld:
             stacklevel=2,
         )
 
-    def _tell_zeros(self, names: Sequence[str]) -> None:
-        if names:
-            self.names.extend(names)
+    def _tell_zeros(self, bound: Sequence[str]) -> None:
+        names = [name for name in bound if not self.prior.tensors[name].any()]
+        self.names.extend(names)
+        if 0 < len(names) < len(bound):  # of a prior that rates nothing the mechanism tells
             warnings.warn(
                 f"{self.whose}: {len(names)} trained {'tensor was' if len(names) == 1 else 'tensors were'} "
                 f"rated zero, and {'is' if len(names) == 1 else 'are'} not held: {some(names)}. No rated row "
