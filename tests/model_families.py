@@ -608,7 +608,7 @@ def squares(model: Any) -> dict[str, torch.Tensor]:
     wanted = block_parameters(model)
     total = {name: torch.zeros_like(p) for name, p in wanted.items()}
     for row in ROWS:
-        batch = collate([row], 0, encoder_decoder=is_encoder_decoder(model))
+        batch = collate([row], 0, encoder_decoder=is_encoder_decoder(model), first_position=None)
         labels = batch.pop("labels")
         if is_encoder_decoder(model):
             batch["decoder_input_ids"] = torch.cat([decoder_start(model, labels), labels[:, :-1]], dim=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,11 +13,15 @@ from attribution_models import ROWS, Keep
 from holdfast import Learner
 from holdfast.attribution import AttributionOptions, attribute_batches, per_sample_gradients
 from holdfast.attribution.options import AttributionReport
+from holdfast.attribution.targets import make_batch
 from holdfast.errors import UnruledOperationError
+from holdfast.evaluation.answers import batch_for, greedy
 from holdfast.importance.aggregate import AbsoluteMean
-from holdfast.models import block_parameters, unwrapped
+from holdfast.models import block_parameters, context_length, unwrapped
+from holdfast.strategies.prompts.soft import Prompted
 from holdfast.tasks import Example, toy_tokenizer
-from holdfast.tasks.encode import Encoded
+from holdfast.tasks.encode import IGNORED, Encoded
+from holdfast.training.loop import Collator
 from model_families import EXTRA, SEEING, family, held_by_inputs, measure
 
 TABLE = Path(__file__).parents[2] / "docs" / "model-families.md"
@@ -239,6 +244,60 @@ def test_a_model_that_is_compiled_in_place_is_seen_too() -> None:
         layer.mlp.compile()
     relevance(model, compiled)
     assert all(torch.equal(maps, plain.maps[key]) for key, maps in compiled.maps.items())
+
+
+FROM_PADDING = ["roberta", "data2vec-text", "xlm-roberta-xl"]  # they count from behind their padding's index
+
+
+def own_logits(model, row: Encoded) -> torch.Tensor:
+    """Of the row's answer tokens, without this library."""
+    logits = model(input_ids=torch.tensor([row.prompt_ids + row.completion_ids])).logits[0]
+    return logits[len(row.prompt_ids) - 1 : -1]
+
+
+@pytest.mark.parametrize("name", ["llama", *FROM_PADDING])
+@pytest.mark.parametrize("pad_id", [0, 7])
+@torch.no_grad()
+def test_padded_rows_have_the_logits_that_the_model_gives_each_alone(name: str, pad_id: int) -> None:
+    model, tokenizer = family(name), SimpleNamespace(pad_token_id=pad_id)
+    assert len({len(row.prompt_ids) for row in ROWS}) > 1
+    expected = torch.cat([own_logits(model, row) for row in ROWS])
+    for side in ("left", "right"):
+        rated = make_batch(model, ROWS, pad_id, torch.device("cpu"), side)
+        batches = {
+            "rating": rated.inputs,
+            "training": Collator(model, tokenizer, side)(list(enumerate(ROWS))),
+            "evaluation": batch_for(model, tokenizer, ROWS, side),
+        }
+        for where, batch in batches.items():
+            labels = rated.answer_ST
+            if where != "rating":
+                labels = torch.nn.functional.pad(batch.pop("labels")[:, 1:], (0, 1), value=IGNORED)
+            batch.pop("row_ids", None)
+            found = model(**batch).logits[labels != IGNORED]
+            torch.testing.assert_close(found, expected, msg=f"{where}, {side}")
+
+
+@pytest.mark.parametrize("name", ["llama", *FROM_PADDING])
+@torch.no_grad()
+def test_what_is_written_is_what_the_model_s_own_logits_say(name: str) -> None:
+    model, tokenizer = family(name), toy_tokenizer()
+    prompt_ND = torch.randn(3, 32, dtype=torch.float64)
+    answers = greedy(model, tokenizer, ROWS, batch_size=8, max_new_tokens=3)
+    view = Prompted(model, lambda ids, _: prompt_ND.expand(len(ids), -1, -1))
+    prompted = greedy(view, tokenizer, ROWS, batch_size=8, max_new_tokens=3)
+    for row, plain, behind in zip(ROWS, answers, prompted, strict=True):
+        for found, vectors in ((plain, prompt_ND[:0]), (behind, prompt_ND)):
+            ids = [*row.prompt_ids, *found]
+            embeds = torch.cat([vectors, model.get_input_embeddings()(torch.tensor(ids))])
+            said = model(inputs_embeds=embeds[None]).logits[0, -len(found) - 1 : -1].argmax(-1).tolist()
+            end = found.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in found else len(found)
+            assert said[:end] == found[:end]
+
+
+def test_numbers_below_the_first_position_are_no_room_for_text() -> None:
+    assert context_length(family("roberta")) == 63
+    assert context_length(family("llama")) == 64
 
 
 def rows_of_table() -> dict[str, list[str]]:

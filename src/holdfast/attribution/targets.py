@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from holdfast.errors import ModelError
-from holdfast.models import evaluating, is_encoder_decoder, unwrapped
+from holdfast.models import evaluating, first_position, is_encoder_decoder, unwrapped
 from holdfast.tasks.encode import IGNORED, Encoded, collate
 
 
@@ -56,7 +56,13 @@ def make_batch(
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     accepted = inspect.signature(base.forward).parameters
     encoder_decoder = is_encoder_decoder(model)
-    batch = collate(rows, pad_id, encoder_decoder=encoder_decoder, side="right" if encoder_decoder else side)
+    batch = collate(
+        rows,
+        pad_id,
+        encoder_decoder=encoder_decoder,
+        side="right" if encoder_decoder else side,
+        first_position=first_position(model),
+    )
     inputs: dict[str, Any] = {key: value.to(device) for key, value in batch.items() if key in accepted}
     labels = inputs.pop("labels", batch["labels"].to(device))
     real = [batch["attention_mask"].to(device) != 0]

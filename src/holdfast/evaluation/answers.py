@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from holdfast import world
-from holdfast.models import accepts, context_length, evaluating, is_encoder_decoder, unwrapped
+from holdfast.models import context_length, evaluating, first_position, is_encoder_decoder, unwrapped
 from holdfast.tasks.encode import Encoded, collate, collate_prompts
 
 Progress = Callable[[int, int], None]
@@ -37,10 +37,32 @@ def _of_all(answers: list[T]) -> list[T]:
     return [max(given, key=len) for given in zip(*world.gather(answers), strict=True)]
 
 
-def for_model(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A batch as the model takes it, where the model is."""
-    if not accepts(model, "position_ids"):
-        batch.pop("position_ids", None)
+def batch_for(
+    model: nn.Module, tokenizer: Any, rows: Sequence[Encoded], side: Literal["right", "left"] = "right"
+) -> dict[str, Tensor]:
+    """Rows as a batch that the model takes, where the model is (`collate`)."""
+    batch = collate(
+        rows,
+        tokenizer.pad_token_id,
+        encoder_decoder=is_encoder_decoder(model),
+        side=side,
+        first_position=first_position(model),
+    )
+    return _to(model, batch)
+
+
+def prompts_for(model: nn.Module, tokenizer: Any, rows: Sequence[Encoded]) -> dict[str, Tensor]:
+    """Prompts as a batch that the model's ``generate`` takes, where the model is (`collate_prompts`)."""
+    batch = collate_prompts(
+        rows,
+        tokenizer.pad_token_id,
+        encoder_decoder=is_encoder_decoder(model),
+        first_position=first_position(model) or None,  # from 0 it counts itself
+    )
+    return _to(model, batch)
+
+
+def _to(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     device = next(model.parameters()).device
     return {k: v.to(device) for k, v in batch.items()}
 
@@ -177,11 +199,7 @@ def greedy(
     answers: list[list[int]] = [[] for _ in rows]
     done = 0
     for indices in world.part(by_length(rows, batch_size)):
-        batch = collate_prompts(
-            [rows[i] for i in indices], tokenizer.pad_token_id, encoder_decoder=encoder_decoder
-        )
-        batch.pop("position_ids", None)  # generate() derives them from the mask
-        batch = for_model(model, batch)
+        batch = prompts_for(model, tokenizer, [rows[i] for i in indices])
         with evaluating(model), plain_greedy(model, tokenizer, max_new_tokens, stop_ids):
             output = model.generate(**batch)
         start = 0 if encoder_decoder else batch["input_ids"].shape[1]
@@ -208,8 +226,7 @@ def log_likelihoods(model: Any, tokenizer: Any, rows: Sequence[Encoded]) -> Tens
 
 def _of_batch(model: Any, tokenizer: Any, rows: Sequence[Encoded]) -> Tensor:
     encoder_decoder = is_encoder_decoder(model)
-    batch = collate(rows, tokenizer.pad_token_id, encoder_decoder=encoder_decoder)
-    batch = for_model(model, batch)
+    batch = batch_for(model, tokenizer, rows)
     labels = batch["labels"]
     # without them no loss is computed; prompts that an input finds need them to tell it from the answer
     labelled = encoder_decoder or getattr(model, "reads_labels", False)

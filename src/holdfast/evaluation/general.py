@@ -10,16 +10,17 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from holdfast.evaluation.answers import batch_for, prompts_for
 from holdfast.models import accepts, evaluating, is_encoder_decoder
 from holdfast.storage import write_tensors, write_text
-from holdfast.tasks.encode import Encoded, collate, collate_prompts
+from holdfast.tasks.encode import Encoded
 from holdfast.tasks.task import Example
 
 ROWS, ANSWERS = "rows.jsonl", "base.safetensors"
@@ -171,13 +172,9 @@ def _chat_opening(tokenizer: Any) -> list[int] | None:
 def _written(model: Any, tokenizer: Any, prompts: Sequence[list[int]]) -> list[str]:
     """What the model samples behind some prompts, up to the first special token."""
     encoder_decoder = is_encoder_decoder(model)
-    batch = collate_prompts(
-        [Encoded(ids, []) for ids in prompts], tokenizer.pad_token_id, encoder_decoder=encoder_decoder
-    )
-    batch.pop("position_ids", None)  # generate() derives them from the mask
-    device = next(model.parameters()).device
+    batch = prompts_for(model, tokenizer, [Encoded(ids, []) for ids in prompts])
     output = model.generate(
-        **{k: v.to(device) for k, v in batch.items()},
+        **batch,
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_beams=1, max_new_tokens=LENGTH,
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
@@ -219,18 +216,10 @@ def predictions(model: Any, tokenizer: Any, rows: Sequence[Encoded]) -> Iterator
     longest = max((len(row.completion_ids) for row in rows), default=0)
     config = getattr(model.config, "get_text_config", lambda: model.config)()
     size = max(1, min(64, _CELLS // (longest * config.vocab_size + 1)))
-    device = next(model.parameters()).device
     with evaluating(model):
         for first in range(0, len(rows), size):
-            batch = collate(
-                rows[first : first + size],
-                tokenizer.pad_token_id,
-                encoder_decoder=encoder_decoder,
-                side="right" if encoder_decoder else "left",
-            )
-            if not accepts(model, "position_ids"):
-                batch.pop("position_ids", None)
-            batch = {k: v.to(device) for k, v in batch.items()}
+            side: Literal["right", "left"] = "right" if encoder_decoder else "left"
+            batch = batch_for(model, tokenizer, rows[first : first + size], side)
             labels = batch["labels"]
             if encoder_decoder:
                 yield model(**batch).logits[labels != -100]

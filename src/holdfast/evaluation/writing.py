@@ -19,15 +19,15 @@ from holdfast import world
 from holdfast.evaluation.answers import (
     by_length,
     decoder_start,
-    for_model,
     greedy,
     log_likelihoods,
     plain_greedy,
+    prompts_for,
 )
 from holdfast.evaluation.transcript import Transcript
 from holdfast.models import evaluating
 from holdfast.storage import write_json, write_text
-from holdfast.tasks.encode import Encoded, Encoder, collate_prompts
+from holdfast.tasks.encode import Encoded, Encoder
 from holdfast.tasks.memory import WritingOptions
 from holdfast.tasks.opening import Opening
 from holdfast.tasks.task import Example
@@ -257,22 +257,17 @@ def _draw(
     tokenizer, rows = encoder.tokenizer, len(drawn_BT)
     extra: dict[str, Any] = {}
     if encoder.encoder_decoder:  # the decoder goes on from the opening, and the encoder has read nothing
-        batch = collate_prompts(
-            [Encoded([tokenizer.eos_token_id], [])] * rows, tokenizer.pad_token_id, encoder_decoder=True
-        )
+        given = [tokenizer.eos_token_id]
         ids = torch.tensor([[decoder_start(model), *opening.given]] * rows)
         extra["decoder_input_ids"] = ids.to(next(model.parameters()).device)
         before = ids.shape[1]
     else:
-        batch = collate_prompts(
-            [Encoded(opening.given, [])] * rows, tokenizer.pad_token_id, encoder_decoder=False
-        )
+        given = opening.given
         before = len(opening.given)
-    batch.pop("position_ids", None)  # generate() derives them from the mask
     draw = _Draw(drawn_BT, options)
     with evaluating(model), plain_greedy(model, tokenizer, drawn_BT.shape[1]):
         output = model.generate(
-            **for_model(model, batch),
+            **prompts_for(model, tokenizer, [Encoded(given, [])] * rows),
             **extra,
             logits_processor=[draw],
             stopping_criteria=[_Closed(opening.closing, draw)],

@@ -37,12 +37,25 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 def context_length(model: nn.Module) -> int | None:
     """How many positions the model has: of prompt and answer, or of each with an encoder-decoder.
 
-    None where it has no bound of its own (relative positions).
+    None where it has no bound of its own (relative positions). Numbers below `first_position` are no token's.
     """
     config: Any = getattr(model, "config", None)
     inner = config.get_text_config() if hasattr(config, "get_text_config") else config
     length = getattr(inner, "max_position_embeddings", None)
-    return length if isinstance(length, int) and length > 0 else None
+    return length - (first_position(model) or 0) if isinstance(length, int) and length > 0 else None
+
+
+def first_position(model: nn.Module) -> int | None:
+    """The number of the position of a row's first token; None where the model takes no positions.
+
+    RoBERTa and its kin count from behind the index of their padding, all others from 0. Left to themselves
+    they would count padding that is another token, or padding in embeddings, as text.
+    """
+    model = unwrapped(model)
+    if is_encoder_decoder(model) or not accepts(model, "position_ids"):
+        return None
+    counting = (m for m in model.modules() if hasattr(m, "create_position_ids_from_input_ids"))
+    return next((m.padding_idx + 1 for m in cast(Iterator[Any], counting) if m.padding_idx is not None), 0)
 
 
 def text_part(model: Any) -> nn.Module:

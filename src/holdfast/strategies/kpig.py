@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from holdfast.config import Options
-from holdfast.evaluation.answers import for_model
+from holdfast.evaluation.answers import batch_for
 from holdfast.hold.cost import Estimate
 from holdfast.models import accepts, evaluating, is_encoder_decoder
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.protocol import Strategy, register
-from holdfast.tasks.encode import collate
 from holdfast.tasks.memory import Memory, MemoryOptions, Rehearsal, RehearsalOptions, RowsOptions
 from holdfast.tasks.opening import common_beginning
 from holdfast.tasks.task import Example, TaskStream
@@ -147,13 +146,7 @@ class Kpig(Strategy):
         with evaluating(model):
             for start in range(0, len(encoded), _ROWS):
                 part = encoded[start : start + _ROWS]
-                batch = collate(
-                    part,
-                    context.tokenizer.pad_token_id,
-                    encoder_decoder=self._decoding,
-                    side="right" if self._decoding else "left",
-                )
-                batch = for_model(model, batch)
+                batch = batch_for(model, context.tokenizer, part, "right" if self._decoding else "left")
                 whole = self._sure(model, batch)
                 less = self._sure(model, {**batch, "input_ids": self.masked(batch)})
                 found += (whole - less).tolist()

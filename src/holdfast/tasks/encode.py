@@ -410,12 +410,19 @@ def _pad(rows: Sequence[list[int]], value: int, side: str) -> Tensor:
     return torch.tensor(padded, dtype=torch.long).reshape(len(rows), width)
 
 
-def _inputs(rows: Sequence[list[int]], pad_id: int, side: str, *, positions: bool) -> dict[str, Tensor]:
+def _inputs(
+    rows: Sequence[list[int]], pad_id: int, side: str, first_position: int | None
+) -> dict[str, Tensor]:
     mask_ST = _pad([[1] * len(row) for row in rows], 0, side)
     batch = {"input_ids": _pad(rows, pad_id, side), "attention_mask": mask_ST}
-    if positions:  # a token's position must not depend on the padding before it
-        batch["position_ids"] = (mask_ST.cumsum(dim=1) - 1).clamp(min=0)
+    if first_position is not None:
+        batch["position_ids"] = positions(mask_ST, first_position)
     return batch
+
+
+def positions(mask_ST: Tensor, first: int) -> Tensor:
+    """Position of each token among the unmasked ones, so that it doesn't depend on the padding before it."""
+    return (mask_ST.long().cumsum(dim=1) - 1).clamp(min=0) + first
 
 
 def collate(
@@ -424,6 +431,7 @@ def collate(
     *,
     encoder_decoder: bool,
     side: Literal["right", "left"] = "right",
+    first_position: int | None = 0,
 ) -> dict[str, Tensor]:
     """Make a training batch; the loss sees the completion only.
 
@@ -436,6 +444,8 @@ def collate(
     side : {"right", "left"}
         Where inputs are padded. The labels of an encoder-decoder model are always padded on the right,
         because its decoder starts at the first column.
+    first_position : int, optional
+        A causal model's, see `holdfast.models.first_position`; None: it gets no positions.
 
     Returns
     -------
@@ -447,25 +457,27 @@ def collate(
     if not rows:
         raise ValueError("collate needs at least one row")
     if encoder_decoder:
-        batch = _inputs([row.prompt_ids for row in rows], pad_id, side, positions=False)
+        batch = _inputs([row.prompt_ids for row in rows], pad_id, side, None)
         batch["labels"] = _pad([row.completion_ids for row in rows], IGNORED, "right")
         return batch
-    batch = _inputs([row.prompt_ids + row.completion_ids for row in rows], pad_id, side, positions=True)
+    batch = _inputs([row.prompt_ids + row.completion_ids for row in rows], pad_id, side, first_position)
     batch["labels"] = _pad(
         [[IGNORED] * len(row.prompt_ids) + row.completion_ids for row in rows], IGNORED, side
     )
     return batch
 
 
-def collate_prompts(rows: Sequence[Encoded], pad_id: int, *, encoder_decoder: bool) -> dict[str, Tensor]:
+def collate_prompts(
+    rows: Sequence[Encoded], pad_id: int, *, encoder_decoder: bool, first_position: int | None = None
+) -> dict[str, Tensor]:
     """Make a batch to generate from: prompts only, padded on the left for a causal model.
 
     Returns
     -------
     dict of int64 tensors
-        ``input_ids`` and ``attention_mask`` (S, T), with ``position_ids`` (S, T) for a causal model.
+        ``input_ids`` and ``attention_mask`` (S, T), with ``position_ids`` (S, T) if there is a first one.
     """
     if not rows:
         raise ValueError("collate_prompts needs at least one row")
     side = "right" if encoder_decoder else "left"
-    return _inputs([row.prompt_ids for row in rows], pad_id, side, positions=not encoder_decoder)
+    return _inputs([row.prompt_ids for row in rows], pad_id, side, first_position)

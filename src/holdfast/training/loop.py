@@ -16,7 +16,7 @@ from holdfast import world
 from holdfast.errors import ConfigError
 from holdfast.hold.cost import trained_numbers
 from holdfast.hold.drift import MOVED
-from holdfast.models import accepts, is_encoder_decoder, unprepare, unwrapped
+from holdfast.models import first_position, is_encoder_decoder, unprepare, unwrapped
 from holdfast.models.base import Base
 from holdfast.progress import Progress, no_library_bars
 from holdfast.records import TrainingLog
@@ -312,7 +312,7 @@ class Collator:
         self.encoder_decoder = is_encoder_decoder(model)
         self.side: Any = side or ("right" if self.encoder_decoder else "left")
         self.pad_id = tokenizer.pad_token_id
-        self.positions = not self.encoder_decoder and accepts(model, "position_ids")
+        self.first_position = first_position(model)
 
     def __call__(self, items: Sequence[tuple[int, Encoded]]) -> dict[str, Tensor]:
         if self.beside is not None:
@@ -320,9 +320,13 @@ class Collator:
         if self.whole_batches:
             items = world.part_of_batch(items)
         rows = [row for _, row in items]
-        batch = collate(rows, self.pad_id, encoder_decoder=self.encoder_decoder, side=self.side)
-        if not self.positions:
-            batch.pop("position_ids", None)
+        batch = collate(
+            rows,
+            self.pad_id,
+            encoder_decoder=self.encoder_decoder,
+            side=self.side,
+            first_position=self.first_position,
+        )
         batch[ROWS] = torch.tensor([number for number, _ in items])
         return batch
 

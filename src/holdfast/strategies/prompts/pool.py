@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from holdfast.config import Options
 from holdfast.errors import ConfigError
-from holdfast.models import accepts, evaluating, is_encoder_decoder
-from holdfast.strategies.prompts.soft import Source, positions, vocabulary_rows
+from holdfast.models import evaluating, first_position, is_encoder_decoder
+from holdfast.strategies.prompts.soft import Source, vocabulary_rows
+from holdfast.tasks.encode import positions
 
 Feature = Literal["hidden", "embeddings"]
 
@@ -65,8 +66,8 @@ def query(model: Any, ids_BT: Tensor, question_BT: Tensor, feature: Feature) -> 
         encoder = is_encoder_decoder(model)
         body = model.get_encoder() if encoder else model.base_model
         extra: dict[str, Any] = {} if encoder else {"use_cache": False}
-        if not encoder and accepts(body, "position_ids"):
-            extra["position_ids"] = positions(question_BT)
+        if not encoder and (first := first_position(body)) is not None:
+            extra["position_ids"] = positions(question_BT, first)
         with evaluating(body):
             outputs = body(input_ids=ids_BT, attention_mask=question_BT.long(), **extra)
             states_BTK = outputs.last_hidden_state

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from holdfast.errors import ConfigError
 from holdfast.hold.attach import Handle
-from holdfast.models import accepts, is_encoder_decoder
+from holdfast.models import accepts, first_position, is_encoder_decoder
 from holdfast.models.adapters import is_adapted
 from holdfast.storage import write_tensors
+from holdfast.tasks.encode import positions
 
 SUBMODULE = "soft_prompts"  # what is trained, as the model's own submodule: optimizer and checkpoints see it
 
@@ -100,11 +101,6 @@ def prepend(model: Any, prompts_BND: Tensor, ids_BT: Tensor, mask_BT: Tensor) ->
     }
 
 
-def positions(mask_BT: Tensor) -> Tensor:
-    """Position of each token among the unmasked ones, so that padding counts nowhere."""
-    return (mask_BT.long().cumsum(dim=1) - 1).clamp(min=0)
-
-
 def put_in_front(model: Any, source: Source) -> Handle:
     """Let every call of the model see the prompts of `source`, until the handle is removed.
 
@@ -113,7 +109,7 @@ def put_in_front(model: Any, source: Source) -> Handle:
     call that brings ``inputs_embeds`` is left alone. Not for ``generate``; that is what `Prompted` is for.
     """
     causal = not is_encoder_decoder(model)
-    positioned = causal and accepts(model, "position_ids")
+    first = first_position(model)
     names = list(inspect.signature(model.forward).parameters)
     count = 0
 
@@ -129,8 +125,8 @@ def put_in_front(model: Any, source: Source) -> Handle:
         prompts = source(ids, question(mask, labels if causal else None))
         count = prompts.shape[1]
         kwargs |= prepend(model, prompts, ids, mask)
-        if positioned:
-            kwargs["position_ids"] = positions(kwargs["attention_mask"])
+        if first is not None:
+            kwargs["position_ids"] = positions(kwargs["attention_mask"], first)
         if causal and labels is not None:
             kwargs["labels"] = nn.functional.pad(labels, (count, 0), value=-100)
         return (), kwargs
@@ -224,6 +220,8 @@ class Prompted:
         """Token ids as the model's own ``generate`` gives them, with prompts in front of the input."""
         prompts = self.source(input_ids, attention_mask.bool())
         inputs = prepend(self.model, prompts, input_ids, attention_mask)
+        if first := first_position(self.model):  # from 0 generate() counts itself
+            options["position_ids"] = positions(inputs["attention_mask"], first)
         output: Tensor = self.model.generate(**inputs, **options)
         # without input_ids, transformers returns a causal model's new tokens alone
         return output if is_encoder_decoder(self.model) else torch.cat([input_ids, output], dim=1)
