@@ -195,6 +195,33 @@ def test_where_a_batch_mixes_samples_they_go_one_by_one_and_it_is_said(name: str
     assert report.one_at_a_time != ""
 
 
+A, B, C = (Encoded(ids, [10, 2]) for ids in ([1, 5, 6, 7], [1, 9, 3, 20], [1, 21, 22, 23]))
+
+
+@pytest.mark.parametrize("rows", [[A, B], [A, A, B, C]], ids=["first batch", "later batch"])
+@pytest.mark.parametrize("rules", ["attnlrp", "gradient"])
+def test_mixing_is_seen_among_rows_of_one_length_and_the_batch_taken_again_row_by_row(rows, rules) -> None:
+    model = family("switch_transformers")  # an expert gets the tokens of all samples, in no known order
+    together, alone = Keep(per_weight=True), Keep(per_weight=True)
+
+    def rated(rows: list[Encoded], fold: Keep, **counts: int) -> AttributionReport:
+        if rules == "gradient":
+            return per_sample_gradients(model, rows, fold=fold, pad_id=0, **counts)
+        options = AttributionOptions(rules=rules)
+        return attribute_batches(
+            model, rows, options=options, fold=fold, pad_id=0, correct_only=False, **counts
+        )
+
+    report = rated(rows, together, batch_size=2)
+    assert "can't be told apart" in report.one_at_a_time
+    assert report.samples_used == report.samples_seen == len(rows)
+    for row in rows:
+        rated([row], alone)
+    for key, maps in together.maps.items():  # an expert that a sample doesn't choose may have no map of it
+        torch.testing.assert_close(maps.sum(0), alone.maps[key].sum(0), rtol=1e-7, atol=1e-12, msg=key)
+    assert rated(rows, Keep(), batch_size=2, max_samples=len(rows) - 1).samples_used == len(rows) - 1
+
+
 def test_global_tokens_are_inputs_too() -> None:
     """Pegasus-X has tokens that every text gets; their linear maps get maps as well."""
     report = relevance(family("pegasus_x"))

@@ -115,7 +115,7 @@ class Pass:
                     break
                 part = rows[start : start + job.batch_size]
                 unchecked = self.check
-                used += [start + i for i in self._batch(part, room)]
+                used += [start + i for i in self._part(part, room)]
                 if unchecked and not self.check:
                     self._checked = start
                 if self.first:
@@ -169,10 +169,11 @@ class Pass:
         """Put together what the processes have found, as if one had gone through all batches."""
         report = self.report
         check = (report.conservation_max_relative_error, report.absorbed, report.created)
-        of_all = world.gather((used, self.maps.reached, self._checked, check))
+        of_all = world.gather((used, self.maps.reached, self._checked, check, report.one_at_a_time))
         self.maps.fold.unite(self.weights)  # type: ignore[attr-defined]
-        self.maps.reached = set().union(*(reached for _, reached, _, _ in of_all))
-        checked = {at: found for _, _, at, found in of_all if at is not None}
+        self.maps.reached = set().union(*(reached for _, reached, *_ in of_all))
+        report.one_at_a_time = next((why for *_, why in of_all if why), "")
+        checked = {at: found for _, _, at, found, _ in of_all if at is not None}
         if checked:  # one process would have checked the first of these batches alone
             found = checked[min(checked)]
             report.conservation_max_relative_error, report.absorbed, report.created = found
@@ -185,9 +186,9 @@ class Pass:
 
     def _compare(self, rows: Sequence[Encoded]) -> None:
         """See that a sample's maps don't depend on its batch; else take one sample at a time."""
-        shortest = min(range(len(rows)), key=lambda i: len(rows[i].prompt_ids) + len(rows[i].completion_ids))
-        longest = max(range(len(rows)), key=lambda i: len(rows[i].prompt_ids) + len(rows[i].completion_ids))
-        probe = [rows[shortest]] if len(rows) == 1 else [rows[shortest], rows[longest]]
+        by_length = sorted(rows, key=lambda row: len(row.prompt_ids) + len(row.completion_ids))
+        others = [row for row in by_length if row != by_length[0]]  # two of the same would show no mixing
+        probe = [by_length[0], *others[-1:]]
         if len(probe) == 1 and self.job.rules != "gradient":
             return  # relevance of a single sample is checked by conservation
         try:
@@ -258,6 +259,20 @@ class Pass:
         if job.rules == "paper" and job.halves == "path":
             lam = lam * 2  # A starts below the head, R(H^L) = Z: the half that the head takes is given on top
         return batch, logits, lam
+
+    def _part(self, rows: Sequence[Encoded], room: int | None) -> list[int]:
+        """Attribute a batch, or where it mixes its samples one after another; returns which were used."""
+        if not self.report.one_at_a_time:
+            try:
+                return self._batch(rows, room)
+            except SamplesMixedError as error:  # from the forward pass: nothing of the batch is folded yet
+                self._one_at_a_time(str(error))
+        used: list[int] = []
+        for i, row in enumerate(rows):
+            if len(used) == room:
+                break
+            used += [i for _ in self._batch([row], None)]
+        return used
 
     def _batch(self, rows: Sequence[Encoded], room: int | None) -> list[int]:
         if self.plain:
