@@ -16,8 +16,12 @@ from holdfast.attribution.options import AttributionReport
 from holdfast.attribution.targets import make_batch
 from holdfast.errors import UnruledOperationError
 from holdfast.evaluation.answers import batch_for, greedy
+from holdfast.hold import Anchor, tell_total_rate
+from holdfast.importance import compute_prior
 from holdfast.importance.aggregate import AbsoluteMean
-from holdfast.models import block_parameters, context_length, unwrapped
+from holdfast.importance.fisher import FisherOptions
+from holdfast.importance.inputs import InputsOptions
+from holdfast.models import block_parameters, context_length, input_dims, input_sizes, unwrapped
 from holdfast.strategies.prompts.soft import Prompted
 from holdfast.tasks import Example, toy_tokenizer
 from holdfast.tasks.encode import IGNORED, Encoded
@@ -220,6 +224,64 @@ def test_mixing_is_seen_among_rows_of_one_length_and_the_batch_taken_again_row_b
     for key, maps in together.maps.items():  # an expert that a sample doesn't choose may have no map of it
         torch.testing.assert_close(maps.sum(0), alone.maps[key].sum(0), rtol=1e-7, atol=1e-12, msg=key)
     assert rated(rows, Keep(), batch_size=2, max_samples=len(rows) - 1).samples_used == len(rows) - 1
+
+
+SHARED = [f"model.layers.{number}.mlp.down_proj.weight" for number in (0, 1)]
+
+
+def with_a_shared_weight(dtype: torch.dtype = torch.float64):
+    model = family("llama", dtype)
+    model.model.layers[1].mlp.down_proj.weight = model.model.layers[0].mlp.down_proj.weight
+    return model
+
+
+def with_two_of_the_same(dtype: torch.dtype = torch.float64):
+    model = family("llama", dtype)
+    model.model.layers[1].mlp.down_proj.load_state_dict(model.model.layers[0].mlp.down_proj.state_dict())
+    return model
+
+
+def test_a_weight_that_two_layers_share_is_rated_once_for_both_uses() -> None:
+    model, apart = with_a_shared_weight(), with_two_of_the_same()
+    assert SHARED[1] not in block_parameters(model)
+    assert input_dims(model).keys() == input_sizes(model).keys() == block_parameters(model).keys()
+    shared, single = Keep(per_weight=True), Keep(per_weight=True)
+    per_sample_gradients(model, ROWS, fold=shared, pad_id=0)
+    per_sample_gradients(apart, ROWS, fold=single, pad_id=0)
+    both = sum(single.maps[name] for name in SHARED)
+    torch.testing.assert_close(shared.maps[SHARED[0]], both, rtol=1e-9, atol=1e-15)
+    found, expected = (
+        compute_prior(m, ROWS, InputsOptions(weighting="uniform"), pad_id=0) for m in (model, apart)
+    )
+    mean = (expected[SHARED[0]] + expected[SHARED[1]]) / 2  # a token's share is of the tokens of both uses
+    torch.testing.assert_close(found[SHARED[0]], mean, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("importance", ["inputs", "fisher"])
+def test_under_an_endless_pull_a_shared_weight_keeps_old_answers(importance: str) -> None:
+    moved = {}
+    for pull in (0.0, 1e13):
+        model = with_a_shared_weight(torch.float32)
+        options = InputsOptions(correct_only=False) if importance == "inputs" else FisherOptions()
+        prior = compute_prior(model, ROWS[:2], options, pad_id=0)
+        shared = block_parameters(model)[SHARED[0]]
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter is shared)
+        before, start = [own_logits(model, row).detach() for row in ROWS[:2]], shared.detach().clone()
+        optimizer = torch.optim.AdamW([shared], lr=1e-2, weight_decay=0.0)
+        tell_total_rate(optimizer, None, 9)
+        if pull:
+            Anchor(prior.only([SHARED[0]]), pull=pull).attach(model, optimizer)
+        for _ in range(3):
+            loss = torch.nn.functional.cross_entropy(own_logits(model, ROWS[3]), torch.tensor([40]))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        after = [own_logits(model, row).detach() for row in ROWS[:2]]
+        moved[pull] = float(sum((a - b).norm() for a, b in zip(after, before, strict=True)))
+        still = bool(pull) and importance == "fisher"  # which leaves no element free
+        assert torch.equal(shared, start) == still
+    assert moved[1e13] < 1e-3 * moved[0.0]
 
 
 def test_global_tokens_are_inputs_too() -> None:

@@ -25,7 +25,6 @@ from holdfast.importance.registry import Computed, Inputs, register, sample_coun
 from holdfast.importance.right_rows import of_right_rows
 from holdfast.importance.seeding import sample, seed_for
 from holdfast.models import evaluating, input_sizes, linear_modules
-from holdfast.names import canonical_name
 from holdfast.precision import products_for
 from holdfast.resume import State
 from holdfast.tasks.encode import IGNORED, Encoded
@@ -319,9 +318,10 @@ def _watched(
 
         return before
 
+    names = {id(parameter): name for name, parameter in parameters.items()}
     with ExitStack() as stack:
-        for path, module in linear_modules(model):
-            name = canonical_name(f"{path}.weight")
-            if name in parameters and getattr(module, "weight", None) is parameters[name]:
+        for _, module in linear_modules(model):
+            name = names.get(id(getattr(module, "weight", None)))
+            if name is not None:
                 stack.callback(module.register_forward_pre_hook(watcher(name)).remove)
         yield masks, seen

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -102,6 +102,11 @@ def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+def first_names(model: nn.Module) -> dict[int, str]:
+    """id of each parameter to its canonical name: the first one, where several modules hold it."""
+    return {id(parameter): canonical_name(name) for name, parameter in model.named_parameters()}
+
+
 def block_parameters(model: nn.Module, trainable_only: bool = True) -> dict[str, nn.Parameter]:
     """Weights and biases of all that is a linear map inside the transformer blocks (W^(l) of A, section 4.1).
 
@@ -118,9 +123,11 @@ def block_parameters(model: nn.Module, trainable_only: bool = True) -> dict[str,
     Returns
     -------
     dict
-        Canonical name to parameter, in the model's order. Norms, embeddings and heads are not in it.
+        Canonical name to parameter, in the model's order, each once (`first_names`). Norms, embeddings and
+        heads are not in it.
     """
     found: dict[str, nn.Parameter] = {}
+    names = first_names(model)
     linear = {id(module) for _, module in linear_modules(model)}
     for module_name, module in model.named_modules():
         if layer_of(module_name + ".") is None or isinstance(module, nn.Embedding):
@@ -131,7 +138,7 @@ def block_parameters(model: nn.Module, trainable_only: bool = True) -> dict[str,
             if not (whole or _is_matrix(leaf, parameter) or _is_bias(leaf, own)):
                 continue
             if parameter.requires_grad or not trainable_only:
-                found[canonical_name(f"{module_name}.{leaf}")] = parameter
+                found[names[id(parameter)]] = parameter
     return found
 
 
@@ -140,6 +147,7 @@ def input_dims(model: nn.Module) -> dict[str, int]:
 
     1 for `torch.nn.Linear`, whose weight is (O, I); 0 for transformers' Conv1D, where it is (I, O). PEFT's
     LoRA on parameters (experts) has linear layers too, but multiplies their weights: no input goes into them.
+    A weight that several maps share is in it once (`first_names`).
     """
     multiplied: tuple[str, ...] = ()
     if "peft" in sys.modules:  # whose import takes seconds, and without which no model has such layers
@@ -147,10 +155,11 @@ def input_dims(model: nn.Module) -> dict[str, int]:
 
         wrappers = [name for name, module in model.named_modules() if isinstance(module, ParamWrapper)]
         multiplied = tuple(f"{name}.lora_{factor}." for name in wrappers for factor in "AB")
+    names = first_names(model)
     return {
-        canonical_name(f"{name}.weight"): int(isinstance(module, nn.Linear))
-        for name, module in linear_modules(model)
-        if layer_of(f"{name}.") is not None and not name.startswith(multiplied)
+        _weight_name(path, module, names): int(isinstance(module, nn.Linear))
+        for path, module in linear_modules(model)
+        if layer_of(f"{path}.") is not None and not path.startswith(multiplied)
     }
 
 
@@ -158,12 +167,17 @@ def input_sizes(model: nn.Module) -> dict[str, int]:
     """Canonical name of each weight of `input_dims` to how many inputs its map has."""
     from transformers.pytorch_utils import Conv1D
 
-    found, dims = {}, input_dims(model)
+    found, dims, names = {}, input_dims(model), first_names(model)
     for path, module in linear_modules(model):
-        name, layer = canonical_name(f"{path}.weight"), cast(Any, module)
+        name, layer = _weight_name(path, module, names), cast(Any, module)
         if name in dims:
             found[name] = world.shape(layer.weight)[0] if isinstance(layer, Conv1D) else layer.in_features
     return found
+
+
+def _weight_name(path: str, module: nn.Module, names: Mapping[int, str]) -> str:
+    """Canonical name of a map's weight, which may be no parameter of its own (computed of others)."""
+    return names.get(id(module._parameters.get("weight")), canonical_name(f"{path}.weight"))
 
 
 def _is_matrix(leaf: str, parameter: nn.Parameter) -> bool:
