@@ -91,6 +91,18 @@ def test_a_prior_that_rates_nothing_says_so() -> None:
         assert len(said(mechanism)) == 1
 
 
+@pytest.mark.parametrize("steps", [100, None], ids=["told", "not told"])
+def test_of_weights_that_no_row_depends_on_it_is_said_that_nothing_was_rated(steps: int | None) -> None:
+    """Such as the trained embeddings of tokens that old rows don't have."""
+    nothing = ImportancePrior({n: torch.zeros_like(t) for n, t in fisher().tensors.items()})
+    for mechanism in (Penalty(nothing), Anchor(nothing)):
+        (message,) = said(mechanism, steps)
+        assert re.search(
+            r"none of the weights .* an importance above 0 \(.*weight.*none has these tokens", message
+        )
+        assert "0 %" not in message
+
+
 def test_what_holds_says_nothing() -> None:
     for mechanism in (Anchor(fisher()), Penalty(fisher(), strength=1e9), Penalty(fisher(), strength=0)):
         assert said(mechanism) == []

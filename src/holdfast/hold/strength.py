@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from holdfast.hold.attach import Chunk
 from holdfast.hold.schedule import TOTAL
+from holdfast.importance.prior import some
 
 _FAINT_SHARE = 1e-3  # of each step, on average over all weights
 _FAINT_PULL = 0.1  # of a weight of mean importance, over a task: its way is shortened by 5 %
@@ -50,6 +51,15 @@ def warn_if_pull_is_faint(
     """
     if strength == 0:
         return
+    if mean == 0:
+        warnings.warn(
+            f"{whose}: the prior's rows give none of the weights that it is to hold an importance above 0 "
+            f"({some([name for chunk in chunks for name in chunk.names])}), so they change freely: none of "
+            "the rows needs them (of embeddings of tokens: none has these tokens). If others do, compute the "
+            "prior again on such rows.",
+            stacklevel=2,
+        )
+        return
     rates = []
     for number in {chunk.group for chunk in chunks}:
         group = optimizer.param_groups[number]
@@ -57,12 +67,10 @@ def warn_if_pull_is_faint(
     whole = strength * mean * max(rates, default=0.0)
     if whole >= _FAINT_PULL or not any(rates):
         return
-    fix = "Compute the prior again on rows that say something of these weights."
-    if mean > 0:
-        wanted = f"{strength * _PULL / whole:.0e}".replace("e+0", "e").replace("e+", "e")
-        fix = f"strength={wanted} is a whole pull of {_PULL:g}, the anchor's default by inputs."
+    wanted = f"{strength * _PULL / whole:.0e}".replace("e+0", "e").replace("e+", "e")
     warnings.warn(
         f"{whose}: with strength={strength:g}, a weight of mean importance ({mean:.2g}) is pulled back by "
-        f"{100 * whole:.1g} % over the task, which is almost nothing. {fix}",
+        f"{100 * whole:.1g} % over the task, which is almost nothing. strength={wanted} is a whole pull of "
+        f"{_PULL:g}, the anchor's default by inputs.",
         stacklevel=2,
     )
