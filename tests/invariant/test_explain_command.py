@@ -69,6 +69,7 @@ def test_the_command_shows_the_strongest_tokens_and_writes_the_map(made: Path, t
     assert told.code == 0, told.err
     assert QUESTION in told.out
     assert "for 'abcd' instead of 'dcba'" in told.out
+    assert f"the answers' own tokens {why.elsewhere['answers']:+.4g}" in told.out
     shown = [line.split(maxsplit=1) for line in told.out.splitlines() if line.startswith("  ")]
     assert [(token, float(value)) for value, token in shown] == [
         (repr(token), float(f"{value:.3g}")) for token, value in why.strongest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import chdir, suppress
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import holdfast
-from holdfast.attribution import AttributionOptions, attribute_batches
+from holdfast.attribution import AttributionOptions, attribute_batches, attribute_one
 from holdfast.cli import app
 from holdfast.errors import ConfigError, ConservationError, DataError
 from holdfast.tasks import Encoder, Example, Template, toy_tokenizer
@@ -73,10 +74,57 @@ def test_tokens_and_weights_add_up_to_the_answers_logits(kind: str, halves: str)
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("halves", ["none", "path"])
+def test_the_parts_of_a_contrast_add_up_to_the_difference_of_the_engines_sums(kind: str, halves: str) -> None:
+    model, template = tiny_model(kind).double().eval(), template_of(kind)
+    options = AttributionOptions(halves=halves)
+    with pytest.warns(UserWarning, match="'ab' has 3 tokens and 'bacd' 5, .*part of the difference"):
+        found = holdfast.explain(
+            model, TOKENIZER, "copy ab=", "ab", instead_of="bacd", template=template, options=options
+        )
+    encoder = Encoder(TOKENIZER, Template(**template), encoder_decoder=kind == "t5")
+    rows = [encoder(Example("copy ab=", answer)) for answer in ("ab", "bacd")]
+    ours, other = (
+        attribute_one(model, row, options=options, fold=Collect(), pad_id=TOKENIZER.pad_token_id)[0]
+        for row in rows
+    )
+    lengths = [len(row.completion_ids) for row in rows]
+    assert list(found.logits) == lengths
+    assert found.target == pytest.approx(ours.target - other.target, rel=1e-9)
+    parts = found.parts
+    assert parts["tokens"] == pytest.approx(float(found.relevance.sum()), rel=1e-9)
+    assert abs(parts["answers"]) > 1e-3
+    assert parts["tokens"] + parts["answers"] == pytest.approx(ours.inputs - other.inputs, rel=1e-6)
+    assert sum(parts.values()) == pytest.approx(found.target, rel=1e-8)
+    assert ("weights" in parts) == (halves == "path")
+    off = abs(sum(parts.values()) - found.target) / max(abs(ours.target), abs(other.target))
+    assert found.conservation_error == pytest.approx(off)
+    for shown in (repr(found), found._repr_html_().replace("&#x27;", "'")):
+        assert f"the answers' own tokens {parts['answers']:+.4g}" in shown
+        assert f"the sum of {lengths[0]} less that of {lengths[1]}" in shown
+    other_options = holdfast.explain(
+        model, TOKENIZER, "copy ab=", "ba", template=template, options={"rules": "paper"}
+    )
+    with pytest.raises(ConfigError, match="under the same options"):
+        holdfast.explain(model, TOKENIZER, "copy ab=", "ab", template=template).instead_of(other_options)
+
+
+def test_a_contrast_of_first_tokens_or_of_as_many_is_no_matter_of_lengths() -> None:
+    model, first = tiny_model("llama").eval(), {"target": "first"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        same = holdfast.explain(model, TOKENIZER, "copy ab=", "ab", instead_of="ba")
+        of_first = holdfast.explain(model, TOKENIZER, "copy ab=", "ab", instead_of="bacd", options=first)
+    assert not same.uneven
+    assert of_first.logits == (1, 1)
+    assert "less that of" not in repr(same) + repr(of_first)
+
+
 def test_two_answers_are_contrasted_on_the_prompt() -> None:
     model = tiny_model("llama").eval()
     ours, other = (holdfast.explain(model, TOKENIZER, "copy ab=", x) for x in ("ab", "cab"))
-    found = holdfast.explain(model, TOKENIZER, "copy ab=", "ab", instead_of="cab")
+    found = ours.instead_of(other)
     assert found.tokens == ours.tokens[: ours.asked]
     assert torch.equal(found.relevance, ours.relevance[: ours.asked] - other.relevance[: ours.asked])
     assert found.target == ours.target - other.target

@@ -139,7 +139,7 @@ def explain_command(
             why = learner.explain(question, answer, instead_of=instead_of, options=chosen)
         shown = Console(highlight=False, markup=False)
         shown.print(why, soft_wrap=True)
-        shown.print(f"\nfor {why.what}, logits {why.target:.4g}; the strongest tokens:")
+        shown.print(f"\nfor {why.what}, {why.adds_up}; the strongest tokens:", soft_wrap=True)
         for token, value in why.strongest():
             shown.print(f"{value:+10.3g}  {token!r}")
         shown.print(f"conservation error {why.conservation_error:.1e}")

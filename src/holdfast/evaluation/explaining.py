@@ -33,7 +33,7 @@ def explain(
     instead_of : str, optional
         Another answer to the same prompt: what speaks for the one and not for the other.
     tell : callable
-        Gets what is cut, in a line each.
+        Gets what is cut, in a line each, and whether two answers are of different lengths.
 
     Raises
     ------
@@ -51,4 +51,14 @@ def explain(
     encoder = encoder.apart()
     require_sound(task, encoder, model, EvaluationOptions(), tell)
     found = [explain_answer(model, encoder, example, options) for example in task.train]
-    return found[0] if instead_of is None else found[0].instead_of(found[1])
+    if instead_of is None:
+        return found[0]
+    contrast = found[0].instead_of(found[1])
+    if contrast.uneven:
+        of, against = contrast.logits
+        tell(
+            f"explain: {answer!r} has {of} tokens and {instead_of!r} {against}, so part of the difference of "
+            "their summed logits is that of the lengths. Give answers of as many tokens, or compare their "
+            "first ones: options target=first."
+        )
+    return contrast

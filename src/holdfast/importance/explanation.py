@@ -22,6 +22,14 @@ from holdfast.tasks.encode import Encoder
 from holdfast.tasks.task import Example
 
 _FOR, _AGAINST = "24, 130, 90", "200, 60, 40"  # red, green, blue of the two signs
+_PARTS = {  # of `Explanation.parts`, in words
+    "tokens": "tokens shown",
+    "answers": "the answers' own tokens",
+    "biases": "biases",
+    "absorbed": "constants",
+    "created": "handed out twice",
+    "weights": "weights",
+}
 _SEEN = 0.1  # of the strongest: below it a token has no colour in a terminal
 
 
@@ -56,13 +64,18 @@ class Explanation:
         The relevance of each weight of the linear maps in the transformer blocks, signed: of those that are
         trained (a LoRA's factors), or of all where nothing is. ``weights.top(20)``, ``weights.by_layer()``.
     conservation_error : float
-        |sum of what was found - target| / |target|.
+        |sum of what was found - target| / |target|; of a difference, by the larger target of the two.
     elsewhere : dict
-        Relevance that ends in no token: ``biases``, ``absorbed`` by constants such as the biases of norms,
-        and ``created``, which products of two activations handed out twice (subtracted). Tokens + biases +
-        absorbed - created (+ weights, with ``halves: path``) is the target.
+        Relevance that ends in no token shown: ``biases``, ``absorbed`` by constants such as the biases of
+        norms, and ``created``, which products of two activations handed out twice (subtracted); of a
+        difference, ``answers``, what ends in tokens of the answers themselves. Tokens + answers + biases +
+        absorbed - created (+ weights, with ``halves: path``) is the target, see `parts`.
     against : str
         The other answer, where two were contrasted; all numbers are differences then.
+    logits : tuple of int
+        How many logits the target sums; of a difference, of each answer.
+    options : AttributionOptions
+        How it was explained.
     """
 
     tokens: list[str]
@@ -74,35 +87,69 @@ class Explanation:
     conservation_error: float
     elsewhere: dict[str, float] = field(default_factory=dict)
     against: str = ""
+    logits: tuple[int, ...] = ()
+    options: AttributionOptions = field(default_factory=AttributionOptions)
 
     def instead_of(self, other: Explanation) -> Explanation:
         """What speaks for this answer and not for another one to the same prompt: the differences.
 
-        The tokens are the prompt's alone, as the answers have others.
+        The tokens are the prompt's alone, as the answers have others; what ends in those is in
+        ``elsewhere["answers"]``.
 
         Raises
         ------
         ConfigError
-            The prompts differ.
+            The prompts or the options differ.
         """
         if self.tokens[: self.asked] != other.tokens[: other.asked]:
             raise ConfigError("explain: two answers are contrasted on one prompt; these have different ones.")
+        if self.options != other.options:
+            raise ConfigError(
+                "explain: two answers are contrasted under the same options, got "
+                f"{self.options.model_dump()} and {other.options.model_dump()}. Explain both with the same."
+            )
         weights = {name: tensor - other.weights[name] for name, tensor in self.weights.items()}
-        return replace(
+        elsewhere = {key: value - other.elsewhere[key] for key, value in self.elsewhere.items()}
+        answers = [float(one.relevance[one.asked :].sum()) for one in (self, other)]
+        found = replace(
             self,
             tokens=self.tokens[: self.asked],
             relevance=self.relevance[: self.asked] - other.relevance[: self.asked],
             target=self.target - other.target,
             weights=ImportancePrior(weights, self.weights.meta),
-            conservation_error=max(self.conservation_error, other.conservation_error),
-            elsewhere={key: value - other.elsewhere[key] for key, value in self.elsewhere.items()},
+            elsewhere={"answers": answers[0] - answers[1], **elsewhere},
             against=other.answer,
+            logits=self.logits + other.logits,
         )
+        scale = max(abs(self.target), abs(other.target)) or 1.0
+        error = abs(sum(found.parts.values()) - found.target) / scale
+        return replace(found, conservation_error=error)
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """What adds up to the target: the ``tokens`` shown, and what is ``elsewhere``."""
+        parts = {"tokens": float(self.relevance.sum()), **self.elsewhere}
+        parts["created"] = -parts["created"]
+        if self.options.halves != "path":  # weights take nothing from the path
+            del parts["weights"]
+        return parts
 
     @property
     def what(self) -> str:
         """What is explained, in words."""
         return f"{self.answer!r}" + (f" instead of {self.against!r}" if self.against else "")
+
+    @property
+    def adds_up(self) -> str:
+        """The target and its parts, in words."""
+        of = f" (the sum of {self.logits[0]} less that of {self.logits[1]})" if self.uneven else ""
+        parts = ", ".join(f"{_PARTS[name]} {value:+.4g}" for name, value in self.parts.items() if value)
+        return f"logits {self.target:.4g}{of} = {parts}"
+
+    @property
+    def uneven(self) -> bool:
+        """Whether the targets of the two answers that were contrasted sum different numbers of logits."""
+        return len(set(self.logits)) > 1
 
     def strongest(self, n: int = 10) -> list[tuple[str, float]]:
         """The tokens with most relevance, for or against, and how much."""
@@ -111,7 +158,8 @@ class Explanation:
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{token!r} {value:+.3g}" for token, value in self.strongest(3))
-        return f"Explanation of {self.what}: {shown}; conservation error {self.conservation_error:.1e}"
+        error = f"conservation error {self.conservation_error:.1e}"
+        return f"Explanation of {self.what}: {shown}; {self.adds_up}; {error}"
 
     def __rich__(self) -> Text:
         """The same in a terminal: `rich.print`, and ``holdfast explain``."""
@@ -141,7 +189,7 @@ class Explanation:
             '<div style="font-family:ui-monospace,monospace;line-height:1.9;white-space:pre-wrap">'
             + "".join(spans)
             + '</div><div style="font-family:sans-serif;font-size:.85em;opacity:.8">'
-            f"for <b>{what}</b>, logits {self.target:.4g}; green speaks for it, red against; strongest "
+            f"for <b>{what}</b>, {html.escape(self.adds_up)}; green speaks for it, red against; strongest "
             f"{most:.3g}; conservation error {self.conservation_error:.1e}</div>"
         )
 
@@ -204,6 +252,8 @@ def explain_answer(
             "created": ledger.created,
             "weights": ledger.weights,
         },
+        logits=(1 if options.target == "first" else len(row.completion_ids),),
+        options=options,
     )
 
 
