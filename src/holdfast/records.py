@@ -186,7 +186,7 @@ class StageMetrics(Record):
 
 
 class HarnessAnswers(Record):
-    """``harness.json`` of ``holdfast harness``: what lm-eval said.
+    """``harness.json`` of ``holdfast harness``: what lm-eval said when it was asked last, and earlier.
 
     Attributes
     ----------
@@ -196,6 +196,8 @@ class HarnessAnswers(Record):
         The tasks learned so far.
     options : dict
         What was asked.
+    earlier : tuple of HarnessAnswers
+        What it said before, oldest first, as far as it was not asked the same again.
     """
 
     written_by: ClassVar[str] = "holdfast harness"
@@ -204,6 +206,17 @@ class HarnessAnswers(Record):
     now: HarnessScores
     learned: list[str] = []
     options: dict[str, Any] = {}
+    earlier: tuple[HarnessAnswers, ...] = ()
+
+    @classmethod
+    def again(cls) -> str:
+        """What to do about a file that can't be read, as a sentence."""
+        return f"It may be torn or edited: move it away, and run `{cls.written_by}` again."
+
+    @property
+    def every(self) -> tuple[HarnessAnswers, ...]:
+        """All that was said, oldest first, each without what was said before it."""
+        return (*self.earlier, self.model_copy(update={"earlier": ()}))
 
 
 class TrainingLog(Record):

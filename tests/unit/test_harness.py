@@ -17,7 +17,10 @@ from holdfast.cli import app
 from holdfast.config import validate
 from holdfast.errors import ConfigError
 from holdfast.evaluation.harness import courses
+from holdfast.learner.asked import behind
 from holdfast.learner.config import LearnerEvaluationOptions
+from holdfast.learner.skills import read_skills
+from holdfast.records import HarnessAnswers
 from holdfast.report import write_report
 from holdfast.runner import RunConfig, run
 from holdfast.tasks import toy_tokenizer
@@ -125,6 +128,16 @@ def test_the_command_asks_the_base_and_the_model_as_it_stands(tasks: Path, tmp_p
     assert "tiny_choice acc" in shown.output
     assert "tiny_choice acc" in (tmp_path / "harness.csv").read_text()
     assert "tiny_choice acc" in write_report([tmp_path / "run"], tmp_path / "r.html", None).read_text()
+    for more in (["--limit", "3"], ["--limit", "3", "--batch-size", "2"]):  # the second in place of the first
+        assert CliRunner().invoke(app, [*command, *more]).exit_code == 0
+    kept = json.loads((tmp_path / "run/harness.json").read_text())
+    assert [answers["options"]["limit"] for answers in (*kept["earlier"], kept)] == [None, 3]
+    assert kept["earlier"][0]["now"] == found["now"]
+    assert {"tiny_choice acc", "tiny_choice acc (limit 3)"} == set(read_skills(tmp_path / "run").harness)
+    (tmp_path / "run/harness.json").write_text("{")
+    torn = CliRunner().invoke(app, command)
+    assert torn.exit_code == 2
+    assert "move it away" in " ".join(torn.output.split())
 
 
 @there
@@ -167,6 +180,27 @@ def test_a_list_of_names_stands_for_the_section() -> None:
     assert options.harness.tasks == ("arc_easy",)
     with pytest.raises(ConfigError, match=r"harness: .*at least 1"):
         validate(LearnerEvaluationOptions, {"harness": []}, "test")
+
+
+def test_what_lm_eval_said_is_kept_until_the_same_is_asked_in_the_same_way() -> None:
+    def said(*tasks: str, learned: str = "may", **options: Any) -> HarnessAnswers:
+        now = {task: {"acc,none": 0.5} for task in tasks}
+        return HarnessAnswers(now=now, learned=[learned], options={"tasks": list(tasks), **options})
+
+    kept = said("a")
+    for more in (
+        said("b", limit=5, chat=False),
+        said("a", chat=True),
+        said("c", learned="june"),
+        said("b", "d", limit=5),
+        said("a", batch_size=2),
+    ):
+        kept = behind(kept, more)
+    assert [list(answers.now) for answers in kept.every] == [["a"], ["c"], ["b", "d"], ["a"]]
+    assert [bool(answers.options.get("chat")) for answers in kept.every] == [True, False, False, False]
+    of_old = HarnessAnswers(now={"a": {"acc,none": 0.5}}, learned=["may"])
+    assert len(behind(of_old, said("b")).every) == 2
+    assert len(behind(of_old, said("a")).every) == 1
 
 
 def test_courses_leave_standard_errors_out_and_gaps_open() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -101,3 +102,14 @@ def test_a_card_names_a_base_of_the_hub_and_what_an_adapter_needs(skills: Path) 
     head = yaml.safe_load(card.split("---")[1])
     assert (head["base_model"], head["library_name"]) == ("org/base", "peft")
     assert "# mine\n\n`org/base`, which learned 2 tasks" in card
+
+
+def test_a_card_has_what_lm_eval_was_asked_afterwards_and_calls_it_measured(skills: Path) -> None:
+    asked = {"base": {"boolq": {"acc,none": 0.25}}, "now": {"boolq": {"acc,none": 0.5}}}
+    (skills / "harness.json").write_text(json.dumps(asked))
+    try:
+        card = model_card(read_skills(skills), base_model=None, adapter=False, title="mine")
+    finally:
+        (skills / "harness.json").unlink()
+    assert "| boolq acc | 0.250 | 0.500 |" in card
+    assert "was not measured" not in card

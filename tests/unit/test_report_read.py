@@ -145,6 +145,22 @@ def test_scores_of_lm_eval_of_an_earlier_state_say_of_which(tmp_path, learned, t
     assert run.metrics.harness == {told: [0.25, 0.5]}
 
 
+def test_scores_of_lm_eval_that_were_asked_along_the_way_and_afterwards_are_all_shown(tmp_path):
+    path = write_run(tmp_path / "r", "x")
+    metrics = json.loads((path / "metrics.json").read_text())
+    along = [0.25, *(0.5 for _ in TASKS)]
+    write_json(path / "metrics.json", {**metrics, "harness": {"arc_easy acc": along}})
+    scores = {"now": {"boolq": {"acc,none": 0.75}, "arc_easy": {"acc,none": 0.625}}, "learned": list(TASKS)}
+    write_json(path / "harness.json", {**scores, "options": {"tasks": ["boolq", "arc_easy"], "limit": 10}})
+    run = read(path)
+    assert isinstance(run, RunRecord)
+    assert run.metrics.harness == {
+        "arc_easy acc": along,
+        "boolq acc (asked afterwards, limit 10)": [None, 0.75],
+        "arc_easy acc (asked afterwards, limit 10)": [None, 0.625],
+    }
+
+
 def test_a_folder_of_skills_whose_first_task_is_unfinished_is_told_to_be_gone_on_with(tmp_path):
     begun = tmp_path / "s/tasks/01-may.partial"
     begun.mkdir(parents=True)

@@ -213,7 +213,7 @@ def harness_command(
 ) -> None:
     r"""General ability by EleutherAI's lm-eval: before anything was learned, and now.
 
-    Needs lm-eval (pip install 'holdfast\[harness]'). The results are kept in harness.json of the folder,
+    Needs lm-eval (pip install 'holdfast\[harness]'). The results are added to harness.json of the folder,
     where `holdfast report` finds them. With evaluation.harness=\[arc_easy] a run asks after each task itself.
 
     Examples:

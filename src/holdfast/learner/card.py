@@ -86,7 +86,7 @@ def _measured(known: Skills) -> list[str]:
             "*KL to base* is KL(base || model after the task) in nats a token, on text that the base wrote "
             "itself: how far the model is from the base in general.",
         ]
-    else:
+    elif not known.harness:
         lines += ["", "What became of other abilities of the base was not measured."]
     if known.harness:
         lines += ["", "Scores of EleutherAI's lm-eval:", "", _line(["task and metric", "base", "now"])]

@@ -13,6 +13,7 @@ from holdfast.evaluation.harness import courses
 from holdfast.evaluation.metrics import summarise
 from holdfast.evaluation.predictions import read_predictions
 from holdfast.folder import PARTIAL, Folder
+from holdfast.learner.asked import with_asked
 from holdfast.learner.base_task import BASE
 from holdfast.learner.config import STAGES, recorded_config, require_learner
 from holdfast.learner.figures import matrix_of
@@ -68,7 +69,8 @@ class Skills:
     matrix : list of list of float or None
         ``matrix[j][i]``: score of skill i after j tasks; row 0, before any, is empty.
     harness : dict
-        lm-eval's scores (``arc_easy acc``) before the first task and after each; empty where it wasn't asked.
+        lm-eval's scores (``arc_easy acc``) before the first task and after each, and of the base and now
+        where ``holdfast harness`` asked; empty where nobody did.
     base : Skill or None
         The base itself, where it is held (``protect_base``): its rows, and how far the model is from it now.
     same_as : mapping
@@ -148,6 +150,7 @@ def read_skills(path: str | Path) -> Skills:
     config = recorded_config(root, {})
     asked = [record.harness for record in metrics]
     harness = courses([metrics[0].harness_before, *asked]) if any(asked) else {}
+    harness = with_asked(harness, root, names)
     return Skills(
         root,
         config.method,

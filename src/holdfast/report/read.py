@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 
 from holdfast.config import recorded_in
 from holdfast.errors import DataError
-from holdfast.evaluation.harness import courses
 from holdfast.evaluation.predictions import read_predictions
 from holdfast.folder import CONFIG, ENVIRONMENT, MANIFEST, PARTIAL, Folder
+from holdfast.learner.asked import with_asked
 from holdfast.learner.config import STAGES
 from holdfast.learner.skills import read_skills
 from holdfast.places import near
@@ -21,7 +21,6 @@ from holdfast.records import (
     Comparison,
     Environment,
     Faithfulness,
-    HarnessAnswers,
     Prediction,
     PriorMeta,
     ProtectionSummary,
@@ -197,19 +196,20 @@ def _metrics_of_skills(path: Path) -> RunMetrics:
         matrix=known.matrix,
         kl_base=[skill.kl_base for skill in known.skills],
         kl_new=[skill.kl_new for skill in known.skills],
-        harness=known.harness,
+        harness=known.harness,  # `holdfast harness` included
         **known.metrics(),
     )
 
 
 def _read_run(path: Path, metrics: RunMetrics | None = None) -> RunRecord:
+    of_run = metrics is None
     metrics = metrics or RunMetrics.read(path / "metrics.json")
     folders = [path / part for part in Folder(path).parts(STAGES)]
     named = [] if metrics.strategy == "multitask" else metrics.tasks  # a folder's name may be a cleaned one
     stages = tuple(_read_stage(folder, named) for folder in folders)
-    asked = _read_if(HarnessAnswers, path / "harness.json")
-    if not metrics.harness and asked is not None:
-        metrics = metrics.model_copy(update={"harness": _asked_when(asked, [s.task for s in stages], named)})
+    if of_run:
+        learned = [stage.task for stage in stages] if named else len(stages)
+        metrics = metrics.model_copy(update={"harness": with_asked(metrics.harness, path, learned)})
     config = path / CONFIG
     return RunRecord(
         path=path,
@@ -219,16 +219,6 @@ def _read_run(path: Path, metrics: RunMetrics | None = None) -> RunRecord:
         config=_text(config) if config.is_file() else "",
         environment=_read_if(Environment, path / ENVIRONMENT) or Environment(),
     )
-
-
-def _asked_when(asked: HarnessAnswers, learned: Sequence[str], named: Sequence[str]) -> dict[str, list[Any]]:
-    """The scores of lm-eval; where tasks were learned or taken back since, after which task they are."""
-    scores = courses([asked.base, asked.now])
-    then = asked.learned
-    same = then == list(learned) if named else len(then) == len(learned)
-    if same or not then:
-        return scores
-    return {f"{name} (asked after {then[-1]})": values for name, values in scores.items()}
 
 
 def _read_comparison(path: Path) -> ComparisonRecord:

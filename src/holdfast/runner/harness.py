@@ -8,21 +8,20 @@ from holdfast.errors import ConfigError
 from holdfast.evaluation.harness import HarnessOptions, Results, check_harness, run_harness
 from holdfast.learner import Learner
 from holdfast.learner.askable import check_askable
+from holdfast.learner.asked import HARNESS, behind
 from holdfast.learner.config import LearnerEvaluationOptions
 from holdfast.models import onto_gpu
 from holdfast.progress import Progress
 from holdfast.records import HarnessAnswers
 
-HARNESS = "harness.json"
-
 
 def harness_folder(folder: Path, options: HarnessOptions, progress: Progress) -> HarnessAnswers:
-    """Ask lm-eval's tasks before anything was learned and now, and keep the results in ``harness.json``.
+    """Ask lm-eval's tasks before anything was learned and now, and add the results to ``harness.json``.
 
     Returns
     -------
     HarnessAnswers
-        Without ``base`` where the base can't be had.
+        What was said now; without ``base`` where the base can't be had.
 
     Raises
     ------
@@ -30,6 +29,8 @@ def harness_folder(folder: Path, options: HarnessOptions, progress: Progress) ->
         lm-eval is missing, a task is unknown, or there is no learner in the folder.
     """
     check_harness(options)  # before the model is loaded
+    file = folder / HARNESS
+    before = HarnessAnswers.read(file) if file.is_file() else None
     with Learner.load(folder, progress=progress) as learner:
         onto_gpu(learner.model)
         check_askable(
@@ -47,5 +48,5 @@ def harness_folder(folder: Path, options: HarnessOptions, progress: Progress) ->
         found = HarnessAnswers(
             base=base, now=now, learned=list(learner.learned), options=options.model_dump(mode="json")
         )
-        found.write(folder / HARNESS)
+        (found if before is None else behind(before, found)).write(file)
     return found

@@ -1,0 +1,71 @@
+"""What lm-eval said of a learner's folder: along the way, and where ``holdfast harness`` asked afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from holdfast.evaluation.harness import courses
+from holdfast.records import HarnessAnswers
+
+HARNESS = "harness.json"
+
+Courses = Mapping[str, Sequence[float | None]]
+
+
+Way = tuple[
+    int | None, bool
+]  # how much of a task is asked, and through what: scores compare in one way alone
+
+
+def way_of(options: Mapping[str, Any]) -> Way:
+    """What in the options of a harness changes a task's score."""
+    return options.get("limit"), bool(options.get("chat"))
+
+
+def behind(before: HarnessAnswers, now: HarnessAnswers) -> HarnessAnswers:
+    """What was said now, behind what was said before: of that, the same tasks in the same way make room."""
+
+    def again(known: HarnessAnswers) -> bool:
+        same = known.learned == now.learned and way_of(known.options) == way_of(now.options)
+        return same and set(now.options["tasks"]) >= set(known.options.get("tasks", known.now))
+
+    return now.model_copy(update={"earlier": tuple(a for a in before.every if not again(a))})
+
+
+def with_asked(along: Courses, folder: Path, learned: Sequence[str] | int) -> dict[str, list[float | None]]:
+    """The scores that were taken along the way, and those of ``harness.json``, which say when and of what.
+
+    Parameters
+    ----------
+    along : mapping
+        ``arc_easy acc`` to the scores before the first task and after each.
+    folder : Path
+    learned : sequence of str or int
+        The tasks learned so far, or how many where their names aren't known.
+
+    Raises
+    ------
+    DataError
+        The file is torn.
+    """
+    found = {name: list(scores) for name, scores in along.items()}
+    file = folder / HARNESS
+    for answers in HarnessAnswers.read(file).every if file.is_file() else ():
+        then = answers.learned
+        same = len(then) == learned if isinstance(learned, int) else then == list(learned)
+        when = f"asked after {then[-1]}" if then and not same else "asked afterwards" if along else ""
+        for name, scores in courses([answers.base, answers.now]).items():
+            found[_noted(name, when, *_told(way_of(answers.options)))] = scores
+    return found
+
+
+def _told(way: Way) -> tuple[str, str]:
+    limit, chat = way
+    return f"limit {limit}" if limit else "", "chat" if chat else ""
+
+
+def _noted(name: str, *notes: str) -> str:
+    note = ", ".join(filter(None, notes))
+    return f"{name} ({note})" if note else name
