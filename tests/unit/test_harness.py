@@ -149,6 +149,31 @@ def test_an_unknown_task_is_told_before_any_training(tasks: Path, tmp_path: Path
     assert not (tmp_path / "run/tasks").exists()
 
 
+@there
+def test_a_tokenizer_without_a_chat_template_is_told_before_anything_is_asked_through_it(
+    tasks: Path, tmp_path: Path
+) -> None:
+    from holdfast.runner.findings import check
+
+    harness = {"tasks": ["tiny_choice"], "include_path": str(tasks), "chat": True}
+    values = tiny_run(tmp_path / "run", evaluation={"harness": harness})
+    with pytest.raises(ConfigError, match=r"evaluation.harness.chat: .*no chat template .*--chat"):
+        run(validate(RunConfig, values, "test"))
+    assert not (tmp_path / "run/tasks").exists()
+    assert not (tmp_path / "run/zero_shot").exists()
+    assert any("no chat template" in p for p in check(validate(RunConfig, values, "test")).problems)
+    training = {"max_steps": 1}
+    with Learner(
+        tiny_model("llama"), TOKENIZER, "sequential", folder=tmp_path / "s", training=training
+    ) as learner, learner.task("may", [{"prompt": "a", "completion": "b"}]) as stage:
+        stage.train()
+    command = ["harness", str(tmp_path / "s"), "--tasks", "tiny_choice", "--include-path", str(tasks)]
+    shown = CliRunner().invoke(app, [*command, "--chat"])
+    assert shown.exit_code == 2
+    assert "no chat template" in " ".join(shown.output.split())
+    assert not (tmp_path / "s/harness.json").exists()
+
+
 def test_where_it_is_missing_the_error_says_how_to_install_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,14 +36,24 @@ def named_tasks(value: Any) -> Any:
     return {"tasks": value} if isinstance(value, list | tuple) else value
 
 
-def check_harness(options: HarnessOptions) -> None:
-    """See that lm-eval is there and knows the tasks.
+def check_harness(options: HarnessOptions, tokenizer: Any = None) -> None:
+    """See that lm-eval is there and knows the tasks, and that the tokenizer can frame them.
+
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizerBase, optional
 
     Raises
     ------
     ConfigError
-        It isn't, or doesn't; the message says how to install it, or which tasks it does not know.
+        It isn't, or doesn't; the message says how to install it, or which tasks it does not know. Or
+        ``chat`` is asked for, and the tokenizer has no chat template.
     """
+    if options.chat and tokenizer is not None and not getattr(tokenizer, "chat_template", None):
+        raise ConfigError(
+            "evaluation.harness.chat: got true, and the tokenizer has no chat template to ask through. Leave "
+            "`chat` (--chat) out, or give the tokenizer a chat template."
+        )
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(
             "evaluation.harness: lm-eval isn't installed. Install it with pip install 'holdfast[harness]', "
@@ -91,7 +101,7 @@ def run_harness(model: Any, tokenizer: Any, options: HarnessOptions) -> Results:
     ConfigError
         As `check_harness`.
     """
-    check_harness(options)
+    check_harness(options, tokenizer)
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 

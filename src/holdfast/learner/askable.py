@@ -12,18 +12,21 @@ from holdfast.learner.config import LearnerConfig
 from holdfast.strategies import STRATEGIES, Strategy
 
 
-def check_askable(config: LearnerConfig, model: Any = None) -> None:
+def check_askable(config: LearnerConfig, model: Any = None, tokenizer: Any = None) -> None:
     """See that lm-eval and vLLM can ask what learns under this configuration, before anything is trained.
 
     Parameters
     ----------
     model : PreTrainedModel or PeftModel, optional
         See too that vLLM could be given this one.
+    tokenizer : PreTrainedTokenizerBase, optional
+        See too that lm-eval could ask through this one.
 
     Raises
     ------
     ConfigError
-        One of them is asked for and missing, or lm-eval doesn't know a task; or the answers come from more
+        One of them is asked for and missing, or lm-eval doesn't know a task, or is to
+        ask through a chat template that the tokenizer lacks; or the answers come from more
         than a plain model, or there are several processes.
     ModelError
     """
@@ -35,7 +38,7 @@ def check_askable(config: LearnerConfig, model: Any = None) -> None:
                 "evaluation.harness: lm-eval shares questions out by itself where it finds several "
                 "processes. Leave it out here, and ask with `holdfast harness FOLDER --tasks ...` afterwards."
             )
-        check_harness(asked.harness)
+        check_harness(asked.harness, tokenizer)
     if asked.engine.name == "vllm":
         _require_plain(config, "evaluation.engine", "vLLM")
         if world.size() > 1:

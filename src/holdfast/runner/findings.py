@@ -87,7 +87,7 @@ def check(config: RunConfig, directory: bool = True) -> Findings:
         model, tokenizer = load_model(config.model, config.seed, toy_tokenizer)
     except HoldfastError as error:
         findings.problems.append(str(error))
-    for found_out in (config.training.check_machine, partial(check_askable, config, model)):
+    for found_out in (config.training.check_machine, partial(check_askable, config, model, tokenizer)):
         try:
             found_out()
         except HoldfastError as error:

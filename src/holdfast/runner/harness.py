@@ -33,9 +33,8 @@ def harness_folder(folder: Path, options: HarnessOptions, progress: Progress) ->
     before = HarnessAnswers.read(file) if file.is_file() else None
     with Learner.load(folder, progress=progress) as learner:
         onto_gpu(learner.model)
-        check_askable(
-            learner.config.model_copy(update={"evaluation": LearnerEvaluationOptions(harness=options)})
-        )
+        asked = LearnerEvaluationOptions(harness=options)
+        check_askable(learner.config.model_copy(update={"evaluation": asked}), tokenizer=learner.tokenizer)
         progress.say(f"{folder}: asking {', '.join(options.tasks)}: the base, then the model as it stands")
         base: Results | None = None
         try:
