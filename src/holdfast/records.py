@@ -171,7 +171,10 @@ class StageMetrics(Record):
     kl_base_error, kl_new_error : float or None
         Two standard errors of these.
     harness, harness_before : dict or None
-        What lm-eval said after it, and before it where no earlier stage was asked: task to metric to value.
+        What lm-eval said after it, and before it of what the stage before was not asked: task to metric to
+        value.
+    harness_options : dict
+        What lm-eval was asked after it; empty where it was not asked, or by an earlier version.
     """
 
     stage: str
@@ -183,6 +186,7 @@ class StageMetrics(Record):
     kl_new_error: Score = None
     harness: HarnessScores | None = None
     harness_before: HarnessScores | None = None
+    harness_options: dict[str, Any] = {}
 
 
 class HarnessAnswers(Record):

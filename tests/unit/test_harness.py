@@ -16,13 +16,14 @@ from holdfast import Learner
 from holdfast.cli import app
 from holdfast.config import validate
 from holdfast.errors import ConfigError
-from holdfast.evaluation.harness import courses
+from holdfast.evaluation.harness import HarnessOptions, courses
 from holdfast.learner.asked import behind
 from holdfast.learner.config import LearnerEvaluationOptions
 from holdfast.learner.skills import read_skills
 from holdfast.records import HarnessAnswers
 from holdfast.report import write_report
 from holdfast.runner import RunConfig, run
+from holdfast.runner.table import harness_table
 from holdfast.tasks import toy_tokenizer
 from tiny_models import tiny_model
 from tiny_runs import tiny_run
@@ -163,9 +164,12 @@ def test_a_tokenizer_without_a_chat_template_is_told_before_anything_is_asked_th
     assert not (tmp_path / "run/zero_shot").exists()
     assert any("no chat template" in p for p in check(validate(RunConfig, values, "test")).problems)
     training = {"max_steps": 1}
-    with Learner(
-        tiny_model("llama"), TOKENIZER, "sequential", folder=tmp_path / "s", training=training
-    ) as learner, learner.task("may", [{"prompt": "a", "completion": "b"}]) as stage:
+    with (
+        Learner(
+            tiny_model("llama"), TOKENIZER, "sequential", folder=tmp_path / "s", training=training
+        ) as learner,
+        learner.task("may", [{"prompt": "a", "completion": "b"}]) as stage,
+    ):
         stage.train()
     command = ["harness", str(tmp_path / "s"), "--tasks", "tiny_choice", "--include-path", str(tasks)]
     shown = CliRunner().invoke(app, [*command, "--chat"])
@@ -226,6 +230,61 @@ def test_what_lm_eval_said_is_kept_until_the_same_is_asked_in_the_same_way() -> 
     of_old = HarnessAnswers(now={"a": {"acc,none": 0.5}}, learned=["may"])
     assert len(behind(of_old, said("b")).every) == 2
     assert len(behind(of_old, said("a")).every) == 1
+
+
+@pytest.mark.parametrize(
+    ("later", "asked", "told"),
+    [
+        ({"tasks": ["a"]}, [], {"a acc": [0.0, 1.0, 2.0]}),
+        (
+            {"tasks": ["a", "b"], "batch_size": 2},
+            ["b"],
+            {"a acc": [0.0, 1.0, 2.0], "b acc (first asked before june)": [None, 1.0, 2.0]},
+        ),
+        (
+            {"tasks": ["a"], "limit": 5},
+            ["a"],
+            {"a acc": [0.0, 1.0, None], "a acc (first asked before june, limit 5)": [None, 1.0, 2.0]},
+        ),
+    ],
+)
+def test_a_stage_asks_before_it_what_the_last_one_was_not_asked_in_the_same_way(
+    later: dict[str, Any],
+    asked: list[str],
+    told: dict[str, list[float | None]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from holdfast.learner import askable, harness
+
+    learned = 0
+    calls: list[list[str]] = []
+
+    def answer(model: Any, tokenizer: Any, options: HarnessOptions) -> Any:
+        calls.append(list(options.tasks))
+        return {task: {"acc,none": float(learned)} for task in options.tasks}
+
+    monkeypatch.setattr(harness, "run_harness", answer)
+    monkeypatch.setattr(askable, "check_harness", lambda *a: None)
+    for name, options in (("may", {"tasks": ["a"]}), ("june", later)):
+        with (
+            Learner(
+                tiny_model("llama"),
+                TOKENIZER,
+                "sequential",
+                folder=tmp_path / "s",
+                training={"max_steps": 1},
+                evaluation={"harness": options},
+            ) as learner,
+            learner.task(name, [{"prompt": name, "completion": "b"}]) as stage,
+        ):
+            stage.train()
+            learned += 1
+    assert calls == [["a"], ["a"], *([asked] if asked else []), later["tasks"]]
+    known = read_skills(tmp_path / "s")
+    assert known.harness == told
+    shown = harness_table(known.harness).csv()
+    assert all(name in shown for name in told)
 
 
 def test_courses_leave_standard_errors_out_and_gaps_open() -> None:

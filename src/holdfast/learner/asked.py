@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.evaluation.harness import courses
-from holdfast.records import HarnessAnswers
+from holdfast.records import HarnessAnswers, StageMetrics
 
 HARNESS = "harness.json"
 
@@ -32,6 +32,32 @@ def behind(before: HarnessAnswers, now: HarnessAnswers) -> HarnessAnswers:
         return same and set(now.options["tasks"]) >= set(known.options.get("tasks", known.now))
 
     return now.model_copy(update={"earlier": tuple(a for a in before.every if not again(a))})
+
+
+def along_the_way(stages: Sequence[StageMetrics]) -> dict[str, list[float | None]]:
+    """The scores before the first stage and after each.
+
+    Where stages were asked in several ways, each has its courses; one that begins later says so.
+    """
+    ways = [way_of(stage.harness_options) if stage.harness_options else None for stage in stages]
+    known = list(dict.fromkeys(way for way in ways if way is not None)) or [(None, False)]
+    found: dict[str, list[float | None]] = {}
+    for way in known:
+        moments: list[dict[str, Mapping[str, float | None]]] = [{} for _ in range(len(stages) + 1)]
+        for i, (stage, its) in enumerate(zip(stages, ways, strict=True)):
+            if its == way or (its is None and way == known[0]):  # of an earlier version
+                moments[i] |= stage.harness_before or {}
+                moments[i + 1] |= stage.harness or {}
+        for name, scores in courses(moments).items():
+            begin = next((i for i, score in enumerate(scores) if score is not None), 0)
+            since = f"first asked before {stages[begin].stage}" if 0 < begin < len(stages) else ""
+            found[_noted(name, since, *(_told(way) if len(known) > 1 else ()))] = scores
+    return found
+
+
+def ends(scores: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """Of a course the first score, which is from before something was learned, and the last moment's."""
+    return next((score for score in scores[:-1] if score is not None), None), scores[-1]
 
 
 def with_asked(along: Courses, folder: Path, learned: Sequence[str] | int) -> dict[str, list[float | None]]:

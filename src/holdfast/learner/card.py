@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from holdfast.learner.asked import ends
 from holdfast.learner.skills import Skill, Skills
 from holdfast.quantities import MISSING, number
 from holdfast.storage import write_text
@@ -92,7 +93,7 @@ def _measured(known: Skills) -> list[str]:
         lines += ["", "Scores of EleutherAI's lm-eval:", "", _line(["task and metric", "base", "now"])]
         lines.append(_line(["---", "---:", "---:"]))
         lines += [
-            _line([name, number(values[0], 3), number(values[-1], 3)])
+            _line([name, *(number(value, 3) for value in ends(values))])
             for name, values in known.harness.items()
         ]
     if known.base is not None:

@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from holdfast.evaluation.harness import Results, run_harness
+from holdfast.evaluation.harness import HarnessOptions, Results, run_harness
+from holdfast.learner.asked import way_of
 from holdfast.learner.config import STAGES
 from holdfast.learner.state import LearnerState
 from holdfast.records import StageMetrics
@@ -31,14 +32,17 @@ class Harness:
         self._before: Results | None = None
 
     def begin(self) -> dict[str, float]:
-        """Ask the model as it was before the stage, unless it was asked after an earlier one; the seconds."""
-        if self.options is None or self._asked_earlier():
+        """Ask the model before the stage what it was not asked after the last one; the seconds."""
+        new = self._new()
+        if new is None:
             return {}
         started = time.perf_counter()
-        file = self.folder / BEFORE
-        if not file.is_file():
-            write_json(file, self._ask())
-        self._before = json.loads(file.read_text())
+        file, options = self.folder / BEFORE, new.model_dump(mode="json")
+        known = json.loads(file.read_text()) if file.is_file() else {}
+        if known.get("options") != options:  # none, or a killed attempt was to ask something else
+            known = {"options": options, "scores": self._ask(new)}
+            write_json(file, known)
+        self._before = known["scores"]
         return {"harness": time.perf_counter() - started}
 
     def measured(self, seconds: dict[str, float]) -> dict[str, Any]:
@@ -46,17 +50,23 @@ class Harness:
         if self.options is None:
             return {}
         started = time.perf_counter()
-        found = {"harness": self._ask(), "harness_before": self._before}
+        found = {"harness": self._ask(self.options), "harness_before": self._before}
         seconds["harness"] = seconds.get("harness", 0.0) + time.perf_counter() - started
-        return found
+        return {**found, "harness_options": self.options.model_dump(mode="json")}
 
-    def _ask(self) -> Results:
-        assert self.options is not None
-        return run_harness(self.state.route(), self.state.context.tokenizer, self.options)
+    def _ask(self, options: HarnessOptions) -> Results:
+        return run_harness(self.state.route(), self.state.context.tokenizer, options)
 
-    def _asked_earlier(self) -> bool:
+    def _new(self) -> HarnessOptions | None:
+        """What is to be asked after this stage and was not after the last one, in the same way."""
         parts = self.state.folder.parts(STAGES)
-        if not parts:
-            return False
+        if self.options is None or not parts:
+            return self.options
         last = StageMetrics.read(self.state.folder.path / parts[-1] / "metrics.json")
-        return bool(last.harness)
+        if not last.harness:
+            return self.options
+        known = set(last.harness_options.get("tasks", last.harness))
+        if last.harness_options and way_of(last.harness_options) != way_of(self.options.model_dump()):
+            known = set()
+        new = tuple(task for task in self.options.tasks if task not in known)
+        return self.options.model_copy(update={"tasks": new}) if new else None

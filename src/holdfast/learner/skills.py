@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import DataError, RunDirectoryError
-from holdfast.evaluation.harness import courses
 from holdfast.evaluation.metrics import summarise
 from holdfast.evaluation.predictions import read_predictions
 from holdfast.folder import PARTIAL, Folder
-from holdfast.learner.asked import with_asked
+from holdfast.learner.asked import along_the_way, with_asked
 from holdfast.learner.base_task import BASE
 from holdfast.learner.config import STAGES, recorded_config, require_learner
 from holdfast.learner.figures import matrix_of
@@ -148,9 +147,7 @@ def read_skills(path: str | Path) -> Skills:
     ]
     unfinished = [_name_of(root / (part + PARTIAL)) for part in folder.partial(STAGES)]
     config = recorded_config(root, {})
-    asked = [record.harness for record in metrics]
-    harness = courses([metrics[0].harness_before, *asked]) if any(asked) else {}
-    harness = with_asked(harness, root, names)
+    harness = with_asked(along_the_way(metrics), root, names)
     return Skills(
         root,
         config.method,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.importance.agreement import WIDTH
+from holdfast.learner.asked import ends
 from holdfast.quantities import number, rounded
 from holdfast.records import Faithfulness
 from holdfast.report import figures as draw
@@ -174,8 +175,8 @@ def _general(figures: dict[str, draw.Json], styled: Styled) -> list[Panel]:
 
 def _before_and_after(run: RunRecord) -> list[tuple[str, str, str]]:
     """lm-eval's scores, as printed: task and metric, of the base, and at the end."""
-    scores = run.metrics.harness.items()
-    return [(name, number(values[0], 3), number(values[-1], 3)) for name, values in scores]
+    scores = [(name, *ends(values)) for name, values in run.metrics.harness.items()]
+    return [(name, number(before, 3), number(now, 3)) for name, before, now in scores]
 
 
 def _losses(figures: dict[str, draw.Json], styled: Styled) -> list[Panel]:

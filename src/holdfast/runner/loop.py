@@ -13,11 +13,11 @@ import torch
 from holdfast import world
 from holdfast.environment import describe_environment
 from holdfast.errors import RunDirectoryError
-from holdfast.evaluation.harness import courses
 from holdfast.evaluation.metrics import summarise
 from holdfast.evaluation.predictions import file_safe
 from holdfast.folder import PARTIAL, in_order
 from holdfast.learner import Learner
+from holdfast.learner.asked import along_the_way
 from holdfast.learner.base_task import BASE
 from holdfast.learner.known import digest_of, read_about
 from holdfast.models import load_model, onto_gpu
@@ -263,7 +263,7 @@ def collect_metrics(
     if told is not None:
         seconds["base"] = float(told)
     same_as = {task.name: task.same_as for stage in stages for task in stage.tasks if task.same_as}
-    for record in [record for name in names for record in _records(path, name)[:1]]:
+    for record in _firsts(path, names):
         for key in general:
             general[key].append(getattr(record, key))
     return {
@@ -274,15 +274,12 @@ def collect_metrics(
         "matrix": matrix,
         **summarise(matrix, [same_as.get(task, task) for task in tasks]),
         **(general if config.evaluation.general else {}),
-        **({"harness": _harness(path, names)} if config.evaluation.harness else {}),
+        **({"harness": along_the_way(_firsts(path, names))} if config.evaluation.harness else {}),
         "seconds": {**seconds, "total": sum(seconds.values())},
         "seed": config.seed,
         "finished": matrix[-1] != empty,
     }
 
 
-def _harness(path: Path, names: Sequence[str]) -> dict[str, list[float | None]]:
-    """lm-eval's scores before the first stage and after each."""
-    records = [record for name in names for record in _records(path, name)[:1]]
-    before = [records[0].harness_before] if records else []
-    return courses([*before, *(record.harness for record in records)])
+def _firsts(path: Path, names: Sequence[str]) -> list[StageMetrics]:
+    return [record for name in names for record in _records(path, name)[:1]]

@@ -14,6 +14,7 @@ from rich.text import Text
 from holdfast.evaluation.scores import METRICS
 from holdfast.importance import ImportancePrior
 from holdfast.importance.agreement import Agreement
+from holdfast.learner.asked import ends
 from holdfast.learner.skills import Skills
 from holdfast.names import Block
 from holdfast.quantities import count, mebibytes, number, rounded
@@ -134,7 +135,7 @@ def harness_table(scores: Mapping[str, Sequence[float | None]]) -> Rows:
     """lm-eval's scores before anything was learned and now, as it gives them."""
     return Rows(
         ("task and metric", "base", "now"),
-        [(name, number(values[0], 3), number(values[-1], 3)) for name, values in scores.items()],
+        [(name, *(number(value, 3) for value in ends(values))) for name, values in scores.items()],
         caption="scores of lm-eval, as it gives them",
         numbers=True,
     )
