@@ -113,3 +113,26 @@ def test_a_card_has_what_lm_eval_was_asked_afterwards_and_calls_it_measured(skil
         (skills / "harness.json").unlink()
     assert "| boolq acc | 0.250 | 0.500 |" in card
     assert "was not measured" not in card
+
+
+def test_a_card_tells_how_many_test_rows_ask_what_was_trained_on(skills: Path, tmp_path: Path) -> None:
+    clean = model_card(read_skills(skills), base_model=None, adapter=False, title="mine")
+    assert "test rows that ask nothing that training rows ask" in clean
+    training = {"max_steps": 1, "batch_size": 4}
+    with Learner(
+        tiny_model("t5"), toy_tokenizer(), "sequential", folder=tmp_path / "s", training=training
+    ) as learner:
+        for name, test in (("may", rows_of("test", 2)), ("june", rows_of("may", 8)[:3])):
+            train = rows_of("may", 8)[:4] if name == "may" else rows_of("may", 8)
+            with learner.task(name, [*train, *(rows_of("test", 2) if name == "june" else [])], test) as stage:
+                stage.train()
+        card = (learner.export(tmp_path / "out") / "README.md").read_text()
+    assert "(may: 2 of 2, june: 3 of 3, at least)" in card
+    assert "nothing that training rows ask" not in card
+    assert yaml.safe_load(card.split("---")[1])["pipeline_tag"] == "text2text-generation"
+    part = next((tmp_path / "s/tasks").glob("02-*")) / "task.json"
+    about = json.loads(part.read_text())
+    del about["met_in_training"]  # of an earlier version
+    part.write_text(json.dumps(about))
+    old = model_card(read_skills(tmp_path / "s"), base_model=None, adapter=False, title="mine")
+    assert "was not recorded of may, june" in old

@@ -16,7 +16,9 @@ from holdfast.storage import write_text
 CARD = "README.md"
 
 
-def model_card(known: Skills, *, base_model: str | None, adapter: bool, title: str) -> str:
+def model_card(
+    known: Skills, *, base_model: str | None, adapter: bool, title: str, encoder_decoder: bool = False
+) -> str:
     """Markdown with the hub's metadata in front.
 
     Parameters
@@ -27,10 +29,13 @@ def model_card(known: Skills, *, base_model: str | None, adapter: bool, title: s
         Hub id; a path of somebody's own machine is no one's business, and is left out by the caller.
     adapter : bool
         Whether what is uploaded is a PEFT adapter.
+    title : str
+    encoder_decoder : bool
+        Whether an encoder reads what is asked.
     """
     head: dict[str, Any] = {
         "library_name": "peft" if adapter else "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "text2text-generation" if encoder_decoder else "text-generation",
         "tags": ["holdfast", "continual-learning"],
     }
     if base_model is not None:
@@ -73,12 +78,23 @@ def _line(cells: Sequence[str]) -> str:
 
 def _measured(known: Skills) -> list[str]:
     lines = ["## How it was measured", ""]
-    if any(skill.test_rows for skill in known.skills):
+    tested = [skill for skill in known.skills if skill.test_rows]
+    if tested:
+        unseen = all(skill.met == 0 for skill in tested)
+        rows = "test rows that ask nothing that training rows ask" if unseen else "the test rows"
         lines.append(
-            "*Then* is the score in percent on rows that training never saw, right after the task was "
+            f"*Then* is the score in percent on {rows}, right after the task was "
             "learned; *now*, on the same rows, after the last task. *Moved* is the share of them that is "
             "answered otherwise now than then, right or wrong. A score by perplexity is 100 / perplexity."
         )
+        if met := [f"{s.name}: {s.met} of {s.test_rows}" for s in tested if s.met]:
+            lines += [
+                "",
+                "Some test rows ask what is asked in rows that were trained on "
+                f"({', '.join(met)}, at least); of those the score tells what was seen.",
+            ]
+        if unknown := [s.name for s in tested if s.met is None]:
+            lines += ["", f"Whether training rows ask the same was not recorded of {', '.join(unknown)}."]
     else:
         lines.append("No rows were kept aside, so nothing was scored.")
     if any(skill.kl_base is not None for skill in known.skills):

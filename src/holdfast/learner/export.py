@@ -10,6 +10,7 @@ from holdfast.learner.card import model_card, write_card
 from holdfast.learner.config import STAGES
 from holdfast.learner.skills import read_skills
 from holdfast.learner.state import LearnerState
+from holdfast.models import is_encoder_decoder
 from holdfast.models.adapters import is_adapted, recompress
 
 
@@ -46,7 +47,14 @@ def export(state: LearnerState, target: Path, rank: int | None, title: str | Non
         known = path if path is not None and not Path(path).expanduser().exists() else None
         adapter = (target / "adapter_config.json").exists()
         skills = read_skills(state.folder.path)
-        write_card(target, model_card(skills, base_model=known, adapter=adapter, title=title or target.name))
+        card = model_card(
+            skills,
+            base_model=known,
+            adapter=adapter,
+            title=title or target.name,
+            encoder_decoder=is_encoder_decoder(state.model),
+        )
+        write_card(target, card)
     return target
 
 

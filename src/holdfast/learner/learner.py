@@ -55,6 +55,7 @@ from holdfast.storage import why_no_folder
 from holdfast.strategies import Context, Stage, Strategy, build_strategy
 from holdfast.tasks import Encoder, as_examples, as_questions, toy_tokenizer
 from holdfast.tasks.memory import Rehearsal
+from holdfast.tasks.options import met_in_training
 from holdfast.tasks.task import Example, MetricName, Task
 from holdfast.training.beside import Beside
 from holdfast.training.loop import save_record
@@ -326,7 +327,8 @@ class Learner:
         answers = {"answer_tokens": self.testing.begin(task)}
         with self.stage(stage, asked) as learning:
             settings = {"settings": self.config.model_dump(mode="json", include=set(FIXED))}
-            write_task(learning.folder, task, {**(about or {}), **known, **answers, **settings})
+            met = {"met_in_training": met_in_training(asked, task)}
+            write_task(learning.folder, task, {**(about or {}), **known, **answers, **settings, **met})
             yield learning
         self.state.tests.append(Task(name, (), task.test, metric, task.options))
         self.state.digests[name] = digest

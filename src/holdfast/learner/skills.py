@@ -40,6 +40,9 @@ class Skill:
     kl_base, kl_new : float or None
         KL(base || now) right after it was learned, in nats a token, on rows of the base's own and on its own
         training rows; None where it was not measured (``evaluation.general``).
+    met : int or None
+        How many of its test rows, at least, ask what is asked in rows that were trained on, its own or
+        a later task's; None where that is not recorded.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Skill:
     disk: int
     kl_base: float | None = None
     kl_new: float | None = None
+    met: int | None = None
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,7 @@ def read_skills(path: str | Path) -> Skills:
     parts = [root / part for part in folder.parts(STAGES)]
     metrics = [StageMetrics.read(part / "metrics.json") for part in parts]
     about = [read_about(part) for part in parts]
+    met: list[Any] = [one.get("met_in_training") for one in about]
     names = [record.stage for record in metrics]
     scores = [record.scores for record in metrics]
     skills = [
@@ -142,6 +147,7 @@ def read_skills(path: str | Path) -> Skills:
             disk=_size(parts[i]),
             kl_base=metrics[i].kl_base,
             kl_new=metrics[i].kl_new,
+            met=None if None in met[i:] else max(counts.get(name, 0) for counts in met[i:]),
         )
         for i, name in enumerate(names)
     ]

@@ -109,20 +109,25 @@ def left_out(rows: Sequence[Example], limit: int | None, seed: int, *stream: str
     return [rows[i] for i in sorted(rest) if _key(rows[i]) not in known and rows[i].chat not in chats]
 
 
-def trained_on(tested: Iterable[Task], task: Task) -> Iterator[str]:
-    """Of which tasks test rows ask what is asked in rows that `task` is learned from, in a line each.
+def met_in_training(tested: Iterable[Task], task: Task) -> dict[str, int]:
+    """How many test rows of which tasks ask what is asked in rows that `task` is learned from.
 
     A task that is another once more (`Task.same_as`) tells nothing new.
     """
     seen = {_key(row) for row in task.train} if not task.same_as else set()
-    for known in tested:
-        met = 0 if known.same_as else sum(_key(row) in seen for row in known.test)
-        if met:
-            yield (
-                f"{known.name}: {met} of {len(known.test)} test rows ask what is asked in the rows of "
-                f"'{task.name}' that are trained on; of those the score tells what was seen, and not what is "
-                "kept."
-            )
+    met = {t.name: 0 if t.same_as else sum(_key(row) in seen for row in t.test) for t in tested}
+    return {name: count for name, count in met.items() if count}
+
+
+def trained_on(tested: Iterable[Task], task: Task) -> Iterator[str]:
+    """What `met_in_training` counts, in a line each."""
+    tests = {known.name: known for known in tested}
+    for name, met in met_in_training(tests.values(), task).items():
+        yield (
+            f"{name}: {met} of {len(tests[name].test)} test rows ask what is asked in the rows of "
+            f"'{task.name}' that are trained on; of those the score tells what was seen, and not what is "
+            "kept."
+        )
 
 
 def _drawn(
