@@ -204,7 +204,7 @@ def test_check_of_a_good_config_estimates_and_writes_nothing(tiny: Any, tmp_path
 
 def test_run_with_overrides_and_the_table_at_the_end(tiny: Any, tmp_path: Path) -> None:
     file = config_file(tmp_path, tiny(tmp_path / "r"))
-    other = tmp_path / "other"
+    other = tmp_path / "the other"
     overrides = [f"output={other}", "label=mine", "strategy=ewc", "strategy.strength=1e4", "seed=3"]
     overrides += ["tasks.order=[copy, flip]", "training.max_steps=2", f"--csv={tmp_path / 'table.csv'}"]
     result = holdfast_cli("run", file, *overrides)
@@ -212,7 +212,7 @@ def test_run_with_overrides_and_the_table_at_the_end(tiny: Any, tmp_path: Path) 
     assert (tmp_path / "table.csv").read_text().splitlines()[1].startswith("mine,")
     assert "learning accuracy" in result.output
     assert "mine" in result.output
-    assert f"Run directory: {other}   Report: holdfast report {other}" in result.output
+    assert f"Run directory: {other}   Report: holdfast report '{other}'" in result.output
     written = yaml.safe_load((other / "config.yaml").read_text())
     assert written["strategy"]["name"] == "ewc"
     assert written["strategy"]["strength"] == 1e4

@@ -68,7 +68,8 @@ def run_command(
         Console().print(shown)
         if metrics.harness:
             Console().print(harness_table(metrics.harness))
-        progress.say(f"Run directory: {loaded.output}   Report: holdfast report {loaded.output}")
+        report = shlex.join(["holdfast", "report", str(loaded.output)])
+        progress.say(f"Run directory: {loaded.output}   Report: {report}")
 
 
 def compare_command(

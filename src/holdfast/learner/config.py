@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -242,10 +243,10 @@ def require_learner(path: Path) -> None:
         It isn't.
     """
     if not (path / CONFIG).is_file():
+        learn = f"holdfast learn DATA --skills {shlex.quote(str(path))} --model MODEL"
         raise RunDirectoryError(
-            f"{path}: there is no learner here (no {CONFIG}).{'' if path.exists() else near(path)} `holdfast "
-            f"learn DATA --skills {path} --model MODEL` makes one, or holdfast.Learner(model, tokenizer, "
-            "folder=...)."
+            f"{path}: there is no learner here (no {CONFIG}).{'' if path.exists() else near(path)} "
+            f"`{learn}` makes one, or holdfast.Learner(model, tokenizer, folder=...)."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import tempfile
 import time
@@ -473,7 +474,7 @@ class Learner:
             name = unfinished[0].rpartition("/")[2]
             raise RunDirectoryError(
                 f"{self.folder.path}: '{name}' was begun and is not finished. Learn that one to its end, or "
-                f"take it back with `holdfast skills {self.folder.path} --undo`."
+                f"take it back with `holdfast skills {shlex.quote(str(self.folder.path))} --undo`."
             )
 
     def _trained_now(self) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -179,7 +180,7 @@ def check_base(stage: Path, identity: str | None, config: LearnerConfig, *, adap
             "compared with these."
         )
     how = (
-        f"say where they are (holdfast skills {folder} --model FOLDER)"
+        f"say where they are (holdfast skills {shlex.quote(str(folder))} --model FOLDER)"
         if config.model is not None
         else "give Learner.load(folder, model, tokenizer) a model on them. Where the adapter's start changed "
         "them at random (init_lora_weights='pissa_niter_4') they can't be had again: begin with one that "
@@ -248,7 +249,8 @@ def begun_with(path: Path, options: ModelOptions, seed: int) -> tuple[Any, Any]:
         if where is None or not where.is_absolute() or where.exists() or not begun(path):
             raise
         raise ModelError(
-            f"{error}\nIf it has moved, say once where it is: holdfast skills {path} --model FOLDER"
+            f"{error}\nIf it has moved, say once where it is: "
+            f"holdfast skills {shlex.quote(str(path))} --model FOLDER"
         ) from error
 
 

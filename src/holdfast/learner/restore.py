@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from holdfast.errors import ConfigError, DataError, ModelError, RunDirectoryError
 from holdfast.learner.config import STAGES
 from holdfast.learner.keep import thin
@@ -48,7 +50,7 @@ def restore(state: LearnerState, testing: Testing, identity: str | None, after: 
     if problem is not None:
         raise RunDirectoryError(
             f"{folder.path / parts[-1]}: {problem}. Bring the folder back from a backup, or take "
-            f"this task back (`holdfast skills {folder.path} --undo`) and learn it again."
+            f"this task back (`holdfast skills {shlex.quote(str(folder.path))} --undo`) and learn it again."
         )
     last = folder.path / parts[-1]
     if folder.thinned(parts[-1]):

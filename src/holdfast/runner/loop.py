@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,8 +81,8 @@ class _Run:
             further = ", ".join(learner.learned[len(self.stages) :])
             raise RunDirectoryError(
                 f"{directory.path}: more was learned here than this configuration has ({further}). Take it "
-                f"back with `holdfast skills {directory.path} --undo`, or give this run a directory with "
-                "output=DIR."
+                f"back with `holdfast skills {shlex.quote(str(directory.path))} --undo`, or give this run a "
+                "directory with output=DIR."
             )
         self._check_same_stream(learner.learned)
         learner.look(task for stage in self.stages[len(learner.learned) :] for task in stage.tasks)
