@@ -62,7 +62,7 @@ def attribute_command(
 
     Examples:
 
-      holdfast attribute --model runs/toy/tasks/01-reverse/model --config runs/toy --data my-task --out prior
+      holdfast attribute --model runs/toy/tasks/01-copy/model --config runs/toy --data my-task --out prior
 
       holdfast attribute --model m --data d --out p --importance lrp --set rules=paper --set aggregate=topk
 
