@@ -311,7 +311,14 @@ def test_attribute_tests_faithfulness(trained: Path, head_data: Path, tmp_path: 
     again = ("attribute", "--model", trained / "tasks/01-head/model", "--data", head_data, "--out", out)
     assert holdfast_cli(*again, "--importance", "fisher", "--set", "samples=8").exit_code == 0
     assert (out / "faithfulness.json").exists(), "the prior is the same"
-    assert holdfast_cli(*again, "--importance", "magnitude").exit_code == 0
+    other = holdfast_cli(*again, "--importance", "magnitude")
+    assert other.exit_code == 2
+    assert "finished prior that was made otherwise" in " ".join(other.output.split())
+    assert (out / "faithfulness.json").exists(), "nothing was touched"
+    framed = ("--set", "template.prompt='{bos}{prompt}?'")
+    replaced = holdfast_cli(*again, "--importance", "fisher", "--set", "samples=8", *framed)
+    assert replaced.exit_code == 0, replaced.output
+    assert "of another model, data or template; replaced" in " ".join(replaced.output.split())
     assert not (out / "faithfulness.json").exists(), "it was measured with another prior"
 
 

@@ -150,6 +150,12 @@ def test_priors_are_shown_merged_and_compared_by_command(tmp_path: Path) -> None
     (head, first, _) = csv.reader(io.StringIO((tmp_path / "c.csv").read_text()))
     assert head[0] == "block"
     assert -0.5 < float(first[2]) < 0.5
+    before = (tmp_path / "may/prior.safetensors").read_bytes()
+    for first in (folders[0], f"{folders[0]}/prior.safetensors"):
+        result = CliRunner().invoke(app, ["prior", "merge", first, folders[1], "--out", folders[0]])
+        assert result.exit_code == 2
+        assert "is one of the priors to be merged" in " ".join(result.output.split())
+    assert (tmp_path / "may/prior.safetensors").read_bytes() == before
     result = CliRunner().invoke(app, ["prior", "merge", folders[0], "--out", str(tmp_path / "x")])
     assert result.exit_code == 2
     assert "give at least two" in result.output

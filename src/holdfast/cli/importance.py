@@ -144,9 +144,16 @@ def prior_merge(
     """
     with told():
         from holdfast.importance import ImportancePrior
+        from holdfast.importance.prior import TENSORS
 
         if len(priors) < 2:
             raise HoldfastError(f"holdfast prior merge: got {len(priors)} prior; give at least two.")
+        files = {prior.resolve() for prior in priors}
+        if {out.resolve(), (out / TENSORS).resolve()} & files:
+            raise HoldfastError(
+                f"holdfast prior merge: --out {out} is one of the priors to be merged and would be replaced. "
+                "Give a new folder."
+            )
         loaded = [ImportancePrior.load(prior) for prior in priors]
         parts = [prior.mean_normalised() for prior in loaded] if balance else loaded
         merged = parts[0].merge(parts[1:], how=how.value if how else parts[0].usual_merge)

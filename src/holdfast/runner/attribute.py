@@ -15,13 +15,14 @@ from holdfast.evaluation.audit import require_sound
 from holdfast.evaluation.evaluate import EvaluationOptions
 from holdfast.folder import CONFIG
 from holdfast.importance import ImportanceOptions, ImportancePrior, compute_prior
-from holdfast.importance.prior import TENSORS
+from holdfast.importance.prior import META, TENSORS
 from holdfast.importance.registry import REGISTRY
 from holdfast.importance.stored import Width
 from holdfast.models import ModelOptions, is_encoder_decoder, load_model
 from holdfast.models.adapters import is_adapter
 from holdfast.progress import Progress
 from holdfast.quantities import count, number, short
+from holdfast.records import PriorMeta
 from holdfast.resume import Partial
 from holdfast.runner.config import load_config
 from holdfast.runner.faithfulness import FAITHFULNESS, faithfulness_in_folder
@@ -93,6 +94,7 @@ def attribute_to_folder(
         raise ConfigError(
             f"--set {idle[0]} does nothing without --test-faithfulness: nothing is asked. Leave it out."
         )
+    _require_replaceable(out, config)
     task = load_task(data, Columns.of(columns))
     if task.read_as:
         progress.say(f"{data}: read as {task.read_as}.")
@@ -120,6 +122,8 @@ def attribute_to_folder(
     before = _digest_of(out)
     prior.save(out, config.store)
     if _digest_of(out) != before:
+        if before is not None:
+            progress.say(f"{out}: the prior that was there was of another model, data or template; replaced.")
         (out / FAITHFULNESS).unlink(missing_ok=True)  # of another prior
     what = (
         f"{count(prior.elements)} weights" if prior.kind == "weights" else "one matrix a linear map's inputs"
@@ -146,6 +150,27 @@ def attribute_to_folder(
             )
     partial.clear()
     return prior
+
+
+def _require_replaceable(out: Path, config: AttributeConfig) -> None:
+    """See that a finished prior in a folder is one of the same importance, options and seed."""
+    try:
+        there = PriorMeta.read(out / META) if (out / TENSORS).is_file() else None
+    except DataError:  # torn: it is computed again
+        there = None
+    if there is None:
+        return
+    options = config.importance.model_dump(mode="json")
+    asked = {"importance": options.pop("name"), "options": options, "seed": config.seed}
+    kept = {key: getattr(there, key) for key in asked}
+    if kept != asked:
+        got = ", ".join(
+            f"{key} {kept[key]} there, {asked[key]} asked for" for key in asked if kept[key] != asked[key]
+        )
+        raise ConfigError(
+            f"--out {out}: holds a finished prior that was made otherwise ({got}). Give a new folder, or "
+            "remove that one."
+        )
 
 
 def _digest_of(folder: Path) -> str | None:
