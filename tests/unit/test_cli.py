@@ -15,10 +15,12 @@ import yaml
 from safetensors.torch import load_file
 
 from command_line import holdfast_cli
+from holdfast import Learner
 from holdfast.importance.registry import REGISTRY
 from holdfast.records import Faithfulness
 from holdfast.strategies import STRATEGIES
-from holdfast.tasks import TOY_TASKS, list_orders, toy_suite
+from holdfast.tasks import TOY_TASKS, list_orders, toy_suite, toy_tokenizer
+from tiny_models import tiny_model
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ("demo", "run", "compare", "attribute", "report", "check", "list")
@@ -343,6 +345,42 @@ def test_attribute_takes_the_template_of_a_run_and_set_wins(
     assert prior("--config", file, *back) == plain
 
 
+def test_attribute_takes_the_template_of_a_folder_of_skills(
+    trained: Path, head_data: Path, tmp_path: Path
+) -> None:
+    framed = {"prompt": "{prompt}?", "max_prompt_tokens": 6}
+    training = {"max_steps": 1}
+    with (
+        Learner(
+            tiny_model("llama"),
+            toy_tokenizer(),
+            "sequential",
+            folder=tmp_path / "s",
+            training=training,
+            template=framed,
+        ) as learner,
+        learner.task("may", [{"prompt": "a", "completion": "b"}]) as stage,
+    ):
+        stage.train()
+    model = trained / "tasks" / "01-head" / "model"
+    common = (
+        "attribute",
+        "--model",
+        model,
+        "--data",
+        head_data,
+        "--importance",
+        "fisher",
+        "--set",
+        "samples=4",
+    )
+    typed = [part for key, value in framed.items() for part in ("--set", f"template.{key}='{value}'")]
+    for out, how in (("p", ("--config", tmp_path / "s")), ("q", typed)):
+        result = holdfast_cli(*common, "--out", tmp_path / out, *how)
+        assert result.exit_code == 0, result.output
+    assert (tmp_path / "p/prior.safetensors").read_bytes() == (tmp_path / "q/prior.safetensors").read_bytes()
+
+
 def test_attribute_tests_answers_as_the_run_does(
     trained: Path, head_data: Path, tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -375,9 +413,9 @@ def test_attribute_tests_answers_as_the_run_does(
         (["--config", "nowhere.yaml"], "nowhere.yaml: can't be read (No such file or directory)"),
         (
             ["--config", "tests"],
-            "--config takes a run's folder, its config.yaml, or a file for `holdfast run`.",
+            "--config takes the folder of a run or of skills, or a file for `holdfast run`.",
         ),
-        (["--config", str(ROOT / "README.md")], "--config takes a run's folder"),
+        (["--config", str(ROOT / "README.md")], "--config takes the folder of a run"),
         (["--config", str(ROOT / "configs/compare/toy.yaml")], "a grid (it has base and rows)"),
     ],
 )

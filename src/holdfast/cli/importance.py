@@ -40,9 +40,7 @@ def attribute_command(
     column: Column = None,
     like: Annotated[
         Path | None,
-        typer.Option(
-            "--config", metavar="RUN_OR_CONFIG.yaml", help="take template and evaluation of this run"
-        ),
+        typer.Option("--config", metavar="RUN|SKILLS|CONFIG.yaml", help="take template and evaluation of it"),
     ] = None,
     options: Annotated[
         list[str] | None,

@@ -10,14 +10,14 @@ from typing import Any
 from pydantic import Field
 
 from holdfast.config import MAX_SEED, Options, override, validate
-from holdfast.errors import ConfigError, DataError
+from holdfast.errors import ConfigError, DataError, RunDirectoryError
 from holdfast.evaluation.audit import require_sound
 from holdfast.evaluation.evaluate import EvaluationOptions
-from holdfast.folder import CONFIG
 from holdfast.importance import ImportanceOptions, ImportancePrior, compute_prior
 from holdfast.importance.prior import META, TENSORS
 from holdfast.importance.registry import REGISTRY
 from holdfast.importance.stored import Width
+from holdfast.learner.config import recorded_config, require_learner
 from holdfast.models import ModelOptions, is_encoder_decoder, load_model
 from holdfast.models.adapters import is_adapter
 from holdfast.progress import Progress
@@ -62,9 +62,10 @@ def attribute_to_folder(
 ) -> ImportancePrior:
     """Compute a prior and write it to a folder; with `faithfulness` also ``faithfulness.json``.
 
-    `like` is a run's folder or a run's configuration, whose ``template`` and ``evaluation`` hold unless the
-    assignments say otherwise. `store` is the prior's width on disk, see `ImportancePrior.save`. `columns` are
-    other names of the data's columns (``prompt=question``).
+    `like` is the folder of a run or of a learner, or a run's configuration, whose ``template`` and
+    ``evaluation`` hold unless the assignments say otherwise. `store` is the prior's width on disk, see
+    `ImportancePrior.save`. `columns` are other names of the data's columns
+    (``prompt=question``).
 
     While both are computed, what there is stands in ``partial`` in that folder. Called again after a kill
     with the same arguments, it goes on from there; the result is that of an uninterrupted one, bit for bit.
@@ -180,12 +181,14 @@ def _digest_of(folder: Path) -> str | None:
 
 
 def _sections_of(path: Path) -> dict[str, Any]:
-    """How a run shapes its prompts and tests its answers."""
+    """How a run or a learner shapes its prompts and tests its answers."""
     try:
-        config = load_config(path / CONFIG if path.is_dir() else path)
-    except ConfigError as error:
+        if path.is_dir():
+            require_learner(path)
+        config = recorded_config(path, {}) if path.is_dir() else load_config(path)
+    except (ConfigError, RunDirectoryError) as error:
         raise ConfigError(
-            f"--config takes a run's folder, its config.yaml, or a file for `holdfast run`.\n{error}"
+            f"--config takes the folder of a run or of skills, or a file for `holdfast run`.\n{error}"
         ) from error
     asked = config.evaluation.model_dump(include=set(EvaluationOptions.model_fields))
     return {"template": config.template.model_dump(), "evaluation": asked}
