@@ -328,6 +328,12 @@ def test_a_long_cell_is_read(tmp_path: Path) -> None:
         ("a.jsonl", '{"a": ' + "9" * 5000 + "}", r"a\.jsonl:1: not JSON that can be read \(an integer of"),
         ("a.jsonl", '{"prompt": "\\ud83d", "completion": "b"}', r"a\.jsonl:1: half a character"),
         ("a.jsonl", b'\n{"prompt": "\xff"}', r"a\.jsonl:2: not UTF-8 \(byte 13 of the line\)"),
+        (
+            "a.jsonl",
+            ("{}\n" * 9).encode("utf-16"),
+            r"^\S*a\.jsonl: UTF-16, not UTF-8\. Save the file in the encoding UTF-8$",
+        ),
+        ("a.json", "[]".encode("utf-16"), r"a\.json: UTF-16, not UTF-8. Save the file"),
         ("a.parquet", "PAR1 nonsense", r"a\.parquet: can't be read: "),
         ("a.rtf", "x", r"data: '.*a\.rtf' is none of \.jsonl, \.json, \.csv, \.tsv, \.parquet, \.txt"),
     ],

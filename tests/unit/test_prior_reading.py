@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -203,3 +203,19 @@ def test_a_table_is_plain_numbers_in_csv_and_escaped_in_latex() -> None:
     assert r"4.0 $\pm$ 1.0" in latex_text(["a"], [["4.0 ± 1.0"]])
     for name, shown in (("[a]", "{}[a]"), ("*a", "{}*a"), ("a < b | c", r"a \textless{} b \textbar{} c")):
         assert f"\n{shown} & 1 " in latex_text(["", "n"], [[name, "1"]])  # after a line break [a] is a length
+
+
+def test_a_bare_file_that_names_a_parameter_twice_and_an_unknown_kind_are_refused(tmp_path: Path) -> None:
+    twice = {A: torch.ones(2, 2), f"base_model.model.{A}": torch.zeros(2, 2)}
+    save_file(twice, tmp_path / "twice.safetensors")
+    with pytest.raises(DataError, match=rf"twice\.safetensors: two of its tensors, .*parameter '{A}'"):
+        ImportancePrior.load(tmp_path / "twice.safetensors")
+    kind: Any = "input"
+    with pytest.raises(ConfigError, match=r"no kind='input'\. Allowed: weights, inputs"):
+        ImportancePrior.load(tmp_path / "twice.safetensors", kind=kind)
+
+
+def test_a_number_of_weights_that_is_no_whole_one_is_refused() -> None:
+    count: Any = 2.5
+    with pytest.raises(ConfigError, match=r"top: got 2\.5\. Give how many there shall be, a whole number"):
+        PRIOR.top(count)

@@ -231,3 +231,9 @@ def test_layer_that_gets_all_tokens_in_one_row_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=rf"target_modules: {name} gets \(18, 16\) as input"):
         layer(torch.zeros(18, 16, dtype=torch.float64))
     handle.remove()
+
+
+def test_the_oracle_without_a_lora_is_refused_by_its_own_name() -> None:
+    with pytest.raises(ConfigError, match="lora-oracle") as told:
+        strategy_of("lora-oracle").check(tiny_model("llama"))
+    assert "lora-routed" not in str(told.value)

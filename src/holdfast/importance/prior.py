@@ -414,11 +414,16 @@ class ImportancePrior:
         Raises
         ------
         DataError
-            There is no prior in the folder, or its files are torn, corrupt, or don't belong together.
+            There is no prior in the folder, or its files are torn, corrupt, or don't belong together; or two
+            names of a single file mean one parameter.
+        ConfigError
+            No such `kind`.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
+        if kind not in (allowed := get_args(Kind)):
+            raise ConfigError(f"load: no kind={kind!r}. Allowed: {', '.join(allowed)}.")
         folder = Path(folder)
         if folder.suffix == ".safetensors" and folder.is_file():
             if folder.name == TENSORS and (folder.parent / META).is_file():
@@ -429,7 +434,14 @@ class ImportancePrior:
                 raise DataError(f"{folder} can't be read as tensors ({error}).") from error
             if not bare:
                 raise DataError(f"{folder}: there are no tensors in it, so it says nothing of any weight.")
-            named = {canonical_name(name): tensor for name, tensor in bare.items()}
+            named: dict[str, Tensor] = {}
+            for name, tensor in bare.items():
+                if (canonical := canonical_name(name)) in named:
+                    raise DataError(
+                        f"{folder}: two of its tensors, one of them '{name}', are of one parameter "
+                        f"'{canonical}'. Leave one of them in it."
+                    )
+                named[canonical] = tensor
             try:
                 return cls(named, {"kind": "inputs"} if kind == "inputs" else {})
             except DataError as error:

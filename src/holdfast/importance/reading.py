@@ -50,8 +50,8 @@ def values_of(tensor: Tensor, inputs: bool) -> Tensor:
 
 def largest(tensors: Mapping[str, Tensor], inputs: bool, count: int) -> list[Top]:
     """The `count` largest values of all tensors, largest first; equal ones in the tensors' order."""
-    if count < 1:
-        raise ConfigError(f"top: got {count}. Give how many there shall be, at least 1.")
+    if not hasattr(count, "__index__") or count < 1:
+        raise ConfigError(f"top: got {count}. Give how many there shall be, a whole number of at least 1.")
     found: list[tuple[float, int, Top]] = []
     for name, tensor in tensors.items():
         values = values_of(tensor, inputs)

@@ -85,10 +85,14 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _bytes(path: Path, problems: Problems) -> bytes | None:
     try:
-        return path.read_bytes()
+        raw = path.read_bytes()
     except OSError as error:
         problems.add(path, f"can't be read: {error.strerror or error}")
         return None
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):  # the marks of UTF-16
+        problems.add(path, "UTF-16, not UTF-8. Save the file in the encoding UTF-8")
+        return None
+    return raw
 
 
 def _json_lines(path: Path, problems: Problems) -> list[Placed]:

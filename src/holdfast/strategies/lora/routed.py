@@ -95,7 +95,7 @@ class LoraRouted(Strategy):
 
     def check(self, model: nn.Module) -> None:
         """See that the model has a plain LoRA adapter, and that it gives features."""
-        check_growable(model, self.name)
+        check_growable(model, self.options.name)
         check_feature(model.get_base_model(), "hidden")  # type: ignore[operator]
 
     def estimate(self, model: nn.Module, stream: TaskStream) -> Estimate:
