@@ -48,6 +48,21 @@ def test_one_local_table_is_split_as_asked(tmp_path, suffix):
     assert task.train[1] == Example("t1", "1")
 
 
+def test_a_folder_of_save_to_disk_is_split_as_asked(tmp_path):
+    table = datasets.Dataset.from_list(ROWS)
+    table.save_to_disk(tmp_path / "alone")
+    task = task_of(path=str(tmp_path / "alone"), train="train[:80%]", test="train[80%:]")
+    assert (len(task.train), len(task.test)) == (8, 2)
+    assert task.train[1] == Example("t1", "1")
+    splits = {"train": table, "validation": table.select(range(3))}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "both")
+    assert len(task_of(path=str(tmp_path / "both"), test="validation").test) == 3
+    with pytest.raises(DataError, match=r"split 'test' of '.*both' can't be loaded"):
+        task_of(path=str(tmp_path / "both"))
+    with pytest.raises(ValueError, match="save_to_disk"):
+        task_of(path=str(tmp_path / "both"), revision="main")
+
+
 def test_a_file_for_each_split(tmp_path):
     files = {split: write_table(tmp_path / f"{split}.csv") for split in ("train", "test")}
     task = task_of(path=files)

@@ -221,6 +221,23 @@ def _parquet(path: Path, problems: Problems) -> list[Placed]:
     return list(rows_of(dataset, str(path)))
 
 
+def is_saved(root: Path) -> bool:
+    """Whether ``save_to_disk`` of ``datasets`` wrote a folder."""
+    return (root / "dataset_dict.json").is_file() or (root / "state.json").is_file()
+
+
+def load_saved(root: Path) -> dict[str, Any]:
+    """The splits of such a folder; a data set without splits is ``train``. Whatever ``datasets`` raises."""
+    from datasets import DatasetDict, load_from_disk
+
+    data = load_from_disk(str(root))
+    return (
+        {str(split): part for split, part in data.items()}
+        if isinstance(data, DatasetDict)
+        else {"train": data}
+    )
+
+
 def rows_of(dataset: Any, where: str) -> Iterator[Placed]:
     """The rows of a ``datasets.Dataset``; class labels become their names."""
     labels = {

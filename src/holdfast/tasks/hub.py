@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from holdfast.config import Options
 from holdfast.places import local_path
-from holdfast.tasks.files import FORMATS, Placed, read_rows, rows_of
+from holdfast.tasks.files import FORMATS, Placed, is_saved, load_saved, read_rows, rows_of
 from holdfast.tasks.jsonl import note_if_empty
 from holdfast.tasks.options import Name, SourceOptions
 from holdfast.tasks.problems import Problems, first_line
@@ -24,7 +24,7 @@ class HubTask(Options):
     """
 
     path: str | dict[Literal["train", "test"], str] = Field(
-        description="hub id, a local file, or {train: file, test: file}"
+        description="hub id, a local file, a folder of save_to_disk, or {train: file, test: file}"
     )
     config: str | None = Field(
         default=None, description="the data set's configuration, such as 'sst2' of 'glue'"
@@ -45,6 +45,8 @@ class HubTask(Options):
     def _only_what_applies(self) -> HubTask:
         if self.files is not None:
             self.refuse_ignored(("config", "revision"), "to local files")
+        elif is_saved(local_path(str(self.path))):
+            self.refuse_ignored(("config", "revision"), "to a folder of save_to_disk")
         return self
 
 
@@ -112,12 +114,17 @@ def _from_files(
 
 def _from_hub(name: str, spec: HubTask, split: str, place: str, problems: Problems) -> list[Placed] | None:
     """One split, or None where it can't be had: whatever ``datasets`` raises is a problem here."""
-    from datasets import load_dataset
+    from datasets import ReadInstruction, concatenate_datasets, load_dataset
     from datasets.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     try:
-        dataset = load_dataset(path=spec.path, name=spec.config, revision=spec.revision, split=split)
+        if is_saved(root := local_path(str(spec.path))):
+            parts = load_saved(root)
+            pieces = ReadInstruction.from_spec(split).to_absolute({name: len(d) for name, d in parts.items()})
+            dataset = concatenate_datasets([parts[p.splitname].select(range(p.from_, p.to)) for p in pieces])
+        else:
+            dataset = load_dataset(path=spec.path, name=spec.config, revision=spec.revision, split=split)
     except Exception as error:
         said = first_line(error.__cause__ or error)
         problems.add(f"tasks.tasks.{name}", f"split '{split}' of '{spec.path}' can't be loaded: {said}.")

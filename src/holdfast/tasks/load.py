@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from holdfast.places import is_local, local_path, near
-from holdfast.tasks.files import FORMATS, read_rows, rows_of
+from holdfast.tasks.files import FORMATS, is_saved, load_saved, read_rows, rows_of
 from holdfast.tasks.jsonl import note_if_empty, read_examples, read_labels
 from holdfast.tasks.problems import Problems, first_line
 from holdfast.tasks.rows import STANDARD, Columns, to_examples, to_questions
@@ -87,7 +87,7 @@ def _wanted() -> str:
 
 def _folder(root: Path, columns: Columns, problems: Problems) -> Task:
     name = root.name or root.resolve().name
-    if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
+    if is_saved(root):
         return _saved(root, name, columns, problems)
     train, test = (_part(root, part, problems) for part in ("train", "test"))
     if train is None:
@@ -109,15 +109,13 @@ def _part(root: Path, part: str, problems: Problems) -> Path | None:
 
 def _saved(root: Path, name: str, columns: Columns, problems: Problems) -> Task:
     """What ``Dataset.save_to_disk`` wrote."""
-    from datasets import DatasetDict, load_from_disk
-
     try:
-        data = load_from_disk(str(root))
+        data = load_saved(root)
     except Exception as error:  # torn files fail in many ways below
         problems.add(root, f"can't be read: {first_line(error)}")
         problems.raise_if_any()
         raise
-    return _splits(data if isinstance(data, DatasetDict) else {"train": data}, name, columns, problems)
+    return _splits(data, name, columns, problems)
 
 
 def _hub(path: str, columns: Columns, problems: Problems) -> Task:
