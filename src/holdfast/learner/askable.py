@@ -25,9 +25,9 @@ def check_askable(config: LearnerConfig, model: Any = None, tokenizer: Any = Non
     Raises
     ------
     ConfigError
-        One of them is asked for and missing, or lm-eval doesn't know a task, or is to
-        ask through a chat template that the tokenizer lacks; or the answers come from more
-        than a plain model, or there are several processes.
+        One of them is asked for and missing, or lm-eval doesn't know a task, or is to ask through a chat
+        template that the tokenizer lacks; or the answers come from more than a plain model, or there are
+        several processes.
     ModelError
     """
     asked = config.evaluation

@@ -12,11 +12,8 @@ from holdfast.records import HarnessAnswers, StageMetrics
 HARNESS = "harness.json"
 
 Courses = Mapping[str, Sequence[float | None]]
-
-
-Way = tuple[
-    int | None, bool
-]  # how much of a task is asked, and through what: scores compare in one way alone
+# how much of a task is asked, and whether through a chat template: scores compare in one way alone
+Way = tuple[int | None, bool]
 
 
 def way_of(options: Mapping[str, Any]) -> Way:

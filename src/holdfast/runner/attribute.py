@@ -64,8 +64,7 @@ def attribute_to_folder(
 
     `like` is the folder of a run or of a learner, or a run's configuration, whose ``template`` and
     ``evaluation`` hold unless the assignments say otherwise. `store` is the prior's width on disk, see
-    `ImportancePrior.save`. `columns` are other names of the data's columns
-    (``prompt=question``).
+    `ImportancePrior.save`. `columns` are other names of the data's columns (``prompt=question``).
 
     While both are computed, what there is stands in ``partial`` in that folder. Called again after a kill
     with the same arguments, it goes on from there; the result is that of an uninterrupted one, bit for bit.
