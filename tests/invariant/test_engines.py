@@ -21,7 +21,7 @@ SGD = ("training.optimizer=sgd", "training.learning_rate=0.1")
 LEARN = ("learn", "may.jsonl", "--skills", "s", *TOY, *SHORT, *SGD)
 LORA = ("model.lora.r=4", "training.learning_rate=1.0")  # a LoRA a task
 OTHERS = [
-    ("--strategy", "ewc"),
+    ("--strategy", "ewc", "strategy.strength=10"),  # more is unstable at this rate of SGD
     (*LORA, "strategy.merge_lora=weights"),
     (*LORA, "--strategy", "inc-lora"),
 ]
