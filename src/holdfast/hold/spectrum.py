@@ -42,26 +42,28 @@ class Spectrum:
 
     @classmethod
     def of(cls, prior: ImportancePrior) -> Spectrum:
-        """The prior as it is; moments are scaled to mean eigenvalue 1 and decomposed, in float64.
-
-        Of several processes (also of a script's own) all get that of rank 0: directions of equal weight are
-        arbitrary, a rating may differ in its last bits, and replicas that step otherwise stay apart.
-        """
-        world.join()
+        """The prior as it is; moments are scaled to mean eigenvalue 1 and decomposed, in float64."""
         values, directions = dict(prior.tensors), dict[str, Tensor]()
         if prior.kind == "inputs":
             for name, c in prior.tensors.items():
                 c_I, directions[name] = spectrum(mean_eigenvalue_one(c))
                 values[name] = c_I.clamp(min=0).float()
-        elif world.size() > 1:
-            values = {name: tensor.clone() for name, tensor in values.items()}
-        world.agree([*values.values(), *directions.values()])
         return cls(prior, values, directions)
 
     def bind(
         self, model: nn.Module, optimizer: Optimizer, *, begun: bool = False
     ) -> tuple[Optimizer, list[Chunk]]:
-        """Find the weights in the model and in the optimizer, see `holdfast.hold.attach.bind`."""
+        """Find the weights in the model and in the optimizer, see `holdfast.hold.attach.bind`.
+
+        Of several processes (also of a script's own) all then have the values and directions of rank 0:
+        directions of equal weight are arbitrary, a rating may differ in its last bits, and replicas that step
+        otherwise stay apart.
+        """
+        world.join()
+        if world.size() > 1:
+            for found in (self.values, self.directions):
+                found.update({name: tensor.clone() for name, tensor in found.items()})  # not the prior's own
+                world.agree(found.values())
         return bind(self.prior, model, optimizer, begun=begun)
 
     def operator(
