@@ -336,6 +336,27 @@ def test_a_script_that_goes_on_without_the_weights_it_began_with_is_told(
         begin(copy.deepcopy(model), copy.deepcopy(state))
 
 
+def test_two_anchors_on_the_same_weights_may_hold_them_to_different_ones(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    model = Net(torch.float32)
+    start = weights(model)
+    other = {name: weight + 1 for name, weight in start.items()}
+    prior = ImportancePrior({name: torch.ones_like(weight) for name, weight in start.items()})
+
+    def begin(state: Any = None) -> torch.optim.Optimizer:
+        optim = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for reference in (start, other):
+            Anchor(prior, strength=10.0, reference=reference).attach(model, optim)
+        if state:
+            optim.load_state_dict(state)
+        stepped(optim, model, steps=2)
+        return optim
+
+    begin(copy.deepcopy(begin().state_dict()))
+    assert not [w for w in recwarn if "held to other weights" in str(w.message)]
+
+
 @pytest.mark.parametrize("then", ["no hold", "another prior"])
 @pytest.mark.parametrize(
     "make",

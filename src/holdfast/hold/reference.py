@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from itertools import count
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,8 @@ from torch.optim import Optimizer
 from holdfast import world
 from holdfast.importance.prior import parameters_by_name
 from holdfast.models.identity import sampled
+
+_WATCHED: WeakKeyDictionary[Optimizer, set[str]] = WeakKeyDictionary()  # the keys of marks in its state
 
 
 def weights_of(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
@@ -41,7 +45,11 @@ def watch_reference(
     callable
         Ends it.
     """
-    key = f"holdfast_{whose}_{hashlib.sha256(repr(names).encode()).hexdigest()[:8]}"
+    watched = _WATCHED.setdefault(optimizer, set())
+    stem = f"holdfast_{whose}_{hashlib.sha256(repr(names).encode()).hexdigest()[:8]}"
+    # several may hold the same weights to different ones: each has a mark of its own, in their order
+    key = next(key for number in count() if (key := f"{stem}_{number}") not in watched)
+    watched.add(key)
     values = b"".join(sampled(weight).view(torch.uint8).numpy().tobytes() for weight in references)
     mark = hashlib.sha256(values).hexdigest()[:16]
 
@@ -57,10 +65,11 @@ def watch_reference(
         group[key] = mark
 
     look(optimizer)
-    watched = optimizer.register_load_state_dict_post_hook(look)
+    loaded = optimizer.register_load_state_dict_post_hook(look)
 
     def end() -> None:
-        watched.remove()
+        loaded.remove()
+        watched.discard(key)
         optimizer.param_groups[0].pop(key, None)
 
     return end
