@@ -248,9 +248,10 @@ class Anchor:
                 reference = reference_weights(chunk, self.reference, "anchor")
                 if rotate:
                     # a part of a weight has no place of its own in a checkpoint, which is of whole ones
-                    whole = all(p is o for p, o in zip(chunk.parameters, chunk.owners, strict=True))
                     rotated.append(
-                        Coordinates(chunk.parameters, reference, cast(Inputs, operator), carried=whole)
+                        Coordinates(
+                            chunk.parameters, reference, cast(Inputs, operator), carried=chunk.is_whole
+                        )
                     )
                 operators.append(operator)
                 references.append(reference)
@@ -284,7 +285,7 @@ class Anchor:
 
             handle = hook(inner, lambda: self._require_totals(inner), pull, first=watch.attach)
         handle.meter = meter
-        if all(p is o for chunk in chunks for p, o in zip(chunk.parameters, chunk.owners, strict=True)):
+        if all(chunk.is_whole for chunk in chunks):
             names = [name for chunk in chunks for name in chunk.names]
             held_to = [weight for reference in references for weight in reference]
             handle.removers.append(watch_reference("anchor", inner, names, held_to))

@@ -107,6 +107,11 @@ class Chunk:
         self.owners = self.owners or list(self.parameters)
         self.dtypes = [part.dtype for part in self.parameters]
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all parameters are as the model has them, none a part of a sharded one."""
+        return all(p is o for p, o in zip(self.parameters, self.owners, strict=True))
+
     def moving(self) -> list[Tensor | None]:
         """Of each weight what a mechanism works on in this step; None where it `rests`.
 

@@ -117,7 +117,7 @@ class Spectrum:
                 ]
             return found
 
-        sharded = any(p is not o for c in chunks for p, o in zip(c.parameters, c.owners, strict=True))
+        sharded = not all(chunk.is_whole for chunk in chunks)
         return Meter(maps, sharded)
 
 
