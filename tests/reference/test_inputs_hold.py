@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -305,8 +306,16 @@ def test_hold_attached_to_a_loaded_optimizer_goes_on_bit_for_bit() -> None:
 
 @pytest.mark.parametrize("order", ["load, then attach", "attach, then load"])
 @pytest.mark.parametrize("kind", ["inputs", "weights"])
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("anchor", partial(Anchor, strength=10.0)),
+        ("penalty", partial(Penalty, strength=10.0)),
+        ("project", partial(Project, share=0.5)),
+    ],
+)
 def test_a_script_that_goes_on_without_the_weights_it_began_with_is_told(
-    kind: str, order: str, recwarn: pytest.WarningsRecorder
+    name: str, make: Any, kind: str, order: str, recwarn: pytest.WarningsRecorder
 ) -> None:
     model = Net(torch.float32)
     start = weights(model)
@@ -317,22 +326,22 @@ def test_a_script_that_goes_on_without_the_weights_it_began_with_is_told(
         optim = torch.optim.AdamW(model.parameters(), lr=1e-2)
         if state and order == "load, then attach":
             optim.load_state_dict(state)
-        handle = Anchor(prior, strength=10.0, reference=reference).attach(model, optim)
+        handle = make(prior, reference=reference).attach(model, optim)
         if state and order == "attach, then load":
             optim.load_state_dict(state)
         stepped(optim, model, steps=2)
         handle.remove()
-        assert not [key for key in optim.param_groups[0] if key.startswith("holdfast_anchor")]
+        assert not [key for key in optim.param_groups[0] if key.startswith(f"holdfast_{name}")]
         return optim
 
     optim = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    Anchor(prior, strength=10.0).attach(model, optim)
+    make(prior).attach(model, optim)
     stepped(optim, model, steps=3)
     state = copy.deepcopy(optim.state_dict())
     begin(copy.deepcopy(model), copy.deepcopy(state), reference=start)
     begin(copy.deepcopy(model))
     assert not [w for w in recwarn if "held to other weights" in str(w.message)]
-    with pytest.warns(UserWarning, match=r"anchor: .* held to other weights .* give `reference=`"):
+    with pytest.warns(UserWarning, match=rf"{name}: .* held to other weights .* give `reference=`"):
         begin(copy.deepcopy(model), copy.deepcopy(state))
 
 

@@ -285,10 +285,7 @@ class Anchor:
 
             handle = hook(inner, lambda: self._require_totals(inner), pull, first=watch.attach)
         handle.meter = meter
-        if all(chunk.is_whole for chunk in chunks):
-            names = [name for chunk in chunks for name in chunk.names]
-            held_to = [weight for reference in references for weight in reference]
-            handle.removers.append(watch_reference("anchor", inner, names, held_to))
+        handle.removers.append(watch_reference("anchor", inner, chunks, references))
         self._handle = handle
         return self._handle
 

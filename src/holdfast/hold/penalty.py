@@ -22,6 +22,7 @@ from holdfast.hold.attach import (
     reference_weights,
 )
 from holdfast.hold.operator import Operator
+from holdfast.hold.reference import watch_reference
 from holdfast.hold.schedule import total_rate_of
 from holdfast.hold.spectrum import Spectrum
 from holdfast.hold.strength import mean_of, warn_if_pull_is_faint
@@ -165,6 +166,7 @@ class Penalty:
 
         handle = hook(inner, add, needs_gradients="penalty", first=watch.attach)
         handle.meter = self.spectrum.meter(chunks, operators, references)
+        handle.removers.append(watch_reference("penalty", inner, chunks, references))
         return handle
 
     def _operator(self, chunk: Chunk, model: nn.Module, strength: float) -> Operator:

@@ -15,6 +15,7 @@ from holdfast.config import Options, validate
 from holdfast.hold.attach import Chunk, Handle, held_summary, hook, reference_weights
 from holdfast.hold.directions import Directions
 from holdfast.hold.operator import Operator
+from holdfast.hold.reference import watch_reference
 from holdfast.hold.spectrum import Spectrum
 from holdfast.hold.unheld import Unheld
 from holdfast.importance.prior import ImportancePrior
@@ -112,6 +113,7 @@ class Project:
             handle = hook(inner, after=take_back, first=first)
             if isinstance(self.prior, ImportancePrior):
                 handle.meter = self._spectrum.meter(chunks, operators, references)
+            handle.removers.append(watch_reference("project", inner, chunks, references))
         return handle
 
     def _bound(self, model: nn.Module, optimizer: Optimizer) -> tuple[Optimizer, list[Chunk], list[Operator]]:

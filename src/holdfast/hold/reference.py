@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from holdfast import world
+from holdfast.hold.attach import Chunk
 from holdfast.importance.prior import parameters_by_name
 from holdfast.models.identity import sampled
 
@@ -32,25 +33,30 @@ def weights_of(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
 
 
 def watch_reference(
-    whose: str, optimizer: Optimizer, names: Sequence[str], references: Sequence[Tensor]
+    whose: str, optimizer: Optimizer, chunks: Sequence[Chunk], references: Sequence[Sequence[Tensor]]
 ) -> Callable[[], None]:
     """Warn where an optimizer's state is of a training that was held to other weights than these.
 
     A script that goes on from a checkpoint and gives no `reference` would hold old outputs as the training
-    until then has left them. A mark of the weights goes into the state; one that is there is looked at now,
-    and whenever a state is loaded.
+    until then has left them. A mark of the weights (`references`, those of each chunk) goes into the state;
+    one that is there is looked at now, and whenever a state is loaded. Parts of weights leave none: other
+    processes have other parts.
 
     Returns
     -------
     callable
         Ends it.
     """
+    if not all(chunk.is_whole for chunk in chunks):
+        return lambda: None
+    names = [name for chunk in chunks for name in chunk.names]
     watched = _WATCHED.setdefault(optimizer, set())
     stem = f"holdfast_{whose}_{hashlib.sha256(repr(names).encode()).hexdigest()[:8]}"
     # several may hold the same weights to different ones: each has a mark of its own, in their order
     key = next(key for number in count() if (key := f"{stem}_{number}") not in watched)
     watched.add(key)
-    values = b"".join(sampled(weight).view(torch.uint8).numpy().tobytes() for weight in references)
+    held_to = (weight for reference in references for weight in reference)
+    values = b"".join(sampled(weight).view(torch.uint8).numpy().tobytes() for weight in held_to)
     mark = hashlib.sha256(values).hexdigest()[:16]
 
     def look(_: Optimizer) -> None:
