@@ -309,6 +309,35 @@ def test_a_sweep_whose_model_has_moved_trains_nothing_again_and_another_model_is
         at("other")
 
 
+def test_rows_that_changed_since_a_cell_was_run_are_told_before_another_stands_beside_it(tmp_path):
+    rows = [{"prompt": f"what is {i}", "completion": str(i)} for i in range(12)]
+    data = tmp_path / "data" / "counts"
+    data.mkdir(parents=True)
+
+    def change(answer: str) -> None:
+        for split in ("train", "test"):
+            lines = [json.dumps({**row, "completion": answer} if row is rows[3] else row) for row in rows]
+            (data / f"{split}.jsonl").write_text("\n".join(lines))
+
+    def of(*rows: Any) -> Comparison:
+        file = grid_file(tmp_path, list(rows))
+        grid = yaml.safe_load(file.read_text())
+        grid["base"]["tasks"] = {"source": "jsonl", "path": str(tmp_path / "data"), "order": ["counts"]}
+        grid["base"]["training"]["max_steps"] = 2
+        file.write_text(yaml.safe_dump(grid))
+        return sweep(file)
+
+    change("3")
+    before = of(PLAIN)
+    change("three")
+    assert found(of(PLAIN)) == found(before)  # nothing is to be run beside it
+    with pytest.raises(ConfigError, match=r"01-counts: was learned from other rows of counts .* output=DIR"):
+        of(PLAIN, {**PLAIN, "name": "again"})
+    assert len([*tmp_path.rglob("out/runs/*")]) == 1
+    change("3")
+    assert of(PLAIN, {**PLAIN, "name": "again"}).finished
+
+
 def test_a_sweep_goes_on_to_tasks_behind_those_of_its_order(tmp_path):
     def of(order: list[str], output: str) -> Comparison:
         tasks = f"base.tasks.order=[{', '.join(order)}]"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import time
 from collections.abc import Sequence
@@ -20,19 +19,18 @@ from holdfast.folder import PARTIAL, in_order
 from holdfast.learner import Learner
 from holdfast.learner.asked import along_the_way
 from holdfast.learner.base_task import BASE
-from holdfast.learner.known import digest_of, read_about
+from holdfast.learner.known import read_about
 from holdfast.models import load_model, onto_gpu
 from holdfast.progress import Progress, stoppable
 from holdfast.records import RunMetrics, StageMetrics, TrainingLog
 from holdfast.runner.config import RunConfig, Scope
 from holdfast.runner.directory import RunDirectory
-from holdfast.storage import write_json
+from holdfast.runner.rows import keep_rows, of_other_rows
 from holdfast.strategies import Stage, build_strategy
 from holdfast.tasks import build_stream, toy_tokenizer
 from holdfast.tasks.task import Task
 
 ZERO_SHOT = "zero_shot"
-ROWS = "rows.json"  # in a stage: the digest of each task's rows
 LATER = "later"  # what a stage's model says to tasks that came into the order after it
 
 
@@ -111,14 +109,10 @@ class _Run:
                 f"{', '.join(planned)}. Give the order as it was in tasks.order, with new tasks behind it, "
                 "or another directory with output=DIR."
             )
-        for part, stage in zip(self.names, self.stages, strict=True):
-            for folder in (path / part, path / (part + PARTIAL)):
-                other = _other_rows(folder / ROWS, stage)
-                if other:
-                    raise RunDirectoryError(
-                        f"{folder}: was learned from other rows of {', '.join(other)} than there are now. "
-                        "Bring these back, or give this run a directory of its own with output=DIR."
-                    )
+        for problem in of_other_rows(path, self.stages):
+            raise RunDirectoryError(
+                f"{problem} Bring these back, or give this run a directory of its own with output=DIR."
+            )
 
     def _learner(self, after: int | None = None) -> Learner:
         """The learner as the directory has it; or as it was after so many stages."""
@@ -131,7 +125,7 @@ class _Run:
         description = f"{stage.index + 1}/{len(self.stages)} learn {stage.name}"
         started = time.perf_counter()
         with learner.stage(stage, self._tested_after(stage.index), description) as learning:
-            write_json(learning.folder / ROWS, {task.name: digest_of(task) for task in stage.tasks})
+            keep_rows(learning.folder, stage)
             learning.train()
         record = _records(self.directory.path, self.names[stage.index])[0]
         asked = [score for t in stage.tasks if (score := record.scores.get(t.name)) is not None]
@@ -186,14 +180,6 @@ class _Run:
         metrics["trainable"] = first.trained  # none in a run of an earlier version
         RunMetrics(**metrics).write(self.directory.path / "metrics.json")
         return metrics
-
-
-def _other_rows(file: Path, stage: Stage) -> list[str]:
-    """The tasks of a stage that have other rows than when it began; none where nothing tells."""
-    if not file.is_file():
-        return []
-    then = json.loads(file.read_text(encoding="utf-8"))
-    return [task.name for task in stage.tasks if then.get(task.name) != digest_of(task)]
 
 
 def tested_after(stages: Sequence[Stage], index: int, scope: Scope) -> list[Task]:

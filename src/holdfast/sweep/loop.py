@@ -16,6 +16,7 @@ from holdfast.progress import Progress
 from holdfast.records import Comparison
 from holdfast.runner.directory import RunDirectory
 from holdfast.runner.findings import check
+from holdfast.runner.rows import of_other_rows
 from holdfast.storage import why_no_folder, write_text
 from holdfast.strategies import build_strategy
 from holdfast.sweep.cells import Outcome, run_cells
@@ -23,7 +24,7 @@ from holdfast.sweep.choice import choose, count, in_order
 from holdfast.sweep.grid import Cell, Choose, Plan, raise_for_cells
 from holdfast.sweep.results import collect, markdown
 from holdfast.sweep.table import live_table
-from holdfast.tasks import inspect_stream, ordered_names, toy_tokenizer
+from holdfast.tasks import build_stream, inspect_stream, ordered_names, toy_tokenizer
 from holdfast.tasks.problems import Problems
 from holdfast.tasks.task import Task, TaskStream
 
@@ -58,6 +59,9 @@ def compare(plan: Plan, progress: Progress) -> Comparison:
         raise HoldfastError(f"output: '{output}' can't be used as a folder ({why}).") from error
     with held:
         return _Sweep(plan, output, progress).to_the_end()
+
+
+Note = Callable[[Cell, Sequence[str]], None]
 
 
 class _Sweep:
@@ -131,13 +135,33 @@ class _Sweep:
                 _check_new(cell, seen, note)
                 note(cell, _unmeasurable(cell, self.plan.grid.choose))
                 bar(done)
+        if cells:
+            self._refuse_other_rows(note)
         raise_for_cells(self.plan.source, found)
+
+    def _refuse_other_rows(self, note: Note) -> None:
+        """Cells that were run, or begun, stand beside new ones only where all learn from the same rows."""
+        streams: dict[str, TaskStream | None] = {}
+        for cell in (*self.plan.candidates, *self.plan.cells):
+            if not cell.folder.exists():
+                continue
+            config = cell.config
+            key = f"{config.seed} {config.tasks.model_dump_json()}"
+            if key not in streams:
+                try:
+                    streams[key] = build_stream(config.tasks, config.seed, lambda _: None)
+                except HoldfastError:  # the rows are gone; a cell that needs them tells of it
+                    streams[key] = None
+            if (stream := streams[key]) is not None:
+                changed = of_other_rows(cell.folder, build_strategy(config.strategy).stages(stream))
+                mend = "Bring these back, or give the sweep another folder with output=DIR."
+                note(cell, [f"{problem} {mend}" for problem in changed])
 
     def _finished(self, cell: Cell) -> bool:
         return self.outcomes[cell.folder].status == "finished"
 
 
-def _check_new(cell: Cell, seen: set[str], note: Callable[[Cell, Sequence[str]], None]) -> None:
+def _check_new(cell: Cell, seen: set[str], note: Note) -> None:
     """Look at what no earlier cell had: data and model as a whole, a strategy, the rows of a seed."""
 
     def is_new(*parts: Any) -> bool:
