@@ -14,9 +14,11 @@ from holdfast.config import validate
 from holdfast.errors import RunDirectoryError
 from holdfast.learner import Learner
 from holdfast.learner.skills import read_skills
+from holdfast.progress import Progress
 from holdfast.records import RunMetrics
 from holdfast.report import write_report
 from holdfast.runner import RunConfig, run
+from holdfast.runner.learn import learn_data
 from holdfast.runner.table import metrics_table
 from holdfast.tasks import Example
 from kills import Killed, kill_when
@@ -200,6 +202,23 @@ def folders_of(tmp_path: Path) -> RunConfig:
     values["training"] = {"max_steps": 2, "batch_size": 4}
     values["tasks"] = {"source": "jsonl", "path": str(tmp_path / "data")}
     return validate(RunConfig, values, source="test")
+
+
+def test_learning_goes_on_in_the_folder_of_a_run_and_its_tasks_are_asked_again(tmp_path: Path) -> None:
+    config = folders_of(tmp_path)
+    run(config)
+    rows = [json.loads(line) for line in (tmp_path / "data/a/test.jsonl").read_text().splitlines()]
+    more = [*rows, *({"prompt": f"c{i}=", "completion": "c"} for i in range(12))]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in more))
+    with Progress(quiet=True) as progress:
+        known = learn_data(tmp_path / "c.jsonl", tmp_path / "run", progress=progress)
+    assert [skill.name for skill in known.skills] == ["a", "b", "c"]
+    assert None not in [*known.matrix[-1], *(skill.now for skill in known.skills)]
+    assert all(skill.learned and skill.drift is not None and skill.metric for skill in known.skills)
+    counts = {"a": len(rows)}
+    assert {s.name: s.met for s in known.skills if s.met} == counts  # its rows are learned with c
+    again = read_skills(tmp_path / "run")
+    assert again.record() == known.record()
 
 
 def test_a_task_that_was_renamed_is_told_and_the_run_s_figures_stay(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ def write_task(folder: Path, task: Task, about: Mapping[str, Any]) -> None:
         "options": list(task.options),
         "train_rows": len(task.train),
         "test_rows": len(task.test),
+        **({"same_as": task.same_as} if task.same_as else {}),
         **about,
     }
     write_json(folder / ABOUT, values)
@@ -41,7 +42,14 @@ def read_task(folder: Path) -> Task | None:
         return None
     about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
     tests = Example.of_lines((folder / TEST).read_text(encoding="utf-8"))
-    return Task(about["name"], (), tests, about["metric"], tuple(about["options"]))
+    return Task(
+        about["name"],
+        (),
+        tests,
+        about["metric"],
+        tuple(about["options"]),
+        same_as=about.get("same_as", ""),
+    )
 
 
 def read_about(folder: Path) -> dict[str, Any]:

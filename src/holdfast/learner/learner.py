@@ -8,6 +8,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -321,22 +323,18 @@ class Learner:
         stage = Stage(name, (task,), len(self.learned), total)
         self._check_can_begin(stage)
         self.look([task])
+        self._forget_another(stage, task)
         asked = [known for known in (*self.state.tests, task) if known.test]
-        digest = digest_of(task)
-        known = {"digest": digest, "training": self.config.training.model_dump(mode="json")}
-        self._forget_another(stage, known)
-        answers = {"answer_tokens": self.testing.begin(task)}
-        with self.stage(stage, asked) as learning:
-            settings = {"settings": self.config.model_dump(mode="json", include=set(FIXED))}
-            met = {"met_in_training": met_in_training(asked, task)}
-            write_task(learning.folder, task, {**(about or {}), **known, **answers, **settings, **met})
+        with self.stage(stage, asked, about=about) as learning:
             yield learning
-        self.state.tests.append(Task(name, (), task.test, metric, task.options))
-        self.state.digests[name] = digest
 
-    def _forget_another(self, stage: Stage, known: Mapping[str, Any]) -> None:
+    def _attempt(self, task: Task) -> dict[str, Any]:
+        """What a killed attempt must have been at, to be gone on with."""
+        return {"digest": digest_of(task), "training": self.config.training.model_dump(mode="json")}
+
+    def _forget_another(self, stage: Stage, task: Task) -> None:
         """Begin anew where a killed attempt was at other rows, or had other options of training."""
-        part = self.part(stage)
+        part, known = self.part(stage), self._attempt(task)
         begun = self.folder.path / (part + PARTIAL)
         about = world.first(lambda: read_about(begun))
         if about and any(about.get(key) != value for key, value in known.items()):
@@ -345,10 +343,15 @@ class Learner:
 
     @contextmanager
     def stage(
-        self, stage: Stage, tested: Sequence[Task], description: str | None = None
+        self,
+        stage: Stage,
+        tested: Sequence[Task],
+        description: str | None = None,
+        about: Mapping[str, Any] | None = None,
     ) -> Iterator[Learning]:
         """Like `task`, of a stage that is given whole, and with the tasks to be asked after it.
 
+        A later process asks a stage of one task again; several that are learned at once are nobody's task.
         A block that ends in an error leaves the model in the middle of things: make the learner anew.
         """
         self._check_can_begin(stage)
@@ -376,6 +379,8 @@ class Learner:
             seconds |= harness.begin()
             with _timed(seconds, "train"):
                 learning = self._learning(stage, description, reports)
+                if len(stage.tasks) == 1:
+                    self._write_task(folder, stage.tasks[0], about or {})
                 try:
                     yield learning
                 finally:
@@ -413,7 +418,22 @@ class Learner:
         self._trained = self._trained_now()
         self.look.learned(stage.tasks)
         self.learned.append(stage.name)
+        if len(stage.tasks) == 1:
+            task = stage.tasks[0]
+            self.state.tests.append(replace(task, train=()))
+            self.state.digests[task.name] = digest_of(task)
         thin(self.folder, STAGES, self.config.keep)
+
+    def _write_task(self, folder: Path, task: Task, about: Mapping[str, Any]) -> None:
+        values = {
+            "learned": datetime.now(UTC).isoformat(timespec="seconds"),
+            **about,
+            **self._attempt(task),
+            "answer_tokens": self.testing.begin(task),
+            "settings": self.config.model_dump(mode="json", include=set(FIXED)),
+            "met_in_training": met_in_training((*self.state.tests, task), task),
+        }
+        write_task(folder, task, values)
 
     def _learning(self, stage: Stage, description: str | None, reports: Reports) -> Learning:
         """The stage as it is trained: its rows, and what the strategy and the memory add to them."""

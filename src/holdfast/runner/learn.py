@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -113,7 +112,7 @@ def learn_data(
             progress.say(f"{skills}: '{task.name}' is learned already; nothing to do.")
             return read_skills(skills)
         learner.config.training.check_machine()
-        about = {"learned": datetime.now(UTC).isoformat(timespec="seconds"), "data": as_utf8(str(data))}
+        about = {"data": as_utf8(str(data))}
         with learner.task(
             task.name, task.train, task.test, metric=task.metric, options=task.options, about=about
         ) as learning:
