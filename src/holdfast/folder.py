@@ -123,6 +123,12 @@ class Folder:
             )
         for part in torn:
             shutil.rmtree(self.path / part)
+        behind = [part for part in torn if not part.endswith(PARTIAL) and part != parts[count]]
+        if behind:
+            self.notes.append(
+                f"{self.path / parts[count]}: missing or changed, so what went on from it is redone too: "
+                f"{', '.join(behind)}."
+            )
         return count
 
     def thin(self, part: str, heavy: Callable[[str], bool], why: str) -> None:

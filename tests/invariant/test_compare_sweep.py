@@ -338,6 +338,17 @@ def test_rows_that_changed_since_a_cell_was_run_are_told_before_another_stands_b
     assert of(PLAIN, {**PLAIN, "name": "again"}).finished
 
 
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_cell_whose_order_has_a_task_twice_is_finished_when_it_is(jobs, tmp_path, monkeypatch):
+    file = grid_file(tmp_path, [PLAIN], jobs=jobs)
+    order = "base.tasks.order=[head, copy, head]"
+    results = sweep(file, order, "base.training.max_steps=2")
+    assert results.finished
+    module: Any = importlib.import_module("holdfast.sweep.loop")
+    monkeypatch.setattr(module, "run_cells", None)  # who runs one, fails
+    assert found(sweep(file, order, "base.training.max_steps=2")) == found(results)
+
+
 def test_a_sweep_goes_on_to_tasks_behind_those_of_its_order(tmp_path):
     def of(order: list[str], output: str) -> Comparison:
         tasks = f"base.tasks.order=[{', '.join(order)}]"

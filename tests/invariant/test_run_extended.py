@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from collections.abc import Callable
@@ -204,6 +205,49 @@ def folders_of(tmp_path: Path) -> RunConfig:
     return validate(RunConfig, values, source="test")
 
 
+@pytest.mark.parametrize("lost", ["deleted", "changed"])
+def test_lost_zero_shot_answers_are_asked_again_and_no_task_is_trained_again(
+    lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = folders_of(tmp_path)
+    run(config)
+    before = bytes_in(tmp_path / "run")
+    if lost == "deleted":
+        shutil.rmtree(tmp_path / "run/zero_shot")
+    else:
+        next((tmp_path / "run/zero_shot/predictions").iterdir()).write_text("{}")
+    (tmp_path / "run/metrics.json").unlink()
+    module: Any = importlib.import_module("holdfast.learner.learning")
+    monkeypatch.setattr(module, "train", None)  # who trains, fails
+    run(config)
+    after = bytes_in(tmp_path / "run")
+    assert after.keys() == before.keys()
+    told = {
+        "metrics.json",
+        "zero_shot/metrics.json",
+        "zero_shot/manifest.json",
+        "environment.json",
+    }  # seconds
+    assert {name for name in after if after[name] != before[name]} <= told
+
+
+def test_test_rows_of_a_later_task_that_changed_are_told_before_a_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = folders_of(tmp_path)
+    with monkeypatch.context() as patch:
+        kill_when(patch, "holdfast.learner.learning.train", 2)
+        with pytest.raises(Killed):
+            run(config)
+    file = tmp_path / "data/b/test.jsonl"
+    rows = file.read_text()
+    file.write_text(rows.replace("btest0", "btest7"))
+    with pytest.raises(RunDirectoryError, match=r"was asked other test rows of b than there are now"):
+        run(config)
+    file.write_text(rows)
+    assert run(config)["finished"]
+
+
 def test_learning_goes_on_in_the_folder_of_a_run_and_its_tasks_are_asked_again(tmp_path: Path) -> None:
     config = folders_of(tmp_path)
     run(config)
@@ -238,7 +282,7 @@ def test_rows_that_changed_are_told_and_the_run_s_figures_stay(tmp_path: Path) -
     file = tmp_path / "data/b/test.jsonl"
     rows = file.read_text()
     file.write_text(rows.replace("btest0", "btest7"))
-    with pytest.raises(RunDirectoryError, match=r"02-b: was learned from other rows of b than there are now"):
+    with pytest.raises(RunDirectoryError, match=r"was asked other test rows of b than there are now"):
         run(config)
     assert (tmp_path / "run/metrics.json").read_bytes() == before
     file.write_text(rows)

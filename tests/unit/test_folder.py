@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -160,6 +161,17 @@ def test_parts_after_a_torn_one_are_redone_too(begun: str, folder: Folder) -> No
     (parts[1] / "deep" / "file").write_text("y")
     assert folder.completed(names) == 1
     assert [part.exists() for part in (*parts[:2], last)] == [True, False, False]
+    told = [note for note in folder.notes if "so what went on from it is redone too: tasks/03-3." in note]
+    assert len(told) == (begun == "")
+
+
+def test_parts_behind_one_that_is_gone_are_not_deleted_without_a_word(folder: Folder) -> None:
+    names = [f"tasks/0{i}-{i}" for i in (1, 2, 3)]
+    parts = [write(folder, name) for name in names]
+    shutil.rmtree(parts[1])
+    assert folder.completed(names) == 1
+    (note,) = folder.notes
+    assert note.endswith("02-2: missing or changed, so what went on from it is redone too: tasks/03-3.")
 
 
 @pytest.mark.parametrize("committed", [True, False])

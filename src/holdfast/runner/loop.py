@@ -66,14 +66,11 @@ class _Run:
 
     def to_the_end(self) -> dict[str, Any]:
         config, directory = self.config, self.directory
-        before = [ZERO_SHOT] if config.evaluation.zero_shot else []
-        done = directory.completed([*before, *self.names])
+        done = directory.completed(self.names)
         for note in directory.notes:
             self.progress.say(note)
         if done:
-            self.progress.say(
-                f"{directory.path}: continuing after {done} of {len(before + self.names)} stages."
-            )
+            self.progress.say(f"{directory.path}: continuing after {done} of {len(self.names)} stages.")
         learner = self._learner()
         if len(learner.learned) > len(self.stages):
             further = ", ".join(learner.learned[len(self.stages) :])
@@ -84,9 +81,8 @@ class _Run:
             )
         self._check_same_stream(learner.learned)
         learner.look(task for stage in self.stages[len(learner.learned) :] for task in stage.tasks)
-        if before and done == 0:
-            with directory.part(ZERO_SHOT) as folder:
-                self._ask(learner, self.stream.tasks, folder, ZERO_SHOT, "zero-shot")
+        if config.evaluation.zero_shot:
+            self._ask_the_base(learner)
         self._ask_what_came_later(learner)
         for stage in self.stages[len(learner.learned) :]:
             self._learn(learner, stage)
@@ -109,7 +105,7 @@ class _Run:
                 f"{', '.join(planned)}. Give the order as it was in tasks.order, with new tasks behind it, "
                 "or another directory with output=DIR."
             )
-        for problem in of_other_rows(path, self.stages):
+        for problem in of_other_rows(path, self.stream.tasks):
             raise RunDirectoryError(
                 f"{problem} Bring these back, or give this run a directory of its own with output=DIR."
             )
@@ -124,8 +120,9 @@ class _Run:
     def _learn(self, learner: Learner, stage: Stage) -> None:
         description = f"{stage.index + 1}/{len(self.stages)} learn {stage.name}"
         started = time.perf_counter()
-        with learner.stage(stage, self._tested_after(stage.index), description) as learning:
-            keep_rows(learning.folder, stage)
+        tested = self._tested_after(stage.index)
+        with learner.stage(stage, tested, description) as learning:
+            keep_rows(learning.folder, stage.tasks, tested)
             learning.train()
         record = _records(self.directory.path, self.names[stage.index])[0]
         asked = [score for t in stage.tasks if (score := record.scores.get(t.name)) is not None]
@@ -138,6 +135,18 @@ class _Run:
 
     def _tested_after(self, index: int) -> Sequence[Task]:
         return tested_after(self.stages, index, self.config.evaluation.scope)
+
+    def _ask_the_base(self, learner: Learner) -> None:
+        """Zero-shot, where it isn't there as it was written; no weights depend on it."""
+        path = self.directory.path / ZERO_SHOT
+        problem = self.directory.problem(ZERO_SHOT) if path.exists() else None
+        if problem is not None:
+            self.progress.say(f"{path}: {problem}; the base is asked again.")
+            self.directory.remove(ZERO_SHOT)
+        if not path.exists():
+            base = self._learner(0) if learner.learned else learner
+            with self.directory.part(ZERO_SHOT) as folder:
+                self._ask(base, self.stream.tasks, folder, ZERO_SHOT, "zero-shot")
 
     def _ask_what_came_later(self, learner: Learner) -> None:
         """Ask earlier models the tasks that have come into the order since, which they were never asked."""
@@ -164,6 +173,7 @@ class _Run:
         self, learner: Learner, tasks: Sequence[Task], folder: Path, stage: str, description: str
     ) -> None:
         started = time.perf_counter()
+        keep_rows(folder, (), tasks)
         scores = learner.evaluate(tasks, folder, description)
         seconds = {"evaluate": time.perf_counter() - started}
         StageMetrics(stage=stage, scores=scores, seconds=seconds).write(folder / "metrics.json")

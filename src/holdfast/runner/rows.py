@@ -1,32 +1,39 @@
-"""Which rows the stages of a run were learned from: whether they are those of its data now."""
+"""Which rows the parts of a run were learned from, and asked: whether they are those of its data now."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from holdfast.folder import PARTIAL
-from holdfast.learner import Learner
 from holdfast.learner.known import digest_of
 from holdfast.storage import write_json
-from holdfast.strategies import Stage
+from holdfast.tasks.task import Task
 
-ROWS = "rows.json"  # in a stage: the digest of each task's rows
-
-
-def keep_rows(folder: Path, stage: Stage) -> None:
-    """Write into a stage's folder what tells its rows from others."""
-    write_json(folder / ROWS, {task.name: digest_of(task) for task in stage.tasks})
+ROWS = "rows.json"  # in a part: the digests of what its tasks are learned from, and of what they are asked
 
 
-def of_other_rows(path: Path, stages: Sequence[Stage]) -> Iterator[str]:
-    """A sentence of each stage in a run's folder that was learned, or begun, from other rows than these."""
-    for stage in stages:
-        part = Learner.part(stage)
-        for folder in (path / part, path / (part + PARTIAL)):
-            file = folder / ROWS
-            then = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-            other = [t.name for t in stage.tasks if then is not None and then.get(t.name) != digest_of(t)]
-            if other:
-                yield f"{folder}: was learned from other rows of {', '.join(other)} than there are now."
+def keep_rows(folder: Path, learned: Sequence[Task], asked: Sequence[Task]) -> None:
+    """Write into a part's folder what tells its rows from others."""
+    learned_from = {task.name: digest_of(task) for task in learned}
+    write_json(folder / ROWS, {"learned": learned_from, "asked": {t.name: _asked(t) for t in asked}})
+
+
+def of_other_rows(path: Path, tasks: Sequence[Task]) -> Iterator[str]:
+    """A sentence of each part of a run, begun or finished, whose rows aren't those of these tasks."""
+    learned, asked = ({t.name: of(t) for t in tasks} for of in (digest_of, _asked))
+    for file in sorted(path.rglob(ROWS)):
+        then = json.loads(file.read_text(encoding="utf-8"))
+        for key, now, what in (
+            ("learned", learned, "was learned from other rows"),
+            ("asked", asked, "was asked other test rows"),
+        ):
+            known = then.get(key, {})
+            if other := [name for name, digest in known.items() if now.get(name, digest) != digest]:
+                yield f"{file.parent}: {what} of {', '.join(other)} than there are now."
+                break
+
+
+def _asked(task: Task) -> str:
+    return hashlib.sha256(repr((task.metric, task.options, task.test)).encode()).hexdigest()

@@ -87,7 +87,8 @@ class Outcome:
 def _of_its_stages(metrics: RunMetrics, cell: Cell) -> bool:
     """Whether these are the metrics that the stages on disk give, as their manifests vouch for them."""
     # the rows aren't read: they may be gone since. That these are the names is what the folders' names say
-    stream = TaskStream("", tuple(Task(name, (), ()) for name in metrics.tasks))
+    again = metrics.same_as
+    stream = TaskStream("", tuple(Task(t, (), (), same_as=again.get(t, "")) for t in metrics.tasks))
     stages = build_strategy(cell.config.strategy).stages(stream)
     names = [Learner.part(stage) for stage in stages]
     before = [ZERO_SHOT] if cell.config.evaluation.zero_shot else []

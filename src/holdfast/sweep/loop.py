@@ -153,7 +153,7 @@ class _Sweep:
                 except HoldfastError:  # the rows are gone; a cell that needs them tells of it
                     streams[key] = None
             if (stream := streams[key]) is not None:
-                changed = of_other_rows(cell.folder, build_strategy(config.strategy).stages(stream))
+                changed = of_other_rows(cell.folder, stream.tasks)
                 mend = "Bring these back, or give the sweep another folder with output=DIR."
                 note(cell, [f"{problem} {mend}" for problem in changed])
 
