@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator
 
 
 def local_path(text: str | Path) -> Path:
@@ -13,6 +16,13 @@ def local_path(text: str | Path) -> Path:
         return Path(text).expanduser()
     except RuntimeError:  # ~nobody
         return Path(text)
+
+
+def _expanded(text: str) -> str:
+    return str(local_path(text))
+
+
+Output = Annotated[str, AfterValidator(_expanded)]  # a folder that is written, wherever it is read again
 
 
 def is_local(text: str, suffixes: Collection[str] = ()) -> bool:

@@ -268,6 +268,21 @@ def test_problems_of_all_cells_are_found_before_anything_is_trained(tmp_path):
     assert not (tmp_path / "out" / "runs").exists()
 
 
+def test_what_later_rows_alone_have_is_looked_at_before_anything_is_trained(tmp_path):
+    missing = str(tmp_path / "missing.txt")
+    rows = [
+        PLAIN,
+        {"name": "text", "set": {"replay": {"memory": "none", "general": {"file": missing}}}},
+        {"name": "base", "set": {"strategy": "ewc", "protect_base": {"general": missing}}},
+        {"name": "harness", "set": {"evaluation.harness": {"tasks": ["mine"], "include_path": missing}}},
+    ]
+    with pytest.raises(ConfigError) as told:
+        sweep(grid_file(tmp_path, rows))
+    assert not list((tmp_path / "out").rglob("tasks"))
+    for name in ("text", "base", "harness"):
+        assert re.search(rf"^  {name}, seed 0: .*", str(told.value), re.MULTILINE), told.value
+
+
 @pytest.mark.parametrize("by", ["bwt", "learning_accuracy"])
 def test_a_metric_that_no_run_will_have_is_refused_as_what_to_choose_by(by, tmp_path):
     joint = {"strategy": "multitask", "tasks.order": ["head", "tail"]}

@@ -265,6 +265,16 @@ def test_learning_goes_on_in_the_folder_of_a_run_and_its_tasks_are_asked_again(t
     assert again.record() == known.record()
 
 
+def test_a_home_in_output_is_where_a_run_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    values = folders_of(tmp_path).model_dump(mode="json")
+    assert run(validate(RunConfig, {**values, "output": "~/run"}, source="test"))["finished"]
+    assert not list((tmp_path / "here").iterdir())
+    assert {p.name for p in (tmp_path / "run/tasks").iterdir()} == {"01-a", "02-b"}
+
+
 def test_a_task_that_was_renamed_is_told_and_the_run_s_figures_stay(tmp_path: Path) -> None:
     config = folders_of(tmp_path)
     run(config)

@@ -12,6 +12,7 @@ from holdfast.config import override, read_yaml, validate
 from holdfast.errors import ConfigError
 from holdfast.learner.config import LearnerConfig, LearnerEvaluationOptions
 from holdfast.models import ModelOptions
+from holdfast.places import Output
 from holdfast.tasks import TasksOptions
 
 Scope = Literal["all", "seen", "needed", "last"]
@@ -32,7 +33,9 @@ class RunEvaluationOptions(LearnerEvaluationOptions):
 class RunConfig(LearnerConfig):
     """One run: a model learns a task stream under a strategy."""
 
-    output: str = Field(description="run directory; a run started again with the same config continues there")
+    output: Output = Field(
+        description="run directory; a run started again with the same config continues there"
+    )
     label: str | None = Field(None, description="how the run is called in tables; default: the strategy")
     model: ModelOptions
     tasks: TasksOptions

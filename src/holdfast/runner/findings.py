@@ -117,7 +117,10 @@ def check(config: RunConfig, directory: bool = True) -> Findings:
     if model is not None and config.training.trainer == "sft" and is_encoder_decoder(model):
         findings.problems.append("training.trainer: 'sft' trains causal models only; use 'auto'.")
     if fits and stream is not None:
-        _estimate(config, model, stream, strategy, findings)
+        try:
+            _estimate(config, model, stream, strategy, findings)
+        except HoldfastError as error:  # of files that are read to count rows
+            findings.problems.append(str(error))
     return findings
 
 

@@ -17,6 +17,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from holdfast.config import Options, override, read_yaml, validate
 from holdfast.errors import ConfigError
 from holdfast.evaluation.predictions import file_safe
+from holdfast.places import Output
 from holdfast.quantities import short
 from holdfast.runner.config import RunConfig
 from holdfast.tasks.options import Name
@@ -92,7 +93,7 @@ class Choose(Options):
 class Grid(Options):
     """A sweep: rows × grid points × orders × seeds."""
 
-    output: str = Field(description="folder of the sweep; started again, it continues there")
+    output: Output = Field(description="folder of the sweep; started again, it continues there")
     base: dict[str, Any] = Field(
         description="what all cells share: a run's configuration, or the path of one, from the grid's folder"
     )

@@ -162,7 +162,7 @@ class _Sweep:
 
 
 def _check_new(cell: Cell, seen: set[str], note: Note) -> None:
-    """Look at what no earlier cell had: data and model as a whole, a strategy, the rows of a seed."""
+    """Look at what no earlier cell had: all but numbers as a whole, a strategy, the rows of a seed."""
 
     def is_new(*parts: Any) -> bool:
         key = json.dumps([p.model_dump(mode="json") if hasattr(p, "model_dump") else p for p in parts])
@@ -173,7 +173,9 @@ def _check_new(cell: Cell, seen: set[str], note: Note) -> None:
     config = cell.config
     new_rows = is_new("rows", config.tasks, config.seed)
     new_strategy = is_new("strategy", config.model, config.strategy)
-    if is_new("whole", config.model, config.tasks, config.template, config.training.trainer):
+    whole = config.model_dump(mode="json", exclude={"seed", "output", "label"})
+    kinds = {part: _without_numbers(whole[part]) for part in ("strategy", "training")}  # strengths, rates
+    if is_new("whole", {**whole, **kinds}):
         note(cell, check(config, directory=False).problems)
         return
     if new_rows:
@@ -183,6 +185,12 @@ def _check_new(cell: Cell, seen: set[str], note: Note) -> None:
             build_strategy(config.strategy).check(load_model(config.model, config.seed, toy_tokenizer)[0])
         except HoldfastError as error:
             note(cell, [str(error)])
+
+
+def _without_numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_numbers(inner) for key, inner in value.items()}
+    return None if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
 def _unmeasurable(cell: Cell, choose: Choose | None) -> list[str]:

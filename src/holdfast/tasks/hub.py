@@ -124,7 +124,8 @@ def _from_hub(name: str, spec: HubTask, split: str, place: str, problems: Proble
             pieces = ReadInstruction.from_spec(split).to_absolute({name: len(d) for name, d in parts.items()})
             dataset = concatenate_datasets([parts[p.splitname].select(range(p.from_, p.to)) for p in pieces])
         else:
-            dataset = load_dataset(path=spec.path, name=spec.config, revision=spec.revision, split=split)
+            path = str(root) if root.is_dir() else spec.path
+            dataset = load_dataset(path=path, name=spec.config, revision=spec.revision, split=split)
     except Exception as error:
         said = first_line(error.__cause__ or error)
         problems.add(f"tasks.tasks.{name}", f"split '{split}' of '{spec.path}' can't be loaded: {said}.")
