@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ import pytest
 import torch
 
 from holdfast import Learner
-from holdfast.errors import ConfigError, ModelError
+from holdfast.errors import ConfigError, DataError, ModelError
+from holdfast.learner.skills import read_skills
 from holdfast.models import block_parameters, tiny_llama
-from holdfast.tasks import toy_tokenizer
+from holdfast.tasks import as_examples, toy_tokenizer
+from holdfast.tasks.task import Task
 
 TOKENIZER = toy_tokenizer()
 OLD, NEW = ([{"prompt": f"{word} {x}=", "completion": x} for x in ("abc", "hfa", "dea")] for word in "ab")
@@ -116,3 +119,50 @@ def test_several_trainings_of_a_task_say_nothing_of_another_model() -> None:
                 stage.attach(optimizer, steps=2)
                 for _ in range(2):
                     step(model, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("june", {"metric": "f1"}, r"task 'june': there is no metric 'f1'; allowed: exact_match, "),
+        ("june", {"metric": "options"}, r"'options' needs the allowed answers: options=\[\.\.\.\]"),
+        ("june", {"metric": "options", "options": ["x", "y"]}, "the answer 'abc' is none of its options"),
+        ("june", {"options": ["abc"]}, "`options` do nothing with the metric 'exact_match'"),
+        ("june", {"about": {"when": object()}}, "task 'june': `about` can't be kept as JSON"),
+        (202406, {}, "its name is 202406; give a text"),
+        (" ", {}, "its name is ' '"),
+    ],
+)
+def test_what_a_task_cannot_be_scored_or_called_by_is_told_before_it_begins(
+    name: Any, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with Learner(model_of(), TOKENIZER, "sequential", folder=tmp_path / "s") as learner:
+        with pytest.raises((ConfigError, DataError), match=message), learner.task(name, OLD, OLD, **options):
+            pytest.fail("the block began")
+        assert not list((tmp_path / "s").rglob("*.partial"))
+
+
+def test_remarks_stand_beside_what_is_known_of_a_task_and_replace_nothing(tmp_path: Path) -> None:
+    about = {"name": "Bob", "metric": "accuracy"}
+    with (
+        Learner(model_of(), TOKENIZER, "sequential", training=TRAINING, folder=tmp_path / "s") as learner,
+        learner.task("june", OLD, OLD, about=about) as stage,
+    ):
+        stage.train()
+    kept = json.loads(next((tmp_path / "s").rglob("task.json")).read_text())
+    assert (kept["name"], kept["metric"], kept["about"]) == ("june", "exact_match", about)
+    with Learner.load(tmp_path / "s", model_of(), TOKENIZER) as again, again.task("july", NEW) as stage:
+        stage.train()
+    assert [skill.name for skill in read_skills(tmp_path / "s").skills] == ["june", "july"]
+
+
+def test_a_learner_is_asked_the_rows_it_is_given_whatever_a_task_of_that_name_had(tmp_path: Path) -> None:
+    with Learner(model_of(), TOKENIZER, "sequential", training=TRAINING) as learner:
+        with learner.task("june", OLD, OLD[:2]) as stage:
+            stage.train()
+        others = Task("june", (), as_examples(NEW))
+        learner.evaluate([others], tmp_path / "asked")
+        lines = next((tmp_path / "asked").rglob("*.jsonl")).read_text().splitlines()
+        assert [json.loads(line)["prompt"] for line in lines] == [row["prompt"] for row in NEW]
+        with pytest.raises(DataError, match=r"no test rows to ask in june"):
+            learner.evaluate([Task("june", (), ())], tmp_path / "none")

@@ -21,8 +21,18 @@ def digest_of(task: Task) -> str:
     return hashlib.sha256(repr((task.metric, task.options, task.train, task.test)).encode()).hexdigest()
 
 
-def write_task(folder: Path, task: Task, about: Mapping[str, Any]) -> None:
-    """Keep a task's name, metric and test rows in the folder of its stage; training rows are not kept."""
+def write_task(
+    folder: Path, task: Task, kept: Mapping[str, Any], remarks: Mapping[str, Any] | None = None
+) -> None:
+    """Keep a task's name, metric and test rows in the folder of its stage; training rows are not kept.
+
+    Parameters
+    ----------
+    kept : mapping
+        What else the learner must know of it.
+    remarks : mapping, optional
+        What somebody wants to be kept with it (``about``).
+    """
     write_text(folder / TEST, "".join(json.dumps(e.record(), ensure_ascii=False) + "\n" for e in task.test))
     values = {
         "name": task.name,
@@ -31,7 +41,8 @@ def write_task(folder: Path, task: Task, about: Mapping[str, Any]) -> None:
         "train_rows": len(task.train),
         "test_rows": len(task.test),
         **({"same_as": task.same_as} if task.same_as else {}),
-        **about,
+        **kept,
+        **({"about": dict(remarks)} if remarks else {}),
     }
     write_json(folder / ABOUT, values)
 

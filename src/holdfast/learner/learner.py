@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 import tempfile
@@ -18,7 +19,7 @@ import torch
 from holdfast import world
 from holdfast.attribution import AttributionOptions
 from holdfast.config import section, validate
-from holdfast.errors import ConfigError, ModelError, RunDirectoryError
+from holdfast.errors import ConfigError, DataError, ModelError, RunDirectoryError
 from holdfast.evaluation.asking import ask
 from holdfast.evaluation.explaining import explain
 from holdfast.evaluation.general import Divergence
@@ -33,6 +34,7 @@ from holdfast.learner.engine import check_engine
 from holdfast.learner.export import export, push
 from holdfast.learner.figures import figures_after
 from holdfast.learner.general import General
+from holdfast.learner.given import given_task
 from holdfast.learner.harness import Harness
 from holdfast.learner.keep import thin
 from holdfast.learner.known import digest_of, read_about, write_task
@@ -306,20 +308,16 @@ class Learner:
         Raises
         ------
         ConfigError
-            The name is taken, nothing was trained in the block, the strategy must know `total`, or there are
-            options for a metric without.
+            The name is taken or none, nothing was trained in the block, the strategy must know `total`,
+            there is no such metric, there are options for another, or `about` isn't JSON-able.
         DataError
             A row is malformed, doesn't fit the model, or can't be answered (`look`).
         """
-        rows = as_examples(train)
-        asked_rows = as_examples(test, needed=False)
-        metric = metric or ("perplexity" if any(row.raw for row in asked_rows) else "exact_match")
-        if options and metric != "options":
-            raise ConfigError(
-                f"task '{name}': `options` do nothing with the metric '{metric}'; leave them out, or give "
-                'metric="options".'
-            )
-        task = Task(name, rows, asked_rows, metric, tuple(options))
+        task = given_task(name, train, test, metric, options)
+        try:
+            json.dumps(about)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"task '{name}': `about` can't be kept as JSON ({error}).") from error
         stage = Stage(name, (task,), len(self.learned), total)
         self._check_can_begin(stage)
         self.look([task])
@@ -380,7 +378,7 @@ class Learner:
             with _timed(seconds, "train"):
                 learning = self._learning(stage, description, reports)
                 if len(stage.tasks) == 1:
-                    self._write_task(folder, stage.tasks[0], about or {})
+                    self._write_task(folder, stage.tasks[0], about)
                 try:
                     yield learning
                 finally:
@@ -424,16 +422,15 @@ class Learner:
             self.state.digests[task.name] = digest_of(task)
         thin(self.folder, STAGES, self.config.keep)
 
-    def _write_task(self, folder: Path, task: Task, about: Mapping[str, Any]) -> None:
-        values = {
+    def _write_task(self, folder: Path, task: Task, about: Mapping[str, Any] | None) -> None:
+        kept = {
             "learned": datetime.now(UTC).isoformat(timespec="seconds"),
-            **about,
             **self._attempt(task),
             "answer_tokens": self.testing.begin(task),
             "settings": self.config.model_dump(mode="json", include=set(FIXED)),
             "met_in_training": met_in_training((*self.state.tests, task), task),
         }
-        write_task(folder, task, values)
+        write_task(folder, task, kept, about)
 
     def _learning(self, stage: Stage, description: str | None, reports: Reports) -> Learning:
         """The stage as it is trained: its rows, and what the strategy and the memory add to them."""
@@ -648,7 +645,14 @@ class Learner:
         -------
         dict
             Task to score, 0 to 100.
+
+        Raises
+        ------
+        DataError
+            A task has no test rows.
         """
+        if bare := [task.name for task in tasks if not task.test]:
+            raise DataError(f"learner.evaluate: no test rows to ask in {', '.join(bare)}.")
         return self.testing.ask(tasks, folder, description)
 
     def _save_state(self, folder: Path) -> None:

@@ -33,14 +33,14 @@ class Testing:
 
     def __init__(self, state: LearnerState) -> None:
         self.state = state
-        self._encoded: dict[str, EncodedTask] = {}
+        self._encoded: dict[str, tuple[Task, EncodedTask]] = {}  # of each name the rows asked last
         self._longest: dict[str, int] = {}  # how long an answer to each may be, in tokens
 
     def begin(self, task: Task) -> int:
         """Encode the rows of a task that is about to be learned; how long its answers may be, in tokens."""
         if task.test:
             found = encode_task(task, self.state.context.encoder, self.state.config.evaluation)
-            self._encoded[task.name], self._longest[task.name] = found, found.max_new_tokens
+            self._encoded[task.name], self._longest[task.name] = (task, found), found.max_new_tokens
         return self.longest(task.name)
 
     def recall(self, task: str, longest: int) -> None:
@@ -109,12 +109,19 @@ class Testing:
             save_merged(context.model, context.tokenizer, folder)
 
     def _encoded_of(self, task: Task) -> EncodedTask:
-        if task.name not in self._encoded:
-            options = self.state.config.evaluation
-            if options.max_new_tokens is None and (longest := self.longest(task.name)):
-                options = options.model_copy(update={"max_new_tokens": longest})
-            self._encoded[task.name] = encode_task(task, self.state.context.encoder, options)
-        return self._encoded[task.name]
+        known = self._encoded.get(task.name)
+        if known is not None and _asks_the_same(known[0], task):
+            return known[1]
+        options = self.state.config.evaluation
+        if options.max_new_tokens is None and (longest := self.longest(task.name)):
+            options = options.model_copy(update={"max_new_tokens": longest})
+        found = encode_task(task, self.state.context.encoder, options)
+        self._encoded[task.name] = (task, found)
+        return found
+
+
+def _asks_the_same(a: Task, b: Task) -> bool:
+    return a.metric == b.metric and a.options == b.options and (a.test is b.test or a.test == b.test)
 
 
 def _ahead(bar: Callable[[int], None], before: int, done: int, total: int) -> None:

@@ -23,7 +23,7 @@ from holdfast.models.adapters import is_adapted
 from holdfast.progress import Progress, stoppable
 from holdfast.storage import as_utf8
 from holdfast.tasks import load_task
-from holdfast.tasks.options import left_out, subsample
+from holdfast.tasks.options import left_out
 from holdfast.tasks.problems import Problems
 from holdfast.tasks.rows import Columns
 from holdfast.tasks.sources import check_options
@@ -276,13 +276,14 @@ def _task(
     if not tests:
         count = min(KEPT_MOST, round(KEPT_SHARE * len(loaded.train)))
         if count:
-            train = subsample(loaded.train, len(loaded.train) - count, seed, name, "learn")
             tests = left_out(loaded.train, len(loaded.train) - count, seed, name, "learn")
+            aside = {id(row) for row in tests}
+            train = [row for row in loaded.train if id(row) not in aside]
             if len(tests) < count:
                 progress.say(
                     f"{data}: {count - len(tests)} of the {count} rows drawn to be kept aside ask what is "
                     "trained on too, or are of a chat that is, so they can't tell what was learned: they are "
-                    "left out of both (--test FILE keeps all rows for training)."
+                    "trained on. --test FILE gives rows to be asked."
                 )
     if not train:
         raise DataError(f"{data}: there are no rows to train on.")
