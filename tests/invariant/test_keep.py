@@ -129,7 +129,7 @@ def test_one_task_can_be_taken_back_and_no_second_one(tmp_path: Path) -> None:
             with learner.task(name, rows) as stage:
                 stage.train()
     assert undo(folder) == "d"
-    with pytest.raises(RunDirectoryError, match=r"weights before '03-c' are not kept"):
+    with pytest.raises(RunDirectoryError, match=r"weights before task 'c' are not kept"):
         undo(folder)
 
 

@@ -14,9 +14,9 @@ import pytest
 from holdfast.config import validate
 from holdfast.errors import RunDirectoryError
 from holdfast.learner import Learner
-from holdfast.learner.skills import read_skills
+from holdfast.learner.skills import read_skills, undo
 from holdfast.progress import Progress
-from holdfast.records import RunMetrics
+from holdfast.records import HarnessAnswers, RunMetrics
 from holdfast.report import write_report
 from holdfast.runner import RunConfig, run
 from holdfast.runner.learn import learn_data
@@ -263,6 +263,16 @@ def test_learning_goes_on_in_the_folder_of_a_run_and_its_tasks_are_asked_again(t
     assert {s.name: s.met for s in known.skills if s.met} == counts  # its rows are learned with c
     again = read_skills(tmp_path / "run")
     assert again.record() == known.record()
+    answers = {"now": {}, "learned": ["a", "b"]}
+    HarnessAnswers.model_validate({"now": {}, "learned": ["a", "b", "c"], "earlier": [answers]}).write(
+        tmp_path / "run/harness.json"
+    )
+    assert undo(tmp_path / "run") == "c"
+    (left,) = HarnessAnswers.read(tmp_path / "run/harness.json").every  # what was asked of c is gone with it
+    assert left.learned == ["a", "b"]
+    with pytest.raises(RunDirectoryError, match="the last task is one of a run"):
+        undo(tmp_path / "run")
+    assert run(config)["finished"]
 
 
 def test_a_home_in_output_is_where_a_run_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

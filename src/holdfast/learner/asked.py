@@ -31,6 +31,19 @@ def behind(before: HarnessAnswers, now: HarnessAnswers) -> HarnessAnswers:
     return now.model_copy(update={"earlier": tuple(a for a in before.every if not again(a))})
 
 
+def forget_others(folder: Path, learned: Sequence[str]) -> None:
+    """Take out of ``harness.json`` what was asked when other tasks had been learned than these, in order."""
+    file = folder / HARNESS
+    if not file.is_file():
+        return
+    every = HarnessAnswers.read(file).every
+    kept = [answers for answers in every if answers.learned == list(learned)[: len(answers.learned)]]
+    if not kept:
+        file.unlink()
+    elif len(kept) < len(every):
+        kept[-1].model_copy(update={"earlier": tuple(kept[:-1])}).write(file)
+
+
 def along_the_way(stages: Sequence[StageMetrics]) -> dict[str, list[float | None]]:
     """The scores before the first stage and after each.
 

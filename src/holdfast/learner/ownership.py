@@ -14,6 +14,7 @@ from holdfast.environment import describe_environment, environment_recorded
 from holdfast.errors import ConfigError, HoldfastError, ModelError, RunDirectoryError
 from holdfast.folder import CONFIG, ENVIRONMENT, LOCK, Folder
 from holdfast.learner.config import STAGES, LearnerConfig, recorded_config
+from holdfast.learner.testing import VLLM_LOG
 from holdfast.models import ModelOptions, float_type, load_model, load_saved, quantisation_of
 from holdfast.models.base import identity_of
 from holdfast.names import canonical_name
@@ -88,7 +89,7 @@ def begun(path: Path) -> bool:
 
 def _strangers(path: Path) -> list[str]:
     """What lies in a folder beside that which a learner writes before its first task."""
-    ours = {LOCK, CONFIG, TRAINED, STAGES, ENVIRONMENT}
+    ours = {LOCK, CONFIG, TRAINED, STAGES, ENVIRONMENT, VLLM_LOG}
     return sorted(p.name for p in path.iterdir() if p.name[0] != "." and p.name not in ours)
 
 

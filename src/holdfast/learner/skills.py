@@ -12,7 +12,7 @@ from holdfast.errors import DataError, RunDirectoryError
 from holdfast.evaluation.metrics import summarise
 from holdfast.evaluation.predictions import read_predictions
 from holdfast.folder import PARTIAL, Folder
-from holdfast.learner.asked import along_the_way, with_asked
+from holdfast.learner.asked import along_the_way, forget_others, with_asked
 from holdfast.learner.base_task import BASE
 from holdfast.learner.config import STAGES, recorded_config, require_learner
 from holdfast.learner.figures import matrix_of
@@ -217,20 +217,22 @@ def undo(path: str | Path) -> str:
         begun = unfinished or folder.parts(STAGES)[-1:]
         if not begun:
             raise RunDirectoryError(f"{root}: nothing was learned here, so there is nothing to take back.")
-        if (root / RUN).exists() and not (root / begun[-1] / ABOUT).exists():
+        last = root / (begun[-1] + (PARTIAL if unfinished else ""))
+        name = _name_of(last)
+        of_run = RunMetrics.read(root / RUN).tasks if (root / RUN).exists() else None
+        if of_run is not None and (name in of_run or not (last / ABOUT).exists()):
             raise RunDirectoryError(
                 f"{root}: the last task is one of a run, which is what its configuration says. Take tasks "
                 "out of tasks.order and run that in a directory of its own."
             )
         before = [part for part in folder.parts(STAGES) if part != begun[-1]][-1:]
         if before and folder.thinned(before[0]):
-            last = begun[-1].rpartition("/")[2]
             raise RunDirectoryError(
-                f"{root}: the weights before '{last}' are not kept (`keep: last` keeps those of the last two "
+                f"{root}: the weights before task '{name}' are not kept (`keep: last` keeps those of the last two "
                 "tasks), so it can't be taken back. Nothing was changed."
             )
-        name = _name_of(root / (begun[-1] + (PARTIAL if unfinished else "")))
         folder.remove(begun[-1])
+        forget_others(root, [_name_of(root / part) for part in folder.parts(STAGES)])
         if not any((root / STAGES).iterdir()):
             (root / STAGES).rmdir()
             if (root / BASE / ABOUT).exists():  # it was made for the first task

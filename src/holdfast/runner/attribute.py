@@ -123,7 +123,9 @@ def attribute_to_folder(
     prior.save(out, config.store)
     if _digest_of(out) != before:
         if before is not None:
-            progress.say(f"{out}: the prior that was there was of another model, data or template; replaced.")
+            progress.say(
+                f"{out}: the prior that was there was of another model, data or template, or stored otherwise; replaced."
+            )
         (out / FAITHFULNESS).unlink(missing_ok=True)  # of another prior
     what = (
         f"{count(prior.elements)} weights" if prior.kind == "weights" else "one matrix a linear map's inputs"
