@@ -464,7 +464,8 @@ class Learner:
         if self._broken:
             raise ConfigError(
                 f"Learner: task '{self._broken}' ended in an error, and the model stands somewhere inside "
-                "it. Make the learner anew (with a folder: holdfast.Learner.load) and begin the task again."
+                "it, with what the strategy put into it. Make the learner anew, on a model that is loaded "
+                "anew (with a folder holdfast.Learner.load does both), and begin the task again."
             )
         if self._past:
             raise ConfigError(

@@ -228,8 +228,8 @@ def undo(path: str | Path) -> str:
         before = [part for part in folder.parts(STAGES) if part != begun[-1]][-1:]
         if before and folder.thinned(before[0]):
             raise RunDirectoryError(
-                f"{root}: the weights before task '{name}' are not kept (`keep: last` keeps those of the last two "
-                "tasks), so it can't be taken back. Nothing was changed."
+                f"{root}: the weights before task '{name}' are not kept (`keep: last` keeps those of the "
+                "last two tasks), so it can't be taken back. Nothing was changed."
             )
         folder.remove(begun[-1])
         forget_others(root, [_name_of(root / part) for part in folder.parts(STAGES)])

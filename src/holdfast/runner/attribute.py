@@ -124,7 +124,8 @@ def attribute_to_folder(
     if _digest_of(out) != before:
         if before is not None:
             progress.say(
-                f"{out}: the prior that was there was of another model, data or template, or stored otherwise; replaced."
+                f"{out}: the prior that was there was of another model, data or template, or stored "
+                "otherwise; replaced."
             )
         (out / FAITHFULNESS).unlink(missing_ok=True)  # of another prior
     what = (
