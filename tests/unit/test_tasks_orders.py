@@ -35,6 +35,10 @@ def test_orders_of_one_benchmark_are_permutations_of_each_other():
         ("2", ["task1290", "task181"], None),
         ("wic", ["mnli"], None),
         ("sst2", ["sst-2", "SST-2"], None),
+        ("2024_02", ["2024_01"], None),
+        ("2024_03_support", ["2024_01_billing"], None),
+        ("task002_a", ["task002_b"], None),
+        ("A", ["a", "b", "a"], "a"),
     ],
 )
 def test_a_name_finds_its_task(name, available, expected):

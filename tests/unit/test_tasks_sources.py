@@ -110,6 +110,27 @@ def test_metric_and_options_a_task(folder):
     assert [task.options for task in stream] == [("0", "1", "2", "3"), ("0", "1", "2"), ()]
 
 
+def test_names_that_begin_with_the_same_number_are_different_tasks(tmp_path: Path) -> None:
+    labels = {"2024_01": ["0", "1", "2"], "2024_02": ["0", "1", "2", "3"]}
+    for name in labels:
+        write_rows(tmp_path / name / "train.jsonl", 6, name)
+        write_rows(tmp_path / name / "test.jsonl", 3, f"{name} test")
+    source = {"source": "jsonl", "path": str(tmp_path)}
+    each = stream_of(**source, metric={"2024_01": "exact_match", "2024_02": "rouge_l"})
+    assert [task.metric for task in each] == ["exact_match", "rouge_l"]
+    one = stream_of(**source, metric={"2024_02": "rouge_l"})
+    assert [task.metric for task in one] == ["exact_match", "rouge_l"]
+    allowed = stream_of(**source, metric="options", options=labels)
+    assert [list(task.options) for task in allowed] == list(labels.values())
+    with pytest.raises(DataError, match=r"tasks\.order: no task '2024_03'\."):
+        stream_of(**source, order=["2024_01", "2024_03"])
+
+
+def test_two_keys_of_one_task_are_refused(folder: Path) -> None:
+    with pytest.raises(DataError, match=r"tasks\.metric: '002' and 'task002' are both the task 'task002'"):
+        stream_of(source="jsonl", path=str(folder), metric={"002": "rouge_l", "task002": "exact_match"})
+
+
 def test_messages_and_other_columns_are_read_from_jsonl(tmp_path):
     for split in ("train", "test"):
         write_rows(tmp_path / "a" / f"{split}.jsonl", 0)

@@ -26,17 +26,18 @@ def match_task(name: str, available: Iterable[str]) -> str | None:
     """The available task that a name in an order means, or None.
 
     Exact names come first, then names that differ in case, '-' or '_' only (``sst-2`` is ``SST2``) and
-    ``boolqa`` for ``boolq``, then numbers of Super-NaturalInstructions tasks (``002`` is ``task002`` or
+    ``boolqa`` for ``boolq``, then bare numbers of Super-NaturalInstructions tasks (``002`` is ``task002`` or
     ``task002_quoref_answer_generation``). A name that could mean two tasks means none.
     """
-    names = list(available)
+    names = list(dict.fromkeys(available))
     if name in names:
         return name
     wanted = {_plain(name), _plain(name).replace("boolqa", "boolq")}
-    number = _number(name)
+    # one with words behind its number means these words: 2024_01 is not 2024_02
+    bare = re.fullmatch(r"(?:task)?(\d+)", name)
     for matches in (
         [n for n in names if _plain(n) in wanted],
-        [n for n in names if number is not None and _number(n) == number],
+        [n for n in names if bare is not None and _number(n) == int(bare[1])],
     ):
         if len(matches) == 1:
             return matches[0]

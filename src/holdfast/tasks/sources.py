@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Union
+from typing import Annotated, Any, TypeVar, Union
 
 from pydantic import Field
 
@@ -21,6 +21,7 @@ for _module in pkgutil.iter_modules(importlib.import_module("holdfast.tasks").__
     if _module.name != "sources":  # each file defines its own source: there is no list to keep
         importlib.import_module(f"holdfast.tasks.{_module.name}")
 
+T = TypeVar("T")
 TasksOptions: Any = Annotated[
     Union[tuple(sorted(SourceOptions.__subclasses__(), key=lambda c: c.__name__))],  # noqa: UP007 - from the files
     Field(discriminator="source"),
@@ -73,7 +74,10 @@ def inspect_stream(config: SourceOptions, seed: int = 0) -> tuple[TaskStream, Pr
     seed = seed if config.seed is None else config.seed
     names = _available(config, problems)
     order = _resolve_order(config, names, problems) if names else []
-    _check_mappings(config, order or names, problems)
+    metrics = _of_tasks(
+        "metric", config.metric if isinstance(config.metric, dict) else {}, order or names, problems
+    )
+    allowed = _of_tasks("options", config.options, order or names, problems)
     read: dict[str, Task] = {}
     tasks = []
     for name, called in zip(order, _told_apart(order), strict=True):
@@ -85,7 +89,7 @@ def inspect_stream(config: SourceOptions, seed: int = 0) -> tuple[TaskStream, Pr
                 continue
             if task is None:
                 continue
-            read[name] = _finish(task, config, problems, seed)
+            read[name] = _finish(task, config, metrics, allowed, problems, seed)
         tasks.append(replace(read[name], name=called, same_as=name if called != name else ""))
     title = config.order if isinstance(config.order, str) else config.title()
     return TaskStream(title, tuple(tasks)), problems
@@ -160,19 +164,38 @@ def _told_apart(order: Sequence[str]) -> list[str]:
     return names
 
 
-def _check_mappings(config: SourceOptions, names: list[str], problems: Problems) -> None:
-    metrics = config.metric if isinstance(config.metric, dict) else {}
-    for setting, keys in (("metric", metrics), ("options", config.options)):
-        for key in keys:
-            if names and match_task(key, names) is None:
-                problems.add(f"tasks.{setting}", f"no task '{key}' in the stream.{did_you_mean(key, names)}")
+def _of_tasks(
+    setting: str, given: Mapping[str, T], names: Sequence[str], problems: Problems
+) -> dict[str, tuple[str, T]]:
+    """Of each task that a setting is given for, by its own name: the key that means it, and the value."""
+    found: dict[str, tuple[str, T]] = {}
+    for key, value in given.items() if names else ():
+        name = match_task(key, names)
+        if name is None:
+            problems.add(f"tasks.{setting}", f"no task '{key}' in the stream.{did_you_mean(key, names)}")
+        elif name in found:
+            problems.add(
+                f"tasks.{setting}",
+                f"'{found[name][0]}' and '{key}' are both the task '{name}'; leave one out",
+            )
+        else:
+            found[name] = key, value
+    return found
 
 
-def _finish(task: Task, config: SourceOptions, problems: Problems, seed: int) -> Task:
+def _finish(
+    task: Task,
+    config: SourceOptions,
+    metrics: Mapping[str, tuple[str, MetricName]],
+    allowed: Mapping[str, tuple[str, tuple[str, ...]]],
+    problems: Problems,
+    seed: int,
+) -> Task:
     """Choose the rows and settle the metric."""
-    key = next((key for key in config.options if match_task(key, [task.name])), None)
-    options = task.options if key is None else config.options[key]
-    metric = _metric(config, task)
+    key, options = allowed.get(task.name, (None, task.options))
+    usual = "perplexity" if any(row.raw for row in task.train) else task.metric
+    of_all = config.metric if isinstance(config.metric, str) else None
+    _, metric = metrics.get(task.name, ("", of_all or usual))
     if metric == "options":
         where = f"give tasks.options.{task.name} or a labels.json"
         check_options(task, options, where, problems)
@@ -207,14 +230,6 @@ def _validation_rows(task: Task, config: SourceOptions, problems: Problems, seed
             f"{len(left)} with other prompts are left; {advice}",
         )
     return left
-
-
-def _metric(config: SourceOptions, task: Task) -> MetricName:
-    usual = "perplexity" if any(row.raw for row in task.train) else task.metric
-    if not isinstance(config.metric, dict):
-        return config.metric or usual
-    given = (metric for key, metric in config.metric.items() if match_task(key, [task.name]))
-    return next(given, usual)
 
 
 def check_options(task: Task, options: tuple[str, ...], give: str, problems: Problems) -> None:
