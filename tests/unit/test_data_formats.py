@@ -25,6 +25,7 @@ ADAPTER: TypeAdapter = TypeAdapter(TasksOptions)
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
 SYSTEM = {"role": "system", "content": "be brief"}
 CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": "ü"}'}}
+CALL_READ = {"id": "1", "type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": "ü"}}}
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +93,7 @@ def lines(*rows: Any) -> str:
             Example(
                 (
                     USER,
-                    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+                    {"role": "assistant", "content": "", "tool_calls": [CALL_READ]},
                     {"role": "tool", "content": "3", "tool_call_id": "1"},
                 ),
                 "ho",
@@ -140,6 +141,22 @@ def test_every_form_that_people_have_gives_its_example(row: dict[str, Any], exam
                 ]
             },
             "the arguments of a tool call in 'messages' are no JSON",
+        ),
+        *(
+            (
+                {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": calls}, *more]},
+                said,
+            )
+            for more in ([], [{"role": "tool", "content": "3"}, ANSWER])
+            for calls, said in (
+                (["add"], "a tool call in 'messages' must have a function's name, got 'add'"),
+                ('[{"name": "add"}]', "the tool calls of a message in 'messages' must be a list, got str"),
+                ({"name": "add"}, "the tool calls of a message in 'messages' must be a list, got an object"),
+            )
+        ),
+        (
+            {"messages": [USER, ANSWER], "tools": [{"function": "add"}]},
+            r"a tool in 'tools' must be \{'type': 'function', .* got \{'function': 'add'\}",
         ),
         ({"messages": [USER, ANSWER], "tools": "add"}, "'tools' must be a list of objects"),
         ({"prompt": "a", "completion": "b", "tools": "saw"}, "means something else needs another name"),
@@ -198,6 +215,17 @@ def test_each_answer_of_a_chat_is_a_row_where_all_are_learned(row: Any, tmp_path
     assert as_examples([each[0], row], Columns(turns="all")) == [each[0], *each]
     file = write(tmp_path / "chats.jsonl", json.dumps(row))
     assert list(load_task(file, Columns.of(["turns=all"])).train) == each
+
+
+def test_a_call_is_learned_and_shown_to_later_turns_in_one_form() -> None:
+    framed = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    flat = {"role": "assistant", "content": "", "tool_calls": [{"name": "add", "arguments": '{"a": 1}'}]}
+    for call, read in ((framed, CALL_READ), (flat, {"name": "add", "arguments": {"a": 1}})):
+        chat = {"messages": [USER, call, {"role": "tool", "content": "3"}, ANSWER]}
+        called, answered = as_examples([chat], Columns(turns="all"))
+        arguments = read.get("function", read)["arguments"]
+        assert json.loads(called.completion) == {"name": "add", "arguments": arguments}
+        assert answered.prompt[1]["tool_calls"] == [read]
 
 
 def test_all_turns_of_rows_that_are_no_chats_are_refused(tmp_path: Path) -> None:

@@ -23,16 +23,19 @@ SPEAKERS = {  # ShareGPT's names, and those that its descendants use
     "observation": "tool",
     "function_response": "tool",
 }
-KEPT = ("tool_calls", "tool_call_id", "name")  # what chat templates may show beside role and content
+KEPT = ("tool_call_id", "name")  # what chat templates may show beside role, content and tool calls
 
 
 def read_messages(value: object, column: str) -> tuple[Message, ...]:
     """Messages ``{"role", "content"}`` or ``{"from", "value"}``; every content becomes a text.
 
+    The arguments of tool calls become values, where they are JSON in a text as OpenAI's API gives them.
+
     Raises
     ------
     RowFault
-        It is no list of messages, a role is unknown, or a part of a content is no text.
+        It is no list of messages, a role is unknown, a part of a content is no text, or a tool call has no
+        name.
     """
     if not isinstance(value, list | tuple) or not value:
         raise RowFault(f"'{column}' must be a list of messages, got {kind_of(value)}")
@@ -59,10 +62,38 @@ def _message(turn: object, column: str) -> Message:
     if role is None:
         raise RowFault(f"unknown role '{given}' in '{column}'; allowed: {', '.join(allowed)}")
     message: dict[str, Any] = {"role": role, "content": _content(turn, content, column)}
-    for key in KEPT:
-        if turn.get(key):
-            message[key] = turn[key]
-    return message
+    if calls := _calls(turn.get("tool_calls"), column):
+        message["tool_calls"] = calls
+    return message | {key: turn[key] for key in KEPT if turn.get(key)}
+
+
+def _calls(value: object, column: str) -> list[dict[str, Any]]:
+    if not value:
+        return []
+    if not isinstance(value, list | tuple):
+        raise RowFault(f"the tool calls of a message in '{column}' must be a list, got {kind_of(value)}")
+    return [_call(call, column) for call in value]
+
+
+def _call(call: object, column: str) -> dict[str, Any]:
+    """A call with its arguments as a value, in the same frame."""
+    function = function_in(call)
+    if not isinstance(call, Mapping) or function is None or not isinstance(function.get("name"), str):
+        raise RowFault(f"a tool call in '{column}' must have a function's name, got {call!r:.60}")
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError as error:
+            raise RowFault(f"the arguments of a tool call in '{column}' are no JSON ({error})") from error
+    whole = {**function, "arguments": arguments}
+    return {**call, "function": whole} if "function" in call else whole
+
+
+def function_in(item: object) -> Mapping[str, Any] | None:
+    """The function of a tool, or of a call, with or without its frame; None where there is none."""
+    function = item.get("function", item) if isinstance(item, Mapping) else None
+    return function if isinstance(function, Mapping) else None
 
 
 def _content(turn: Mapping[str, Any], content: object, column: str) -> str:
@@ -97,21 +128,13 @@ def read_answer(turn: Message, column: str) -> str:
     Raises
     ------
     RowFault
-        The message is not the assistant's, or a call has no name.
+        The message is not the assistant's.
     """
     if turn["role"] != "assistant":
         raise RowFault(f"'{column}' must end with the assistant's answer, got role '{turn['role']}'")
     lines = [turn["content"]] if turn["content"] else []
     for call in turn.get("tool_calls", ()):
-        function = call.get("function", call) if isinstance(call, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise RowFault(f"a tool call in '{column}' must have a function's name, got {call!r:.60}")
-        arguments = function.get("arguments", {})
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments)
-            except ValueError as error:
-                raise RowFault(f"the arguments of a tool call in '{column}' are no JSON ({error})") from error
-        said = {"name": function["name"], "arguments": arguments}
+        function = call.get("function", call)
+        said = {"name": function["name"], "arguments": function["arguments"]}
         lines.append(json.dumps(said, ensure_ascii=False))
     return "\n".join(lines)

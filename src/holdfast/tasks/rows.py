@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from holdfast.config import Options, half_character, validate
 from holdfast.errors import ConfigError, DataError
-from holdfast.tasks.chat import answers_in, read_answer, read_messages
+from holdfast.tasks.chat import answers_in, function_in, read_answer, read_messages
 from holdfast.tasks.problems import NoColumn, Problems, RowFault, kind_of
 from holdfast.tasks.task import Example, Message
 
@@ -442,6 +442,12 @@ def _tools(row: Row, columns: Columns) -> tuple[Mapping[str, Any], ...]:
             f"'tools' must be a list of objects, got {kind_of(value)}; a column that means something else "
             "needs another name"
         )
+    for tool in value:
+        if function_in(tool) is None:
+            raise RowFault(
+                "a tool in 'tools' must be {'type': 'function', 'function': {'name': text, ...}}, got "
+                f"{tool!r:.60}"
+            )
     return tuple(value)
 
 
