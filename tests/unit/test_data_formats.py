@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from holdfast.errors import DataError
-from holdfast.tasks import Task, as_examples, inspect_stream, load_task, ordered_names
+from holdfast.tasks import Task, as_examples, as_questions, inspect_stream, load_task, ordered_names
 from holdfast.tasks.load import read_questions
 from holdfast.tasks.memory import Memory, MemoryOptions
 from holdfast.tasks.problems import Problems
@@ -439,6 +439,41 @@ def test_a_data_set_of_the_hub_is_loaded_with_its_splits(monkeypatch: pytest.Mon
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert load_task("me/mine") == Task("me/mine", [Example("a", "yes")], [Example("a", "yes")])
     assert asked == ["me/mine"]
+
+
+def calling(name: str, argument: str) -> dict[str, Any]:
+    call = {"type": "function", "function": {"name": name, "arguments": {argument: "x"}}}
+    kinds = {"type": "object", "properties": {argument: {"type": "string"}}}
+    return {
+        "messages": [USER, {"role": "assistant", "content": "", "tool_calls": [call]}],
+        "tools": [{"type": "function", "function": {"name": name, "parameters": kinds}}],
+    }
+
+
+def test_rows_from_arrow_have_no_keys_of_other_rows(tmp_path: Path) -> None:
+    rows = [calling("weather", "city"), calling("stock", "ticker")]
+    table = datasets.Dataset.from_list(rows)
+    table.to_parquet(tmp_path / "a.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    written = load_task(write(tmp_path / "a.jsonl", lines(*rows))).train
+    assert written[0].completion == '{"name": "weather", "arguments": {"city": "x"}}'
+    for found in (load_task(tmp_path / "a.parquet").train, load_task(tmp_path / "saved").train):
+        assert found == written
+    assert as_examples(table) == written
+    null = {"name": "weather", "arguments": {"city": None}}
+    said = {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [null]}]}
+    assert json.loads(as_examples([said])[0].completion) == null
+
+
+def test_class_labels_are_their_names_from_disk_and_from_python(tmp_path: Path) -> None:
+    features = datasets.Features(
+        {"prompt": datasets.Value("string"), "completion": datasets.ClassLabel(names=["no", "yes"])}
+    )
+    table = datasets.Dataset.from_dict({"prompt": ["a", "b"], "completion": [1, 0]}, features=features)
+    table.save_to_disk(tmp_path / "d")
+    assert as_examples(table) == load_task(tmp_path / "d").train == [Example("a", "yes"), Example("b", "no")]
+    asked = table.rename_columns({"completion": "prompt", "prompt": "id"})
+    assert [question.prompt for question in as_questions(asked)] == ["yes", "no"]
 
 
 def test_what_save_to_disk_wrote_is_read(tmp_path: Path) -> None:

@@ -239,13 +239,28 @@ def load_saved(root: Path) -> dict[str, Any]:
 
 
 def rows_of(dataset: Any, where: str) -> Iterator[Placed]:
-    """The rows of a ``datasets.Dataset``; class labels become their names."""
+    """The rows of a ``datasets.Dataset``, as `as_written`."""
+    return ((f"{where} row {number}", row) for number, row in enumerate(as_written(dataset), start=1))
+
+
+def as_written(dataset: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a ``datasets.Dataset`` as people write them: class labels by their names, no padding.
+
+    Arrow gives every object of a column the keys of all of them. So a null in a tool's arguments can't be
+    told from a key that another row has, and is left out as well.
+    """
     labels = {
         column: feature.names for column, feature in dataset.features.items() if hasattr(feature, "int2str")
     }
-    for number, row in enumerate(dataset, start=1):
-        named: dict[str, Any] = dict(row)
+    for row in dataset:
+        named = {column: _without_padding(value) for column, value in row.items()}
         for column, names in labels.items():
             value = named[column]  # -1 marks a hidden label in test splits of the hub
             named[column] = names[value] if value is not None and value >= 0 else None
-        yield f"{where} row {number}", named
+        yield named
+
+
+def _without_padding(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_padding(inner) for key, inner in value.items() if inner is not None}
+    return [_without_padding(inner) for inner in value] if isinstance(value, list) else value

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from holdfast.config import Options, half_character, validate
 from holdfast.errors import ConfigError, DataError
 from holdfast.tasks.chat import answers_in, function_in, read_answer, read_messages
+from holdfast.tasks.files import as_written
 from holdfast.tasks.problems import NoColumn, Problems, RowFault, kind_of
 from holdfast.tasks.task import Example, Message
 
@@ -240,7 +241,7 @@ def as_examples(
         A row is malformed, or there is none (all of them are named); or it is no collection of rows.
     """
     _require_rows(rows, "data", "a file is read by holdfast.tasks.load_task(path).train")
-    problems, placed = Problems(), [(f"row {number}", row) for number, row in enumerate(rows, start=1)]
+    problems, placed = Problems(), _placed(rows, "row")
     form = _form_of_all([at for at in placed if not isinstance(at[1], Example)], columns)
     each = _by_answer(placed, form, problems, columns)
     found = [
@@ -279,7 +280,7 @@ def as_questions(rows: Iterable[object]) -> list[Example]:
     """
     _require_rows(rows, "questions", "a single question goes into a list, too")
     problems = Problems()
-    found = to_questions(((f"question {number}", row) for number, row in enumerate(rows, start=1)), problems)
+    found = to_questions(_placed(rows, "question"), problems)
     if not found and not problems.found:
         problems.add("questions", "there are none")
     problems.raise_if_any()
@@ -298,6 +299,12 @@ def _require_rows(rows: object, whose: str, of_text: str) -> None:
     else:
         return
     raise DataError(f"{whose}: rows are needed, such as a list of them, got {got}; {fix}.")
+
+
+def _placed(rows: Iterable[object], what: str) -> list[tuple[str, object]]:
+    """Rows with their numbers; those of a ``datasets.Dataset`` as it gives them from a file, too."""
+    plain = as_written(rows) if isinstance(getattr(rows, "features", None), Mapping) else rows
+    return [(f"{what} {number}", row) for number, row in enumerate(plain, start=1)]
 
 
 def _question(row: object, columns: Columns) -> Example:
