@@ -204,7 +204,19 @@ def test_a_template_that_refuses_a_role_is_an_error_that_names_the_row() -> None
             "{{ messages[-1].content[:1] }}",
             ({"role": "user", "content": "a</s>"},),
             (),
+            "the user's message",
+        ),
+        (
+            "{% for m in messages %}{{ m.content[:2] }}{% endfor %}",
+            (USER, {"role": "assistant", "content": "ho</s>"}),
+            (),
             "a part of a message",
+        ),
+        (
+            "{% for m in messages if m.role in ('system', 'user', 'assistant') %}{{ m.content }}{% endfor %}",
+            (USER, {"role": "assistant", "content": "get rain"}, {"role": "tool", "content": "it rains"}),
+            (),
+            "the tool's message",
         ),
     ],
 )
@@ -213,6 +225,19 @@ def test_a_template_that_leaves_something_out_is_refused(
 ) -> None:
     with pytest.raises(DataError, match=f"chat template leaves out {what}"):
         encoder_of(make_tokenizer(chat=chat))(Example(messages, "ho", tools=tools))
+
+
+@pytest.mark.parametrize(
+    "shown", ["m.content | tojson", "m.content | trim", "m.content.replace('\\n\\n', '\\n')"]
+)
+def test_a_template_may_change_spaces_write_json_and_shorten_answers(shown: str) -> None:
+    chat = f"{{% for m in messages %}}{{{{ {shown} if m.role != 'assistant' else 'x' }}}}{{% endfor %}}"
+    said = (
+        {**USER, "content": " a\n\nb "},
+        {"role": "assistant", "content": "c"},
+        {"role": "tool", "content": "d"},
+    )
+    assert encoder_of(make_tokenizer(chat=chat))(Example(said, "ho")).prompt_ids
 
 
 def test_tools_and_their_calls_reach_the_template() -> None:

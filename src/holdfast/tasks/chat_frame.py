@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,11 +36,12 @@ class ChatFrame:
         hidden: list[str] = []
         shown = [{**turn, "content": self.user_text.hide(turn["content"], hidden)} for turn in turns]
         rendered = self._render(shown, tools, add_generation_prompt=True)
+        seen = _on_one_line(rendered)
         missing = [
             f"the {turn['role']}'s message"
             for turn in shown
-            if turn["role"] in ("system", "developer") and turn["content"].strip() not in rendered
-        ]
+            if turn["role"] != "assistant" and not _stands_in(turn["content"], seen)
+        ]  # of the assistant's turns templates leave parts out, such as its reasoning
         calls = [call for turn in turns for call in turn.get("tool_calls", ())]
         for what, items in (("tool call", calls), ("tool", tools)):
             names = [item.get("function", item).get("name", "") for item in items]
@@ -89,3 +91,13 @@ class ChatFrame:
                 "the text of a role that it doesn't know into the user's message."
             ) from error
         return str(rendered)
+
+
+def _on_one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _stands_in(text: str, rendered: str) -> bool:
+    """Whether a template shows a text; some change its spaces and line breaks, or write it as JSON."""
+    as_json = json.dumps(text, ensure_ascii=False)[1:-1]
+    return any(_on_one_line(form) in rendered for form in (text, as_json))
