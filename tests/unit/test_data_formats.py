@@ -228,6 +228,25 @@ def test_a_call_is_learned_and_shown_to_later_turns_in_one_form() -> None:
         assert answered.prompt[1]["tool_calls"] == [read]
 
 
+def test_answers_of_weight_0_are_not_learned() -> None:
+    bad, good = {**ANSWER, "content": "bad", "weight": 0}, {**AGAIN, "weight": 1}
+    of_all = Columns(turns="all")
+    rows = as_examples([{"messages": [USER, bad, MORE, good, MORE, ANSWER]}], of_all)
+    assert [row.completion for row in rows] == ["hu", "ho"]
+    assert rows[0].prompt == (USER, {**ANSWER, "content": "bad"}, MORE)
+    last = {"messages": [USER, good, MORE, bad]}
+    assert [row.completion for row in as_examples([last], of_all)] == ["hu"]
+    for row, columns in ((last, Columns()), ({"messages": [USER, bad]}, of_all)):
+        with pytest.raises(
+            DataError, match=r"row 1: the last answer in 'messages' has the weight 0, and no o"
+        ):
+            as_examples([row], columns)
+    with pytest.raises(
+        DataError, match=r"row 1: the weight of a message in 'messages' must be 0 or 1, got 0\.5"
+    ):
+        as_examples([{"messages": [USER, {**ANSWER, "weight": 0.5}]}])
+
+
 def test_all_turns_of_rows_that_are_no_chats_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"columns\.turns: 'all' is of rows of chat messages, and these are prompt"
@@ -544,6 +563,14 @@ def test_empty_and_repeated_options_in_a_configuration_are_refused() -> None:
                 "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}],
             },
             "ShareGPT: conversations",
+        ),
+        (
+            {"messages": [{**USER, "id": 1}, {**ANSWER, "refusal": None, "reasoning_content": "hm"}]},
+            "chat messages; columns that are not read: messages.reasoning_content",
+        ),
+        (
+            {"prompt": [USER], "completion": [{**ANSWER, "thinking": "hm"}]},
+            "prompt and completion; columns that are not read: completion.thinking",
         ),
     ],
 )

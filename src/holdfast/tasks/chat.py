@@ -24,6 +24,7 @@ SPEAKERS = {  # ShareGPT's names, and those that its descendants use
     "function_response": "tool",
 }
 KEPT = ("tool_call_id", "name")  # what chat templates may show beside role, content and tool calls
+_READ = ("role", "content", "from", "value", "tool_calls", "weight", *KEPT)
 
 
 def read_messages(value: object, column: str) -> tuple[Message, ...]:
@@ -34,8 +35,8 @@ def read_messages(value: object, column: str) -> tuple[Message, ...]:
     Raises
     ------
     RowFault
-        It is no list of messages, a role is unknown, a part of a content is no text, or a tool call has no
-        name.
+        It is no list of messages, a role is unknown, a part of a content is no text, a tool call has no
+        name, or a weight is neither 0 nor 1.
     """
     if not isinstance(value, list | tuple) or not value:
         raise RowFault(f"'{column}' must be a list of messages, got {kind_of(value)}")
@@ -43,11 +44,29 @@ def read_messages(value: object, column: str) -> tuple[Message, ...]:
 
 
 def answers_in(turns: Sequence[object]) -> list[int]:
-    """Where the assistant's answers before the last message end; one that nothing was said before is none."""
+    """Where the assistant's answers before the last message end, of those that are to be learned.
+
+    One that nothing was said before is none.
+    """
     said = [turn.get("role", turn.get("from")) if isinstance(turn, Mapping) else None for turn in turns[:-1]]
     roles = [SPEAKERS.get(role.lower()) if isinstance(role, str) else None for role in said]
     spoken = [place for place, role in enumerate(roles) if role not in ("system", None)]
-    return [place + 1 for place, role in enumerate(roles) if role == "assistant" and place > spoken[0]]
+    answers = [place for place, role in enumerate(roles) if role == "assistant" and place > spoken[0]]
+    return [place + 1 for place in answers if is_learned(turns[place])]
+
+
+def is_learned(turn: object) -> bool:
+    """Whether an answer is to be learned: OpenAI's format marks others with the weight 0."""
+    return not (isinstance(turn, Mapping) and turn.get("weight") == 0)
+
+
+def unread_in(turns: object) -> list[str]:
+    """Keys of messages that hold something and that nothing is made of, such as reasoning."""
+    messages = (
+        [turn for turn in turns if isinstance(turn, Mapping)] if isinstance(turns, list | tuple) else []
+    )
+    held = (str(key) for turn in messages for key, value in turn.items() if value and key not in _READ)
+    return list(dict.fromkeys(held))
 
 
 def _message(turn: object, column: str) -> Message:
@@ -61,6 +80,8 @@ def _message(turn: object, column: str) -> Message:
         raise RowFault(_must_be(turn, column))
     if role is None:
         raise RowFault(f"unknown role '{given}' in '{column}'; allowed: {', '.join(allowed)}")
+    if turn.get("weight") not in (None, 0, 1):
+        raise RowFault(f"the weight of a message in '{column}' must be 0 or 1, got {turn['weight']!r:.40}")
     message: dict[str, Any] = {"role": role, "content": _content(turn, content, column)}
     if calls := _calls(turn.get("tool_calls"), column):
         message["tool_calls"] = calls

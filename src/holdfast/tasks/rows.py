@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from holdfast.config import Options, half_character, validate
 from holdfast.errors import ConfigError, DataError
-from holdfast.tasks.chat import answers_in, function_in, read_answer, read_messages
+from holdfast.tasks.chat import answers_in, function_in, is_learned, read_answer, read_messages, unread_in
 from holdfast.tasks.files import as_written
 from holdfast.tasks.problems import NoColumn, Problems, RowFault, kind_of
 from holdfast.tasks.task import Example, Message
@@ -186,8 +186,9 @@ def to_examples(
     form = _form_of_all(placed, columns)
     each = _by_answer(placed, form, problems, columns)
     found = (_to_example(row, where, problems, columns, form) for where, row in each)
-    unread = _unread(form, [row for _, row in placed]) if columns.unnamed else []
-    told = f"{form.name or 'prompt and completion'}; columns that are not read: {', '.join(unread)}"
+    unread = _unread(form, [row for _, row in placed if isinstance(row, Mapping)], columns)
+    name = form.name or ("chat messages" if form.chat else "prompt and completion")
+    told = f"{name}; columns that are not read: {', '.join(unread)}"
     return [example for example in found if example is not None], told if unread else form.name
 
 
@@ -213,16 +214,23 @@ def _by_answer(
     for where, row in placed:
         turns = row.get(form.chat) if isinstance(row, Mapping) else None
         if isinstance(row, Mapping) and isinstance(turns, list | tuple):
-            alone = {**row, columns.references or "references": None}
-            found += [(where, {**alone, form.chat: turns[:end]}) for end in answers_in(turns)]
+            alone, ends = {**row, columns.references or "references": None}, answers_in(turns)
+            found += [(where, {**alone, form.chat: turns[:end]}) for end in ends]
+            if ends and not is_learned(turns[-1]):
+                continue
         found.append((where, row))
     return found
 
 
-def _unread(form: Form, rows: Iterable[object]) -> list[str]:
-    """Columns that hold something and that nothing is made of, such as a system message beside a prompt."""
-    held = {key: None for row in rows if isinstance(row, Mapping) for key in row if _holds(row[key])}
-    return [str(key) for key in held if str(key).strip() and key not in form.uses and key not in _BESIDE]
+def _unread(form: Form, rows: Sequence[Row], columns: Columns) -> list[str]:
+    """Columns that hold something and that nothing is made of, such as a system message beside a prompt.
+
+    Where columns are named, the others are left out on purpose; keys of messages nobody names.
+    """
+    held = {key: None for row in rows for key in row if _holds(row[key])} if columns.unnamed else {}
+    of_rows = [str(key) for key in held if str(key).strip() and key not in form.uses and key not in _BESIDE]
+    inside = (f"{name}.{key}" for row in rows for name in form.uses for key in unread_in(row.get(name)))
+    return [*of_rows, *(key for key in dict.fromkeys(inside) if key.partition(".")[2] not in _REMARKS)]
 
 
 def as_examples(
@@ -363,8 +371,14 @@ def _running(column: str, name: str) -> Form:
 
 def _chat(column: str, name: str) -> Form:
     def read(row: Row) -> tuple[tuple[Message, ...], str]:
-        turns = read_messages(_get(row, column), column)
+        given = _get(row, column)
+        turns = read_messages(given, column)
         answer = read_answer(turns[-1], column)
+        if not is_learned(given[-1]):
+            raise RowFault(
+                f"the last answer in '{column}' has the weight 0, and no other is learned: leave the row "
+                "out, or learn its other answers with `turns: all` of the columns"
+            )
         if len(turns) == 1:
             raise RowFault(f"'{column}' has an answer, but no message before it")
         return _with_system(row, turns[:-1]), answer
