@@ -14,7 +14,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from holdfast.errors import DataError
-from holdfast.evaluation.answers import generate
+from holdfast.evaluation.answers import generate, longer_than_context
 from holdfast.evaluation.audit import audit
 from holdfast.evaluation.evaluate import EvaluationOptions, encode_task, evaluate_task
 from holdfast.evaluation.predictions import file_safe
@@ -365,6 +365,31 @@ def test_generation_ends_where_the_context_does() -> None:
     assert answers == ["", ""]  # learned positions: one token more would be an index error
 
 
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_a_long_question_shortens_no_answer_to_one_that_leaves_room(size: int) -> None:
+    tokenizer = make_tokenizer()
+    says = Says(tokenizer, [4] * 20)
+    says.config.max_position_embeddings = 12
+    rows = encoder_of(tokenizer).many([Example("a" * n, "b") for n in (2, 9, 3, 9, 1)])
+    answers = generate(says, tokenizer, rows, batch_size=size, max_new_tokens=6)
+    assert [len(answer) for answer in answers] == [6, 2, 6, 2, 6]
+    told: list[int] = []
+
+    def engine(rows: Any, rooms: Any, *_: Any) -> list[list[int]]:
+        told.extend(rooms)
+        return [[4] * room for room in rooms]
+
+    generate(says, tokenizer, rows, batch_size=size, max_new_tokens=6, engine=engine)
+    assert told == [6, 2, 6, 2, 6]
+
+
+def test_rows_that_the_context_does_not_hold_are_numbered() -> None:
+    tokenizer = make_tokenizer()
+    rows = encoder_of(tokenizer).questions([Example("a" * n, "") for n in (12, 11, 3, 40)])
+    assert longer_than_context(small_gpt2(tokenizer, 12), rows) == [0, 3]
+    assert longer_than_context(tiny_t5(tokenizer), rows) == []
+
+
 def test_check_finds_what_does_not_fit_the_context() -> None:
     tokenizer = make_tokenizer()
     model, encoder = small_gpt2(tokenizer, 12), encoder_of(tokenizer)
@@ -375,7 +400,8 @@ def test_check_finds_what_does_not_fit_the_context() -> None:
 
     assert found(5, 3).problems == found(5, 3).remarks == []  # <s> 5, 3 </s>: 10, and two more
     assert found(6, 3).remarks == [
-        "t: answers may have 5 tokens instead of 6: the longest test prompt leaves no more of the model's 12."
+        "t: 1 of 1 test prompts leave fewer than 6 tokens to their answer, the longest one 5: the model "
+        "takes 12 in all."
     ]
     (problem,) = found(8, 3).problems
     assert "the longest row (prompt and answer) has 13 tokens, the model takes 12; lower template." in problem

@@ -111,7 +111,7 @@ def test_ctrl_c_while_it_answers_ends_it_at_once(tmp_path: Path) -> None:
         Vllm(tmp_path, options, dtype=torch.float32, longest=8, log=log) as vllm,
     ):
         process = vllm._process
-        vllm._send({"prompts": [[1]], "max_tokens": 2, "stop_ids": []})
+        vllm._send({"prompts": [[1]], "max_tokens": [2], "stop_ids": []})
         started = time.monotonic()
         raise KeyboardInterrupt
     assert process.poll() is not None

@@ -15,8 +15,8 @@ from holdfast.models import context_length, evaluating, first_position, is_encod
 from holdfast.tasks.encode import Encoded, collate, collate_prompts
 
 Progress = Callable[[int, int], None]
-# rows, at most how many tokens an answer, what ends one, progress: greedy answers as token ids
-Greedy = Callable[[Sequence[Encoded], int, Sequence[int], Progress | None], list[list[int]]]
+# rows, at most how many tokens each one's answer, what ends one, progress: greedy answers as token ids
+Greedy = Callable[[Sequence[Encoded], Sequence[int], Sequence[int], Progress | None], list[list[int]]]
 T = TypeVar("T")
 _CELLS = 2**26  # numbers in the logits of one batch whose likelihoods are taken: a few are held at once
 
@@ -128,6 +128,19 @@ def room_for_answers(model: nn.Module, rows: Sequence[Encoded], wanted: int) -> 
     return max(1, min(wanted, limit if is_encoder_decoder(model) else limit - longest_prompt(rows)))
 
 
+def longer_than_context(model: nn.Module, rows: Sequence[Encoded]) -> list[int]:
+    """Numbers of the rows, counted from 0, whose prompt alone has more tokens than the model takes."""
+    limit = context_length(model)
+    return [i for i, row in enumerate(rows) if limit is not None and len(row.prompt_ids) > limit]
+
+
+def _by_room(model: nn.Module, rows: Sequence[Encoded], size: int, wanted: int) -> list[list[int]]:
+    """As `by_length`, with rows that leave less room than is wanted in batches of their own."""
+    short = {i for i, row in enumerate(rows) if room_for_answers(model, [row], wanted) < wanted}
+    parts = sorted(short), [i for i in range(len(rows)) if i not in short]
+    return [[part[i] for i in batch] for part in parts for batch in by_length([rows[i] for i in part], size)]
+
+
 def _until(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
     """The tokens before the first that ends an answer (a decoder's start token may be such a one)."""
     end = next((i for i, token in enumerate(ids) if i and token in stop_ids), len(ids))
@@ -151,7 +164,7 @@ def generate(
     Parameters
     ----------
     max_new_tokens : int
-        At most; fewer where the longest prompt leaves less of the model's context.
+        At most; fewer where a prompt leaves less of the model's context, or one in the same batch does.
     stop_ids : sequence of int, optional
         Tokens that end an answer; the tokenizer's end token when omitted.
     kept_ids : collection of int
@@ -162,7 +175,8 @@ def generate(
     stop_ids = [tokenizer.eos_token_id] if stop_ids is None else list(stop_ids)
     dropped = {*tokenizer.all_special_ids, *stop_ids} - {*kept_ids}
     if engine is not None:
-        answers = engine(rows, room_for_answers(model, rows, max_new_tokens), stop_ids, progress)
+        rooms = [room_for_answers(model, [row], max_new_tokens) for row in rows]
+        answers = engine(rows, rooms, stop_ids, progress)
     else:
         answers = greedy(
             model,
@@ -195,12 +209,12 @@ def greedy(
     `stop_ids` are those of `generate`.
     """
     encoder_decoder = is_encoder_decoder(model)
-    max_new_tokens = room_for_answers(model, rows, max_new_tokens)
     answers: list[list[int]] = [[] for _ in rows]
     done = 0
-    for indices in world.part(by_length(rows, batch_size)):
-        batch = prompts_for(model, tokenizer, [rows[i] for i in indices])
-        with evaluating(model), plain_greedy(model, tokenizer, max_new_tokens, stop_ids):
+    for indices in world.part(_by_room(model, rows, batch_size, max_new_tokens)):
+        asked = [rows[i] for i in indices]
+        batch, room = prompts_for(model, tokenizer, asked), room_for_answers(model, asked, max_new_tokens)
+        with evaluating(model), plain_greedy(model, tokenizer, room, stop_ids):
             output = model.generate(**batch)
         start = 0 if encoder_decoder else batch["input_ids"].shape[1]
         for index, ids in zip(indices, output[:, start:].tolist(), strict=True):

@@ -237,9 +237,11 @@ def _context(encoded: EncodedTask, rows: list[Encoded], model: nn.Module, found:
         return
     if not encoded.max_new_tokens or not encoded.rows:
         return
-    room = room_for_answers(model, encoded.rows, encoded.max_new_tokens)
-    if room < encoded.max_new_tokens:
+    wanted = encoded.max_new_tokens
+    short = sum(room_for_answers(model, [row], wanted) < wanted for row in encoded.rows)
+    if short:
         found.remarks.append(
-            f"{task.name}: answers may have {room} tokens instead of {encoded.max_new_tokens}: the longest "
-            f"test prompt leaves no more of the model's {limit}."
+            f"{task.name}: {short} of {len(encoded.rows)} test prompts leave fewer than {wanted} tokens to "
+            f"their answer, the longest one {room_for_answers(model, encoded.rows, wanted)}: the model takes "
+            f"{limit} in all."
         )

@@ -160,13 +160,13 @@ class Vllm:
     def greedy(
         self,
         rows: Sequence[Encoded],
-        max_new_tokens: int,
+        max_new_tokens: Sequence[int],
         stop_ids: Sequence[int],
         progress: Progress | None = None,
     ) -> list[list[int]]:
-        """Greedy answers as token ids, in the order of `rows`."""
+        """Greedy answers as token ids, in the order of `rows`; each may be as long as is said of it."""
         prompts = [list(row.prompt_ids) for row in rows]
-        self._send({"prompts": prompts, "max_tokens": max_new_tokens, "stop_ids": list(stop_ids)})
+        self._send({"prompts": prompts, "max_tokens": list(max_new_tokens), "stop_ids": list(stop_ids)})
         while "answers" not in (told := self._next()):
             if progress is not None:
                 progress(told["done"], len(rows))

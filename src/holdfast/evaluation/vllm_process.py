@@ -1,7 +1,8 @@
 """The process in which vLLM answers: run as a file, by an interpreter that has vLLM, maybe without holdfast.
 
 It reads JSON lines from stdin and writes JSON lines to what was stdout; everything that vLLM prints goes to
-stderr. First line in: the arguments of ``vllm.LLM``; each further one: prompts, and how an answer ends.
+stderr. First line in: the arguments of ``vllm.LLM``; each further one: prompts, how long the answer to
+each may be, and what ends one.
 """
 
 from __future__ import annotations
@@ -19,16 +20,20 @@ def answered(llm: Any, asked: dict[str, Any]) -> Iterator[list[list[int]]]:
     """Greedy answers as token ids, some prompts at a time."""
     from vllm import SamplingParams
 
-    greedy = SamplingParams(
-        temperature=0.0,
-        max_tokens=asked["max_tokens"],
-        stop_token_ids=asked["stop_ids"],
-        ignore_eos=True,  # these alone end an answer, whatever the model's own configuration says
-        detokenize=False,
-    )
+    ways = [
+        SamplingParams(
+            temperature=0.0,
+            max_tokens=tokens,
+            stop_token_ids=asked["stop_ids"],
+            ignore_eos=True,  # these alone end an answer, whatever the model's own configuration says
+            detokenize=False,
+        )
+        for tokens in asked["max_tokens"]
+    ]
     prompts = [{"prompt_token_ids": ids} for ids in asked["prompts"]]
     for start in range(0, len(prompts), AT_ONCE):
-        found = llm.generate(prompts[start : start + AT_ONCE], greedy, use_tqdm=False)
+        part = slice(start, start + AT_ONCE)
+        found = llm.generate(prompts[part], ways[part], use_tqdm=False)
         yield [list(one.outputs[0].token_ids) for one in found]
 
 

@@ -43,7 +43,9 @@ class LLM:
             os._exit(7)
         if self.break_at == "never":
             time.sleep(600)
-        return [self._one(prompt["prompt_token_ids"], params) for prompt in prompts]
+        return [
+            self._one(prompt["prompt_token_ids"], own) for prompt, own in zip(prompts, params, strict=True)
+        ]
 
     def _one(self, ids, params):
         assert params.temperature == 0
