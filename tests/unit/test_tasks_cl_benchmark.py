@@ -127,7 +127,7 @@ def test_a_data_set_of_two_groups_is_called_by_both_names(labelled):
             '[{"sentence": "a", "label": []}]',
             "instance 1: 'label' must be a list of messages, got an empty list",
         ),
-        ('[{"sentence": "a", "label": [1, 2]}]', "instance 1: 'references' must be a list of texts"),
+        ('[{"sentence": "a", "label": ["x", 0.5]}]', "instance 1: 'references' must be a text"),
         ("[3]", "instance 1: a row must be an object"),
     ],
 )

@@ -52,10 +52,16 @@ def test_a_single_question_is_not_read_character_by_character():
         as_questions("What is due?")
 
 
-@pytest.mark.parametrize("references", [None, [], "", " ", "absent"])
+@pytest.mark.parametrize("references", [None, [], "", " ", [""], [" ", ""], "absent"])
 def test_without_references_the_completion_alone_is_right(references):
     row = {"prompt": "a", "completion": "b"} | ({} if references == "absent" else {"references": references})
     assert as_examples([row])[0].answers == ("b",)
+
+
+def test_numbers_are_right_answers_as_they_are_completions():
+    for references in ([1, 2, True], 1):
+        row = as_examples([{"prompt": "a", "completion": 1, "references": references}])[0]
+        assert row.answers == (("1", "2", "true") if references != 1 else ("1",))
 
 
 @pytest.mark.parametrize(
@@ -101,7 +107,14 @@ def test_any_text_survives_as_it_is(completion, prompt):
         ({"prompt": 0.5, "completion": "b"}, r"'prompt' must be a text, got a fraction \(0.5\)"),
         ({"prompt": True, "completion": "b"}, "'prompt' must be a text, got a boolean"),
         ({"prompt": "a", "completion": " \n"}, "empty completion"),
-        ({"prompt": "a", "completion": "b", "references": [1]}, "'references' must be a list of texts"),
+        (
+            {"prompt": "a", "completion": "b", "references": 0.5},
+            "'references' must be a list of texts, got a fra",
+        ),
+        (
+            {"prompt": "a", "completion": "b", "references": {"a": 1}},
+            "'references' must be a list of texts, got an ob",
+        ),
         ({"prompt": [], "completion": "b"}, "'prompt' must be a list of messages, got an empty list"),
         ({"prompt": [{"role": "user"}], "completion": "b"}, r"must be \{'role': text, 'content': text\}"),
         (

@@ -479,11 +479,11 @@ def _references(row: Row, columns: Columns) -> tuple[str, ...]:
     value = _get(row, column)
     if value is None:
         return ()
-    if isinstance(value, str):
-        return (value,) if value.strip() else ()  # an empty cell of a table is none
-    if not isinstance(value, Sequence) or not all(isinstance(item, str) for item in value):
+    if not isinstance(value, list | tuple | str | int):
         raise RowFault(f"'{column}' must be a list of texts, got {kind_of(value)}")
-    return tuple(value)
+    items = value if isinstance(value, list | tuple) else (value,)
+    answers = (_text(item, column) for item in items)
+    return tuple(answer for answer in answers if answer.strip())  # an empty cell of a table is none
 
 
 def _refuse_half_characters(parts: object, where: str = "") -> None:
