@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from holdfast.errors import DataError
 from holdfast.tasks import Task, as_examples, as_questions, inspect_stream, load_task, ordered_names
+from holdfast.tasks.jsonl import read_examples
 from holdfast.tasks.load import read_questions
 from holdfast.tasks.memory import Memory, MemoryOptions
 from holdfast.tasks.problems import Problems
@@ -344,6 +345,20 @@ def test_json_lines_in_a_json_file_and_a_semicolon_table_are_read(tmp_path: Path
     assert load_task(table).train == [Example("a", "b, c")]
 
 
+@pytest.mark.parametrize("bom", ["", "\ufeff"])
+def test_json_lines_are_read_alike_under_both_names(bom: str, tmp_path: Path) -> None:
+    bad = '{"prompt": "a", "completion": }\n'
+    for text, few in ((lines(ROWS[0]), 1), (bad + lines(*ROWS), 3), (lines(*ROWS) + "\r\n" + bad, 3)):
+        found = []
+        for name in ("a.json", "a.jsonl"):
+            problems = Problems(skip_rows=True)
+            rows, _ = read_examples(write(tmp_path / name, bom + text), problems)
+            found.append(([row.prompt for row in rows], len(problems.found), len(problems.skipped)))
+        assert found[0] == found[1] == ([pair.prompt for pair in PAIRS[:few]], 0, few // 3)
+    listed = "[" + "\n,\n".join(map(json.dumps, ROWS)) + "]"
+    assert load_task(write(tmp_path / "a.json", listed)).train == PAIRS
+
+
 def test_a_long_cell_is_read(tmp_path: Path) -> None:
     text = "x" * 200_000
     assert load_task(write(tmp_path / "a.csv", f"prompt,completion\n{text},b\n")).train == [
@@ -364,7 +379,12 @@ def test_a_long_cell_is_read(tmp_path: Path) -> None:
         ("a.csv", "text,label\na,b\n", r"a\.csv:2: no column 'prompt'; columns of this row: text, label"),
         ("a.json", "[{]", r"a\.json:1: not JSON \("),
         ("a.json", '[{"prompt": "a"}]', r"a\.json row 1: no column 'completion'"),
-        ("a.json", '{"data": []}', r"a\.json: must be a list of rows, or a row a line, got an object"),
+        ("a.json", '{"data": []}', r"a\.json:1: no column 'prompt'; columns of this row: data"),
+        (
+            "a.json",
+            '{\n"data": [\n{}\n]}',
+            r"a\.json: must be a list of rows, or a row a line, got an object",
+        ),
         ("a.json", '[{"prompt": "a", "prompt": "b"}]', r"a\.json: the key 'prompt' is given twice in one"),
         ("a.jsonl", '\n{"a": 1, "a": 2}', r"a\.jsonl:2: the key 'a' is given twice in one object"),
         ("a.json", "null", r"a\.json: must be a list of rows, or a row a line, got NoneType"),

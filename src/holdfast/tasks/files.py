@@ -119,14 +119,10 @@ def _json(path: Path, problems: Problems) -> list[Placed]:
     raw = _bytes(path, problems)
     if raw is None:
         return []
-    lines = [line for line in raw.splitlines() if line.strip()]
-    if lines and lines[0].lstrip().removeprefix(b"\xef\xbb\xbf").startswith(b"{") and len(lines) > 1:
-        try:
-            parse_json(lines[0])
-        except ValueError:
-            pass
-        else:
-            return _json_lines(path, problems)
+    lines = [line for line in map(bytes.strip, raw.removeprefix(b"\xef\xbb\xbf").split(b"\n")) if line]
+    whole = sum(line.startswith(b"{") and line.endswith(b"}") for line in lines)
+    if 2 * whole > len(lines):  # in a list each such line but the last would end with a comma
+        return _json_lines(path, problems)
     before = len(problems)
     value = read_json(path, problems)
     if len(problems) > before:
