@@ -132,6 +132,37 @@ def test_a_pull_goes_on_from_where_a_weight_was_set_while_it_was_frozen() -> Non
         torch.testing.assert_close(value, found[1][name])
 
 
+def test_a_map_frozen_before_its_first_step_counts_with_the_change_that_it_has() -> None:
+    torch.use_deterministic_algorithms(True)  # new memory holds NaN
+    try:
+        model = tiny_model("llama")
+        held, prior = block_parameters(model), prior_of(model, "inputs")
+        start = copies(held)
+        optimizer = torch.optim.SGD(held.values(), lr=1.0)
+        name = next(n for n in held if n.endswith("q_proj.weight"))
+        with torch.no_grad():
+            held[name].add_(0.01)
+        anchor = Anchor(prior, strength="auto", bound=0.5, reference=start)
+        handle = anchor.attach(model, optimizer)
+        held[name].requires_grad_(False)
+        steps(model, optimizer, 3)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(held[name], start[name] + 0.01)
+    assert anchor.summary()["pull"] > 0
+    on_weights = tiny_model("llama")
+    weights = block_parameters(on_weights)
+    with torch.no_grad():
+        weights[name].add_(0.01)
+    plain = torch.optim.SGD(weights.values(), lr=1.0)  # steps alike in every basis
+    beside = Anchor(prior, strength="auto", bound=0.5, reference=start, coordinates="weights")
+    other = beside.attach(on_weights, plain)
+    weights[name].requires_grad_(False)
+    steps(on_weights, plain, 3)
+    assert anchor.summary()["pull"] == pytest.approx(beside.summary()["pull"], rel=1e-3)
+    assert handle.drift().percent == pytest.approx(other.drift().percent, rel=1e-3)
+
+
 @pytest.mark.parametrize("on", ["update", "gradient"])
 def test_directions_through_all_weights_leave_a_frozen_one_too(on: Any) -> None:
     model = network()

@@ -150,7 +150,7 @@ class Coordinates:
         rows = zip(parameters, references, operator.bases, operator.dims, strict=True)
         self._maps = [(p, outputs_first(ref, dim), u, dim) for p, ref, u, dim in rows]
         self._origins = [u.into(ref_OI.to(u.dtype)) for _, ref_OI, u, _ in self._maps]
-        self._changes = [torch.empty_like(origin_OI) for origin_OI in self._origins]
+        self._changes = [torch.zeros_like(origin_OI) for origin_OI in self._origins]
         self._left: list[int | None] = [None] * len(self._maps)  # how each weight was when Z was right
         self._moving = [True] * len(self._maps)  # which of them this step is of
         self._inside = [False] * len(self._maps)  # which hold W U now
@@ -205,15 +205,12 @@ class Coordinates:
         known = self.carried and any(left is not None for left in self._left)
         marks = self._marks() if known else [0] * len(self._maps)
         rows = zip(self._maps, self._origins, self._changes, self._left, marks, self._moving, strict=True)
-        for at, ((parameter, ref_OI, basis, dim), origin_OI, change_OI, left, mark, moves) in enumerate(rows):
+        for at, ((parameter, _, basis, dim), origin_OI, change_OI, left, mark, moves) in enumerate(rows):
             if not moves:
                 continue
             weight_OI, room_OI = outputs_first(parameter, dim), self._room_for(origin_OI)
             if left is None or left != mark:
-                if weight_OI.dtype == room_OI.dtype:  # one pass where 16 bits take two
-                    basis.into(torch.sub(weight_OI, ref_OI, out=room_OI), out=change_OI)
-                else:
-                    basis.into(room_OI.copy_(weight_OI).sub_(ref_OI), out=change_OI)
+                self._make(at)
             self._inside[at] = True
             if weight_OI.dtype == room_OI.dtype:
                 torch.add(origin_OI, change_OI, out=weight_OI)
@@ -222,6 +219,15 @@ class Coordinates:
             if parameter.grad is not None:
                 gradient_OI = outputs_first(parameter.grad, dim)
                 gradient_OI.copy_(basis.into(gradient_OI.to(basis.dtype), out=room_OI))
+
+    def _make(self, at: int) -> None:
+        """Z of one map, of what its weight is."""
+        (parameter, ref_OI, basis, dim), change_OI = self._maps[at], self._changes[at]
+        weight_OI, room_OI = outputs_first(parameter, dim), self._room_for(change_OI)
+        if weight_OI.dtype == room_OI.dtype:  # one pass where 16 bits take two
+            basis.into(torch.sub(weight_OI, ref_OI, out=room_OI), out=change_OI)
+        else:
+            basis.into(room_OI.copy_(weight_OI).sub_(ref_OI), out=change_OI)
 
     def stepped(self) -> None:
         """After the step: take what it changed into Z."""
@@ -238,6 +244,10 @@ class Coordinates:
 
     def squares(self) -> list[Tensor]:
         """|Z_j|² of each map's directions, after `stepped`."""
+        with products_for(self._dtypes):
+            for at, (left, moves) in enumerate(zip(self._left, self._moving, strict=True)):
+                if left is None and not moves:  # it was never entered, so its Z is of no weight
+                    self._make(at)
         return [square_lengths(change_OI) for change_OI in self._changes]
 
     def leave(self, passed: Sequence[Tensor] | None) -> None:
