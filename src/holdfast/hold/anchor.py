@@ -27,6 +27,7 @@ from holdfast.hold.attach import (
 )
 from holdfast.hold.drift import Meter
 from holdfast.hold.inputs import Coordinates, Inputs
+from holdfast.hold.kept import Kept
 from holdfast.hold.operator import Operator, Rate
 from holdfast.hold.reference import watch_reference
 from holdfast.hold.region import Region
@@ -41,9 +42,6 @@ _STRENGTH = 600.0  # of priors by weight
 _PULL = 5.0  # of priors by input
 LORA_PULL = 24.0  # ... that hold a LoRA: of 5, 12 and 24 it keeps most (docs/results.md)
 _BOUND = 1.0  # percent, of `strength: auto`
-_PULLED = "holdfast_pulled"  # in the first parameter group: the sum of the pulls that `auto` chose
-_CHANGES = "holdfast_changes"  # in the first group of a state dict: Z of each weight, by name
-_WAITED = "holdfast_waited"  # in each parameter group: steps, and their rates, since the last pull
 
 
 class AnchorOptions(Options):
@@ -110,7 +108,7 @@ class AnchorOptions(Options):
         Raises
         ------
         ConfigError
-            `coordinates: inputs`, `strength: auto` or `rank` for a prior by weight.
+            `coordinates: inputs` or `strength: auto` for a prior by weight.
         """
         if kind == "weights" and self.strength == "auto":
             raise ConfigError(
@@ -270,14 +268,15 @@ class Anchor:
         for group in inner.param_groups:  # a scheduler with warm-up has set lr to 0 by now
             self._saw(group, group.get("initial_lr", group["lr"]))
         meter = self.spectrum.meter(chunks, operators, references)
+        kept = Kept("anchor", inner, self.prior.tensors)
         if rotate:
-            handle = self._in_coordinates(inner, chunks, rotated, turned, operators, meter, watch)
+            handle = self._in_coordinates(kept, chunks, rotated, turned, operators, meter, watch)
         elif self.options.strength == "auto":
-            handle = self._in_region(inner, chunks, operators, references, meter, watch)
+            handle = self._in_region(kept, chunks, operators, references, meter, watch)
         else:
 
             def pull() -> None:
-                rates = self._rates(inner)
+                rates = self._rates(kept)
                 for chunk, operator, reference in zip(chunks, operators, references, strict=True):
                     rate = rates[chunk.group]
                     if rate is not None:
@@ -285,13 +284,13 @@ class Anchor:
 
             handle = hook(inner, lambda: self._require_totals(inner), pull, first=watch.attach)
         handle.meter = meter
-        handle.removers.append(watch_reference("anchor", inner, chunks, references))
+        handle.removers += [kept.end, watch_reference(kept, chunks, references)]
         self._handle = handle
         return self._handle
 
     def _in_region(
         self,
-        inner: Optimizer,
+        kept: Kept,
         chunks: list[Chunk],
         operators: list[Operator],
         references: list[list[Tensor]],
@@ -299,10 +298,10 @@ class Anchor:
         watch: Unheld,
     ) -> Handle:
         """``auto``, with the optimizer on the weights."""
-        choose = self._chooser(inner, operators, meter)
+        choose = self._chooser(kept, operators, meter)
 
         def back() -> None:
-            if self._due(inner):
+            if self._due(kept):
                 rows = [
                     (c.parameters, ref, cast(Inputs, o))
                     for c, ref, o in zip(chunks, references, operators, strict=True)
@@ -311,10 +310,10 @@ class Anchor:
                 for chunk, (_, ref, operator), factors in zip(chunks, rows, passed, strict=True):
                     operator.scale_(chunk.moving(), ref, factors)
 
-        return hook(inner, after=back, first=watch.attach)
+        return hook(kept.optimizer, after=back, first=watch.attach)
 
     def _chooser(
-        self, inner: Optimizer, operators: list[Operator], meter: Meter | None
+        self, kept: Kept, operators: list[Operator], meter: Meter | None
     ) -> Callable[[list[list[Tensor]]], list[list[Tensor]]]:
         """Of ``auto``: from |(ΔU)_j|² of each chunk's maps to what is left of each direction."""
         assert meter is not None
@@ -335,8 +334,8 @@ class Anchor:
                 shares = [h for operator in operators for h in cast(Inputs, operator).shares]
                 regions[len(operators)] = Region(shares, of_all([m.whole() for m in meter.maps()]), bound)
             passed, pull = regions[len(operators)].passed(of_all([s for chunk in squares for s in chunk]))
-            first = inner.param_groups[0]
-            first[_PULLED] = self._pulled = first.get(_PULLED, 0.0) + float(pull)
+            self._pulled = kept.get("pulled", 0.0) + float(pull)
+            kept.set("pulled", self._pulled)
             rest = iter(passed)
             return [[next(rest) for _ in chunk] for chunk in squares]
 
@@ -344,7 +343,7 @@ class Anchor:
 
     def _in_coordinates(
         self,
-        inner: Optimizer,
+        kept: Kept,
         chunks: list[Chunk],
         rotated: list[Coordinates],
         turned: set[int],
@@ -352,35 +351,38 @@ class Anchor:
         meter: Meter | None,
         watch: Unheld,
     ) -> Handle:
-        choose = self._chooser(inner, operators, meter) if self.options.strength == "auto" else None
+        inner = kept.optimizer
+        choose = self._chooser(kept, operators, meter) if self.options.strength == "auto" else None
 
         def factors() -> list[list[Tensor] | None]:
             if choose is not None:
-                if not self._due(inner):
+                if not self._due(kept):
                     return [None] * len(rotated)
                 return list(choose([coordinates.squares() for coordinates in rotated]))
-            by_group = self._rates(inner)
+            by_group = self._rates(kept)
             rates = [by_group[chunk.group] for chunk in chunks]
             pairs = zip(rotated, rates, strict=True)
             return [None if rate is None else c.operator.passed(rate) for c, rate in pairs]
 
         def save(_: Optimizer, state: dict[str, Any]) -> None:
             pairs = zip(chunks, rotated, strict=True)
-            changes = [row for chunk, c in pairs for row in zip(chunk.names, c.state(), strict=True)]
-            state["param_groups"][0][_CHANGES] = {name: z_OI for name, z_OI in changes if z_OI is not None}
+            # None where it would be made of the weights: moments are in these coordinates all the same
+            rows = [row for chunk, c in pairs for row in zip(chunk.names, c.state(), strict=True)]
+            kept.put_into(state, "changes", dict(rows))
 
-        begun = False
+        begun = 0  # of how many chunks the moments are in these coordinates
 
         def load() -> None:
             nonlocal begun
-            kept = inner.param_groups[0].pop(_CHANGES, None)
-            if kept is not None:
+            saved: dict[str, Tensor | None] | None = kept.take("changes")
+            if saved is not None:
                 for chunk, coordinates in zip(chunks, rotated, strict=True):
-                    coordinates.load_state([kept.get(name) for name in chunk.names])
-            elif not begun:  # what it knows of them is in the weights' own coordinates
-                for weight in (p for chunk in chunks for p in chunk.owners):
-                    inner.state.pop(weight, None)
-            begun = True
+                    coordinates.load_state([saved.get(name) for name in chunk.names])
+            for chunk in chunks[begun:]:
+                for name, weight in zip(chunk.names, chunk.owners, strict=True):
+                    if saved is None or name not in saved:  # what is known of it is in its own coordinates
+                        inner.state.pop(weight, None)
+            begun = len(chunks)
 
         stepped: list[tuple[Tensor, Any]] = []  # each weight, and its state in the optimizer
 
@@ -410,31 +412,29 @@ class Anchor:
         handle.removers += [inner.register_state_dict_post_hook(save).remove, forget]
         return handle
 
-    def _due(self, inner: Optimizer) -> bool:
-        """Whether this step is an n-th one, of ``auto``."""
-        first = inner.param_groups[0]
-        steps = first.get(_WAITED, (0, 0.0))[0] + 1
-        due = steps >= self.options.every
-        if self.options.every > 1:
-            first[_WAITED] = (0 if due else steps, 0.0)
-        return bool(due)
+    def _due(self, kept: Kept) -> bool:
+        """Count this step; whether it is an n-th one."""
+        if self.options.every == 1:
+            return True
+        steps = kept.get("waited", 0) + 1
+        due = bool(steps >= self.options.every)  # a state may have waited longer
+        kept.set("waited", 0 if due else steps)
+        return due
 
-    def _rates(self, inner: Optimizer) -> list[Rate | None]:
+    def _rates(self, kept: Kept) -> list[Rate | None]:
         """What H, scaled, is multiplied by in this step, for each parameter group; None: no pull."""
+        inner, due = kept.optimizer, self._due(kept)
         found: list[Rate | None] = []
-        for group in inner.param_groups:
+        for index, group in enumerate(inner.param_groups):
             rate = group["lr"]
             self._saw(group, rate)
             if self.options.pull is not None:
                 total = total_rate_of(group, inner)
                 rate = rate / total if total else 0.0
             if self.options.every > 1:
-                steps, waited = group.get(_WAITED, (0, 0.0))
-                steps, rate = steps + 1, waited + float(rate)
-                due = steps == self.options.every
-                group[_WAITED] = (0, 0.0) if due else (steps, rate)
-                rate = rate if due else None
-            found.append(rate)
+                rate = kept.get("rates", 0.0, index) + float(rate)
+                kept.set("rates", 0.0 if due else rate, index)
+            found.append(rate if due else None)
         return found
 
     def _require_totals(self, inner: Optimizer) -> None:

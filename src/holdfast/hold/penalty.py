@@ -21,6 +21,7 @@ from holdfast.hold.attach import (
     place,
     reference_weights,
 )
+from holdfast.hold.kept import Kept
 from holdfast.hold.operator import Operator
 from holdfast.hold.reference import watch_reference
 from holdfast.hold.schedule import total_rate_of
@@ -166,7 +167,8 @@ class Penalty:
 
         handle = hook(inner, add, needs_gradients="penalty", first=watch.attach)
         handle.meter = self.spectrum.meter(chunks, operators, references)
-        handle.removers.append(watch_reference("penalty", inner, chunks, references))
+        kept = Kept("penalty", inner, self.prior.tensors)
+        handle.removers += [kept.end, watch_reference(kept, chunks, references)]
         return handle
 
     def _operator(self, chunk: Chunk, model: nn.Module, strength: float) -> Operator:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from holdfast.config import Options, validate
 from holdfast.hold.attach import Chunk, Handle, held_summary, hook, reference_weights
 from holdfast.hold.directions import Directions
+from holdfast.hold.kept import Kept
 from holdfast.hold.operator import Operator
 from holdfast.hold.reference import watch_reference
 from holdfast.hold.spectrum import Spectrum
@@ -113,7 +114,9 @@ class Project:
             handle = hook(inner, after=take_back, first=first)
             if isinstance(self.prior, ImportancePrior):
                 handle.meter = self._spectrum.meter(chunks, operators, references)
-            handle.removers.append(watch_reference("project", inner, chunks, references))
+            held = self.prior.tensors if isinstance(self.prior, ImportancePrior) else self.prior.directions
+            kept = Kept("project", inner, held)
+            handle.removers += [kept.end, watch_reference(kept, chunks, references)]
         return handle
 
     def _bound(self, model: nn.Module, optimizer: Optimizer) -> tuple[Optimizer, list[Chunk], list[Operator]]:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from itertools import count
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +11,9 @@ from torch.optim import Optimizer
 
 from holdfast import world
 from holdfast.hold.attach import Chunk
+from holdfast.hold.kept import Kept, digest
 from holdfast.importance.prior import parameters_by_name
 from holdfast.models.identity import sampled
-
-_WATCHED: WeakKeyDictionary[Optimizer, set[str]] = WeakKeyDictionary()  # the keys of marks in its state
 
 
 def weights_of(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
@@ -33,7 +29,7 @@ def weights_of(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
 
 
 def watch_reference(
-    whose: str, optimizer: Optimizer, chunks: Sequence[Chunk], references: Sequence[Sequence[Tensor]]
+    kept: Kept, chunks: Sequence[Chunk], references: Sequence[Sequence[Tensor]]
 ) -> Callable[[], None]:
     """Warn where an optimizer's state is of a training that was held to other weights than these.
 
@@ -49,23 +45,21 @@ def watch_reference(
     """
     if not all(chunk.is_whole for chunk in chunks):
         return lambda: None
-    names = [name for chunk in chunks for name in chunk.names]
-    watched = _WATCHED.setdefault(optimizer, set())
-    stem = f"holdfast_{whose}_{hashlib.sha256(repr(names).encode()).hexdigest()[:8]}"
-    # several may hold the same weights to different ones: each has a mark of its own, in their order
-    key = next(key for number in count() if (key := f"{stem}_{number}") not in watched)
-    watched.add(key)
+    optimizer, key = kept.optimizer, kept.key
+    names = digest(repr([name for chunk in chunks for name in chunk.names]).encode())
     held_to = (weight for reference in references for weight in reference)
-    values = b"".join(sampled(weight).view(torch.uint8).numpy().tobytes() for weight in held_to)
-    mark = hashlib.sha256(values).hexdigest()[:16]
+    values = digest(b"".join(sampled(weight).view(torch.uint8).numpy().tobytes() for weight in held_to))
+    mark = names, values
 
     def look(_: Optimizer) -> None:
         group = optimizer.param_groups[0]
-        if group.get(key, mark) != mark:
+        before = group.get(key, mark)
+        if before[0] == names and before[1] != values:  # with more or fewer weights they can't be compared
             warnings.warn(
-                f"{whose}: the optimizer's state is of a training that was held to other weights than this "
-                "one is. Where it goes on from a checkpoint give `reference=`, the weights that it began "
-                "with: without, old outputs are held as they are now, and their movement counts from here.",
+                f"{kept.whose}: the optimizer's state is of a training that was held to other weights than "
+                "this one is. Where it goes on from a checkpoint give `reference=`, the weights that it "
+                "began with: without, old outputs are held as they are now, and their movement counts from "
+                "here.",
                 stacklevel=2,
             )
         group[key] = mark
@@ -75,7 +69,6 @@ def watch_reference(
 
     def end() -> None:
         loaded.remove()
-        watched.discard(key)
         optimizer.param_groups[0].pop(key, None)
 
     return end

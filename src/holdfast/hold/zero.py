@@ -150,6 +150,12 @@ class Steps(Optimizer):
         for group, theirs in zip(self.param_groups, self._zero.optimizer.param_groups, strict=True):
             theirs.update({key: value for key, value in group.items() if key.startswith("holdfast_")})
 
+    def drop(self, prefix: str) -> None:
+        """Take what a mechanism kept under keys of this beginning out of both."""
+        for group in (*self.param_groups, *self._zero.optimizer.param_groups):
+            for key in [key for key in group if key.startswith(prefix)]:
+                del group[key]
+
     def _collect(self, number: int) -> None:
         """In place of ZeRO's step of one flat tensor: wait for the last, then step all."""
         flat = self._stage.flats
