@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
@@ -23,7 +23,8 @@ from transformers import (
 from holdfast.errors import ConfigError, ModelError
 from holdfast.learner import Learner
 from holdfast.tasks import toy_tokenizer
-from holdfast.training.verbs import model_inputs
+from holdfast.training.bridge import bridged
+from holdfast.training.verbs import Verbs, model_inputs
 from learning_data import rows_of
 from strategy_runs import options_of
 from tiny_models import tiny_model
@@ -233,6 +234,78 @@ def test_a_loss_that_a_plain_trainer_is_given_is_the_one_that_is_trained(how: st
     said, task = "with label smoothing, or with a compute_loss_func", learner.task("one", rows_of("one", 8))
     with pytest.raises(ConfigError, match=said), task as stage:
         stage.trainer(Trainer, **values)
+
+
+class Adds(Verbs):
+    """A term whose gradient is 1 for each weight of the head, whatever a step is cut into."""
+
+    looks = False
+
+    def loss(self, model: nn.Module, batch: Any, outputs: Any, loss: Tensor) -> Tensor:
+        total: Any = model.get_output_embeddings().weight.sum()  # type: ignore[operator]
+        return 0 * loss + total
+
+    def observe(self, model: nn.Module, step: int, scale: float) -> None:
+        self.seen = float(model.get_output_embeddings().weight.grad[0, 0])  # type: ignore[operator]
+
+
+class WholeLosses(Trainer):
+    loss_is_scaled_for_ga = False
+
+
+class WithoutKeywords(Trainer):
+    """As with a model whose forward takes no further ones."""
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(**values)
+        self.model_accepts_loss_kwargs = False
+
+
+def by_count(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
+    return outputs.logits.sum() / num_items_in_batch
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize(
+    ("cls", "values"),
+    [
+        (Trainer, {}),
+        (WithoutKeywords, {}),
+        (WithoutKeywords, {"compute_loss_func": by_count}),
+        pytest.param(
+            WholeLosses,
+            {},
+            marks=pytest.mark.skipif(
+                not hasattr(Trainer, "loss_is_scaled_for_ga"), reason="this transformers doesn't ask"
+            ),
+        ),
+        ("GRPOTrainer", {}),
+    ],
+)
+def test_a_methods_term_weighs_the_same_whatever_a_trainer_does_with_accumulated_losses(
+    cls: Any, values: dict[str, Any], accumulation: int, tmp_path: Path
+) -> None:
+    model, given = tiny_model("llama"), {"gradient_accumulation_steps": accumulation, "max_grad_norm": 0.0}
+    given |= {"max_steps": 1}
+    if isinstance(cls, str):
+        trl = pytest.importorskip("trl")
+        cls = getattr(trl, cls)
+        toy_tokenizer().save_pretrained(tmp_path / "tokenizer")
+        model.config._name_or_path = str(tmp_path / "tokenizer")
+        few = {"num_generations": 2, "max_completion_length": 4, "bf16": False}
+        args = arguments(tmp_path, trl.GRPOConfig, **few, **given)
+        values = {
+            "reward_funcs": lambda completions, **_: [float(len(c)) for c in completions],
+            "processing_class": toy_tokenizer(),
+        }
+        rows = Dataset.from_list([{"prompt": "copy a="}] * 32)
+    else:
+        args = arguments(tmp_path, **given)
+        rows = Dataset.from_list([{"input_ids": [4, 5, 6, 7], "labels": [4, 5, 6, 7]}] * 32)
+    trainer = bridged(cls)(model=model, args=args, train_dataset=rows, **values)
+    trainer.verbs = Adds()
+    trainer.train()
+    assert trainer.verbs.seen == pytest.approx(1.0)
 
 
 def grpo(stage: Any, folder: Path) -> Any:

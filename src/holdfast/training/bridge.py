@@ -116,7 +116,7 @@ class Bridge:
                 inputs = {k: v for k, v in model_inputs(batch).items() if k != "labels"}
                 outputs = model(**inputs, use_cache=False)
         # the trainer's loss may be this micro-batch's part of the step's; others are of a whole one
-        part = self.model_accepts_loss_kwargs and num_items_in_batch is not None  # type: ignore[attr-defined]
+        part = _is_part(self, num_items_in_batch)
         parts = self.current_gradient_accumulation_steps if part else 1  # type: ignore[attr-defined]
         if prompt_loss is not None:
             loss = loss + prompt_loss(model, batch, outputs) / parts
@@ -253,6 +253,15 @@ class Bridge:
             f"The loss became {loss} at step {step}. The batch is saved in {self.bad_batch}. "
             "Lower training.learning_rate, set training.max_grad_norm, or use precision bf16 instead of fp16."
         )
+
+
+def _is_part(trainer: Any, num_items_in_batch: Any) -> bool:
+    """Whether a loss is this micro-batch's part of the step's, as the installed `Trainer` decides it."""
+    said = trainer.loss_is_scaled_for_ga if hasattr(Trainer, "loss_is_scaled_for_ga") else None
+    if said is not None:
+        return bool(said)
+    by_items = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+    return bool(by_items or trainer.compute_loss_func is not None)
 
 
 def bridged(trainer_class: type[Trainer], own_loss: bool = False) -> Any:
