@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -85,6 +86,46 @@ def test_a_rated_weight_that_joins_later_is_held_from_its_first_step(name: str, 
             optimizer.add_param_group({"params": model[2].parameters()})
         step(model, optimizer)
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_a_sharded_weight_that_joins_later_is_held_from_its_first_step(
+    name: str, process_group: None
+) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    def trained(late: bool) -> dict[str, torch.Tensor]:
+        model: Any = network()
+        prior = ones(model, *dict(model.named_parameters()))
+        before = weights(model)
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        parameters = list(model.parameters())
+        optimizer = torch.optim.SGD(parameters[:2] if late else parameters, lr=0.1)
+        MECHANISMS[name](prior).attach(model, optimizer)
+        if late:
+            optimizer.add_param_group({"params": parameters[2:]})
+        for _ in range(3):
+            model.zero_grad()
+            model(torch.ones(4, 3, dtype=torch.float64)).square().mean().backward()
+            optimizer.step()
+        now = {n: p.full_tensor().detach() for n, p in model.named_parameters()}
+        if name in HOLDING:
+            assert all(torch.equal(before[n], value) for n, value in now.items())
+        return now
+
+    found = trained(late=True)
+    for n, value in trained(late=False).items():
+        torch.testing.assert_close(found[n], value)
 
 
 @pytest.mark.parametrize("how", ["add_param_group", "unfrozen", "a module that is added"])

@@ -282,7 +282,7 @@ class Anchor:
                     if rate is not None:
                         operator.blend_(chunk.moving(), reference, rate)
 
-            handle = hook(inner, lambda: self._require_totals(inner), pull, first=watch.attach)
+            handle = hook(inner, lambda: self._require_totals(inner), pull, first=watch.attach, chunks=chunks)
         handle.meter = meter
         handle.removers += [kept.end, watch_reference(kept, chunks, references)]
         self._handle = handle
@@ -310,7 +310,7 @@ class Anchor:
                 for chunk, (_, ref, operator), factors in zip(chunks, rows, passed, strict=True):
                     operator.scale_(chunk.moving(), ref, factors)
 
-        return hook(kept.optimizer, after=back, first=watch.attach)
+        return hook(kept.optimizer, after=back, first=watch.attach, chunks=chunks)
 
     def _chooser(
         self, kept: Kept, operators: list[Operator], meter: Meter | None
@@ -408,7 +408,9 @@ class Anchor:
             for coordinates in rotated:
                 coordinates.undo()
 
-        handle = hook(inner, enter, leave, "anchor with coordinates 'inputs'", watch.attach, turned, undo)
+        handle = hook(
+            inner, enter, leave, "anchor with coordinates 'inputs'", watch.attach, turned, undo, chunks
+        )
         handle.removers += [inner.register_state_dict_post_hook(save).remove, forget]
         return handle
 

@@ -94,7 +94,7 @@ class Chunk:
     owners : list of Tensor
         The parameters as the model has them; by default the same.
     removers : list of callable
-        Undo what was hooked to keep parts and owners together.
+        Undo what keeps parts and owners together.
     """
 
     group: int
@@ -248,20 +248,14 @@ def _require_whole_inputs(bound: Sequence[Bound], optimizer: Optimizer, dims: Ma
         )
 
 
-def _with_gradients(chunk: Chunk, optimizer: Optimizer) -> Chunk:
-    """Let the parts of sharded parameters have their part of the gradient before each step."""
+def _lend(chunks: Sequence[Chunk], optimizer: Optimizer) -> None:
+    """Let the parts of sharded parameters have their part of the gradient."""
     if isinstance(optimizer, Steps):  # it does so itself
-        chunk.removers.append(lambda: optimizer.release(chunk.owners))
-        return chunk
-    parts = [(p, o) for p, o in zip(chunk.parameters, chunk.owners, strict=True) if p is not o]
-
-    def lend(*_: Any) -> None:
-        for part, owner in parts:
-            part.grad = None if owner.grad is None else world.local(owner.grad)
-
-    if parts:
-        chunk.removers.append(optimizer.register_step_pre_hook(lend).remove)
-    return chunk
+        return
+    for chunk in chunks:
+        for part, owner in zip(chunk.parameters, chunk.owners, strict=True):
+            if part is not owner:
+                part.grad = None if owner.grad is None else world.local(owner.grad)
 
 
 def chunks_of(bound: Sequence[Bound], optimizer: Optimizer) -> list[Chunk]:
@@ -277,12 +271,15 @@ def chunks_of(bound: Sequence[Bound], optimizer: Optimizer) -> list[Chunk]:
             runs.append(together)
         together.append((b, part))
         last[key] = (together, size + part.numel())
-    return [_with_gradients(_chunk(together), optimizer) for together in runs]
+    return [_chunk(together, optimizer) for together in runs]
 
 
-def _chunk(together: Sequence[tuple[Bound, Tensor]]) -> Chunk:
+def _chunk(together: Sequence[tuple[Bound, Tensor]], optimizer: Optimizer) -> Chunk:
     of, parts = zip(*together, strict=True)
-    return Chunk(of[0].group, [b.name for b in of], list(parts), [b.parameter for b in of])
+    chunk = Chunk(of[0].group, [b.name for b in of], list(parts), [b.parameter for b in of])
+    if isinstance(optimizer, Steps):
+        chunk.removers.append(lambda: optimizer.release(chunk.owners))
+    return chunk
 
 
 def _part(parameter: nn.Parameter, optimizer: Optimizer) -> Tensor:
@@ -341,6 +338,7 @@ def hook(
     first: Callable[[], Handle] | None = None,
     turned: set[int] | None = None,
     undo: Callable[[], None] | None = None,
+    chunks: Sequence[Chunk] = (),
 ) -> Handle:
     """Run `before` and `after` around every step of the optimizer, without autograd.
 
@@ -364,6 +362,8 @@ def hook(
         earlier or later, then runs outside of the two. More may join it.
     undo : callable, optional
         Puts right what `before` has done.
+    chunks : list of Chunk
+        What the two work on, the live list: parts of sharded weights have their gradients then.
 
     Raises
     ------
@@ -390,8 +390,11 @@ def hook(
         if inside:
             return
         idle, inside = closure is None and _idle(optimizer), True
-        if before is not None and not idle:
-            with torch.no_grad():
+        if idle:
+            return
+        with torch.no_grad():
+            _lend(chunks, optimizer)
+            if before is not None:
                 before()
 
     def post(_: Optimizer, args: Any, kwargs: Any) -> None:

@@ -125,7 +125,7 @@ class Gate:
             for chunk, old, operator in zip(chunks, before, operators, strict=True):
                 operator.blend_(chunk.parameters, old)
 
-        return hook(inner, snapshot, hold, first=watch.attach)
+        return hook(inner, snapshot, hold, first=watch.attach, chunks=chunks)
 
     @cached_property
     def spectrum(self) -> Spectrum:
@@ -179,4 +179,6 @@ def _gate_gradients(
         for chunk, operator in zip(chunks, operators, strict=True):
             operator.reduce_([p.grad for p in chunk.parameters])
 
-    return hook(inner, scale, needs_gradients="gate with on='gradient'", first=watch.attach)
+    return hook(
+        inner, scale, needs_gradients="gate with on='gradient'", first=watch.attach, chunks=chunks
+    )

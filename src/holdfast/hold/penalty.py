@@ -165,7 +165,7 @@ class Penalty:
                 if gradients:
                     torch._foreach_add_(gradients, [d for _, d in moving])
 
-        handle = hook(inner, add, needs_gradients="penalty", first=watch.attach)
+        handle = hook(inner, add, needs_gradients="penalty", first=watch.attach, chunks=chunks)
         handle.meter = self.spectrum.meter(chunks, operators, references)
         kept = Kept("penalty", inner, self.prior.tensors)
         handle.removers += [kept.end, watch_reference(kept, chunks, references)]

@@ -104,14 +104,14 @@ class Project:
                         if moves is None:
                             p.grad = None
 
-            handle = hook(inner, project, None, "a projection with on='gradient'", first)
+            handle = hook(inner, project, None, "a projection with on='gradient'", first, chunks=chunks)
         else:
 
             def take_back() -> None:
                 for chunk, operator, reference in zip(chunks, operators, references, strict=True):
                     operator.blend_(chunk.moving(), reference)
 
-            handle = hook(inner, after=take_back, first=first)
+            handle = hook(inner, after=take_back, first=first, chunks=chunks)
             if isinstance(self.prior, ImportancePrior):
                 handle.meter = self._spectrum.meter(chunks, operators, references)
             held = self.prior.tensors if isinstance(self.prior, ImportancePrior) else self.prior.directions
