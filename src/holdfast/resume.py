@@ -63,7 +63,8 @@ class Partial:
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             self.say(f"{self.file}: torn ({error}); starting over.")
             return None
-        changed = [key for key, value in self.identity.items() if theirs.get(key) != value]
+        every = {**self.identity, **theirs}  # a key that either lacks is a difference too
+        changed = [key for key in every if theirs.get(key) != self.identity.get(key)]
         if changed:
             self.say(f"{self.file}: begun with another {', '.join(changed)}; starting over.")
             return None

@@ -100,6 +100,19 @@ def test_killed_attribution_ends_bit_identical(what: Any, at: int, bench: Bench)
     assert sorted(p.name for p in (bench.folder / "broken").iterdir()) == ["prior.json", "prior.safetensors"]
 
 
+@pytest.mark.parametrize("importance", ["lrp", "inputs"])
+def test_attribution_killed_where_none_is_right_and_all_are_rated_ends_bit_identical(
+    importance: str, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("holdfast.importance.inputs.FULL_PASS", 1)
+    whole = bench.attribute("whole", importance, [])
+    assert whole[1]["none_right"]
+    assert bench.batches == 12
+    assert bench.kill("broken", importance, [], at=9).is_file()  # six batches look for right rows
+    assert bench.attribute("broken", importance, []) == whole
+    assert whole[1]["samples_used"] == 11
+
+
 def test_killed_sketches_end_bit_identical(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("holdfast.importance.inputs.FULL_PASS", 1)
     whole = bench.attribute("whole", *SKETCHES)

@@ -30,14 +30,18 @@ def of_right_rows(
     record : dict
         For the prior's record: whether only right rows were rated.
     """
+
+    def begun_with(only: bool) -> AttributionReport:
+        if inputs.partial is not None:  # a kill's state is not to be gone on from by the other of the two
+            inputs.partial.identity["correct_only"] = only
+        return attribute(only)
+
     try:
-        return attribute(correct_only), {"correct_only": correct_only}
+        return begun_with(correct_only), {"correct_only": correct_only}
     except NoCorrectSampleError:
         say = getattr(inputs.progress, "say", warnings.warn)
         say(
             "importance: the model answers none of the samples right, so all of them are rated. "
             "What it holds is how it answers, not what is right; train longer, or look at the task's rows."
         )
-    if inputs.partial is not None:  # what a killed first pass left is not to be gone on from
-        inputs.partial.identity["correct_only"] = False
-    return attribute(False), {"correct_only": False, "none_right": True}
+    return begun_with(False), {"correct_only": False, "none_right": True}
