@@ -7,6 +7,8 @@ import torch
 
 from attribution_models import ROWS, Keep, build, lora
 from holdfast.attribution import AttributionOptions, attribute_batches, per_sample_gradients
+from holdfast.errors import UnruledOperationError
+from holdfast.importance import compute_prior
 from holdfast.importance.aggregate import TopKMean
 
 
@@ -84,3 +86,34 @@ def test_a_weight_used_twice_gets_the_sum_of_both_uses_as_one_map() -> None:
     report = attribute_batches(model, ROWS, fold=fold, pad_id=0, correct_only=False)
     assert report.conservation_max_relative_error < 1e-9
     assert len(fold.maps["model.layers.0.mlp.up_proj.weight"]) == len(ROWS)
+
+
+@pytest.mark.parametrize("gradients", [False, True], ids=["relevance", "gradients"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_weights_that_lie_in_one_storage_are_told_apart(name: str, gradients: bool) -> None:
+    """As `torch.nn.utils.vector_to_parameters` and the flat buffers of DeepSpeed leave them."""
+    model, flat = build(name), build(name)
+    torch.nn.utils.vector_to_parameters(
+        torch.nn.utils.parameters_to_vector(flat.parameters()), flat.parameters()
+    )
+    assert len({p.untyped_storage().data_ptr() for p in flat.parameters()}) == 1
+    assert_same(maps(model, gradients=gradients), maps(flat, gradients=gradients))
+    priors = [
+        compute_prior(m, ROWS, {"name": "inputs", "correct_only": False}, pad_id=0) for m in (model, flat)
+    ]
+    assert_same(priors[0].tensors, priors[1].tensors)
+    assert all(tensor.any() for tensor in priors[1].tensors.values())
+
+
+def test_several_weights_of_a_storage_used_as_one_are_refused_by_name() -> None:
+    model = build("llama")
+    attention = model.model.layers[0].self_attn
+    both = torch.cat([attention.k_proj.weight.detach(), attention.v_proj.weight.detach()])
+    attention.k_proj.weight.data, attention.v_proj.weight.data = both.chunk(2)
+
+    def fused(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, both)[..., : len(both) // 2]
+
+    attention.k_proj.forward = fused
+    with pytest.raises(UnruledOperationError, match=r"'linear' has no attribution rule.*several in one"):
+        maps(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol, cast
@@ -118,6 +119,19 @@ def _spread(x: Tensor, at: slice, size: int) -> Tensor:
     return wide
 
 
+class _Stored(NamedTuple):
+    """Which elements of its storage are a parameter's: from `start` to before `end`."""
+
+    start: int
+    end: int
+    parameter: nn.Parameter
+
+
+def _last(size: Sequence[int], stride: Sequence[int]) -> int:
+    """How far behind its first element the last one of a tensor lies."""
+    return sum((count - 1) * step for count, step in zip(size, stride, strict=True))
+
+
 class _Use(NamedTuple):
     """One use of a parameter: makes the maps of some samples, of the shape of `place` (None: all of it)."""
 
@@ -145,7 +159,7 @@ class WeightMaps:
         self.fold, self.factor = fold, factor
         self.names = {id(parameter): name for name, parameter in wanted.items()}
         self.reached: set[str] = set()
-        self._by_storage: dict[int, nn.Parameter] = {}
+        self._by_storage: dict[int, list[_Stored]] = {}
         self.locate(model)
         self._copies: dict[int, tuple[Tensor, nn.Parameter, int]] = {}
         self._scratch: dict[tuple[torch.dtype, torch.device], Tensor] = {}
@@ -161,8 +175,14 @@ class WeightMaps:
 
     def locate(self, model: nn.Module) -> None:
         """Note where the weights' memory is now: what wraps a model may have moved it (DDP does)."""
-        plain = [p for p in model.parameters() if p.numel() and not is_traceable_wrapper_subclass(p)]
-        self._by_storage = {p.untyped_storage().data_ptr(): p for p in plain}
+        self._by_storage = {}
+        for p in model.parameters():
+            if p.numel() and not is_traceable_wrapper_subclass(p):
+                start = int(p.storage_offset())
+                end = start + _last(p.shape, p.stride()) + 1
+                self._by_storage.setdefault(p.untyped_storage().data_ptr(), []).append(_Stored(start, end, p))
+        for several in self._by_storage.values():  # flat buffers: of DeepSpeed, of vector_to_parameters
+            several.sort(key=lambda stored: stored.start)
 
     def begin_batch(self, samples: int, lengths: set[int], real: Sequence[Tensor] = ()) -> None:
         """Start a batch of `samples` rows whose sequences have one of `lengths` positions.
@@ -192,7 +212,13 @@ class WeightMaps:
             return None
         pointer = weight.untyped_storage().data_ptr()
         copy = self._copies.get(pointer)
-        return self._by_storage.get(pointer) if copy is None else copy[1]
+        if copy is not None:
+            return copy[1]
+        stored, offset = self._by_storage.get(pointer, ()), weight.storage_offset()
+        for one in reversed(stored[: bisect_right(stored, offset, key=lambda one: one.start)]):
+            if offset < one.end:
+                return one.parameter
+        return None
 
     def cast(self, weight: Tensor, copy: Tensor) -> bool:
         """Remember that `copy` holds the elements of `weight`, a part of a parameter, in another type."""
@@ -221,7 +247,8 @@ class WeightMaps:
         if parameter is None or place is None:
             return parameter is not None
         overlapping = any(n > 1 and step == 0 for n, step in zip(place.size, place.stride, strict=True))
-        return parameter.is_contiguous() and not overlapping
+        inside = place.offset + _last(place.size, place.stride) < parameter.numel()
+        return parameter.is_contiguous() and inside and not overlapping
 
     def holds_samples(self, x: Tensor) -> bool:
         """Whether the rows of `x` can be told apart by sample: batch first, maybe flattened with time."""

@@ -378,7 +378,9 @@ def samples_of_rows(trace: Trace, name: str, x: Tensor, weights: Sequence[Tensor
     wanted = [w for w in weights if w is not None and maps.wants(maps.source(w))]
     for weight in wanted:
         if not maps.placeable(weight):
-            raise trace.unruled(name, "with a part of a weight whose elements it repeats")
+            raise trace.unruled(
+                name, "with a part of a weight whose elements it repeats, or with several in one"
+            )
         maps.expect(maps.source(weight))
     rows = rows_of(x) if maps.samples > 1 and x.dim() == 2 else None
     if wanted and rows is None and not maps.holds_samples(x):
