@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from holdfast import Learner
 from holdfast.errors import ConfigError, DataError, ModelError
 from holdfast.learner.skills import read_skills
 from holdfast.models import block_parameters, tiny_llama
-from holdfast.tasks import as_examples, toy_tokenizer
+from holdfast.runner.ask import lost_of
+from holdfast.tasks import as_examples, as_questions, toy_tokenizer
 from holdfast.tasks.task import Task
 
 TOKENIZER = toy_tokenizer()
@@ -166,3 +168,18 @@ def test_a_learner_is_asked_the_rows_it_is_given_whatever_a_task_of_that_name_ha
         assert [json.loads(line)["prompt"] for line in lines] == [row["prompt"] for row in NEW]
         with pytest.raises(DataError, match=r"no test rows to ask in june"):
             learner.evaluate([Task("june", (), ())], tmp_path / "none")
+
+
+def test_a_question_longer_than_the_context_is_refused_and_one_that_leaves_little_room_is_told() -> None:
+    config = GPT2Config(vocab_size=len(TOKENIZER), n_positions=40, n_embd=16, n_layer=1, n_head=2)
+    template = {"max_prompt_tokens": 100, "max_completion_tokens": 20}
+    with Learner(GPT2LMHeadModel(config), TOKENIZER, "sequential", template=template) as learner:
+        short, long = "ab" * 5, "ab" * 15
+        alone = learner.answer([short])
+        assert learner.answer([short, long])[:1] == alone
+        with pytest.raises(
+            DataError, match=r"1 of 2 questions, first number 2, have more tokens than .* \(40\)"
+        ):
+            learner.answer([short, "ab" * 30])
+        (told,) = lost_of(learner, as_questions([short, long]))
+    assert told.startswith("1 of 2 questions leave fewer than 20 tokens to their answer: the model takes 40")

@@ -92,7 +92,7 @@ def ask_command(
                 return
             for question in questions or _lines():
                 asked = as_questions([question])
-                for lost in lost_of(learner, asked):
+                for lost in lost_of(learner, asked, max_new_tokens=max_new_tokens):
                     tell(console, f"{question[:_SHOWN]}: {lost}")
                 if base:
                     before = learner.answer(asked, max_new_tokens=max_new_tokens, base=True)[0]

@@ -115,17 +115,13 @@ def plain_greedy(
             holder.generation_config = config
 
 
-def longest_prompt(rows: Sequence[Encoded]) -> int:
-    """Tokens of the longest prompt; 0 of no rows."""
-    return max((len(row.prompt_ids) for row in rows), default=0)
-
-
-def room_for_answers(model: nn.Module, rows: Sequence[Encoded], wanted: int) -> int:
-    """How many tokens of an answer fit behind the longest prompt, at most `wanted` and at least one."""
+def rooms_for_answers(model: nn.Module, rows: Sequence[Encoded], wanted: int) -> list[int]:
+    """How many tokens of an answer fit behind each row's prompt, at most `wanted` and at least one."""
     limit = context_length(model)
     if limit is None:
-        return wanted
-    return max(1, min(wanted, limit if is_encoder_decoder(model) else limit - longest_prompt(rows)))
+        return [wanted] * len(rows)
+    taken = [0 if is_encoder_decoder(model) else len(row.prompt_ids) for row in rows]
+    return [max(1, min(wanted, limit - tokens)) for tokens in taken]
 
 
 def longer_than_context(model: nn.Module, rows: Sequence[Encoded]) -> list[int]:
@@ -134,10 +130,10 @@ def longer_than_context(model: nn.Module, rows: Sequence[Encoded]) -> list[int]:
     return [i for i, row in enumerate(rows) if limit is not None and len(row.prompt_ids) > limit]
 
 
-def _by_room(model: nn.Module, rows: Sequence[Encoded], size: int, wanted: int) -> list[list[int]]:
-    """As `by_length`, with rows that leave less room than is wanted in batches of their own."""
-    short = {i for i, row in enumerate(rows) if room_for_answers(model, [row], wanted) < wanted}
-    parts = sorted(short), [i for i in range(len(rows)) if i not in short]
+def _by_room(rows: Sequence[Encoded], size: int, rooms: Sequence[int]) -> list[list[int]]:
+    """As `by_length`, with rows that leave less room than others in batches of their own."""
+    most = max(rooms, default=0)
+    parts = [[i for i, room in enumerate(rooms) if (room < most) == short] for short in (True, False)]
     return [[part[i] for i in batch] for part in parts for batch in by_length([rows[i] for i in part], size)]
 
 
@@ -175,8 +171,7 @@ def generate(
     stop_ids = [tokenizer.eos_token_id] if stop_ids is None else list(stop_ids)
     dropped = {*tokenizer.all_special_ids, *stop_ids} - {*kept_ids}
     if engine is not None:
-        rooms = [room_for_answers(model, [row], max_new_tokens) for row in rows]
-        answers = engine(rows, rooms, stop_ids, progress)
+        answers = engine(rows, rooms_for_answers(model, rows, max_new_tokens), stop_ids, progress)
     else:
         answers = greedy(
             model,
@@ -211,9 +206,10 @@ def greedy(
     encoder_decoder = is_encoder_decoder(model)
     answers: list[list[int]] = [[] for _ in rows]
     done = 0
-    for indices in world.part(_by_room(model, rows, batch_size, max_new_tokens)):
-        asked = [rows[i] for i in indices]
-        batch, room = prompts_for(model, tokenizer, asked), room_for_answers(model, asked, max_new_tokens)
+    rooms = rooms_for_answers(model, rows, max_new_tokens)
+    for indices in world.part(_by_room(rows, batch_size, rooms)):
+        batch = prompts_for(model, tokenizer, [rows[i] for i in indices])
+        room = min(rooms[i] for i in indices)
         with evaluating(model), plain_greedy(model, tokenizer, room, stop_ids):
             output = model.generate(**batch)
         start = 0 if encoder_decoder else batch["input_ids"].shape[1]

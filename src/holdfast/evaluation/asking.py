@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from holdfast.evaluation.answers import generate
+from holdfast.errors import DataError
+from holdfast.evaluation.answers import generate, longer_than_context
+from holdfast.models import context_length
 from holdfast.tasks.encode import Encoder
 from holdfast.tasks.task import Example
 
@@ -28,6 +30,11 @@ def ask(
         Of which prompt and tools are looked at.
     max_new_tokens : int, optional
         At most; by default ``template.max_completion_tokens``.
+
+    Raises
+    ------
+    DataError
+        A question alone has more tokens than the model takes.
     """
     answers, before = [""] * len(questions), 0
     limit = max_new_tokens or encoder.template.max_completion_tokens
@@ -40,10 +47,16 @@ def ask(
         places = [i for i, row in enumerate(questions) if encoder.asks_in_turns(row.prompt) == chat]
         if not places:
             continue
+        rows = [encoder.question(questions[i]) for i in places]
+        if long := longer_than_context(model, rows):
+            raise DataError(
+                f"{len(long)} of {len(questions)} questions, first number {places[long[0]] + 1}, have more "
+                f"tokens than the model takes ({context_length(model)}). Shorten them."
+            )
         said = generate(
             model,
             tokenizer,
-            [encoder.question(questions[i]) for i in places],
+            rows,
             batch_size=batch_size,
             max_new_tokens=limit,
             stop_ids=encoder.stop_ids(chat=chat),

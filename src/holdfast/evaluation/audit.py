@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from holdfast.errors import DataError, HoldfastError
-from holdfast.evaluation.answers import room_for_answers
+from holdfast.evaluation.answers import rooms_for_answers
 from holdfast.evaluation.evaluate import (
     EncodedTask,
     EvaluationOptions,
@@ -238,10 +238,9 @@ def _context(encoded: EncodedTask, rows: list[Encoded], model: nn.Module, found:
     if not encoded.max_new_tokens or not encoded.rows:
         return
     wanted = encoded.max_new_tokens
-    short = sum(room_for_answers(model, [row], wanted) < wanted for row in encoded.rows)
-    if short:
+    rooms = rooms_for_answers(model, encoded.rows, wanted)
+    if short := sum(room < wanted for room in rooms):
         found.remarks.append(
             f"{task.name}: {short} of {len(encoded.rows)} test prompts leave fewer than {wanted} tokens to "
-            f"their answer, the longest one {room_for_answers(model, encoded.rows, wanted)}: the model takes "
-            f"{limit} in all."
+            f"their answer, the longest one {min(rooms)}: the model takes {limit} in all."
         )

@@ -23,7 +23,7 @@ from holdfast.evaluation.answers import (
     log_likelihoods,
     plain_greedy,
     prompts_for,
-    room_for_answers,
+    rooms_for_answers,
 )
 from holdfast.evaluation.transcript import Transcript
 from holdfast.models import evaluating
@@ -374,7 +374,9 @@ class _Writing:
     def _answers(self, rows: Sequence[Encoded], stops: Sequence[int]) -> list[list[int]]:
         """Greedy answers, in batches of all processes."""
         room = self.encoder.template.max_completion_tokens + self.encoder.completion_frame_size
-        room = room_for_answers(self.model, rows, room)  # of all, so that batches decide nothing
+        room = min(
+            rooms_for_answers(self.model, rows, room), default=room
+        )  # of all, so that batches decide nothing
         found: list[list[int]] = [[] for _ in rows]
         done = 0
         for indices in by_length(rows, self.batch_size * world.size()):

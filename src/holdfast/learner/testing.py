@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from holdfast.evaluation.answers import Greedy, longest_prompt, room_for_answers
+from holdfast.evaluation.answers import Greedy, rooms_for_answers
 from holdfast.evaluation.evaluate import EncodedTask, encode_task, evaluate_encoded
 from holdfast.evaluation.predictions import write_predictions
 from holdfast.evaluation.vllm_engine import Vllm
@@ -89,7 +89,9 @@ class Testing:
         check_askable(state.config, state.model)  # of a folder that is only asked nobody has looked
         model, home = state.route(), state.folder.path
         longest = max(
-            longest_prompt(e.rows) + room_for_answers(model, e.rows, e.max_new_tokens) for e in asked
+            len(row.prompt_ids) + room
+            for e in asked
+            for row, room in zip(e.rows, rooms_for_answers(model, e.rows, e.max_new_tokens), strict=True)
         )
         for left in home.glob(f"{_WHOLE}*"):  # by a process that was killed
             shutil.rmtree(left, ignore_errors=True)

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import ConfigError, DataError, StorageError
+from holdfast.evaluation.answers import rooms_for_answers
 from holdfast.folder import MANIFEST
 from holdfast.learner import Learner
 from holdfast.learner.config import STAGES
 from holdfast.learner.skills import read_skills
-from holdfast.models import onto_gpu
+from holdfast.models import context_length, onto_gpu
 from holdfast.places import local_path
 from holdfast.progress import Progress
 from holdfast.storage import whole_lines
@@ -79,7 +80,7 @@ def ask_file(
     rows, questions = read_questions(local_path(data), columns)
     _refuse_answered(data, rows, base)
     with progress.bar(f"read {data.name}", total=len(questions)) as bar:
-        for lost in lost_of(learner, questions, bar):
+        for lost in lost_of(learner, questions, bar, options.get("max_new_tokens")):
             progress.say(f"{data}: {lost}")
     partial = out.with_name(f"{out.name}.{_digest(learner, rows, questions, base, options)}.partial")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -125,12 +126,21 @@ def _as_json(value: Any) -> Any:
 
 
 def lost_of(
-    learner: Learner, questions: Sequence[Example], bar: Callable[[int], None] | None = None
+    learner: Learner,
+    questions: Sequence[Example],
+    bar: Callable[[int], None] | None = None,
+    max_new_tokens: int | None = None,
 ) -> Iterator[str]:
-    """What the model isn't shown of some questions: what is cut, and tools where no template frames them."""
+    """What is lost of some questions and answers: what is cut, tools that no template frames, and room."""
     encoder, template = learner.encoder, learner.config.template
-    cut = sum(row.cut > 0 for row in encoder.questions(questions, bar))
-    if cut:
+    rows = encoder.questions(questions, bar)
+    wanted = max_new_tokens or template.max_completion_tokens
+    if short := sum(room < wanted for room in rooms_for_answers(learner.model, rows, wanted)):
+        yield (
+            f"{short} of {len(questions)} questions leave fewer than {wanted} tokens to their answer: the "
+            f"model takes {context_length(learner.model)} in all."
+        )
+    if cut := sum(row.cut > 0 for row in rows):
         yield (
             f"{cut} of {len(questions)} questions are longer than template.max_prompt_tokens "
             f"({template.max_prompt_tokens}), as it was learned; their {template.keep} tokens are kept."
