@@ -264,3 +264,27 @@ WHOLLY_DOUBLE = (
     *STRATEGIES,
     *(f"{hold}, {name}" for name in ENGINES for hold in HOLDS),
 )
+
+
+LOSS_TRAINS = {  # what their loss trains, the forward pass that DDP watches leaves out
+    "l2p": {"name": "l2p", "pool": 4, "length": 2, "chosen": 1},
+    "lamol": {"name": "lamol"},
+    "lfpt5": {"name": "lfpt5"},
+}
+
+
+def each_rank_whose_loss_trains(folder: str) -> None:
+    """One task of each, and what the strategy keeps of it, saved by rank."""
+    from holdfast import Learner
+    from holdfast.tasks import toy_tokenizer
+
+    world.start()
+    found = {}
+    for name, strategy in LOSS_TRAINS.items():
+        model, training = tiny_model("llama"), {**TRAINING, "max_steps": 2}
+        part = Path(folder, name)
+        with Learner(model, toy_tokenizer(), strategy, folder=part, training=training) as learner:
+            with learner.task("may", rows(7)) as stage:
+                stage.train()
+            found[name] = {**dict(model.named_parameters()), **learner.state.strategy.state_dict()[0]}
+    torch.save(found, f"{folder}/loss{world.rank()}.pt")

@@ -187,6 +187,17 @@ def part_of_batch(rows: Sequence[T]) -> Sequence[T]:
     return rows if len(rows) < _size else part(rows)
 
 
+def expect_every_gradient(accelerator: Any) -> None:
+    """Let DDP wait for the gradient of every trained weight, whatever the forward pass has used.
+
+    transformers lets it look for weights that the forward pass leaves out, which count as done from then on:
+    a gradient that comes in another way is an error there.
+    """
+    handler = getattr(accelerator, "ddp_handler", None)
+    if handler is not None:
+        handler.find_unused_parameters = False
+
+
 def add_up(tensors: Iterable[Tensor]) -> None:
     """Replace each tensor by its sum over all processes, in place, summed in float64.
 

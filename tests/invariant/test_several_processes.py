@@ -44,6 +44,16 @@ def test_replicas_of_a_script_step_in_one_basis_and_under_one_prior(tmp_path: Pa
     assert all(weights["world"] == 2 for weights in found)
 
 
+def test_weights_that_a_loss_alone_trains_are_trained_alike_in_every_process(tmp_path: Path) -> None:
+    for rank in launched(2, ranks.each_rank_whose_loss_trains, [str(tmp_path)], tmp_path)():
+        assert rank.code == 0, rank.err
+    found = [torch.load(tmp_path / f"loss{rank}.pt") for rank in range(2)]
+    for name in ranks.LOSS_TRAINS:
+        assert found[0][name].keys() == found[1][name].keys()
+        assert all(torch.equal(tensor, found[1][name][key]) for key, tensor in found[0][name].items()), name
+    assert found[0]["l2p"]["counts"].sum() == 7  # a prompt for each row
+
+
 EWC = ("--strategy", "ewc", "strategy.fisher.samples=8")
 LEARN = ("learn", "may.jsonl", "--skills", "s", *EWC, *TOY, *SHORT)
 

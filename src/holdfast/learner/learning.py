@@ -192,6 +192,8 @@ class Learning:
         callbacks = [*(arguments.pop("callbacks", None) or ()), steps]
         trainer = bridged(cls, own_loss=ours)(model=context.model, callbacks=callbacks, **arguments)
         trainer.verbs, trainer.drift = self.strategy, steps.drift
+        if self.strategy.loss_trains:
+            world.expect_every_gradient(trainer.accelerator)
         trainer.prompt_loss = self.prompt_loss
         trainer.token_loss, trainer.soft_targets = TokenLoss.of(loss, self.base), self._soft_targets
         trainer.bad_batch = Path(trainer.args.output_dir) / "bad_batch.safetensors"

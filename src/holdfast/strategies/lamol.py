@@ -57,6 +57,7 @@ class Lamol(Strategy):
     paper = "Sun et al. 2020, arXiv 1909.03329"
     summary = "the model writes rows of earlier tasks itself before each new one, and learns them again"
     Options = LamolOptions
+    loss_trains = True
     reads = ("input_ids", "attention_mask", "labels")
     looks = False
     writes = True

@@ -68,6 +68,7 @@ class Lfpt5(Strategy):
         "one large soft prompt answers and writes rows of earlier tasks, with KL to the old prompt there"
     )
     Options = Lfpt5Options
+    loss_trains = True
     reads = ("input_ids", "attention_mask", "labels")
     writes = True
     state = "per task"

@@ -156,6 +156,8 @@ def train(
     with progress.bar(description, total=1) as bar, copied(model) as trained:
         steps = Steps(verbs or Verbs(), record, bar)
         trainer = _trainer(trained, rows, options, arguments, batch_of, tokenizer, steps)
+        if steps.verbs.loss_trains:
+            world.expect_every_gradient(trainer.accelerator)
         trainer.token_loss = TokenLoss.of(options.loss, base)
         trainer.soft_targets = soft_targets
         trainer.bad_batch = folder.parent / "bad_batch.safetensors"

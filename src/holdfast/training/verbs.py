@@ -35,12 +35,15 @@ class Verbs:
     around_blocks : bool
         Whether gradients pass into the model's blocks or out of them otherwise than from block to block.
         Reentrant checkpointing knows no other way, and a training with it is refused.
+    loss_trains : bool
+        Whether `loss` passes gradients to weights that the forward pass before it leaves out.
     """
 
     trains: ClassVar[bool] = True
     reads: tuple[str, ...] = ()
     looks: ClassVar[bool] = True
     around_blocks: bool = False
+    loss_trains: ClassVar[bool] = False
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
         """Put holds on the optimizer; the handles are removed when the training ends."""

@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from holdfast import world
 from holdfast.errors import ConfigError
 from holdfast.hold.cost import Estimate, trained_numbers
 from holdfast.models import is_encoder_decoder
@@ -47,6 +48,7 @@ class L2p(Strategy):
     paper = "Wang et al. 2022, arXiv 2112.08654"
     summary = "each input finds its soft prompts in a pool by their keys; the model is frozen"
     Options = L2pOptions
+    loss_trains = True
     reads = ("input_ids", "attention_mask", "labels")
     looks = False
     state = "constant"
@@ -82,6 +84,7 @@ class L2p(Strategy):
         self._indices = self._pool.nearest(self._query, self.options.chosen, weights)
         if torch.is_grad_enabled():
             taken = self._indices.cpu().flatten().bincount(minlength=self.options.pool)
+            world.add_up([taken])
             self._counts = self._counts + taken
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any], outputs: Any, loss: Tensor) -> Tensor:
