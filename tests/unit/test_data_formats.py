@@ -359,6 +359,22 @@ def test_json_lines_are_read_alike_under_both_names(bom: str, tmp_path: Path) ->
     assert load_task(write(tmp_path / "a.json", listed)).train == PAIRS
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("last", ['stop"', 'really "fine"', '"stop" it'])
+def test_quotation_marks_between_tabs_swallow_no_lines(last: str, end: str, tmp_path: Path) -> None:
+    pairs = [('"Go now, he said', "A"), ("nice day", "B"), (last, "C")]
+    table = end.join("\t".join(cells) for cells in [("prompt", "completion"), *pairs])
+    file = write(tmp_path / "a.tsv", table + end)
+    assert load_task(file).train == [Example(*pair) for pair in pairs]
+
+
+def test_a_quoted_cell_may_have_tabs_and_line_breaks(tmp_path: Path) -> None:
+    code = 'def f():\n\treturn "a"\n\n\tb'
+    quoted = code.replace('"', '""')
+    file = write(tmp_path / "a.tsv", f'prompt\tcompletion\n"{quoted}"\tx\n')
+    assert load_task(file).train == [Example(code, "x")]
+
+
 def test_a_long_cell_is_read(tmp_path: Path) -> None:
     text = "x" * 200_000
     assert load_task(write(tmp_path / "a.csv", f"prompt,completion\n{text},b\n")).train == [

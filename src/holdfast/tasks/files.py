@@ -15,7 +15,10 @@ from holdfast.tasks.problems import Problems
 
 Placed = tuple[str, object]  # where a row stands, such as "train.jsonl:17", and the row
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+Cells = tuple[int, list[str]]  # the line that a row of a table begins in, and its cells
+Fault = tuple[int, str]  # a line, and what is wrong there
 _LONGEST_CELL = 2**31 - 1
+_LINE_END = re.compile(r"\r\n|\n|\r")
 _QUOTED = re.compile(r'"[^"]*"')
 _HEAD = re.compile(r'(?:"[^"]*"|[^"\n])*')
 
@@ -145,31 +148,57 @@ def _table(path: Path, problems: Problems) -> list[Placed]:
         line = raw.count(b"\n", 0, error.start) + 1
         problems.add(f"{path}:{line}", "not UTF-8. Save the table in the encoding UTF-8")
         return []
+    placed, fault = _cells_in(text, _delimiter(path, text))
+    if fault:
+        problems.add(f"{path}:{fault[0]}", f"not a table: {fault[1]}")
+        return []
     rows: list[Placed] = []
     head: list[str] | None = None
+    for line, cells in placed:
+        where = f"{path}:{line}"
+        if head is None:
+            head = [name.strip() for name in cells]
+            if twice := [name for i, name in enumerate(head) if name in head[:i]]:
+                problems.add(where, f"the column '{twice[0]}' stands in the head twice")
+                return []
+        elif len(cells) != len(head):
+            problems.add_row(where, f"{len(cells)} cells, but the head has {len(head)} columns")
+        else:
+            rows.append((where, dict(zip(head, cells, strict=True))))
+    return rows
+
+
+def _cells_in(text: str, sign: str) -> tuple[list[Cells], Fault | None]:
+    """The cells of a table, or the line where they can't be told apart.
+
+    Between tabs a quotation mark may be text like any other. It is where quoted cells make no table, or one
+    of them swallows lines, and without quoting every line has as many cells as the head.
+    """
+    placed, fault = _quoted(text, sign)
+    swallowed = any("\n" in cell and sign in cell for _, cells in placed for cell in cells)
+    if sign == "\t" and (fault or swallowed):
+        lines = enumerate(_LINE_END.split(text), start=1)
+        plain = [(number, line.split(sign)) for number, line in lines if line]
+        if len({len(cells) for _, cells in plain}) == 1:
+            return plain, None
+    return placed, fault
+
+
+def _quoted(text: str, sign: str) -> tuple[list[Cells], Fault | None]:
+    placed: list[Cells] = []
     line = 1
     longest = csv.field_size_limit(_LONGEST_CELL)
     try:
-        cells_of = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(path, text), strict=True)
+        cells_of = csv.reader(io.StringIO(text, newline=""), delimiter=sign, strict=True)
         for cells in cells_of:
-            where, line = f"{path}:{line}", cells_of.line_num + 1
-            if not cells:
-                continue
-            if head is None:
-                head = [name.strip() for name in cells]
-                if twice := [name for i, name in enumerate(head) if name in head[:i]]:
-                    problems.add(where, f"the column '{twice[0]}' stands in the head twice")
-                    return []
-            elif len(cells) != len(head):
-                problems.add_row(where, f"{len(cells)} cells, but the head has {len(head)} columns")
-            else:
-                rows.append((where, dict(zip(head, cells, strict=True))))
+            if cells:
+                placed.append((line, cells))
+            line = cells_of.line_num + 1
     except csv.Error as error:
-        problems.add(f"{path}:{line}", f"not a table: {error}")
-        return []
+        return placed, (line, str(error))
     finally:
         csv.field_size_limit(longest)
-    return rows
+    return placed, None
 
 
 def _delimiter(path: Path, text: str) -> str:
