@@ -125,25 +125,26 @@ def _damaged(path: Path, why: object) -> RunDirectoryError:
 
 
 class _Loader(yaml.SafeLoader):
-    """What a configuration means: YAML 1.1 reads ``1e-3`` as text, ``on`` as true, 2024-01-01 as a date and
-    ``=`` as a value of no type."""
+    """What a configuration means: YAML 1.1 reads ``1e-3`` as text, ``on`` as true, 2024-01-01 as a date,
+    ``=`` as a value of no type, 0100 as 64 and 1:30 as 90."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
 _TAG = "tag:yaml.org,2002:"
+_OURS = {f"{_TAG}{kind}" for kind in ("int", "float", "timestamp", "value")}
 _Loader.yaml_implicit_resolvers = {
     first: [
         (tag, regexp)
         for tag, regexp in resolvers
-        if not (tag == f"{_TAG}bool" and first in "oOyYnN")
-        and tag not in (f"{_TAG}timestamp", f"{_TAG}value")
+        if not (tag == f"{_TAG}bool" and first in "oOyYnN") and tag not in _OURS
     ]
     for first, resolvers in _Loader.yaml_implicit_resolvers.items()
 }
+for _kind, _pattern in (
+    ("int", r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0|[1-9][0-9_]*)"),
+    ("float", r"[-+]?(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*)(?:[eE][-+]?\d+)?|[-+]?\d+[eE][-+]?\d+"),
+    ("float", r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"),
+):
+    _Loader.add_implicit_resolver(f"{_TAG}{_kind}", re.compile(f"^(?:{_pattern})$"), list("-+0123456789."))
 _PLAIN = {f"{_TAG}{kind}" for kind in ("str", "int", "float", "bool", "null", "map", "seq", "merge")}
 _DIGITS = 400  # a number longer than that fits no machine type
 _VALUES = 100_000  # aliases written out; a page of nested ones can stand for billions

@@ -100,6 +100,29 @@ def test_dates_and_equal_signs_are_texts(tmp_path: Path) -> None:
     assert override({}, ["template.strip=="]) == {"template": {"strip": "="}}
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        *((text, text) for text in ("0100", "073", "-010", "1:30", "1:30.5", "1e", "0o17", "no", "_1")),
+        *{"0": 0, "-0": 0, "+3": 3, "1_000": 1000, "0x10": 16, "100": 100}.items(),
+        *{
+            "1.": 1.0,
+            ".5": 0.5,
+            "-.5": -0.5,
+            "1e3": 1e3,
+            "1.5E-3": 1.5e-3,
+            "1e-4": 1e-4,
+            ".5e2": 50.0,
+        }.items(),
+        *{".inf": float("inf"), "-.inf": float("-inf"), "'1'": "1", "true": True, "~": None}.items(),
+    ],
+)
+def test_numbers_are_what_people_mean_by_them(written: str, meant: Any) -> None:
+    read = override({}, [f"k={written}"])["k"]
+    assert read == meant
+    assert type(read) is type(meant)
+
+
 @settings(deadline=None, max_examples=200)
 @given(st.text(max_size=60))
 def test_any_text_is_read_or_refused_as_configuration(text: str) -> None:

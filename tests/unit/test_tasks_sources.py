@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
+from holdfast.config import override
 from holdfast.errors import DataError
 from holdfast.tasks import TaskStream, build_stream, inspect_stream, load_task
 from holdfast.tasks.options import left_out, subsample
@@ -124,6 +126,21 @@ def test_names_that_begin_with_the_same_number_are_different_tasks(tmp_path: Pat
     assert [list(task.options) for task in allowed] == list(labels.values())
     with pytest.raises(DataError, match=r"tasks\.order: no task '2024_03'\."):
         stream_of(**source, order=["2024_01", "2024_03"])
+
+
+@pytest.mark.parametrize("metric", ["rouge_l", None, {"agnews": "rouge_l"}])
+def test_options_without_their_metric_say_what_to_set_and_that_works(metric: Any, folder: Path) -> None:
+    config = {
+        "source": "jsonl",
+        "path": str(folder),
+        "options": {"dbpedia": ["0", "1", "2"]},
+        "metric": metric,
+    }
+    with pytest.raises(DataError, match=r"tasks\.options\.dbpedia: does nothing") as error:
+        stream_of(**config)
+    advice = str(error.value).partition("or set ")[2].split("\n")[0].rstrip(".").replace("'", "")
+    mended = override({"tasks": config}, [advice])["tasks"]
+    assert [task.metric for task in stream_of(**mended) if task.name == "dbpedia"] == ["options"]
 
 
 def test_two_keys_of_one_task_are_refused(folder: Path) -> None:

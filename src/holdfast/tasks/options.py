@@ -15,8 +15,8 @@ from holdfast.tasks.task import Example, MetricName, Task
 
 
 def _is_text(value: Any) -> Any:
-    if isinstance(value, bool | int | float):  # YAML reads 073 as 59 and no as False: too late to repair here
-        raise ValueError(f"YAML read this name as {value!r}; write it in quotes, such as '073' or 'no'")
+    if isinstance(value, bool | int | float):  # YAML reads 1.50 as 1.5 and TRUE as True: too late to repair
+        raise ValueError(f"YAML read this name as {value!r}; write it in quotes, such as '73' or 'true'")
     return value
 
 

@@ -200,9 +200,10 @@ def _finish(
         where = f"give tasks.options.{task.name} or a labels.json"
         check_options(task, options, where, problems)
     elif key is not None:
+        # below a metric of all tasks there is no key to set
+        set_it = f"tasks.metric.{key}=options" if of_all is None else f"tasks.metric='{{{key}: options}}'"
         problems.add(
-            f"tasks.options.{key}",
-            f"does nothing with the metric '{metric}'; leave it out, or set tasks.metric.{key}=options",
+            f"tasks.options.{key}", f"does nothing with the metric '{metric}'; leave it out, or set {set_it}"
         )
     drawn = config.test_split == "validation" and not config.makes_validation
     tested = _validation_rows(task, config, problems, seed) if drawn else task.test
