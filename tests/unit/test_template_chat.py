@@ -64,6 +64,27 @@ def test_tools_that_no_chat_template_shows_are_told() -> None:
     assert remark.startswith("t: 1 of 3 rows have tools that the model isn't shown")
 
 
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        (CHAT, 0),
+        ("{% for m in messages %}<{{ m.role }}>{{ m.content }};{% endfor %}", 1),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", 1),
+        ("{% for m in messages %}{% if m.role == 'user' %}[I] {{ m.content }} [/I]"
+         "{% else %} {{ m.content }};{% endif %}{% endfor %}", 0),
+    ],
+)  # fmt: skip
+def test_a_template_that_begins_no_answer_is_told_once(template: str, told: int) -> None:
+    tokenizer = chatting()
+    tokenizer.chat_template = template
+    encoder = Encoder(tokenizer, Template(chat=True), encoder_decoder=False)
+    model, said = tiny_model("llama"), []
+    for name in ("a", "b"):
+        task = Task(name, [Example("abc", "d")], [])
+        said += audit(task, encoder.apart(), model, EvaluationOptions()).remarks
+    assert len([line for line in said if "doesn't begin an answer" in line]) == len(said) == told
+
+
 def test_a_task_without_tools_is_known_by_the_digest_it_had() -> None:
     rows = as_examples([{"prompt": "abc", "completion": "d", "tools": []}])
     assert repr(rows) == "[Example(prompt='abc', completion='d', references=(), tools=())]"

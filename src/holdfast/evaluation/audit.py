@@ -74,6 +74,7 @@ def audit(
     _cut(task, rows, encoder.template, found)
     _control_tokens(task, encoder, found)
     _tools(task, encoder, found)
+    _beginning(task, encoder, found)
     if task.metric == "options":
         _options(encoded, found)
     elif any(example.raw for example in task.test) and task.metric != "perplexity":
@@ -159,6 +160,15 @@ def _tools(task: Task, encoder: Encoder, found: Audit) -> None:
         found.remarks.append(
             f"{task.name}: {unseen} of {len(rows)} rows have tools that the model isn't shown, as no chat "
             "template frames a text. Set template.chat: true, or write them into the prompts."
+        )
+
+
+def _beginning(task: Task, encoder: Encoder, found: Audit) -> None:
+    if encoder.begins_no_answer((*task.train, *task.test)):
+        found.remarks.append(
+            f"{task.name}: the tokenizer's chat template doesn't begin an answer where it is asked to "
+            "(add_generation_prompt), so answers stand straight behind the user's turn. Write their "
+            "beginning into the template: {% if add_generation_prompt %}...{% endif %}"
         )
 
 

@@ -14,7 +14,7 @@ from holdfast.tasks.user_text import UserText
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_ANSWER = "an answer 5e1d"  # found again behind the template's frame
+_QUESTION, _ANSWER = "a question 5e1d", "an answer 5e1d"  # found again within the template's frame
 
 
 class ChatFrame:
@@ -24,6 +24,7 @@ class ChatFrame:
         self.tokenizer: Any = tokenizer
         self.user_text = text
         self._end: list[int] | None = None
+        self._looked = False
 
     def prompt_ids(self, turns: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[int]:
         """Tokens of a chat up to where the assistant answers.
@@ -57,6 +58,23 @@ class ChatFrame:
     def text(self, turns: Sequence[Message]) -> str:
         """A chat up to where the assistant answers, rendered."""
         return self._render(turns, (), add_generation_prompt=True)
+
+    def begins_no_answer(self) -> bool:
+        """Whether the template is asked to begin an answer and doesn't; told once, and False from then on.
+
+        Some need not: the end of the user's turn is all that stands before an answer.
+        """
+        if self._looked:
+            return False
+        self._looked = True
+        turns = [{"role": "user", "content": _QUESTION}]
+        asked = self._render(turns, (), add_generation_prompt=True)
+        if asked != self._render(turns, (), add_generation_prompt=False):
+            return False
+        turns += [{"role": "assistant", "content": _ANSWER}]
+        whole = self._render(turns, (), add_generation_prompt=False)
+        behind = asked.rpartition(_QUESTION)[2].strip()
+        return not behind or whole.rpartition(_ANSWER)[0].rpartition(_QUESTION)[2].strip() != behind
 
     def end_ids(self) -> list[int]:
         """The tokens behind an answer, up to the special one that ends the turn; none if there is none."""

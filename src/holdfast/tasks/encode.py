@@ -214,6 +214,11 @@ class Encoder:
         """Whether an example has tools and no chat template frames it, which would show them."""
         return bool(example.tools) and (example.raw or not self.asks_in_turns(example.prompt))
 
+    def begins_no_answer(self, examples: Iterable[Example]) -> bool:
+        """Whether the chat template that frames some of these begins no answer; told once."""
+        chats = any(not example.raw and self.asks_in_turns(example.prompt) for example in examples)
+        return chats and self._chats.begins_no_answer()
+
     def answer_ids(self, text: str, *, chat: bool = False) -> list[int]:
         """Tokens of an answer in its frame, behind a chat or behind a text; none of an empty one."""
         return self._answer(text, chat=chat)[0]
