@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 
 from holdfast.config import validate
-from holdfast.errors import ConfigError
+from holdfast.errors import ConfigError, DataError
 from holdfast.evaluation.surprise import most_surprising, surprises
 from holdfast.learner.learner import Learner
 from holdfast.models import ModelOptions, load_model, tiny_llama
@@ -19,7 +20,7 @@ from holdfast.runner import RunConfig, run
 from holdfast.runner.findings import check
 from holdfast.tasks import Encoded, Encoder, Example, Template, toy_suite, toy_tokenizer
 from holdfast.tasks.general import read_texts, with_texts
-from holdfast.tasks.memory import Memory, MemoryOptions
+from holdfast.tasks.memory import Memory, MemoryOptions, Rehearsal, RehearsalOptions
 from holdfast.tasks.sources import build_stream
 from holdfast.training.beside import Beside
 from holdfast.training.bridge import Bridge
@@ -196,13 +197,36 @@ def test_a_general_text_keeps_what_only_looks_like_the_end_of_a_line(tmp_path: P
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", '{"text": "fine"}\n{"words": 1}\n', r"a.jsonl:2: not an object with a text"),
-        ("a.txt", "\n \n", "there is no text in it"),
-        ("missing.txt", None, "can't be read"),
+        (
+            "a.jsonl",
+            '{"text": "fine"}\n{"words": 1}\n',
+            r"a.jsonl:2: no column 'text'; columns of this row: wo",
+        ),
+        ("a.txt", "\n \n", r"a\.txt: the data set is empty"),
+        ("missing.txt", None, r"no '.*missing\.txt'; give a file"),
     ],
 )
 def test_a_file_without_texts_is_named(name: str, content: str | None, message: str, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / name).write_text(content)
-    with pytest.raises(ConfigError, match=message):
-        read_texts(str(tmp_path / name))
+    file = str(tmp_path / name)
+    rehearsal = Rehearsal(validate(RehearsalOptions, {"memory": "none", "general": {"file": file}}, "test"))
+    rehearsal.learned([], 0)  # what is never trained on needs no file
+    for asks in (rehearsal.check, lambda: rehearsal.mixed([Example("a", "b")], 0)):
+        with pytest.raises(DataError, match=rf"^replay\.general\.file: .*{message}"):
+            asks()
+
+
+def test_general_text_is_read_from_every_kind_of_file(tmp_path: Path) -> None:
+    texts = [Example.text("abc"), Example.text("def")]
+    rows = [{"text": row.completion, "score": i, "meta": {"a": 1}} for i, row in enumerate(texts)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "b.json").write_text(json.dumps(rows))
+    Dataset.from_list(rows).to_parquet(tmp_path / "c.parquet")
+    (tmp_path / "d.csv").write_text("text,score\nabc,0\ndef,1\n")
+    (tmp_path / "E.TXT").write_text("abc\n \ndef\n")
+    (tmp_path / "F.JSONL").write_text((tmp_path / "a.jsonl").read_text())
+    for file in sorted(tmp_path.iterdir()):
+        assert read_texts(str(file)) == texts, file.name
+    (tmp_path / "g.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    assert read_texts(str(tmp_path / "g.jsonl")) == [Example("a", "b")]

@@ -2,60 +2,56 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import Field
 
 from holdfast.config import Options
-from holdfast.errors import ConfigError
-from holdfast.storage import text_lines
+from holdfast.errors import DataError
+from holdfast.places import local_path
+from holdfast.tasks.load import load_task
+from holdfast.tasks.rows import Columns
 from holdfast.tasks.task import Example
 
 
 class GeneralOptions(Options):
     """A file of text, and how much of it."""
 
-    file: str = Field(description="a text a line; of a .jsonl file the column text")
+    file: str = Field(
+        description="a .txt file with a text a line, a .jsonl with the column text, or any other data set "
+        "that can be learned"
+    )
     share: float = Field(0.01, gt=0, lt=1, description="of all rows that a task trains on")
 
 
 def read_texts(path: str) -> list[Example]:
-    """The texts of a file, as rows that are learned whole.
+    """The rows of a file, as `load_task` reads them; of a .txt file each line is one, and is learned whole.
 
     Raises
     ------
-    ConfigError
-        The file can't be read, a line of it is no object with a text, or it has no text at all.
+    DataError
+        There is no such file, or it is empty or malformed.
     """
-    where = f"general.file: {path}"
     try:
-        lines = text_lines(Path(path).expanduser().read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{where}: can't be read as UTF-8 text ({error}).") from error
-    texts = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        if path.endswith(".jsonl"):
-            line = _text_in(line)
-            if not line:
-                raise ConfigError(f'{where}:{number}: not an object with a text, such as {{"text": "..."}}.')
-        texts.append(line)
-    if not any(text.strip() for text in texts):
-        raise ConfigError(f"{where}: there is no text in it. Give a file with a text a line.")
-    return [Example.text(text) for text in texts if text.strip()]
+        rows = _rows(path)
+    except DataError as error:
+        raise DataError(f"replay.general.file: {error}") from error
+    if Path(path).suffix.lower() != ".txt":
+        return rows
+    return [Example.text(line) for row in rows for line in row.completion.split("\n")]
 
 
-def _text_in(line: str) -> str:
-    """The column text of a line of JSON; "" where there is none."""
+def _rows(path: str) -> list[Example]:
     try:
-        text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError):
-        return ""
-    return text if isinstance(text, str) else ""
+        return list(load_task(path).train)
+    except DataError:
+        if local_path(path).is_file():
+            with suppress(DataError):  # a text, whatever stands beside it
+                return list(load_task(path, Columns(text="text")).train)
+        raise
 
 
 def with_texts(rows: Sequence[Example], texts: Sequence[Example], share: float, seed: str) -> list[Example]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -264,18 +265,28 @@ class Rehearsal:
 
     The strategy `replay` and the run config's ``replay:`` section are both this class. A task takes
     1 / (1 - ratio) times as many steps an epoch as without; with ``mixing: batches`` as many, in batches that
-    are larger by as much. Memory: the kept examples, in the state too.
-
-    Raises
-    ------
-    ConfigError
-        The file of general text can't be read.
+    are larger by as much. Memory: the kept examples, in the state too. The file of general text is read
+    where its rows are first mixed in, or by `check`.
     """
 
     def __init__(self, options: RehearsalOptions) -> None:
         self.ratio, self.memory, self.mixing = options.share, Memory(options.memory), options.mixing
         self.general, self.targets = options.general, options.targets
-        self._texts = [] if options.general is None else read_texts(options.general.file)
+
+    def check(self) -> None:
+        """See that the file of general text, if there is one, can be read, before anything is trained.
+
+        Raises
+        ------
+        DataError
+        """
+        if self.general is not None:
+            _ = self._texts
+
+    @cached_property
+    def _texts(self) -> list[Example]:
+        assert self.general is not None
+        return read_texts(self.general.file)
 
     def mixed(self, new: Sequence[Example], seed: int) -> list[Example]:
         """What a stage trains on: its own rows, old ones once a task has been learned, and general text."""
