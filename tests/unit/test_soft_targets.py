@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,20 @@ def test_replayed_rows_are_told_from_new_ones_of_the_same_text() -> None:
     assert len(found.replayed) == 8 == len(mixed) - 8
     kept = {row.prompt for row in rehearsal.memory.examples}
     assert {mixed[i].prompt for i in found.replayed} == kept
+
+
+@pytest.mark.parametrize(
+    "memory", [{"fraction": 0.5}, {"sampling": "reservoir", "count": 5}, {"sampling": "surprise"}]
+)
+def test_rows_of_a_task_that_comes_again_are_new_before_and_after_a_resume(memory: Any) -> None:
+    task = Task("a", train=[Example(f"p{i}", "x") for i in range(10)], test=[])
+    options = validate(RehearsalOptions, {**LOGITS, "memory": memory, "ratio": 0.5}, "test")
+    rehearsal, resumed = Rehearsal(options), Rehearsal(options)
+    rehearsal.learned([task], 0, lambda task, _: task.train[:5])
+    resumed.memory.load_state_dict(json.loads(json.dumps(rehearsal.memory.state_dict())))
+    found = [each.replayed(each.mixed(task.train, 0)) for each in (rehearsal, resumed)]
+    assert len(found[0]) == 10
+    assert found[0] == found[1]
 
 
 def test_what_has_a_loss_of_its_own_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -222,23 +223,23 @@ class Memory:
         if options.generated or options.sampling == "surprise":
             if write is None:
                 raise ValueError(f"a memory by `sampling: {options.sampling}` needs `write`")
-            self.rows += [(task.name, row) for row in write(task, options)]
+            self.rows += [_copy(task, row) for row in write(task, options)]
             return
         rows = len(task.train)
         if options.sampling == "reservoir":
             self._fill(task, draw, options.count or 0)
             return
         kept = sorted(draw.sample(range(rows), options.size(rows)))
-        self.rows += [(task.name, task.train[i]) for i in kept]
+        self.rows += [_copy(task, task.train[i]) for i in kept]
 
     def _fill(self, task: Task, draw: random.Random, room: int) -> None:
         """Reservoir sampling (Vitter 1985): after n rows each is in the buffer with probability room / n."""
         for example in task.train:
             self._seen += 1
             if len(self.rows) < room:
-                self.rows.append((task.name, example))
+                self.rows.append(_copy(task, example))
             elif (slot := draw.randrange(self._seen)) < room:
-                self.rows[slot] = (task.name, example)
+                self.rows[slot] = _copy(task, example)
 
     def mixed_with(self, new: Sequence[Example], ratio: float, seed: int) -> list[Example]:
         """New examples and old ones, of which `ratio` are old, in random order.
@@ -258,6 +259,11 @@ class Memory:
         """Take back what `state_dict` gave."""
         self.rows = [(row["task"], Example.of_record(row)) for row in state["rows"]]
         self._seen, self.tasks = state["seen"], state["tasks"]
+
+
+def _copy(task: Task, row: Example) -> tuple[str, Example]:
+    """A row of the memory's own: a task that comes again has the very same rows, and those are new ones."""
+    return task.name, replace(row)
 
 
 class Rehearsal:
@@ -300,7 +306,7 @@ class Rehearsal:
         return self.memory.examples if self.mixing == "batches" else []
 
     def replayed(self, rows: Sequence[Example]) -> list[int]:
-        """Which of the rows that `mixed` gave come from the memory."""
+        """Which of the rows that `mixed` gave come from the memory, which has its own copies."""
         old = {id(example) for example in self.memory.examples}
         return [number for number, row in enumerate(rows) if id(row) in old]
 
