@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from holdfast.errors import ConfigError
 from holdfast.models import LoraOptions, add_lora, tiny_llama
 from holdfast.models.adapters import grow, lora_factors, lora_layers, rank_of
 from holdfast.records import AdapterRanks
@@ -164,3 +165,16 @@ def test_handle_undoes_the_attachment() -> None:
     assert not optimizer._optimizer_step_post_hooks
     assert all(not p._backward_hooks for pair in grown.factors for p in pair)
     assert rank_of(model) == 4
+
+
+def test_an_optimizer_that_is_refused_leaves_the_layers_as_they_were() -> None:
+    class ScheduleFree(torch.optim.SGD):
+        def train(self) -> None: ...
+
+        def eval(self) -> None: ...
+
+    model = model_of()
+    grown = Grown.for_task(model, task=1, seed=0)
+    with pytest.raises(ConfigError, match="swaps"):
+        grown.attach(model, ScheduleFree(trained(model), lr=0.1))
+    assert not [layer for layer in model.modules() if "forward" in vars(layer)]

@@ -13,10 +13,14 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import holdfast
+from holdfast.errors import ConfigError
 from holdfast.hold import Anchor, Gate, Penalty, Project
+from holdfast.hold.kept import Kept
+from holdfast.hold.unheld import _HELD
 from holdfast.importance.prior import ImportancePrior
 from holdfast.models import tiny_llama
 from holdfast.tasks import toy_tokenizer
+from holdfast.training.verbs import Held
 from small_network import backward, network, weights
 
 MECHANISMS = {
@@ -222,3 +226,40 @@ def test_factors_of_dora_are_told_to_be_held_in_part_only(
     told = [str(w.message) for w in recwarn if "factors of DoRA" in str(w.message)]
     assert len(told) == dora
     assert not dora or "lora_A" in told[0]
+
+
+def own_rate(parameters: Any) -> torch.optim.Optimizer:
+    from transformers.optimization import Adafactor
+
+    return Adafactor(parameters, lr=None, relative_step=True)
+
+
+class ScheduleFree(torch.optim.SGD):
+    """Has what tells such an optimizer from others."""
+
+    def train(self) -> None: ...
+
+    def eval(self) -> None: ...
+
+
+@pytest.mark.parametrize("kind", [own_rate, lambda p: ScheduleFree(p, lr=0.1)], ids=["own rate", "swaps"])
+def test_an_anchor_that_is_refused_leaves_nothing_behind(kind: Any) -> None:
+    model = network()
+    prior = ones(model, *dict(model.named_parameters()))
+    optimizer = kind(model.parameters())
+    for _ in range(2):
+        with pytest.raises(ConfigError):
+            Anchor(prior).attach(model, optimizer)
+    assert not any(_HELD.get(p, 0) for p in model.parameters())
+    assert not optimizer._optimizer_step_pre_hooks
+    assert Kept("anchor", optimizer, prior.tensors).key.endswith("_0")
+
+
+def test_where_one_of_several_holds_is_refused_none_is_attached() -> None:
+    model = network()
+    prior = ones(model, *dict(model.named_parameters()))
+    optimizer = ScheduleFree(model.parameters(), lr=0.1)
+    with pytest.raises(ConfigError):
+        Held(Gate(prior, on="gradient"), Anchor(prior)).attach(model, optimizer)
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not any(_HELD.get(p, 0) for p in model.parameters())

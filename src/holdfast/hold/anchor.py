@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Annotated, Any, Literal, cast
 
 import torch
@@ -22,6 +22,7 @@ from holdfast.hold.attach import (
     logarithmic_summary,
     makes_own_rate,
     reference_weights,
+    together,
     turned_by,
     unwrap,
 )
@@ -229,6 +230,12 @@ class Anchor:
         told = [group.get(TOTAL, 0.0) for group in unwrap(optimizer).param_groups]
         if self.options.pull is not None and None in told:
             raise self._unknown_total()
+        if makes_own_rate(made := unwrap(optimizer)):
+            raise ConfigError(
+                f"anchor: {type(made).__name__} makes a learning rate of its own at each step (lr=None or "
+                "relative_step), and the pull is as strong as the rate. Give it lr=... and "
+                "relative_step=False, or use the mechanism 'gate'."
+            )
         inner, chunks = self.spectrum.bind(model, optimizer, begun=self.reference is not None)
         operators: list[Operator] = []
         references: list[list[Tensor]] = []
@@ -259,30 +266,27 @@ class Anchor:
             mean = mean_of(self.spectrum.values[name] for chunk in chunks for name in chunk.names)
             warn_if_pull_is_faint("anchor", self.options.strength, mean, inner, chunks)
         watch = Unheld("anchor", self.prior, model, inner, chunks, take)
-        if makes_own_rate(inner):
-            raise ConfigError(
-                f"anchor: {type(inner).__name__} makes a learning rate of its own at each step (lr=None or "
-                "relative_step), and the pull is as strong as the rate. Give it lr=... and "
-                "relative_step=False, or use the mechanism 'gate'."
-            )
         for group in inner.param_groups:  # a scheduler with warm-up has set lr to 0 by now
             self._saw(group, group.get("initial_lr", group["lr"]))
         meter = self.spectrum.meter(chunks, operators, references)
         kept = Kept("anchor", inner, self.prior.tensors)
-        if rotate:
-            handle = self._in_coordinates(kept, chunks, rotated, turned, operators, meter, watch)
-        elif self.options.strength == "auto":
-            handle = self._in_region(kept, chunks, operators, references, meter, watch)
-        else:
 
-            def pull() -> None:
-                rates = self._rates(kept)
-                for chunk, operator, reference in zip(chunks, operators, references, strict=True):
-                    rate = rates[chunk.group]
-                    if rate is not None:
-                        operator.blend_(chunk.moving(), reference, rate)
+        def pull() -> None:
+            rates = self._rates(kept)
+            for chunk, operator, reference in zip(chunks, operators, references, strict=True):
+                rate = rates[chunk.group]
+                if rate is not None:
+                    operator.blend_(chunk.moving(), reference, rate)
 
-            handle = hook(inner, lambda: self._require_totals(inner), pull, first=watch.attach, chunks=chunks)
+        with together() as parts:
+            parts.append(Handle([kept.end]))
+            if rotate:
+                handle = self._in_coordinates(kept, chunks, rotated, turned, operators, meter, watch)
+            elif self.options.strength == "auto":
+                handle = self._in_region(kept, chunks, operators, references, meter, watch)
+            else:
+                before = partial(self._require_totals, inner)
+                handle = hook(inner, before, pull, first=watch.attach, chunks=chunks)
         handle.meter = meter
         handle.removers += [kept.end, watch_reference(kept, chunks, references)]
         self._handle = handle

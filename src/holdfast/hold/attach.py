@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
 from types import MethodType
@@ -71,6 +72,18 @@ class Handle:
                 "the kind 'inputs' does; for others call holdfast.hold.drift.drift(prior, model, reference)."
             )
         return self.meter()
+
+
+@contextmanager
+def together() -> Iterator[list[Handle]]:
+    """Handles that are put into the list stay attached; where something fails before the end, none does."""
+    handles: list[Handle] = []
+    try:
+        yield handles
+    except BaseException:
+        for handle in handles:
+            handle.remove()
+        raise
 
 
 @dataclass(frozen=True)

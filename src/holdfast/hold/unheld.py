@@ -52,7 +52,6 @@ class Unheld:
         self._free = set(prior.meta.get(FREE, ()))
         self._held = {id(p) for chunk in chunks for p in chunk.owners}
         self._counted: list[Tensor] = []
-        self._count(chunks)
         self._strangers: set[int] = set()  # in the optimizer, and nothing of the model as it was
         self._versions = {n: p._version for n, p in self._parameters.items() if not p.is_inference()}
         self._stepped = False
@@ -63,6 +62,7 @@ class Unheld:
         bound = [name for chunk in self.chunks for name in chunk.names]
         self._tell_zeros(bound)
         self._tell_divided(bound)
+        self._count(self.chunks)  # last, as it is others whom this tells
         # before the hooks of the mechanism, which copy the weights that they hold
         remove = self.optimizer.register_step_pre_hook(lambda *_: self._look()).remove
         return Handle([remove, self._release], not_held=self.names)

@@ -15,7 +15,7 @@ from holdfast.config import Options, named, named_or
 from holdfast.errors import ConfigError, HoldfastError, PriorMismatchError
 from holdfast.hold import AnchorOptions, Control, MechanismOptions, apply_control, build_mechanism
 from holdfast.hold.anchor import LORA_PULL
-from holdfast.hold.attach import Handle, Protection
+from holdfast.hold.attach import Handle, Protection, together
 from holdfast.hold.cost import Estimate, prior_costs
 from holdfast.hold.drift import Drift
 from holdfast.hold.reference import weights_of
@@ -246,15 +246,16 @@ class Attribution(Strategy):
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
         """Hold the weights from the first step on."""
-        beside = [] if self._beside is None else self._beside.attach(model, optimizer)
-        if self._merged is not None:
-            handles = self._merged.attach(model, optimizer, self._protection, self._held)
-            self._handle = handles[0]
-            return [*handles, *beside]
-        if self._protection is None:
-            return ()
-        self._handle = self._protection.attach(model, optimizer)
-        return (self._handle, *beside)
+        with together() as handles:
+            if self._merged is not None:
+                handles += self._merged.attach(model, optimizer, self._protection, self._held)
+            elif self._protection is not None:
+                handles.append(self._protection.attach(model, optimizer))
+            if handles:
+                self._handle = handles[0]
+            if self._beside is not None:
+                handles += self._beside.attach(model, optimizer)
+        return handles
 
     def drift(self) -> Drift:
         """How far the outputs of earlier tasks have moved since this one began; priors by input only."""

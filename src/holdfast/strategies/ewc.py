@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from holdfast.config import Options
 from holdfast.hold import Handle, Penalty
+from holdfast.hold.attach import together
 from holdfast.hold.cost import Estimate, prior_costs
 from holdfast.hold.reference import weights_of
 from holdfast.importance import ImportancePrior
@@ -78,7 +79,10 @@ class Ewc(Strategy):
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
         """Add the penalties' gradients once per optimizer step."""
-        return [penalty.attach(model, optimizer) for penalty in self._penalties]
+        with together() as handles:
+            for penalty in self._penalties:
+                handles.append(penalty.attach(model, optimizer))
+        return handles
 
     def end(self, context: Context, stage: Stage) -> None:
         """Estimate this task's Fisher, and add it to the others or put it beside them."""

@@ -26,6 +26,7 @@ from holdfast.hold import (
     mechanism_options,
     tell_total_rate,
 )
+from holdfast.hold.attach import together
 from holdfast.hold.drift import MOVED, Drift
 from holdfast.hold.reference import weights_of
 from holdfast.hold.unheld import apart
@@ -154,11 +155,13 @@ class ProtectCallback(TrainerCallback):
         self._detach()  # a training that failed left without on_train_end
         reference = self.given if self.given is not None else self._captured.get(unwrapped(model))
         tell_total_rate(optimizer, kwargs.get("lr_scheduler"), state.max_steps)
-        if self.beside is not None:
-            prior, beside = apart(prior, self.beside, model)
-            self._handle_beside = Anchor(beside, reference=reference).attach(model, optimizer)
-        self.protection, self._mean = build_mechanism(self.mechanism, prior, reference), None
-        self._handle = self.protection.attach(model, optimizer)
+        with together() as handles:
+            if self.beside is not None:
+                prior, beside = apart(prior, self.beside, model)
+                self._handle_beside = Anchor(beside, reference=reference).attach(model, optimizer)
+                handles.append(self._handle_beside)
+            self.protection, self._mean = build_mechanism(self.mechanism, prior, reference), None
+            self._handle = self.protection.attach(model, optimizer)
         self._trained.add(unwrapped(model))
         if "first_token" in self.prior.meta:
             rows = getattr(kwargs.get("train_dataloader"), "dataset", None)

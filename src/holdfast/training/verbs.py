@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from holdfast.errors import ConfigError
 from holdfast.hold import Handle
+from holdfast.hold.attach import together
 from holdfast.models import recomputes_reentrantly
 
 Batch = Mapping[str, Any]
@@ -94,7 +95,10 @@ class Held(Verbs):
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
         """Attach them all."""
-        return [protection.attach(model, optimizer) for protection in self.protections]
+        with together() as handles:
+            for protection in self.protections:
+                handles.append(protection.attach(model, optimizer))
+        return handles
 
 
 def attach_verbs(verbs: Verbs, model: nn.Module, optimizer: Optimizer) -> list[Handle]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from holdfast.hold import Gate, Handle
+from holdfast.hold.attach import together
 from holdfast.hold.cost import Estimate
 from holdfast.hold.fusion import fuse, old_shares
 from holdfast.hold.reference import weights_of
@@ -58,11 +59,12 @@ class Kif(Strategy):
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
         """Keep units apart (eq. 5)."""
-        self.sensitivity.attach()  # a task may be trained twice, and each time ends with its removal
-        handles = [Handle([self.sensitivity.remove])]
-        if self.options.orthogonality > 0:
-            apart = Orthogonality(self.parameters, self.options.orthogonality)
-            handles.append(apart.attach(model, optimizer))
+        with together() as handles:
+            self.sensitivity.attach()  # a task may be trained twice, and each time ends with its removal
+            handles.append(Handle([self.sensitivity.remove]))
+            if self.options.orthogonality > 0:
+                apart = Orthogonality(self.parameters, self.options.orthogonality)
+                handles.append(apart.attach(model, optimizer))
         return handles
 
     def watch(self, model: nn.Module, batch: Mapping[str, Any]) -> None:

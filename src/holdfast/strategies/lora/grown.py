@@ -79,14 +79,14 @@ class Grown:
         if not self.frozen:
             return Handle()
         inner, frozen = unwrap(optimizer), torch.arange(self.rank) < self.frozen
-        group_of, bound, ranks, removers = groups_of(inner), [], {}, []
+        group_of, bound, ranks = groups_of(inner), [], {}
+        factors: list[tuple[nn.Linear, Tensor]] = []
         for name, layer in lora_layers(model).items():
             for part, of_factor in (("lora_A", frozen[:, None]), ("lora_B", frozen[None, :])):
                 linear = getattr(layer, part)[NAME]
                 if not linear.weight.requires_grad:  # a strategy may freeze one of the two as a whole
                     continue
-                removers.append(partial(_put_forward, linear, linear.__dict__.get("forward")))
-                linear.forward = partial(_constant, linear, of_factor)
+                factors.append((linear, of_factor))
                 if id(linear.weight) in group_of:
                     bound.append(Bound(f"{name}.{part}", linear.weight, group_of[id(linear.weight)]))
                     ranks[id(linear.weight)] = of_factor
@@ -102,7 +102,10 @@ class Grown:
                 mask.blend_(chunk.parameters, before)
 
         handle = hook(inner, after=put_back)
-        handle.removers += removers + [remove for chunk in chunks for remove in chunk.removers]
+        handle.removers += [remove for chunk in chunks for remove in chunk.removers]
+        for linear, of_factor in factors:  # now that nothing is refused any more
+            handle.removers.append(partial(_put_forward, linear, linear.__dict__.get("forward")))
+            linear.__dict__["forward"] = partial(_constant, linear, of_factor)
         return handle
 
     def summary(self, overlap: float | None = None) -> AdapterRanks:

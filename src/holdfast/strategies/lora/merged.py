@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from holdfast import world
 from holdfast.errors import ConfigError, PriorMismatchError
 from holdfast.hold import Handle, Protection
+from holdfast.hold.attach import together
 from holdfast.hold.drift import Drift
 from holdfast.importance import ImportancePrior
 from holdfast.importance.moments import energy, mean_eigenvalue_one
@@ -180,11 +181,14 @@ class Merged:
         prior: ImportancePrior | None,
     ) -> list[Handle]:
         """Hold the new rows of A; the earlier ranks come back after all else, bit for bit."""
-        handles = [] if protection is None else [protection.attach(model, optimizer)]
-        if prior is not None:
-            for handle in handles:
-                handle.meter = None if handle.meter is None else lambda: self.drift(model, prior)
-        return [*handles, self.grown.attach(model, optimizer)]
+        with together() as handles:
+            if protection is not None:
+                held = protection.attach(model, optimizer)
+                handles.append(held)
+                if prior is not None and held.meter is not None:
+                    held.meter = lambda: self.drift(model, prior)
+            handles.append(self.grown.attach(model, optimizer))
+        return handles
 
     @torch.no_grad()
     def drift(self, model: nn.Module, prior: ImportancePrior) -> Drift:

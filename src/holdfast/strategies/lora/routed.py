@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from holdfast.config import Options
 from holdfast.errors import ConfigError
 from holdfast.hold import Handle
+from holdfast.hold.attach import together
 from holdfast.hold.cost import Estimate
 from holdfast.importance.seeding import sample
 from holdfast.models import is_encoder_decoder
@@ -110,7 +111,10 @@ class LoraRouted(Strategy):
         """Freeze the earlier ones, and silence them."""
         own = torch.arange(self.grown.rank) >= self.grown.frozen
         device = next(model.parameters()).device
-        return [self.grown.attach(model, optimizer), select(model, own.float().to(device))]
+        with together() as handles:
+            handles.append(self.grown.attach(model, optimizer))
+            handles.append(select(model, own.float().to(device)))
+        return handles
 
     def end(self, context: Context, stage: Stage) -> None:
         """Keep the task's mean, and measure the router."""

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from holdfast.errors import ConfigError
 from holdfast.hold import Handle
+from holdfast.hold.attach import together
 from holdfast.hold.cost import Cost, Estimate, trained_numbers
 from holdfast.models.adapters import check_growable, rank_of
 from holdfast.strategies.context import Context, Stage
@@ -90,7 +91,10 @@ class SaptLora(Strategy):
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
         """Freeze the earlier LoRAs, and mix."""
-        return [self.grown.attach(model, optimizer), self._mix(model, lambda: self.attended.shares)]
+        with together() as handles:
+            handles.append(self.grown.attach(model, optimizer))
+            handles.append(self._mix(model, lambda: self.attended.shares))
+        return handles
 
     def watch(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
         """Attend."""
