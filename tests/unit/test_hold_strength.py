@@ -11,6 +11,7 @@ import torch
 
 from holdfast.errors import ConfigError
 from holdfast.hold import Anchor, Gate, Penalty, tell_total_rate
+from holdfast.hold.schedule import total_rate_of
 from holdfast.importance.prior import ImportancePrior
 from small_network import graded, network
 
@@ -123,3 +124,14 @@ def test_the_sum_of_rates_is_known_of_schedulers_made_of_others() -> None:
     assert told == pytest.approx(sum(rates))
     tell_total_rate(optimizer, scheduler, 5)  # of one that has moved, what is there stays
     assert optimizer.param_groups[0]["holdfast_total_rate"] == told
+
+
+@pytest.mark.parametrize("first", [0.0, 0.2])
+def test_weights_that_join_late_are_pulled_in_proportion_to_a_group_that_moves(first: float) -> None:
+    model = network()
+    one, two, *late = model.parameters()
+    groups = [{"params": [one], "lr": first}, {"params": [two], "lr": 0.1}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    tell_total_rate(optimizer, None, 10)
+    optimizer.add_param_group({"params": late, "lr": 0.05})
+    assert total_rate_of(optimizer.param_groups[2], optimizer) == pytest.approx(0.5)

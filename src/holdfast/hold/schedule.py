@@ -68,11 +68,11 @@ def total_rate_of(group: Mapping[str, Any], optimizer: Optimizer) -> float | Non
     """
     if TOTAL in group:
         return cast("float | None", group[TOTAL])
-    for other in optimizer.param_groups:
-        if TOTAL in other:
-            known = other[TOTAL]
-            return None if known is None else known * _start(group) / (_start(other) or 1.0)
-    return None
+    told = [(other[TOTAL], _start(other)) for other in optimizer.param_groups if TOTAL in other]
+    if not told or None in [total for total, _ in told]:
+        return None
+    total, start = next((both for both in told if both[0] > 0), (0.0, 1.0))  # of a rate of 0 nothing follows
+    return total * _start(group) / start
 
 
 def _start(group: Mapping[str, Any]) -> float:
