@@ -813,3 +813,14 @@ def test_blend_is_between_its_ends_and_reduce_is_blend_towards_zero(
     at_rate = value.clone()
     operator.blend_([at_rate], [zero], rate)
     torch.testing.assert_close(at_rate, value @ u @ torch.diag(1 - (rate * share).clamp(max=1)) @ u.T)
+
+
+def test_a_closure_is_refused_in_the_coordinates_of_inputs_with_an_advice_that_works() -> None:
+    model = Net()
+    optim = torch.optim.SGD(model.parameters(), lr=ETA)
+    handle = Anchor(moments(), strength=LAMBDA).attach(model, optim)
+    with pytest.raises(ConfigError, match="or give coordinates='weights'"):
+        optim.step(lambda: 0.0)
+    handle.remove()
+    Anchor(moments(), strength=LAMBDA, coordinates="weights").attach(model, optim)
+    optim.step(lambda: 0.0)

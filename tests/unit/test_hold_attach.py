@@ -19,6 +19,7 @@ from holdfast.hold import (
     GateOptions,
     MechanismOptions,
     Penalty,
+    Project,
     build_mechanism,
 )
 from holdfast.hold.attach import unwrap
@@ -137,12 +138,20 @@ def test_prior_that_does_not_fit_attaches_nothing() -> None:
     assert not optim._optimizer_step_post_hooks
 
 
-@pytest.mark.parametrize("make", [lambda p: Gate(p, on="gradient"), Penalty], ids=["gate", "penalty"])
-def test_closure_is_refused_where_gradients_must_exist_before_the_step(make: Any) -> None:
+@pytest.mark.parametrize(
+    ("make", "advice"),
+    [
+        (lambda p: Gate(p, on="gradient"), "give on='update'"),
+        (lambda p: Project(p, on="gradient"), "give on='update'"),
+        (Penalty, "use the mechanism 'anchor'"),
+    ],
+    ids=["gate", "project", "penalty"],
+)
+def test_closure_is_refused_where_gradients_must_exist_before_the_step(make: Any, advice: str) -> None:
     model = network()
     optim = torch.optim.SGD(model.parameters(), lr=0.1)
     make(graded(model)).attach(model, optim)
-    with pytest.raises(ConfigError, match=r"step\(closure\) computes gradients inside the step"):
+    with pytest.raises(ConfigError, match=rf"step\(closure\) computes gradients inside the step.*{advice}"):
         optim.step(lambda: 0.0)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from holdfast.errors import HoldfastError
 from holdfast.hold import (
@@ -12,6 +13,7 @@ from holdfast.hold import (
     Penalty,
 )
 from holdfast.importance.prior import ImportancePrior
+from holdfast.strategies.kif.orthogonal import Orthogonality
 from small_network import backward, graded, network, weights
 
 
@@ -205,3 +207,18 @@ def test_penalty_is_not_divided_by_a_gradient_scaler(fused: bool) -> None:
 def test_penalty_loss_without_a_reference_says_what_to_give() -> None:
     with pytest.raises(HoldfastError, match="give `reference="):
         Penalty(graded(network())).loss(network())
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_orthogonality_is_not_divided_by_a_gradient_scaler(fused: bool) -> None:
+    ends = []
+    for scale in (1.0, 1024.0):
+        torch.manual_seed(0)
+        factor = nn.Parameter(torch.randn(2, 3))
+        optim = torch.optim.SGD([factor], lr=0.01, fused=fused)
+        Orthogonality({"0.lora_A.weight": factor}, 1.0).attach(nn.Module(), optim)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        scaler.scale(factor.sum()).backward()
+        scaler.step(optim)
+        ends.append(factor.detach())
+    torch.testing.assert_close(ends[0], ends[1])

@@ -413,7 +413,15 @@ class Anchor:
                 coordinates.undo()
 
         handle = hook(
-            inner, enter, leave, "anchor with coordinates 'inputs'", watch.attach, turned, undo, chunks
+            inner,
+            enter,
+            leave,
+            needs_gradients="anchor with coordinates 'inputs'",
+            instead="give coordinates='weights'",
+            first=watch.attach,
+            turned=turned,
+            undo=undo,
+            chunks=chunks,
         )
         handle.removers += [inner.register_state_dict_post_hook(save).remove, forget]
         return handle

@@ -343,11 +343,30 @@ def reference_weights(chunk: Chunk, reference: Mapping[str, Tensor] | None, whos
     return found
 
 
+def add_to_gradients(optimizer: Optimizer, weights: Sequence[Tensor], terms: list[Tensor]) -> None:
+    """Add a term to the gradient of each weight before its step, also where it is None; terms are used up.
+
+    Fused optimizers take a GradScaler's scale off inside the step, so terms get it here.
+    """
+    if not weights:
+        return
+    scale = getattr(optimizer, "grad_scale", None)
+    if scale is not None:
+        torch._foreach_mul_(terms, scale)
+    gradients = []
+    for weight in weights:
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        gradients.append(weight.grad)
+    torch._foreach_add_(gradients, terms)
+
+
 def hook(
     optimizer: Optimizer,
     before: Callable[[], None] | None = None,
     after: Callable[[], None] | None = None,
     needs_gradients: str = "",
+    instead: str = "",
     first: Callable[[], Handle] | None = None,
     turned: set[int] | None = None,
     undo: Callable[[], None] | None = None,
@@ -368,6 +387,8 @@ def hook(
     needs_gradients : str
         Name of a mechanism that changes gradients in `before`: such a one can't serve a step with a
         closure, which computes the gradients only inside the step.
+    instead : str, optional
+        What serves such a step in its place.
     first : callable, optional
         Attaches something whose hooks run before these.
     turned : set of int, optional
@@ -398,7 +419,7 @@ def hook(
         if needs_gradients and closure is not None:
             raise ConfigError(
                 f"{needs_gradients}: step(closure) computes gradients inside the step, too late to "
-                "change them. Call step() without a closure, or use the gate with on='update'."
+                f"change them. Call step() without a closure{instead and f', or {instead}'}."
             )
         if inside:
             return

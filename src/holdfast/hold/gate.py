@@ -179,4 +179,11 @@ def _gate_gradients(
         for chunk, operator in zip(chunks, operators, strict=True):
             operator.reduce_([p.grad for p in chunk.parameters])
 
-    return hook(inner, scale, needs_gradients="gate with on='gradient'", first=watch.attach, chunks=chunks)
+    return hook(
+        inner,
+        scale,
+        needs_gradients="gate with on='gradient'",
+        instead="give on='update'",
+        first=watch.attach,
+        chunks=chunks,
+    )

@@ -16,6 +16,7 @@ from holdfast.errors import ConfigError, HoldfastError, PriorMismatchError
 from holdfast.hold.attach import (
     Chunk,
     Handle,
+    add_to_gradients,
     hook,
     logarithmic_summary,
     place,
@@ -151,21 +152,14 @@ class Penalty:
         watch = Unheld("penalty", self.prior, model, inner, chunks, take)
 
         def add() -> None:
-            scale = getattr(inner, "grad_scale", None)  # fused optimizers unscale inside the step
             for chunk, operator, reference in zip(chunks, operators, references, strict=True):
                 away = torch._foreach_sub(chunk.parameters, reference)
                 operator.times_(away)
-                if scale is not None:
-                    torch._foreach_mul_(away, scale)
                 moving = [(p, d) for p, d in zip(chunk.moving(), away, strict=True) if p is not None]
-                for parameter, _ in moving:
-                    if parameter.grad is None:  # unused in this batch; the penalty still acts on it
-                        parameter.grad = torch.zeros_like(parameter)
-                gradients = [p.grad for p, _ in moving if p.grad is not None]
-                if gradients:
-                    torch._foreach_add_(gradients, [d for _, d in moving])
+                add_to_gradients(inner, [p for p, _ in moving], [d for _, d in moving])
 
-        handle = hook(inner, add, needs_gradients="penalty", first=watch.attach, chunks=chunks)
+        other = "use the mechanism 'anchor' (of a prior by inputs with coordinates='weights')"
+        handle = hook(inner, add, needs_gradients="penalty", instead=other, first=watch.attach, chunks=chunks)
         handle.meter = self.spectrum.meter(chunks, operators, references)
         kept = Kept("penalty", inner, self.prior.tensors)
         handle.removers += [kept.end, watch_reference(kept, chunks, references)]

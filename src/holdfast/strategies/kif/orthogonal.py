@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from holdfast.hold.attach import Handle, hook, rests, unwrap
+from holdfast.hold.attach import Handle, add_to_gradients, hook, rests, unwrap
 
 
 def _gram_terms(factors: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor, bool]]:
@@ -57,11 +57,14 @@ class Orthogonality:
     def attach(self, model: nn.Module, optimizer: Optimizer) -> Handle:
         """Act on every step of this optimizer until the handle is removed."""
 
-        def add() -> None:
-            for w, gap, rows in _gram_terms(self.factors):
-                if rests(w):
-                    continue
-                gradient = 4 * self.strength * (gap @ w.float() if rows else w.float() @ gap)
-                w.grad = gradient.to(w) if w.grad is None else w.grad.add_(gradient.to(w))
+        inner = unwrap(optimizer)
 
-        return hook(unwrap(optimizer), add, needs_gradients="orthogonality")
+        def add() -> None:
+            terms = [
+                (w, (4 * self.strength * (gap @ w.float() if rows else w.float() @ gap)).to(w))
+                for w, gap, rows in _gram_terms(self.factors)
+                if not rests(w)
+            ]
+            add_to_gradients(inner, [w for w, _ in terms], [gradient for _, gradient in terms])
+
+        return hook(inner, add, needs_gradients="orthogonality")
