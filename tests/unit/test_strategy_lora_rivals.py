@@ -200,8 +200,11 @@ def test_ella_takes_the_past_update_as_the_task_finds_it_and_frees_what_nothing_
 def test_ella_without_strength_is_inc_lora(tmp_path: Path) -> None:
     strategy, model = strategy_of("ella", strength=0.0), lora_model()
     learn(strategy, model, 0, tmp_path)
+    assert json.loads((tmp_path / "adapters.json").read_text())["overlap"] == 0.0, "there is none before"
     strategy.begin(context_of(model, tmp_path), stage_of(STREAM, 1))
     assert strategy.loss(model, {}, None, ZERO) is ZERO
+    strategy.end(context_of(model, tmp_path), stage_of(STREAM, 1))
+    assert json.loads((tmp_path / "adapters.json").read_text())["overlap"] is None, "it was not measured"
 
 
 # c-lora

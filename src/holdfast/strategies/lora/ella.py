@@ -84,6 +84,6 @@ class Ella(Strategy):
     def end(self, context: Context, stage: Stage) -> None:
         """Record the rank, and how much the new LoRA changes what was changed before."""
         with torch.no_grad():
-            left = float(self.overlap()) if self._past else 0.0
+            left = float(self.overlap()) if self._past else None if self.grown.frozen else 0.0
         self._past = []
         self.grown.summary(left).write(context.folder / "adapters.json")
