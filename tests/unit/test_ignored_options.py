@@ -12,7 +12,7 @@ import torch
 from holdfast import Learner, ProtectCallback
 from holdfast.config import Options, validate
 from holdfast.errors import ConfigError, DataError
-from holdfast.hold import AnchorOptions
+from holdfast.hold import AnchorOptions, Directions, Project
 from holdfast.importance.prior import ImportancePrior
 from holdfast.importance.sensitivity import SensitivityOptions
 from holdfast.learner.config import LearnerConfig, LearnerEvaluationOptions, ProtectBaseOptions
@@ -281,3 +281,19 @@ def test_answers_are_not_to_be_set_where_attribute_asks_nothing(tmp_path: Path) 
             seed=0,
             progress=Progress(quiet=True),
         )
+
+
+@pytest.mark.parametrize(
+    ("prior", "values", "said"),
+    [
+        (Directions(), {"share": 0.5}, "`share` does nothing with directions"),
+        (
+            ImportancePrior({}),
+            {"on": "gradient", "reference": {}},
+            "`reference` does nothing on the gradient",
+        ),
+    ],
+)
+def test_what_a_projection_would_ignore_is_refused(prior: Any, values: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        Project(prior, **values)

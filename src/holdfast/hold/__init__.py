@@ -68,6 +68,11 @@ def mechanism_options(mechanism: Any, source: str = "mechanism", **values: Any) 
     return validate(MECHANISMS[mechanism][0], {"name": mechanism, **values}, source)
 
 
+def returns(options: GateOptions | AnchorOptions | PenaltyOptions | ProjectOptions) -> bool:
+    """Whether a mechanism goes back to weights: not a gate, nor where gradients are projected."""
+    return not isinstance(options, GateOptions) and getattr(options, "on", "update") == "update"
+
+
 def build_mechanism(
     options: GateOptions | AnchorOptions | PenaltyOptions | ProjectOptions,
     prior: ImportancePrior,
@@ -80,11 +85,12 @@ def build_mechanism(
     prior : ImportancePrior
         One that `apply_control` has been through, if a control is wanted.
     reference : mapping of str to Tensor, optional
-        Weights to pull towards, by canonical name; the gate, which needs none, takes no notice.
+        Weights to pull towards, by canonical name; a mechanism that `returns` to none takes no notice.
     """
     values = options.model_dump(exclude={"name"})
     if isinstance(options, GateOptions):
         return Gate(prior, **values)
+    reference = reference if returns(options) else None
     return MECHANISMS[options.name][1](prior, reference=reference, **values)
 
 

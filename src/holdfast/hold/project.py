@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from holdfast.config import Options, validate
+from holdfast.errors import ConfigError
 from holdfast.hold.attach import Chunk, Handle, held_summary, hook, reference_weights
 from holdfast.hold.directions import Directions
 from holdfast.hold.kept import Kept
@@ -42,26 +43,36 @@ class Project:
     prior : ImportancePrior or Directions
         By weight: held is a part of the weights. Of the kind ``inputs``: the leading eigenvectors of each
         map's C. Directions (OGD) are projectors as they are.
-    share : float
-        Of the sum of a tensor's importances (of C's trace), how much the held coordinates have at least.
+    share : float, optional
+        Of the sum of a tensor's importances (of C's trace), how much the held coordinates have at least;
+        default 0.99. Not for directions.
     on : {"update", "gradient"}
         ``update`` projects the weights' change since θ*, which is the same as projecting each step's, and
         corrects rounding errors as well. It holds with every optimizer, weight decay included. ``gradient``:
         once a step, after accumulation and clipping; the step itself is projected with plain SGD only.
     reference : mapping of str to Tensor, optional
-        For ``update``: θ*, not to be changed while attached; copies of the weights at `attach` when omitted.
+        For ``update`` only: θ*, not to be changed while attached; copies of the weights at `attach` when
+        omitted.
     """
 
     def __init__(
         self,
         prior: ImportancePrior | Directions,
         *,
-        share: float = 0.99,
+        share: float | None = None,
         on: Literal["update", "gradient"] = "update",
         reference: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.prior = prior
-        self.options = validate(ProjectOptions, {"share": share, "on": on}, "Project")
+        values = {"on": on} if share is None else {"share": share, "on": on}
+        self.options = validate(ProjectOptions, values, "Project")
+        if isinstance(prior, Directions) and share is not None:
+            raise ConfigError("Project: `share` does nothing with directions, which are held as they are.")
+        if reference is not None and on == "gradient":
+            raise ConfigError(
+                "Project: `reference` does nothing on the gradient, which returns to no weights; leave it "
+                "out."
+            )
         self.reference = reference
 
     @cached_property
@@ -104,7 +115,14 @@ class Project:
                         if moves is None:
                             p.grad = None
 
-            handle = hook(inner, project, None, "a projection with on='gradient'", first, chunks=chunks)
+            handle = hook(
+                inner,
+                project,
+                needs_gradients="a projection with on='gradient'",
+                instead="give on='update'",
+                first=first,
+                chunks=chunks,
+            )
         else:
 
             def take_back() -> None:

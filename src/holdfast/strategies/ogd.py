@@ -77,7 +77,7 @@ class Ogd(Strategy):
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> Sequence[Handle]:
         """Project every step."""
-        hold = Project(self.directions, on=self.options.on, reference=self._start)
+        hold = Project(self.directions, on=self.options.on, reference=self._start or None)
         return [hold.attach(model, optimizer)]
 
     def end(self, context: Context, stage: Stage) -> None:

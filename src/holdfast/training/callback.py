@@ -24,6 +24,7 @@ from holdfast.hold import (
     apply_control,
     build_mechanism,
     mechanism_options,
+    returns,
     tell_total_rate,
 )
 from holdfast.hold.attach import together
@@ -234,9 +235,7 @@ class ProtectCallback(TrainerCallback):
 
     @property
     def _returns(self) -> bool:
-        """Whether what is held goes back to weights: not under a gate, nor where gradients are projected."""
-        projects = self.mechanism.name == "project" and self.mechanism.on == "gradient"
-        return self.beside is not None or not (projects or self.mechanism.name == "gate")
+        return self.beside is not None or returns(self.mechanism)
 
     @property
     def _needs_reference(self) -> bool:
