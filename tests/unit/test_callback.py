@@ -479,6 +479,21 @@ def test_log_history_has_the_figures_of_the_hold_beside_the_loss(mechanism: str,
     assert [e["holdfast/held"] for e in told if "loss" in e] == [e["holdfast/held"] for e in losses]
 
 
+def test_the_log_has_the_pull_of_strength_auto_as_it_grows(tmp_path: Path) -> None:
+    model = tiny_model()
+    moments = {n: torch.eye(p.shape[1]) for n, p in block_parameters(model).items()}
+    callback = ProtectCallback(ImportancePrior(moments, {"kind": "inputs"}), strength="auto", bound=1e-4)
+    args = arguments(tmp_path, max_steps=3, logging_steps=1, warmup_steps=0)
+    trainer = Trainer(model, args, train_dataset=rows(), callbacks=[callback])
+    trainer.train()
+    losses = [entry for entry in trainer.state.log_history if "loss" in entry]
+    pulls = [entry["holdfast/pull"] for entry in losses]
+    assert 0 < pulls[0] < pulls[1] < pulls[2]
+    assert callback.protection is not None
+    assert pulls[2] == pytest.approx(callback.protection.summary()["mean"])
+    assert not [entry for entry in losses if "holdfast/held" in entry]
+
+
 @pytest.mark.parametrize(("frame", "told"), [("{bos}{prompt}", True), ("{prompt}", False)])
 def test_rows_that_begin_otherwise_than_the_prior_s_are_told(frame: str, told: bool, tmp_path: Path) -> None:
     """TRL puts no begin token before a text where the tokenizer itself puts none."""

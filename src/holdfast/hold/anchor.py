@@ -200,7 +200,7 @@ class Anchor:
         self.reference = reference
         self.learning_rate: float | None = None  # the largest seen, for the summary
         self._rate: float | None = None  # what λ or Λ is multiplied by, at its largest
-        self._pulled: float | None = None  # Σ of the pulls that `auto` chose
+        self.pulled: float | None = None  # Σ of the pulls that `auto` chose
         self._handle: Handle | None = None
 
     @cached_property
@@ -338,8 +338,8 @@ class Anchor:
                 shares = [h for operator in operators for h in cast(Inputs, operator).shares]
                 regions[len(operators)] = Region(shares, of_all([m.whole() for m in meter.maps()]), bound)
             passed, pull = regions[len(operators)].passed(of_all([s for chunk in squares for s in chunk]))
-            self._pulled = kept.get("pulled", 0.0) + float(pull)
-            kept.set("pulled", self._pulled)
+            self.pulled = kept.get("pulled", 0.0) + float(pull)
+            kept.set("pulled", self.pulled)
             rest = iter(passed)
             return [[next(rest) for _ in chunk] for chunk in squares]
 
@@ -487,11 +487,11 @@ class Anchor:
         if self.prior.kind == "inputs" and self._handle is not None:
             extra["not_held"] = self._handle.not_held
         if self.options.strength == "auto":
-            chosen = self._pulled or 0.0
+            chosen = self.pulled or 0.0
             result = logarithmic_summary(
                 lambda: (tensor * chosen for tensor in tensors.values()), "pull over the task"
             )
-            return {**result, "held": None, "pull": self._pulled, **extra}
+            return {**result, "held": None, "pull": self.pulled, **extra}
         if self._rate is None:
             scale = self._scale
             whole = "pull over the task" if self.options.pull is not None else "pull per step / learning rate"

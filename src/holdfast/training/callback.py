@@ -119,7 +119,7 @@ class ProtectCallback(TrainerCallback):
         self._captured: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()  # by model
         self._trained: WeakSet[nn.Module] = WeakSet()
         self._handle, self._handle_beside = Handle(), Handle()
-        self._mean: float | None = None  # of the summary, which goes through all weights
+        self._figure: tuple[Any, dict[str, float]] | None = None  # what it depends on, and it
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -161,7 +161,7 @@ class ProtectCallback(TrainerCallback):
                 prior, beside = apart(prior, self.beside, model)
                 self._handle_beside = Anchor(beside, reference=reference).attach(model, optimizer)
                 handles.append(self._handle_beside)
-            self.protection, self._mean = build_mechanism(self.mechanism, prior, reference), None
+            self.protection, self._figure = build_mechanism(self.mechanism, prior, reference), None
             self._handle = self.protection.attach(model, optimizer)
         self._trained.add(unwrapped(model))
         if "first_token" in self.prior.meta:
@@ -204,20 +204,30 @@ class ProtectCallback(TrainerCallback):
     ) -> None:
         """Put the hold's figures beside the loss, in ``log_history`` and before the other loggers.
 
-        ``holdfast/held``: the mean of what is held (of the pull a step, for an anchor).
-        ``holdfast/not_held``: how many trained tensors are not. ``old_outputs_moved``: see `Drift.percent`,
-        where it is known.
+        ``holdfast/held``: the mean of what is held, as ``protection.summary()`` has it: of an anchor the pull
+        a step at the largest rate so far, of a penalty λ·I. Of an anchor with strength ``auto``
+        ``holdfast/pull`` instead, the pull over the task until now. ``holdfast/not_held``: how many trained
+        tensors are not. ``old_outputs_moved``: see `Drift.percent`, where it is known.
         """
         if logs is None or "loss" not in logs or self.protection is None:
             return
-        if self._mean is None:
-            self._mean = float(self.protection.summary()["mean"])
-        figures = {"holdfast/held": self._mean, "holdfast/not_held": float(len(self._handle.not_held))}
+        figures = {**self._held(), "holdfast/not_held": float(len(self._handle.not_held))}
         if self._handle.meter is not None:
             figures[MOVED] = self.drift().percent
         logs.update(figures)
         if state.log_history:
             state.log_history[-1].update(figures)
+
+    def _held(self) -> dict[str, float]:
+        """The mean of the summary, which goes through all weights: made anew only where it has changed."""
+        anchor = self.protection if isinstance(self.protection, Anchor) else None
+        now = None if anchor is None else (anchor.learning_rate, anchor.pulled)
+        if self._figure is None or self._figure[0] != now:
+            assert self.protection is not None
+            said = self.protection.summary()
+            name = "holdfast/pull" if said["held"] is None else "holdfast/held"
+            self._figure = now, {name: float(said["mean"])}
+        return self._figure[1]
 
     def drift(self) -> Drift:
         """How far old outputs have moved since training began, by map and in all; see `Handle.drift`.
