@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from holdfast.errors import ConfigError
+from holdfast.errors import ConfigError, HoldfastError
 from holdfast.hold.fusion import (
     AdaptiveFusionOptions,
     StaticFusionOptions,
@@ -191,6 +191,32 @@ def test_scaled_gradients_of_fp16_give_the_same_sensitivity() -> None:
         results.append(seen.result())
     for name, value in results[0].items():
         torch.testing.assert_close(results[1][name], value)
+
+
+@pytest.mark.parametrize("order", ["first", "second", "second-batch", "gradient"])
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_step_that_a_gradient_scaler_passes_over_leaves_the_sensitivity_as_it_was(
+    order: Any, bad: float
+) -> None:
+    results = []
+    for overflows in (False, True):
+        model, batches = model_and_batch()
+        parameters = trained_parameters(model)
+        seen = Sensitivity(model, parameters, SensitivityOptions(order=order))
+        if overflows:
+            backward_of_the_step(model, batches[:1], seen.watch)
+            gradient: Any = next(iter(parameters.values())).grad
+            gradient[0, 0] = bad
+            seen.observe()
+        backward_of_the_step(model, batches, seen.watch)
+        seen.observe()
+        results.append(seen.result())
+    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+
+
+def test_scores_that_are_not_finite_are_refused_by_number() -> None:
+    with pytest.raises(HoldfastError, match="1 of 3 scores are not finite, the first that of unit 1"):
+        normalised(torch.tensor([1.0, math.nan, 3.0]))
 
 
 @settings(deadline=None)

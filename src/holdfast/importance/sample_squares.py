@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -172,9 +171,19 @@ class SampleSquares:
             self._compare(self._averaged(self._fold.gradients))
             self._fold.gradients = None
         result = self._fold.total_N * (tokens * scale) ** 2
+        self._clear()
+        return named_views(result, {name: total.shape for name, total in self._fold.sums.items()})
+
+    def discard(self) -> None:
+        """Pass over a step: what was seen of it goes, and the first step's check is left to the next."""
+        self._maps.end_batch()
+        if self._fold.gradients is not None:
+            self._fold.gradients = {}
+        self._clear()
+
+    def _clear(self) -> None:
         self._fold.total_N.zero_()
         self._tokens = 0
-        return named_views(result, {name: total.shape for name, total in self._fold.sums.items()})
 
     def _averaged(self, sums: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Over processes; what one has not seen is zero there."""
@@ -195,7 +204,7 @@ class SampleSquares:
             scale = max(float(norm), _SMALL * largest)
             error = float((apart - whole).norm()) / scale if scale else 0.0
             limit = _TOLERANCE if self._parameters[name].dtype in (torch.float32, torch.float64) else 0.1
-            if not error <= limit and math.isfinite(largest):
+            if not error <= limit:
                 raise ConfigError(
                     "strategy.sensitivity: 'second' needs gradients of single samples, and those of "
                     f"{name} sum to something else than the batch's gradient (relative difference "

@@ -93,11 +93,17 @@ class Sensitivity:
     def observe(self, scale: float = 1.0) -> None:
         """Take in the gradient of one optimizer step, accumulated and unclipped.
 
+        One that is not finite is passed over, as a GradScaler passes over its step.
+
         Parameters
         ----------
         scale : float
             ``scale * p.grad`` is the gradient of the loss.
         """
+        if not self._is_finite():
+            if self.squares is not None:
+                self.squares.discard()
+            return
         squares = self.squares.finish(scale) if self.squares is not None else {}
         for names in self._groups():
             now = self._now(names, scale, squares)
@@ -109,6 +115,13 @@ class Sensitivity:
             torch._foreach_sub_(now, mean)
             torch._foreach_abs_(now)
             torch._foreach_lerp_([self._spread[n] for n in names], now, 1 - self.options.alpha2)
+
+    def _is_finite(self) -> bool:
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        where: dict[torch.device, list[Tensor]] = {g.device: [] for g in gradients}
+        for gradient in gradients:
+            where[gradient.device].append(gradient.isfinite().all())
+        return all(bool(torch.stack(found).all()) for found in where.values())
 
     def _groups(self) -> Iterator[list[str]]:
         names: list[str] = []

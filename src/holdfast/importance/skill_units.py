@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from holdfast.errors import ConfigError
+from holdfast.errors import ConfigError, HoldfastError
 from holdfast.records import UnitScores
 
 _FACTOR_A = re.compile(r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?A(?P<leaf>\.weight)?$")
@@ -129,7 +129,19 @@ def unit_scores(
 
 
 def normalised(scores: Tensor) -> Tensor:
-    """Norm of K, eq. 13: scores brought to [0, 1] by minimum and maximum; all 0 if all are the same."""
+    """Norm of K, eq. 13: scores brought to [0, 1] by minimum and maximum; all 0 if all are the same.
+
+    Raises
+    ------
+    HoldfastError
+        A score is not finite: with it all of them would be NaN, or 0.
+    """
+    if not (finite := scores.isfinite()).all():
+        raise HoldfastError(
+            f"skill units: {int((~finite).sum())} of {len(scores)} scores are not finite, the first that of "
+            f"unit {int(finite.int().argmin())}, so units can't be compared. Lower the learning rate, or "
+            "train in bf16 or float32."
+        )
     low, high = scores.min(), scores.max()
     return (scores - low) / (high - low) if high > low else torch.zeros_like(scores)
 
