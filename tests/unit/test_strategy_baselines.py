@@ -198,6 +198,31 @@ def test_padding_does_not_change_the_mask() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*masks, strict=True))
 
 
+@pytest.mark.parametrize("to_none", [True, False])
+def test_sizes_of_a_step_that_was_passed_over_are_not_those_of_the_next(to_none: bool) -> None:
+    model, batches = tiny_model("llama"), [batch_of("llama"), batch_of("llama")]
+    batches[0]["input_ids"] = batches[0]["input_ids"].flip(0, 1)
+
+    def held(passed_over: bool) -> list[Tensor | None]:
+        optimizer, mask = torch.optim.SGD(model.parameters(), lr=1.0), OutputMask(0.7)
+        handle = mask.attach(model, optimizer)
+        for batch in batches[0 if passed_over else 1 :]:
+            for _ in range(2):  # micro-batches
+                mask.watch(batch)
+                model(**batch).loss.backward()
+            if batch is batches[0]:
+                optimizer.zero_grad(set_to_none=to_none)  # in place of a step
+        found = [mask.held(linear) for linear in linear_maps(model)]
+        handle.remove()
+        optimizer.zero_grad()
+        return found
+
+    for one, other in zip(held(False), held(True), strict=True):
+        assert one is not None
+        assert other is not None
+        assert torch.equal(one, other)
+
+
 # fisher-mask
 
 

@@ -69,6 +69,10 @@ def linear_maps(model: nn.Module) -> list[LinearMap]:
     return found
 
 
+def _has_gradient(parameter: nn.Parameter) -> bool:
+    return parameter.grad is not None and bool(world.local(parameter.grad).any())
+
+
 def lowest(score: Tensor, share: float) -> Tensor:
     """True for the `share` of all values that are lowest, and for what ties with the highest of these."""
     count = round(share * score.numel())
@@ -100,9 +104,12 @@ class OutputMask:
         self.masked = masked
         self._counted: list[Tensor] = []  # True at real tokens: of the input, of the answer
         self._sizes: dict[int, Tensor] = {}  # by module: sum of its units' sizes
+        self._trained: list[nn.Parameter] = []
 
     def watch(self, batch: Mapping[str, Any]) -> None:
         """Before each micro-batch: which positions hold tokens."""
+        if torch.is_grad_enabled() and not any(map(_has_gradient, self._trained)):
+            self._sizes.clear()  # the first of a step; the one before may have been passed over (GradScaler)
         self._counted = [
             batch[key] != off for key, off in (("attention_mask", 0), ("labels", -100)) if key in batch
         ]
@@ -127,6 +134,7 @@ class OutputMask:
         """Watch the model's outputs and mask every step, until the handle is removed."""
         maps = linear_maps(model)
         sources = {id(m.source): m.source for m in maps}
+        self._trained = [p for linear in maps for p in linear.parameters.values()]
         watches = [source.register_forward_hook(self._take).remove for source in sources.values()]
 
         def mask() -> None:
