@@ -99,6 +99,41 @@ def lora(model: Any, targets: list[str]) -> Any:
     return wrapped.to(model.dtype)
 
 
+class ModuleExperts(torch.nn.Module):
+    """A mixture of experts that are modules, each given the tokens that chose it (as much remote code)."""
+
+    def __init__(self, experts: int, hidden: int = 32, inner: int = 24) -> None:
+        super().__init__()
+        self.gate = torch.nn.Linear(hidden, experts, bias=False)
+        self.experts = torch.nn.ModuleList(
+            torch.nn.Sequential(
+                torch.nn.Linear(hidden, inner), torch.nn.SiLU(), torch.nn.Linear(inner, hidden)
+            )
+            for _ in range(experts)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Two experts a token."""
+        flat = x.view(-1, x.shape[-1])
+        share, chosen = torch.topk(torch.softmax(self.gate(flat), dim=1), 2, dim=-1)
+        output = torch.zeros_like(flat)
+        at = torch.nn.functional.one_hot(chosen, len(self.experts)).permute(2, 1, 0)
+        for number, expert in enumerate(self.experts):
+            slot, token = torch.where(at[number])
+            output.index_add_(0, token, expert(flat[token]) * share[token, slot, None])
+        return output.view(x.shape)
+
+
+def with_module_experts(experts: int) -> Any:
+    """A Llama with two of so many experts in place of each MLP."""
+    model = build("llama")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        for layer in model.model.layers:
+            layer.mlp = ModuleExperts(experts).double()
+    return model.eval()
+
+
 class Keep:
     """A fold that keeps every sample's map: name -> (samples, *shape)."""
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attribution_models import ROWS, Keep, build, lora
+from attribution_models import ROWS, Keep, build, lora, with_module_experts
 from holdfast.attribution import AttributionOptions, attribute_batches, per_sample_gradients
 from holdfast.errors import UnruledOperationError
 from holdfast.importance import compute_prior
 from holdfast.importance.aggregate import TopKMean
+from holdfast.tasks.encode import Encoded
+from model_families import family
 
 
 def maps(model, *, gradients: bool = False, **arguments) -> dict[str, torch.Tensor]:
@@ -117,3 +119,63 @@ def test_several_weights_of_a_storage_used_as_one_are_refused_by_name() -> None:
     attention.k_proj.forward = fused
     with pytest.raises(UnruledOperationError, match=r"'linear' has no attribution rule.*several in one"):
         maps(model)
+
+
+def moments(model, size: int, weighting: str, monkeypatch, rows=ROWS) -> dict[str, torch.Tensor]:
+    monkeypatch.setattr("holdfast.importance.inputs.FULL_PASS", 1)
+    only = {"correct_only": False} if weighting in ("relevance", "gradient") else {}
+    options = {"name": "inputs", "weighting": weighting, "batch_size": size, **only}
+    return compute_prior(model, rows, options, pad_id=0).tensors
+
+
+def assert_rounding(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    for name, value in one.items():
+        assert (other[name] - value).abs().max() <= 1e-5 * value.abs().max() + 1e-12, name
+
+
+OF_ONE_LENGTH = [Encoded([1, 5 + i, 6 + i, 20 - i], [30 + i, 40 - i]) for i in range(4)]
+
+
+@pytest.mark.parametrize("weighting", ["relevance", "gradient", "loss_gradient", "uniform", "answer"])
+@pytest.mark.parametrize("experts", [2, 5])
+def test_inputs_of_experts_that_are_modules_do_not_depend_on_the_batch(
+    experts: int, weighting: str, monkeypatch
+) -> None:
+    model = with_module_experts(experts)
+    for rows in (ROWS, OF_ONE_LENGTH):
+        alone, together = (moments(model, size, weighting, monkeypatch, rows) for size in (1, 4))
+        assert any("experts" in name and value.any() for name, value in alone.items())
+        assert_rounding(alone, together)
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "answer"])
+@pytest.mark.parametrize("name", ["xlstm", "paligemma", "fsmt", "switch_transformers", "rwkv"])
+def test_inputs_without_relevance_do_not_depend_on_the_batch(name: str, weighting: str, monkeypatch) -> None:
+    """Padding leaks, comes first, or changes the length; experts are given rows of all samples."""
+    model = family(name, torch.float32)
+    for rows in (ROWS, OF_ONE_LENGTH):
+        alone, together = (moments(model, size, weighting, monkeypatch, rows) for size in (1, 4))
+        assert_rounding(alone, together)
+
+
+def test_rows_of_one_length_go_through_an_ordinary_model_together(monkeypatch) -> None:
+    model, sizes = build("llama"), list[int]()
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    moments(model, 4, "uniform", monkeypatch, OF_ONE_LENGTH + ROWS)
+    # three of ROWS are as long as those four; one goes alone, to see that its batch does not mix it
+    assert sorted(sizes) == [1, 1, 3, 4]
+
+
+def test_tokens_that_a_batch_mixes_are_found_and_taken_one_sample_at_a_time(monkeypatch) -> None:
+    model = build("llama")
+    for layer in model.model.layers:
+        own = layer.mlp.forward
+
+        def reversed_rows(x: torch.Tensor, own=own) -> torch.Tensor:
+            return own(x.reshape(-1, x.shape[-1]).flip(0)).flip(0).view(x.shape)
+
+        layer.mlp.forward = reversed_rows
+    alone, together = (moments(model, size, "relevance", monkeypatch) for size in (1, 4))
+    assert_rounding(alone, together)

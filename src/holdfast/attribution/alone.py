@@ -43,6 +43,17 @@ class SketchFold:
         }
 
 
+class TokenSketchFold(SketchFold):
+    """The same from what a map's relevance is made of (`holdfast.attribution.TokenFold`)."""
+
+    def take_tokens(
+        self, name: str, x_STI: Tensor, lam_STO: Tensor, passed_ST: Tensor, real_ST: Tensor
+    ) -> None:
+        """Take tokens of samples."""
+        lam_STO = lam_STO.to(x_STI.dtype) * real_ST[..., None]
+        self.update(name, x_STI, torch.stack([lam.t() @ x for x, lam in zip(x_STI, lam_STO, strict=True)]))
+
+
 def difference(found: Sketches, expected: Sketches) -> tuple[float, str]:
     """The largest relative difference, and the weight that has it."""
     largest = max((float(value.norm()) for value in expected.values()), default=0.0)

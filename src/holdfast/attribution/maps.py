@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from holdfast.attribution.ledger import Ledger, relevance
@@ -67,7 +68,7 @@ class TokenFold(Fold, Protocol):
             The relevance that passes through the map at each token, λ · W x, at least float32. It is taken as
             x · Wᵀλ: the way back has Wᵀλ already.
         real_ST : Tensor of bool
-            False at padding.
+            False at padding, and behind a sample's rows where samples have different numbers of them.
         """
 
 
@@ -291,9 +292,12 @@ class WeightMaps:
         """
         if self.by_token:
             assert back is not None
-            self._take_tokens(
-                weight, self._select(x), self._select(lam), self._select(back), out_first, ledger
-            )
+            taken = (x, lam, back)
+            if rows is None:
+                values, real_ST = [self._select(value) for value in taken], None
+            else:
+                values, real_ST = self._by_sample(rows, taken)
+            self._take_tokens(weight, *values, out_first, ledger, real_ST)
             return
         self._take(weight, self._maker(x, lam, out_first, rows), x.dtype, ledger)
 
@@ -375,6 +379,12 @@ class WeightMaps:
         chosen = range(self.samples) if self.selected is None else self.selected.tolist()
         return [(rows == sample).nonzero().flatten() for sample in chosen]
 
+    def _by_sample(self, rows: Tensor, values: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """Rows (N, I) as (S, T, I), and where there are any, (S, T); T is of the sample with most."""
+        of_samples = self._rows_of_samples(rows)
+        real_ST = pad_sequence([torch.ones_like(rows_N, dtype=torch.bool) for rows_N in of_samples], True)
+        return [pad_sequence([value[rows_N] for rows_N in of_samples], True) for value in values], real_ST
+
     def _buffer(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         # one buffer for all layers: no page faults, and it is still in the cache when the fold reads it
         count, key = torch.Size(shape).numel(), (like.dtype, like.device)
@@ -390,6 +400,7 @@ class WeightMaps:
         back_STI: Tensor,
         out_first: bool,
         ledger: Ledger | None,
+        real_ST: Tensor | None,
     ) -> None:
         parameter = self.source(weight)
         assert parameter is not None
@@ -401,10 +412,12 @@ class WeightMaps:
         place = self.place(weight)
         if place is not None:
             x_STI, lam_STO = self._widened(parameter, place, x_STI, lam_STO, out_first)
-        real = (mask for mask in self.real if mask.shape[1] == x_STI.shape[1])
-        real_ST = next(real, torch.ones(self.samples, x_STI.shape[1], dtype=torch.bool, device=x_STI.device))
+        if real_ST is None:
+            fitting = (mask for mask in self.real if mask.shape[1] == x_STI.shape[1])
+            every_ST = torch.ones(self.samples, x_STI.shape[1], dtype=torch.bool, device=x_STI.device)
+            real_ST = self._select(next(fitting, every_ST)[..., None])[..., 0]
         uses = self._tokens.setdefault(id(parameter), [])
-        uses.append(_TokenUse(parameter, x_STI, lam_STO, passed_ST, self._select(real_ST[..., None])[..., 0]))
+        uses.append(_TokenUse(parameter, x_STI, lam_STO, passed_ST, real_ST))
         if len(uses) == self._uses[id(parameter)]:
             self._emit_tokens(self._tokens.pop(id(parameter)))
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import cached
 
 from holdfast import world
-from holdfast.attribution.alone import TOLERANCE, Sketches, SketchFold, difference, sketch
+from holdfast.attribution.alone import TOLERANCE, Sketches, SketchFold, TokenSketchFold, difference, sketch
 from holdfast.attribution.closed import closed_maps
 from holdfast.attribution.diagnose import LocalMode
 from holdfast.attribution.ledger import Ledger, relevance
@@ -189,7 +189,8 @@ class Pass:
         by_length = sorted(rows, key=lambda row: len(row.prompt_ids) + len(row.completion_ids))
         others = [row for row in by_length if row != by_length[0]]  # two of the same would show no mixing
         probe = [by_length[0], *others[-1:]]
-        if len(probe) == 1 and self.job.rules != "gradient":
+        by_autograd = self.job.rules == "gradient" and not self.maps.by_token
+        if len(probe) == 1 and not by_autograd:
             return  # relevance of a single sample is checked by conservation
         try:
             found = self._sketches(probe)
@@ -199,9 +200,9 @@ class Pass:
             if self.job.rules != "gradient":
                 raise
             return self._one_at_a_time(str(error).split(". ")[0])
-        alone = self._plain_sketches(probe[0]) if self.job.rules == "gradient" else self._sketches(probe[:1])
+        alone = self._plain_sketches(probe[0]) if by_autograd else self._sketches(probe[:1])
         past = [n for n, s in alone.items() if s.any() and not found[n].any()]
-        if past and self.job.rules == "gradient":
+        if past and by_autograd:
             return self._one_at_a_time(
                 f"{len(past)} weights belong to no linear map, {past[0]} among them: autograd's gradients, "
                 "sample by sample"
@@ -215,8 +216,8 @@ class Pass:
         return None
 
     def _sketches(self, rows: Sequence[Encoded]) -> Sketches:
-        """Of the maps of the first of some rows."""
-        fold = SketchFold()
+        """Of the maps of the first of some rows, or of its tokens where the fold takes those."""
+        fold = TokenSketchFold() if self.maps.by_token else SketchFold()
         maps = WeightMaps(self.model, self.wanted, fold, self.maps.factor)
         _, logits, lam = self._answer(rows, maps, None)
         self._backward(logits, lam)
