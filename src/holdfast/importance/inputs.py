@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import accumulate, groupby
 from typing import Annotated, Any, Literal
 
 import torch
@@ -12,19 +13,20 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from holdfast import world
+from holdfast.attribution.alone import TOLERANCE
 from holdfast.attribution.engine import (
     AttributionOptions,
     AttributionReport,
     attribute_batches,
     per_sample_gradients,
 )
-from holdfast.attribution.targets import Batch, make_batch
+from holdfast.attribution.targets import make_batch
 from holdfast.config import Options
 from holdfast.importance.moments import Rank, Sketch, cut, rows_of
 from holdfast.importance.registry import Computed, Inputs, register, sample_counts
 from holdfast.importance.right_rows import of_right_rows
 from holdfast.importance.seeding import sample, seed_for
-from holdfast.models import evaluating, input_sizes, linear_modules
+from holdfast.models import evaluating, input_sizes, is_encoder_decoder, linear_modules
 from holdfast.precision import products_for
 from holdfast.resume import State
 from holdfast.tasks.encode import IGNORED, Encoded
@@ -216,6 +218,9 @@ def moments_of_inputs(inputs: Inputs, options: InputsOptions) -> Computed:
 
     Biases get no matrix. Maps that share their inputs (q, k, v; gate, up) keep one each: by relevance the
     matrices differ.
+
+    A row's inputs are what its maps are given for this row alone: in that forward pass rows of one length go
+    together, without padding, and one at a time in a model that mixes the rows of a batch.
     """
     all_sizes = input_sizes(inputs.model)
     parameters = {name: p for name, p in inputs.parameters.items() if name in all_sizes}
@@ -263,58 +268,116 @@ def _batch_size(rows: Sequence[Encoded], options: InputsOptions) -> int:
 def _forward_only(
     inputs: Inputs,
     parameters: Mapping[str, nn.Parameter],
-    rows: list[Any],
+    rows: Sequence[Encoded],
     fold: InputMoments,
     options: InputsOptions,
 ) -> None:
-    device = next(inputs.model.parameters()).device
+    """Fold what each map is given. Rows of one length go together, as padding may leak into what is given.
+
+    Where a batch mixes its samples, which a row of it alone shows, they go one at a time.
+    """
     model: Any = inputs.model
-    with evaluating(model), _watched(model, parameters) as (watch, seen):
-        size = _batch_size(rows, options)
-        starts = range(0, len(rows), size)
-        for start in world.part(starts) if fold.any_order else starts:
-            part = rows[start : start + size]
-            watch.clear()
-            batch = make_batch(model, part, inputs.pad_id, device, "left", apart=True)
-            watch += [(real_ST, _counted(batch, real_ST, options.weighting)) for real_ST in batch.real]
-            model(**batch.inputs)
-            for name, uses in seen.items():
-                x_STI, weight_ST, real_ST = (torch.cat(values, dim=1) for values in zip(*uses, strict=True))
-                fold.add(name, x_STI, weight_ST, real_ST)
+    batches = _of_one_length(rows, is_encoder_decoder(model), options.batch_size)
+    ends = list(accumulate(map(len, batches)))
+    apart = checked = False
+    with evaluating(model), _watched(model, parameters) as seen:
+
+        def given(part: Sequence[Encoded]) -> _Given | None:
             seen.clear()
+            return _given(inputs, part, seen, options.weighting)
+
+        numbers = range(len(batches))
+        for number in world.part(numbers) if fold.any_order else numbers:
+            part = batches[number]
+            together = None if apart and len(part) > 1 else given(part)
+            if together is not None and not checked and any(row != part[0] for row in part):
+                checked, alone = True, given(part[:1])
+                together = together if alone is not None and _same(together, alone) else None
+            apart = apart or together is None
+            for found in [together] if together is not None else (given([row]) for row in part):
+                assert found is not None  # of one row
+                for name, x_STI, weight_ST in found:
+                    fold.add(name, x_STI, weight_ST, torch.ones_like(weight_ST, dtype=torch.bool))
             if inputs.progress is not None:
-                inputs.progress(start + len(part), len(rows))
+                inputs.progress(ends[number], len(rows))
     if fold.any_order:
         fold.unite({name: p.detach() for name, p in parameters.items()})
 
 
-def _counted(batch: Batch, real_ST: Tensor, weighting: Weighting) -> Tensor:
-    """1 at the tokens that count."""
-    answer_ST = batch.answer_ST != IGNORED
-    if weighting == "uniform" or (len(batch.real) == 2 and real_ST is batch.real[0]):
-        return real_ST
-    missing = real_ST.shape[1] - answer_ST.shape[1]  # logits are of the last positions alone
-    return nn.functional.pad(answer_ST, (missing, 0))
+_Given = list[
+    tuple[str, Tensor, Tensor]
+]  # of each map: its name, its inputs (S, T, I), what each token counts
+
+
+def _of_one_length(
+    rows: Sequence[Encoded], encoder_decoder: bool, batch_size: int
+) -> list[Sequence[Encoded]]:
+    """Batches of rows that need no padding, the longest last; the rows' order is that of any batch size."""
+
+    def length(row: Encoded) -> tuple[int, ...]:
+        lengths = len(row.prompt_ids), len(row.completion_ids)
+        return lengths if encoder_decoder else (sum(lengths),)
+
+    batches: list[Sequence[Encoded]] = []
+    for key, group in groupby(sorted(rows, key=length), key=length):
+        part, size = list(group), max(batch_size, FULL_PASS // sum(key))
+        batches += [part[start : start + size] for start in range(0, len(part), size)]
+    return batches
+
+
+def _given(
+    inputs: Inputs, part: Sequence[Encoded], seen: Mapping[str, list[Tensor]], weighting: Weighting
+) -> _Given | None:
+    """What a batch gives to the maps, with their uses along T; None where its samples can't be told apart."""
+    model: Any = inputs.model
+    batch = make_batch(model, part, inputs.pad_id, next(model.parameters()).device, "left")
+    model(**batch.inputs)
+    length, answer_ST = batch.real[0].shape[1], batch.answer_ST != IGNORED
+    found = []
+    for name, uses in seen.items():
+        inputs_of, weights_of = [], []
+        for x in uses:
+            x_STI = _by_sample(x, len(part), batch.lengths)
+            if x_STI is None:
+                return None
+            weight_ST = torch.ones(x_STI.shape[:2], device=x.device)
+            # an encoder's tokens count all, and its decoder's are the answer's
+            if weighting == "answer" and len(batch.real) == 1 and x_STI.shape[1] == length:
+                # logits are of the last positions alone
+                weight_ST = nn.functional.pad(answer_ST, (length - answer_ST.shape[1], 0))
+            inputs_of.append(x_STI)
+            weights_of.append(weight_ST.to(torch.promote_types(x.dtype, torch.float32)))
+        found.append((name, torch.cat(inputs_of, dim=1), torch.cat(weights_of, dim=1)))
+    return found
+
+
+def _by_sample(x: Tensor, samples: int, lengths: set[int]) -> Tensor | None:
+    """Rows as (S, T, I), as far as their number tells that they are those of whole samples in order."""
+    whole = x.dim() == 2 and len(x) in {samples * length for length in lengths}
+    if samples > 1 and not whole and not (x.dim() > 2 and len(x) == samples):
+        return None
+    return x.reshape(samples, len(x) if samples == 1 and x.dim() == 2 else -1, x.shape[-1])
+
+
+def _same(together: _Given, alone: _Given) -> bool:
+    """Whether the first sample of a batch gives what it gives alone."""
+    of_first = {name: x_STI[0].double() for name, x_STI, _ in together}
+    for name, x_STI, _ in alone:
+        found, expected = of_first.get(name), x_STI[0].double()
+        limit = TOLERANCE.get(x_STI.dtype, 0.1) * float(expected.norm())
+        if found is None or found.shape != expected.shape or not float((found - expected).norm()) <= limit:
+            return False
+    return True
 
 
 @contextmanager
-def _watched(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter]
-) -> Iterator[tuple[list[Any], dict[str, Any]]]:
-    """While open, what each map is given: (x, token weights, mask) of its uses, by name."""
-    masks: list[tuple[Tensor, Tensor]] = []
-    seen: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+def _watched(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[dict[str, list[Tensor]]]:
+    """While open, what each map is given in each of its uses, by name."""
+    seen: dict[str, list[Tensor]] = {}
 
     def watcher(name: str) -> Any:
         def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            samples = len(masks[0][0])
-            x_STI = args[0].detach().reshape(samples, -1, args[0].shape[-1])
-            length = x_STI.shape[1]
-            fitting = ((w, real) for real, w in masks if real.shape[1] == length)
-            every = torch.ones(samples, length, dtype=torch.bool, device=x_STI.device)
-            weight_ST, real_ST = next(fitting, (every, every))
-            wide = torch.promote_types(x_STI.dtype, torch.float32)
-            seen.setdefault(name, []).append((x_STI, weight_ST.to(wide), real_ST))
+            seen.setdefault(name, []).append(args[0].detach())
 
         return before
 
@@ -324,4 +387,4 @@ def _watched(
             name = names.get(id(getattr(module, "weight", None)))
             if name is not None:
                 stack.callback(module.register_forward_pre_hook(watcher(name)).remove)
-        yield masks, seen
+        yield seen
