@@ -19,6 +19,7 @@ from holdfast.attribution import AttributionOptions, attribute_batches, attribut
 from holdfast.cli import app
 from holdfast.errors import ConfigError, ConservationError, DataError
 from holdfast.tasks import Encoder, Example, Template, toy_tokenizer
+from model_families import family
 from tiny_models import tiny_model
 
 TOKENIZER = toy_tokenizer()
@@ -229,3 +230,28 @@ def test_tokens_are_shown_with_the_blanks_that_they_stand_for() -> None:
     assert tokenizer.decode([3]) == "cat", "alone it has lost its blank"
     found = holdfast.explain(tiny_model("llama"), tokenizer, "the cats", "sat")
     assert found.tokens == ["<s>", " the", " cat", "s", " sat"]
+
+
+@pytest.mark.parametrize("name", ["fsmt", "pegasus_x", "zaya"])
+def test_tokens_that_every_text_gets_are_no_tokens_of_this_one(name: str) -> None:
+    found = holdfast.explain(family(name, torch.float32), TOKENIZER, "abcd", "de")
+    assert len(found.tokens) == len(found.relevance)
+    assert "Explanation of 'de'" in repr(found)
+    assert found.conservation_error < 1e-3
+    assert sum(found.parts.values()) == pytest.approx(found.target, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["led", "switch_transformers", "mllama"])
+def test_weights_that_an_answer_does_not_reach_have_no_relevance_and_are_named(name: str) -> None:
+    found = holdfast.explain(family(name), TOKENIZER, "abcd", "de")
+    unreached = found.weights.meta["unreached"]
+    assert unreached
+    assert not any(found.weights[weight].any() for weight in unreached)
+
+
+def test_the_eyes_of_a_model_are_not_rated_for_an_answer_to_text() -> None:
+    model = family("gemma3")
+    found = holdfast.explain(model, TOKENIZER, "abcd", "de")
+    assert len(found.weights)
+    assert not any("vision" in name for name in found.weights)
+    assert found.weights.meta["unreached"] == []

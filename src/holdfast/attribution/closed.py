@@ -82,7 +82,7 @@ def closed_maps(model: nn.Module, trace: Trace) -> Iterator[None]:
             trace.suspended = True
             if not tracked(x) and trace.maps.wants(closed.weight):  # tokens that every text gets
                 x = x.detach().requires_grad_()
-                trace.leaves.append(x)
+                trace.constants.append(x)
             if not tracked(x):
                 leaving.append(None)
             else:

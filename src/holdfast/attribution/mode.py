@@ -164,7 +164,7 @@ class RuleMode(TorchFunctionMode):
             if weight or not value.is_floating_point() or not tokens:
                 return value
             leaf = value.detach().requires_grad_()
-            self.trace.leaves.append(leaf)
+            self.trace.constants.append(leaf)
             return leaf
         if isinstance(value, dict):
             return {key: self._leaves(item) for key, item in value.items()}

@@ -80,7 +80,9 @@ class Pass:
         self.maps = WeightMaps(model, wanted, fold, factor=1.0 if job.halves == "none" else 0.5)
         self.weights = {name: parameter.detach() for name, parameter in wanted.items()}
         self.modules = module_names(model)
-        self.leaves: list[Tensor] = []  # where relevance ends, of the latest forward pass
+        # where relevance ends in the latest forward pass: embeddings, and tokens that every text gets
+        self.leaves: list[Tensor] = []
+        self.constants: list[Tensor] = []
         self._checked: int | None = None  # where the batch began that was checked
 
     def run(
@@ -154,7 +156,7 @@ class Pass:
             self._conserved(batch, ledger, logits_STV.detach(), lam_STV, lams)
             shares = [
                 (leaf.detach().double() * lam.double()).sum(-1).flatten().cpu()
-                for leaf, lam in zip(self.leaves, lams, strict=True)
+                for leaf, lam in zip(self.leaves, lams, strict=False)
                 if lam is not None and leaf.dim() == 3
             ]
         return ledger, shares
@@ -251,9 +253,10 @@ class Pass:
         apart = self.maps.by_token
         batch = make_batch(self.model, rows, job.pad_id, device, job.side, apart=apart)
         trace = Trace(
-            job.rules, 0.5 if job.halves == "path" else 1.0, maps, ledger, self.modules, self.leaves
+            job.rules, 0.5 if job.halves == "path" else 1.0, maps, ledger, self.modules, self.constants
         )
         self.leaves.clear()
+        self.constants.clear()
         maps.begin_batch(len(rows), batch.lengths, batch.real)
         logits = self._forward(batch, trace)
         lam = initial_lambda(logits.detach(), batch.answer_ST, target=job.target, of=job.of)
@@ -300,8 +303,9 @@ class Pass:
         return [int(i) for i in selected]
 
     def _backward(self, logits: Tensor, lam: Tensor) -> Sequence[Tensor | None]:
+        """Lambda of the leaves, then of the constants."""
         try:
-            return torch.autograd.grad(logits, self.leaves, lam, allow_unused=True)
+            return torch.autograd.grad(logits, [*self.leaves, *self.constants], lam, allow_unused=True)
         except RuntimeError as error:
             if "modified by an inplace operation" not in str(error):
                 raise
@@ -345,7 +349,11 @@ class Pass:
                 f"{type(self.model).__name__}: the logits of its first answers are NaN or infinite "
                 f"({logits.dtype}), so nothing can be attributed. Load it in float32, or look into the model."
             )
-        ledger.inputs = sum(relevance(x, g) for x, g in zip(self.leaves, lams, strict=True) if g is not None)
+        ends = zip([*self.leaves, *self.constants], lams, strict=True)
+        found = [0.0 if lam is None else relevance(x, lam) for x, lam in ends]
+        ledger.inputs = sum(found[: len(self.leaves)])
+        if self.constants:
+            ledger.absorb("constant inputs", sum(found[len(self.leaves) :]))
         share, scale = self.job.halves == "path", abs(ledger.target) or 1.0
         self.report.conservation_max_relative_error = ledger.leak(weights_share=share) / scale
         self.report.absorbed = {key: value / scale for key, value in ledger.absorbed.items()}

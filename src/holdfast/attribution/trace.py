@@ -93,8 +93,8 @@ class Trace:
         Where relevance is booked; None where nothing is checked.
     modules : dict
         id of a module to its name, for messages.
-    leaves : list of Tensor
-        Where relevance ends: the embeddings' outputs, and constants that go into attributed weights.
+    constants : list of Tensor
+        Where relevance ends beside the embeddings: constants that go into attributed weights.
     stand_ins : dict
         id of an attributed weight to it and to the leaf that stands for it where weights are computed of it.
     suspended : bool
@@ -106,7 +106,7 @@ class Trace:
     maps: WeightMaps
     ledger: Ledger | None
     modules: dict[int, str]
-    leaves: list[Tensor] = field(default_factory=list)
+    constants: list[Tensor] = field(default_factory=list)
     stand_ins: dict[int, tuple[nn.Parameter, Tensor]] = field(default_factory=dict)
     suspended: bool = False
 

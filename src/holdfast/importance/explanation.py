@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from holdfast.attribution import AttributionOptions, attribute_one
 from holdfast.errors import ConfigError
 from holdfast.importance.prior import ImportancePrior
-from holdfast.models import block_parameters
+from holdfast.models import block_parameters, text_part
 from holdfast.storage import write_text
 from holdfast.tasks.encode import Encoder
 from holdfast.tasks.task import Example
@@ -40,8 +40,8 @@ class _Relevance:
         self.tensors: dict[str, Tensor] = {}
 
     def update(self, name: str, weight: Tensor, grad_S: Tensor) -> None:
-        """Take one sample's map."""
-        self.tensors[name] = (weight.detach() * grad_S[0].detach()).float().cpu()
+        """Take one sample's map, or none of a weight that it does not reach."""
+        self.tensors[name] = (weight.detach() * grad_S.detach().sum(0)).float().cpu()
 
 
 @dataclass(frozen=True, repr=False)
@@ -226,10 +226,8 @@ def explain_answer(
     tokenizer: Any = encoder.tokenizer
     row, fold = encoder(example), _Relevance()
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    rated = block_parameters(model) or block_parameters(model, trainable_only=False)
-    floats = {name: p for name, p in rated.items() if p.is_floating_point()}  # others are packed bits
     ledger, shares, report = attribute_one(
-        model, row, options=options, fold=fold, parameters=floats, pad_id=pad_id
+        model, row, options=options, fold=fold, parameters=_rated(model), pad_id=pad_id
     )
     relevance = torch.cat(shares)
     ids = row.prompt_ids + row.completion_ids
@@ -244,7 +242,9 @@ def explain_answer(
         asked=len(row.prompt_ids),
         answer=example.completion,
         target=ledger.target,
-        weights=ImportancePrior(fold.tensors, {"importance": "relevance", "tasks": []}),
+        weights=ImportancePrior(
+            fold.tensors, {"importance": "relevance", "tasks": [], "unreached": list(report.unreached)}
+        ),
         conservation_error=float(report.conservation_max_relative_error or 0.0),
         elsewhere={
             "biases": ledger.biases,
@@ -255,6 +255,16 @@ def explain_answer(
         logits=(1 if options.target == "first" else len(row.completion_ids),),
         options=options,
     )
+
+
+def _rated(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights that text goes through of the linear maps: those that are trained, or all if none is."""
+    inside = {id(p) for p in text_part(model).parameters() if p.is_floating_point()}  # others are packed bits
+    for trainable_only in (True, False):
+        found = block_parameters(model, trainable_only=trainable_only)
+        if rated := {name: p for name, p in found.items() if id(p) in inside}:
+            return rated
+    return {}
 
 
 def _texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
