@@ -22,7 +22,13 @@ def _expanded(text: str) -> str:
     return str(local_path(text))
 
 
+def _absolute(text: str) -> str:
+    path = local_path(text)
+    return str(path.resolve()) if path.exists() else text
+
+
 Output = Annotated[str, AfterValidator(_expanded)]  # a folder that is written, wherever it is read again
+Input = Annotated[str, AfterValidator(_absolute)]  # what lies here, so that it is found from anywhere later
 
 
 def is_local(text: str, suffixes: Collection[str] = ()) -> bool:

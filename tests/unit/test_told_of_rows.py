@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from holdfast.config import validate
-from holdfast.errors import DataError
+from holdfast.errors import ConfigError, DataError
 from holdfast.evaluation.audit import Audit, audit
 from holdfast.evaluation.evaluate import EvaluationOptions
 from holdfast.learner import Learner
@@ -237,3 +237,28 @@ def test_check_and_run_tell_alike_of_test_rows_that_are_trained_on_in_the_same_t
     ]
     for said in (check(config).remarks, progress.said):
         assert [text for text in said if "that are trained on" in text] == told
+
+
+def test_a_folder_whose_general_text_has_moved_is_asked_as_before_and_told_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    texts, skills = tmp_path / "texts.txt", tmp_path / "s"
+    texts.write_text("abc\ndef\n")
+    months = [write_rows(tmp_path / f"{name}.jsonl", rows_of(name, 20)) for name in ("may", "june")]
+    text = ["strategy=sequential", "replay.memory=none", "replay.general.file=texts.txt"]
+    learn_data(months[0], skills, assignments=[*TOY, *SHORT, *text], progress=Noted())
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    moved = texts.rename(tmp_path / "elsewhere" / "moved.txt")
+    with Learner.load(skills) as learner:
+        assert len(learner.answer(["a="])) == 1
+    with pytest.raises(DataError, match=r"replay\.general\.file: .*: no '.*texts\.txt'; give a file"):
+        learn_data(months[1], skills, progress=Noted())
+    known = learn_data(months[1], skills, assignments=["replay.general.file=moved.txt"], progress=Noted())
+    assert len(known.skills) == 2
+    assert moved.exists()
+    july = write_rows(tmp_path / "july.jsonl", rows_of("july", 20))
+    more = ["replay.general.file=moved.txt", "replay.general.share=0.5"]
+    with pytest.raises(ConfigError, match=r"replay can't be changed"):
+        learn_data(july, skills, assignments=more, progress=Noted())

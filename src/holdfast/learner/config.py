@@ -17,7 +17,7 @@ from holdfast.evaluation.vllm_engine import EngineOptions
 from holdfast.folder import CONFIG
 from holdfast.importance.inputs import InputsOptions
 from holdfast.models import ModelOptions
-from holdfast.places import near
+from holdfast.places import Input, near
 from holdfast.strategies import STRATEGIES, StrategyOptions
 from holdfast.tasks import Template
 from holdfast.tasks.memory import RehearsalOptions, WritingOptions
@@ -32,7 +32,7 @@ class ProtectBaseOptions(Options):
     rows: int = Field(
         256, ge=1, description="how many rows the base writes, or at most are taken of `general`"
     )
-    general: str | None = Field(
+    general: Input | None = Field(
         None, description="a file of text or chats instead, such as one data set of many uses"
     )
     tokens: int = Field(

@@ -38,6 +38,8 @@ class Look:
         problems, tasks = list[str](), list(tasks)
         if any(id(task) not in self._seen for task in tasks):
             check_askable(self.state.config, self.state.model, self.state.context.tokenizer)
+            if self.state.replay is not None:
+                self.state.replay.check()
         before, new = [*self.state.tests], dict[int, Task]()
         for task in tasks:
             before.append(task)

@@ -117,10 +117,18 @@ def check_learned_under(config: LearnerConfig, path: Path, stage: Path, settings
         )
 
 
+def lasting(config: LearnerConfig, part: str) -> Any:
+    """What of a part of a configuration is not to be another later: where general text lies may be."""
+    values = config.model_dump(mode="json", include={part})[part]
+    if part == "replay" and values is not None and values["general"] is not None:
+        del values["general"]["file"]
+    return values
+
+
 def _differing(before: LearnerConfig, now: LearnerConfig, old: str, new: str) -> Iterator[tuple[str, str]]:
     """Each part that is another, and in what."""
     for part in FIXED:
-        then, here = (config.model_dump(mode="json", include={part})[part] for config in (before, now))
+        then, here = lasting(before, part), lasting(now, part)
         found = [f"{key} ({a!r} {old}, {b!r} {new})" for key, a, b in differences(then, here, part)]
         if found:
             yield part, ", ".join(found)

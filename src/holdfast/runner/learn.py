@@ -16,7 +16,7 @@ from holdfast.importance.inputs import InputsOptions
 from holdfast.learner import Learner, LearnerConfig
 from holdfast.learner.config import ProtectBaseOptions, cannot_hold_base, recorded_config
 from holdfast.learner.known import digest_of
-from holdfast.learner.ownership import absolute_model, begun, begun_with, move_base
+from holdfast.learner.ownership import absolute_model, begun, begun_with, lasting, move_base
 from holdfast.learner.skills import Skills, read_skills
 from holdfast.models import onto_gpu
 from holdfast.models.adapters import is_adapted
@@ -156,7 +156,7 @@ def _config(
     values = override(recorded.model_dump(mode="json"), assignments)
     config = validate(LearnerConfig, values, "holdfast learn")
     parts = [part for part in LearnerConfig.model_fields if part not in CHANGEABLE]
-    fixed = [part for part in parts if getattr(config, part) != getattr(recorded, part)]
+    fixed = [part for part in parts if lasting(config, part) != lasting(recorded, part)]
     if fixed:
         raise ConfigError(
             f"{skills}: {', '.join(fixed)} can't be changed once the first task has begun; what can: "
@@ -173,13 +173,14 @@ def _with_base(
         raise ConfigError("--general FILE is what the base is held by; leave out --no-protect-base.")
     given = dict(config.protect_base.model_dump(exclude_unset=True)) if config.protect_base else {}
     if general is not None:
-        given["general"] = _absolute_file(general)
+        given["general"] = str(general)
     wanted: Any = None if protect_base is False else given
     if general is None and protect_base in (None, config.protect_base is not None):
         return config
     if begun(skills):
         there = config.protect_base
-        if protect_base is not False and there is not None and there.general == given.get("general"):
+        same = there is not None and validate(ProtectBaseOptions, given, "--general") == there
+        if protect_base is not False and same:
             return config
         raise ConfigError(
             f"{skills}: whether the base is held was decided before the first task; leave out --protect-base "
@@ -187,10 +188,6 @@ def _with_base(
         )
     values = {**config.model_dump(mode="json", exclude_unset=True), "protect_base": wanted}
     return validate(LearnerConfig, values, "holdfast learn")
-
-
-def _absolute_file(file: Path) -> str:
-    return str(file.expanduser().resolve())
 
 
 def _learner(

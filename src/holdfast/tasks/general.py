@@ -11,7 +11,7 @@ from pydantic import Field
 
 from holdfast.config import Options
 from holdfast.errors import DataError
-from holdfast.places import local_path
+from holdfast.places import Input, local_path
 from holdfast.tasks.load import load_task
 from holdfast.tasks.rows import Columns
 from holdfast.tasks.task import Example
@@ -20,7 +20,7 @@ from holdfast.tasks.task import Example
 class GeneralOptions(Options):
     """A file of text, and how much of it."""
 
-    file: str = Field(
+    file: Input = Field(
         description="a .txt file with a text a line, a .jsonl with the column text, or any other data set "
         "that can be learned"
     )
