@@ -48,7 +48,7 @@ class Columns(Options):
     turns: Literal["last", "all"] = Field(
         default="last",
         description="of chats. last: the last answer is learned; all: each answer that has a message before "
-        "it, as a row of its own",
+        "it, as a row of its own, but those of weight 0",
     )
 
     @property
