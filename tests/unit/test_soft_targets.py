@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 from trl import SFTTrainer
 
@@ -16,14 +17,17 @@ from by_hand import answer_logits
 from holdfast import Learner
 from holdfast.config import validate
 from holdfast.errors import ConfigError
+from holdfast.evaluation.answers import batch_for
 from holdfast.runner import RunConfig
 from holdfast.runner.findings import check
+from holdfast.strategies import STRATEGIES
 from holdfast.tasks import Encoded, Encoder, Example, Task, Template, collate, toy_tokenizer
 from holdfast.tasks.memory import Rehearsal, RehearsalOptions
 from holdfast.training.bridge import bridged
 from holdfast.training.losses import EaftOptions, TokenLoss
 from holdfast.training.soft_targets import SoftTargets
 from holdfast.training.verbs import ROWS
+from strategy_runs import needs_lora, options_of
 from tiny_models import tiny_model
 from tiny_runs import tiny_run
 
@@ -154,8 +158,12 @@ def test_what_has_a_loss_of_its_own_is_refused(tmp_path: Path) -> None:
     [
         ({"replay": {"targets": "logits", "memory": "none"}}, "`sampling: none` keeps none"),
         ({"replay": LOGITS, "training": {"trainer": "sft"}}, "doesn't combine with `training.trainer: sft`"),
+        *(
+            ({"replay": LOGITS, "strategy": name}, f"doesn't combine with `strategy: {name}`, under which")
+            for name in ("slao", "lora-routed", "lora-oracle", "l2p", "prog-prompt")
+        ),
     ],
-    ids=["no memory", "sft"],
+    ids=["no memory", "sft", "slao", "lora-routed", "lora-oracle", "l2p", "prog-prompt"],
 )
 def test_what_would_be_ignored_is_refused(sections: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -165,3 +173,39 @@ def test_what_would_be_ignored_is_refused(sections: Any, message: str, tmp_path:
 def test_check_counts_the_copy(tmp_path: Path) -> None:
     config = validate(RunConfig, tiny_run(tmp_path / "run", replay=LOGITS), source="test")
     assert "copy of what is trained (targets: logits)" in dict(check(config).estimate)
+
+
+@pytest.mark.parametrize("name", sorted(STRATEGIES))
+def test_the_teacher_of_soft_targets_is_the_model_that_answered_before_the_task(name: str) -> None:
+    """Of every strategy: what it declares, with the weights as `begin` leaves them and its hooks attached."""
+    strategy, model = STRATEGIES[name].strategy, tiny_model("llama")
+    if not strategy.trains or name == "ssr":
+        pytest.skip("it trains nothing, or asks the base")
+    if needs_lora(name):
+        model = get_peft_model(model, LoraConfig(r=4, lora_alpha=32, target_modules=["q_proj", "v_proj"]))
+    optimizer = {} if strategy.optimizer is None else {"optimizer": strategy.optimizer}
+    training = {"max_steps": 3, "batch_size": 8, "learning_rate": 3e-2, **optimizer}
+    learner = Learner(model, TOKENIZER, {"name": name, **options_of(name)}, training=training)
+    rows = [[Example(f"{task}{i}=", "ab"[i % 2]) for i in range(8)] for task in "xyz"]
+    for number in range(2):
+        with learner.task(f"t{number}", rows[number], total=3) as stage:
+            stage.train()
+    batch = batch_for(learner.model, TOKENIZER, learner.encoder.many(rows[0]), "left")
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    length = batch["labels"].shape[1]
+    learned = learner.state.strategy
+    with torch.no_grad():
+        route = learned.route(learner.model.eval(), "t0" if learned.needs_task_identity else None)
+        before = route(**inputs).logits[:, -length:]
+    with learner.task("t2", rows[2], total=3) as stage:
+        teacher = SoftTargets(learner.model, []).teacher
+        trained = [p for p in learner.model.parameters() if p.requires_grad]
+        handles = learned.attach(learner.model, torch.optim.AdamW(trained, lr=0.0))
+        learned.watch(learner.model, batch)
+        found = teacher.logits(learner.model, inputs, length)
+        for handle in handles:
+            handle.remove()
+        stage.train()
+    place = batch["labels"] != -100
+    moved = float((found[place] - before[place]).abs().max())
+    assert (moved < 1e-5) == strategy.begins_as_before, moved

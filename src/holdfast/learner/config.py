@@ -158,6 +158,11 @@ class LearnerConfig(Options):
                 "`targets: logits` of a memory doesn't combine with `training.trainer: sft`, which has a "
                 "loss of its own; use `trainer: auto`"
             )
+        if targets == "logits" and not STRATEGIES[self.strategy.name].strategy.begins_as_before:
+            raise ValueError(
+                f"`targets: logits` of a memory doesn't combine with `strategy: {self.strategy.name}`, under "
+                "which a task doesn't begin with the model as it was before; use `targets: text`"
+            )
         return self
 
     @model_validator(mode="after")

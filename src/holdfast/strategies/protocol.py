@@ -59,6 +59,9 @@ class Strategy(Verbs):
         Its stages need not know how many there will be (`Stage.total`).
     changes_base : bool
         With an adapter: the weights under it change too, so without it the model is not what it was.
+    begins_as_before : bool
+        While a task is trained, its weights from before make it answer as it did before: they are the teacher
+        of a memory's ``targets: logits``.
     in_context : bool
         Rows of earlier tasks are written behind kept ones, by a model that has not learned to.
     optimizer : str or None
@@ -81,6 +84,7 @@ class Strategy(Verbs):
     sharded: bool = False
     open_ended: bool = True
     changes_base: bool = False
+    begins_as_before: ClassVar[bool] = True
     in_context: ClassVar[bool] = False
     optimizer: ClassVar[str | None] = None
 

@@ -86,6 +86,7 @@ class LoraRouted(Strategy):
     Options = LoraRoutedOptions
     state = "per task"
     inference = "per task"
+    begins_as_before = False  # earlier LoRAs are silent
 
     def __init__(self, options: LoraRoutedOptions) -> None:
         super().__init__(options)

@@ -47,6 +47,7 @@ class Slao(Strategy):
     summary = "one LoRA; each task starts from orthogonal directions and is merged in by 1 / √i"
     Options = SlaoOptions
     state = "constant"
+    begins_as_before = False  # it begins with other factors
 
     def __init__(self, options: SlaoOptions) -> None:
         super().__init__(options)

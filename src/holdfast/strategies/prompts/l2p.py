@@ -53,6 +53,7 @@ class L2p(Strategy):
     looks = False
     state = "constant"
     inference = "constant"
+    begins_as_before = False  # it chooses prompts otherwise
 
     def __init__(self, options: L2pOptions) -> None:
         super().__init__(options)

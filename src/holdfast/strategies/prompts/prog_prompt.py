@@ -62,6 +62,7 @@ class ProgPrompt(Strategy):
     needs_task_identity = True
     state = "per task"
     inference = "per task"
+    begins_as_before = False  # a prompt more is in front
 
     def __init__(self, options: ProgPromptOptions) -> None:
         super().__init__(options)

@@ -61,6 +61,7 @@ class SaptLora(Strategy):
     rehearsal_free = False
     state = "per task"
     inference = "per task"
+    begins_as_before = False  # the attention has one more key
 
     def __init__(self, options: SaptLoraOptions) -> None:
         super().__init__(options)

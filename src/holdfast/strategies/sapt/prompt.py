@@ -47,6 +47,7 @@ class SaptPrompt(Strategy):
     rehearsal_free = False
     state = "per task"
     inference = "per task"
+    begins_as_before = False  # the attention has one more key
 
     def __init__(self, options: SaptPromptOptions) -> None:
         super().__init__(options)
