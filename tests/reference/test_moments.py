@@ -237,3 +237,23 @@ def test_drift_is_that_of_the_matrices_it_stands_for() -> None:
 def test_rows_of_a_new_lora_are_freed_as_by_the_matrix() -> None:
     rows_RD, kept = torch.randn(3, SIZE, dtype=torch.float64), cut(drawn(0), 3)
     close(freed(rows_RD, kept, 5.0), freed(rows_RD, whole(kept), 5.0), 1e-5)
+
+
+@pytest.mark.parametrize("size", [2, 8])
+def test_auto_of_zeros_is_a_moment_that_all_goes_on_with(size: int) -> None:
+    zero = cut(torch.zeros(size, size), "auto")
+    other = cut(torch.diag(torch.tensor([5.0, *[1e-4] * (size - 1)])), "auto")
+    assert not whole(zero).any()
+    values, _ = spectrum(zero)
+    assert not values.any()
+    close(whole(summed([zero, other], [1, 1])), whole(other))
+    assert not whole(summed([zero, zero], [1, 1])).any()
+
+
+def test_auto_of_a_leading_moment_keeps_as_few_as_the_matrix_would() -> None:
+    c = torch.diag(torch.tensor([10.0, 5.0, 1.0, 0.01, 0.005, *[1e-5] * 11]))
+    wide = cut(c, 6)
+    assert cut(wide, "auto").shape == cut(c, "auto").shape == (4, 16)
+    close(whole(cut(wide, "auto")), whole(cut(c, "auto")))
+    flat = cut(torch.eye(16), 3)
+    assert cut(flat, "auto") is flat  # its directions have less than that

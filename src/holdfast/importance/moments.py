@@ -112,18 +112,31 @@ def cut(c: Tensor, rank: Rank) -> Tensor:
     """
     inputs = c.shape[1]
     if not is_whole(c):
-        kept = len(c) - 1 if rank == "auto" else rank
+        kept = _enough(_values(c).flip(0)) if rank == "auto" else rank
         return c if kept >= len(c) - 1 else _of_rows(c[:-1].double(), float(c[-1, 0]) ** 2, kept)
     if rank != "auto" and columns(inputs, rank) == inputs:
         return c
     c_I, basis_II = eigenvectors(c)
     c_I = c_I.clamp(min=0)
     if rank == "auto":
-        beyond_I = c_I.cumsum(0)  # of the smallest 1, 2, ...
-        rank = inputs - int((beyond_I <= (1 - _KEPT) * beyond_I[-1]).sum())
+        rank = _enough(c_I)
         if columns(inputs, rank) == inputs:
             return c
     return _leading(c_I.flip(0)[:rank], basis_II.flip(1)[:, :rank], float(c_I.sum()))
+
+
+def _enough(c_I: Tensor) -> int:
+    """How many of the largest eigenvalues have the share of the trace that `auto` keeps; they ascend."""
+    beyond_I = c_I.cumsum(0)  # of the smallest 1, 2, ...
+    return max(1, len(c_I) - int((beyond_I <= (1 - _KEPT) * beyond_I[-1]).sum()))
+
+
+def _values(c: Tensor) -> Tensor:
+    """Eigenvalues (I,) of a leading moment, float64: the K largest, descending, then the others' mean."""
+    sizes_K, rest = c[:-1].double().square().sum(1), float(c[-1, 0].double() ** 2)
+    values_I = torch.full((c.shape[1],), rest, dtype=torch.float64, device=c.device)
+    values_I[: len(sizes_K)] += sizes_K
+    return values_I
 
 
 def spectrum(c: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,13 +152,10 @@ def spectrum(c: Tensor) -> tuple[Tensor, Tensor]:
         return eigenvectors(c)
     sizes_K = c[:-1].double().square().sum(1)
     found = max(int((sizes_K > 0).sum()), 1)
-    rest = float(c[-1, 0].double() ** 2)
-    values_I = torch.full((c.shape[1],), rest, dtype=torch.float64, device=c.device)
-    values_I[:found] += sizes_K[:found]
     rows_KI = c[:found].double() if sizes_K[0] > 0 else torch.eye(1, c.shape[1]).to(c).double()
     # rounded to float32 the rows are orthogonal to 1e-7
     directions_IK, turned_KK = torch.linalg.qr(rows_KI.t())
-    return values_I, directions_IK * turned_KK.diagonal().sign()
+    return _values(c), directions_IK * turned_KK.diagonal().sign()
 
 
 def eigenvectors(c_II: Tensor) -> tuple[Tensor, Tensor]:
