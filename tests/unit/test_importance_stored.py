@@ -29,6 +29,12 @@ def test_bytes_are_off_by_a_254th_of_their_blocks_largest_value_at_most(
         assert (part - back).abs().max() <= part.abs().max() / 254 * (1 + 1e-4)
 
 
+def test_the_bound_holds_where_a_254th_of_the_largest_is_no_normal_number() -> None:
+    values = torch.linspace(-1, 1, BLOCK) * 1e-37
+    (got,) = unpacked(packed({"w": values}, "int8")).values()
+    assert (values - got).abs().max() <= 1e-37 / 254 * (1 + 1e-2)
+
+
 def test_zeros_stay_zeros_and_the_largest_value_itself() -> None:
     values = torch.zeros(3, 70)
     values[1, 2] = 5.0

@@ -19,7 +19,8 @@ def packed(tensors: Mapping[str, Tensor], width: Width) -> dict[str, Tensor]:
 
     bfloat16 keeps 8 significant bits: a relative error below 2^-8. int8 keeps of each 64 values that follow
     one another the largest size, and every value as a 127th part of it: an absolute error of at most a 254th
-    part of the largest, in 1.06 bytes a value.
+    part of the largest, in 1.06 bytes a value. Below 1e-38, where
+    float32 has no normal numbers, it may be more.
     """
     if width != "int8":
         return {name: tensor.to(getattr(torch, width)) for name, tensor in tensors.items()}
@@ -27,7 +28,7 @@ def packed(tensors: Mapping[str, Tensor], width: Width) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         blocks_NB = _blocks(tensor.float())
         scales_N = blocks_NB.abs().amax(1) / 127
-        steps_NB = blocks_NB / scales_N.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+        steps_NB = blocks_NB / scales_N.where(scales_N > 0, 1.0)[:, None]
         codes = steps_NB.round().clamp(-127, 127).to(torch.int8)
         found[name] = codes.flatten()[: tensor.numel()].view(tensor.shape)
         found[name + SCALES] = scales_N
