@@ -292,12 +292,12 @@ class WeightMaps:
         """
         if self.by_token:
             assert back is not None
-            taken = (x, lam, back)
+            values, real_ST = (x, lam, back), None
             if rows is None:
-                values, real_ST = [self._select(value) for value in taken], None
+                x_STI, lam_STO, back_STI = map(self._select, values)
             else:
-                values, real_ST = self._by_sample(rows, taken)
-            self._take_tokens(weight, *values, out_first, ledger, real_ST)
+                (x_STI, lam_STO, back_STI), real_ST = self._by_sample(rows, values)
+            self._take_tokens(weight, x_STI, lam_STO, back_STI, out_first, ledger, real_ST)
             return
         self._take(weight, self._maker(x, lam, out_first, rows), x.dtype, ledger)
 

@@ -236,7 +236,8 @@ def _embeddings(model: Any) -> list[nn.Module]:
         if hasattr(model, getter):
             parts.append(getattr(model, getter)())
     for part in parts:
-        embedding = part.get_input_embeddings() if hasattr(part, "get_input_embeddings") else None
+        own = getattr(part, "embed_tokens", None)  # of FSMT's decoder, which is no model of transformers'
+        embedding = part.get_input_embeddings() if hasattr(part, "get_input_embeddings") else own
         if embedding is not None:
             found[id(embedding)] = embedding
     return list(found.values())
