@@ -104,6 +104,20 @@ def test_an_unruled_operation_is_named_with_its_module(module, operation) -> Non
         attribute(model)
 
 
+class Unhooked(torch.nn.Linear):
+    def forward(self, x):
+        return F.linear(x, self.weight.data * 2)
+
+
+def test_a_map_computed_of_a_weight_that_is_read_past_autograd_is_named() -> None:
+    model = build("llama")
+    old = model.model.layers[0].mlp.up_proj
+    new = Unhooked(old.in_features, old.out_features, bias=False).double()
+    model.model.layers[0].mlp.up_proj = new
+    with pytest.raises(UnruledOperationError, match=r"mlp\.up_proj \(Unhooked\).*'linear'.*that '\w+' makes"):
+        attribute(model)
+
+
 class Opaque(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):

@@ -151,9 +151,10 @@ class RuleMode(TorchFunctionMode):
 
         try:
             with torch.enable_grad():
-                return list(tensors_in(func(*shadow(args), **shadow(kwargs))))
+                found = list(tensors_in(func(*shadow(args), **shadow(kwargs))))
         except LookupError:
             return None
+        return found if all(t.requires_grad for t in found) else None  # a weight read by its data has no leaf
 
     def _leaves(self, value: Any) -> Any:
         """Constants that go into attributed weights (tokens that every text gets) are inputs."""
