@@ -143,3 +143,17 @@ def test_relevance_in_16_bits_is_not_given_without_a_word(dtype: torch.dtype) ->
         attribute_batches(model, ROWS[:1], fold=AbsoluteMean(), pad_id=0, correct_only=False)
     said = [str(w.message) for w in told if "attribution: the model is in" in str(w.message)]
     assert len(said) == (dtype != torch.float32)
+
+
+def test_wrong_answers_are_left_out_of_gradients_one_sample_at_a_time_too() -> None:
+    model = build("llama")
+    every, fold = dict(model.named_parameters()), Keep()
+    with torch.no_grad():
+        logits = model(torch.tensor([ROWS[1].prompt_ids])).logits
+    right = Encoded(ROWS[1].prompt_ids, [int(logits[0, -1].argmax())])
+    report = per_sample_gradients(
+        model, [ROWS[0], right, ROWS[2]], fold=fold, parameters=every, pad_id=0, correct_only=True
+    )
+    assert report.one_at_a_time
+    assert (report.samples_seen, report.samples_used) == (3, 1)
+    assert {len(maps) for maps in fold.maps.values()} == {1}

@@ -172,8 +172,8 @@ def per_sample_gradients(
     """Fold the gradient of each answer's log-likelihood (summed over its tokens), sample by sample.
 
     The fold gets plain gradients of weights and biases of linear maps; see `attribute_batches` for the
-    parameters. All samples count, right or wrong. With ``of="logit"`` it is the gradient of the sum of the
-    answer's logits instead.
+    parameters. All samples count, right or wrong, unless `correct_only`. With ``of="logit"`` it is the
+    gradient of the sum of the answer's logits instead.
     """
     job = Job("gradient", "none", "all", of, pad_id, padding_side, batch_size, correct_only, max_samples)
     return _run(model, rows, job, fold, parameters, memory_budget, progress, partial)

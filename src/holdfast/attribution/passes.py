@@ -227,15 +227,17 @@ class Pass:
         return fold.of_sample(0, self.weights)
 
     def _plain_sketches(self, row: Encoded) -> Sketches:
-        return {name: sketch(grad) for name, grad in self._plain_gradients(row).items()}
+        return {name: sketch(grad) for name, grad in (self._plain_gradients(row) or {}).items()}
 
-    def _plain_gradients(self, row: Encoded) -> dict[str, Tensor]:
-        """Autograd's gradients of a single row."""
+    def _plain_gradients(self, row: Encoded, correct_only: bool = False) -> dict[str, Tensor] | None:
+        """Autograd's gradients of a single row; None if it has to be answered right and is not."""
         none = WeightMaps(self.model, {}, self.maps.fold, 1.0)
         for parameter in self.wanted.values():
             parameter.requires_grad_(True)
         try:
-            _, logits, lam = self._answer([row], none, None)
+            batch, logits, lam = self._answer([row], none, None)
+            if correct_only and not correct(logits.detach(), batch.answer_ST).all():
+                return None
             found = torch.autograd.grad(logits, list(self.wanted.values()), lam, allow_unused=True)
         finally:
             for parameter in self.wanted.values():
@@ -280,7 +282,10 @@ class Pass:
 
     def _batch(self, rows: Sequence[Encoded], room: int | None) -> list[int]:
         if self.plain:
-            for name, grad in self._plain_gradients(rows[0]).items():
+            gradients = self._plain_gradients(rows[0], self.job.correct_only and self.first)
+            if gradients is None:
+                return []
+            for name, grad in gradients.items():
                 self.maps.reached.add(name)
                 self.maps.fold.update(name, self.weights[name], grad[None])
             return [0]
