@@ -57,6 +57,11 @@ def is_adapter(path: str) -> bool:
         return (local_path(path) / ADAPTER).is_file()
     except OSError:  # said where the model is looked for
         return False
+def bare_of(model: Any) -> Any:
+    """The model inside PEFT's wrapper; with an adapter by transformers' `add_adapter` it has none."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 
 
 def lora_layers(model: nn.Module, name: str = NAME) -> dict[str, Any]:

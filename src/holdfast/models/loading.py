@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from holdfast.errors import ModelError
-from holdfast.models.adapters import ADAPTER, is_adapted, is_adapter, is_quantised, load_adapter
+from holdfast.models.adapters import ADAPTER, bare_of, is_adapted, is_adapter, is_quantised, load_adapter
 from holdfast.models.lora import add_lora
 from holdfast.models.options import FloatType, ModelOptions
 from holdfast.models.parts import block_parameters, text_part, unwrapped
@@ -213,7 +213,7 @@ def float_type(model: Any) -> FloatType:
     """The type that a model is loaded in: the widest of its weights', and under an adapter the base's own."""
     bare = unwrapped(model)
     if is_adapted(bare):  # PEFT keeps factors on 16-bit weights in float32, and does so again
-        widest = bare.get_base_model().dtype
+        widest = bare_of(bare).dtype
     else:
         types = {p.dtype for p in bare.parameters() if p.is_floating_point()}
         widest = functools.reduce(torch.promote_types, types) if types else torch.float32

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from holdfast import world
-from holdfast.models.adapters import is_adapted, is_quantised
+from holdfast.models.adapters import bare_of, is_quantised
 from holdfast.names import canonical_name, layer_of
 
 _MATRIX = re.compile(r"weight|proj|kernel|^[a-z]\d$")  # what modules call matrices of their own
@@ -200,8 +200,7 @@ def _is_bias(leaf: str, own: dict[str, nn.Parameter]) -> bool:
 
 def quantisation_of(model: Any) -> dict[str, Any] | None:
     """The `quantization_config` that the weights under an adapter were loaded with, if they are quantised."""
-    base = model.get_base_model() if is_adapted(model) else model
-    found = getattr(getattr(base, "config", None), "quantization_config", None)
+    found = getattr(getattr(bare_of(model), "config", None), "quantization_config", None)
     return found if found is None or isinstance(found, dict) else found.to_dict()
 
 
@@ -219,7 +218,4 @@ def weights_of(model: nn.Module) -> tuple[int, int]:
 
 def accepts(model: nn.Module, argument: str) -> bool:
     """Whether the bare model's forward takes this keyword (PEFT's wrapper takes anything)."""
-    inner: Any = model
-    if hasattr(model, "get_base_model"):
-        inner = inner.get_base_model()
-    return argument in inspect.signature(inner.forward).parameters
+    return argument in inspect.signature(bare_of(model).forward).parameters
