@@ -75,6 +75,28 @@ def test_tokens_and_weights_add_up_to_the_answers_logits(kind: str, halves: str)
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rules": "paper", "halves": "path"}, "logits {:.4g} = "),
+        ({"of": "log_probability"}, "logits above the mean of all tokens, by probability, {:.4g} = "),
+    ],
+)
+def test_the_target_is_what_it_is_called(options: dict[str, Any], said: str) -> None:
+    model = tiny_model("llama").double().eval()
+    found = holdfast.explain(model, TOKENIZER, "copy ab=", "ab", options=options)
+    row = Encoder(TOKENIZER, Template(), encoder_decoder=False)(Example("copy ab=", "ab"))
+    with torch.no_grad():
+        ids, labels = torch.tensor([row.prompt_ids]), torch.tensor([row.completion_ids])
+        logits = model(torch.cat([ids, labels], 1)).logits[0, ids.shape[1] - 1 : -1]
+    expected = logits.gather(1, labels.T)[:, 0]
+    if "of" in options:
+        expected = expected - (logits * logits.softmax(-1)).sum(-1)
+    assert found.target == pytest.approx(float(expected.sum()), rel=1e-6)
+    assert sum(found.parts.values()) == pytest.approx(found.target, rel=1e-6)
+    assert found.adds_up.startswith(said.format(found.target))
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
 @pytest.mark.parametrize("halves", ["none", "path"])
 def test_the_parts_of_a_contrast_add_up_to_the_difference_of_the_engines_sums(kind: str, halves: str) -> None:

@@ -23,6 +23,11 @@ class AttributionOptions(Options):
     of: Literal["logit", "log_probability"] = Field("logit", description="what is attributed; A: the logit")
 
 
+def starts_below_head(rules: str, halves: str) -> bool:
+    """Whether Z is to reach what is below the head, as A has it: what the head takes is given on top."""
+    return rules == "paper" and halves == "path"
+
+
 @dataclass
 class AttributionReport:
     """How an attribution went.

@@ -19,7 +19,7 @@ from holdfast.attribution.diagnose import LocalMode
 from holdfast.attribution.ledger import Ledger, relevance
 from holdfast.attribution.maps import Fold, WeightMaps
 from holdfast.attribution.mode import RuleMode, attributable, whole_activations
-from holdfast.attribution.options import AttributionReport
+from holdfast.attribution.options import AttributionReport, starts_below_head
 from holdfast.attribution.targets import Batch, correct, initial_lambda, make_batch, module_names
 from holdfast.attribution.trace import RuleSet, SamplesMixedError, Trace
 from holdfast.errors import ConservationError, ModelError, NoCorrectSampleError, UnruledOperationError
@@ -262,8 +262,8 @@ class Pass:
         maps.begin_batch(len(rows), batch.lengths, batch.real)
         logits = self._forward(batch, trace)
         lam = initial_lambda(logits.detach(), batch.answer_ST, target=job.target, of=job.of)
-        if job.rules == "paper" and job.halves == "path":
-            lam = lam * 2  # A starts below the head, R(H^L) = Z: the half that the head takes is given on top
+        if starts_below_head(job.rules, job.halves):
+            lam = lam * 2  # R(H^L) = Z: the half that the head takes is given on top
         return batch, logits, lam
 
     def _part(self, rows: Sequence[Encoded], room: int | None) -> list[int]:

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from holdfast.errors import ModelError
 from holdfast.models import evaluating, first_position, is_encoder_decoder, unwrapped
+from holdfast.models.adapters import bare_of
 from holdfast.tasks.encode import IGNORED, Encoded, collate
 
 
@@ -53,7 +54,7 @@ def make_batch(
     position of padding), so that a sequence's length tells its mask.
     """
     model = unwrapped(model)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = bare_of(model)
     accepted = inspect.signature(base.forward).parameters
     encoder_decoder = is_encoder_decoder(model)
     batch = collate(

@@ -14,6 +14,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from holdfast.attribution import AttributionOptions, attribute_one
+from holdfast.attribution.options import starts_below_head
 from holdfast.errors import ConfigError
 from holdfast.importance.prior import ImportancePrior
 from holdfast.models import block_parameters, text_part
@@ -30,6 +31,7 @@ _PARTS = {  # of `Explanation.parts`, in words
     "created": "handed out twice",
     "weights": "weights",
 }
+_TARGETS = {"logit": "logits", "log_probability": "logits above the mean of all tokens, by probability,"}
 _SEEN = 0.1  # of the strongest: below it a token has no colour in a terminal
 
 
@@ -59,7 +61,8 @@ class Explanation:
         How many of the tokens are the prompt's.
     answer : str
     target : float
-        The sum of the answer's logits, which is what is explained.
+        The sum of the answer's logits, which is what is explained; with ``of: log_probability`` of each one
+        less the mean of all tokens' logits, weighted by their probabilities.
     weights : ImportancePrior
         The relevance of each weight of the linear maps in the transformer blocks, signed: of those that are
         trained (a LoRA's factors), or of all where nothing is. ``weights.top(20)``, ``weights.by_layer()``.
@@ -144,7 +147,7 @@ class Explanation:
         """The target and its parts, in words."""
         of = f" (the sum of {self.logits[0]} less that of {self.logits[1]})" if self.uneven else ""
         parts = ", ".join(f"{_PARTS[name]} {value:+.4g}" for name, value in self.parts.items() if value)
-        return f"logits {self.target:.4g}{of} = {parts}"
+        return f"{_TARGETS[self.options.of]} {self.target:.4g}{of} = {parts}"
 
     @property
     def uneven(self) -> bool:
@@ -230,6 +233,8 @@ def explain_answer(
         model, row, options=options, fold=fold, parameters=_rated(model), pad_id=pad_id
     )
     relevance = torch.cat(shares)
+    # A starts below the head (`halves: path`): what the head takes was given on top, and is no part of it
+    on_top = ledger.target / 2 if starts_below_head(options.rules, options.halves) else 0.0
     ids = row.prompt_ids + row.completion_ids
     # a causal model reads the last token too, but nothing that it answers depends on it
     if encoder.encoder_decoder:
@@ -241,7 +246,7 @@ def explain_answer(
         relevance=relevance,
         asked=len(row.prompt_ids),
         answer=example.completion,
-        target=ledger.target,
+        target=ledger.target - on_top,
         weights=ImportancePrior(
             fold.tensors, {"importance": "relevance", "tasks": [], "unreached": list(report.unreached)}
         ),
@@ -250,7 +255,7 @@ def explain_answer(
             "biases": ledger.biases,
             "absorbed": float(sum(ledger.absorbed.values())),
             "created": ledger.created,
-            "weights": ledger.weights,
+            "weights": ledger.weights - on_top,
         },
         logits=(1 if options.target == "first" else len(row.completion_ids),),
         options=options,
