@@ -77,6 +77,12 @@ class _SumOfSquares:
         total.add_((squared_S @ square_S.flatten(1)).view(total.shape).to(total.device))
 
 
+def _unfollowed(why: str) -> ConfigError:
+    return ConfigError(
+        f"strategy.sensitivity: 'second' needs gradients of single samples, and {why} Use 'second-batch'."
+    )
+
+
 def named_views(flat_N: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
     """Name to its part of a flat tensor, in the order and with the shapes given."""
     parts = flat_N.split([shape.numel() for shape in shapes.values()])
@@ -135,6 +141,13 @@ class SampleSquares:
             if not output.requires_grad:
                 return
             x = args[0].detach()
+            samples = self._maps.samples
+            if samples > 1 and not (x.dim() > 2 and len(x) == samples):
+                name = self._maps.names.get(id(module.weight)) or self._maps.names[id(module.bias)]
+                raise _unfollowed(
+                    f"{name} is given inputs of shape {tuple(x.shape)}, of which it can't be told which of "
+                    f"the {samples} samples a row is of."
+                )
             self._maps.expect(module.weight)
             self._maps.expect(module.bias)
 
@@ -205,11 +218,10 @@ class SampleSquares:
             error = float((apart - whole).norm()) / scale if scale else 0.0
             limit = _TOLERANCE if self._parameters[name].dtype in (torch.float32, torch.float64) else 0.1
             if not error <= limit:
-                raise ConfigError(
-                    "strategy.sensitivity: 'second' needs gradients of single samples, and those of "
-                    f"{name} sum to something else than the batch's gradient (relative difference "
+                raise _unfollowed(
+                    f"those of {name} sum to something else than the batch's gradient (relative difference "
                     f"{error:.2g}). The model uses this weight in a way that can't be followed sample by "
-                    "sample (a quantised layer, tokens that every sample gets). Use 'second-batch'."
+                    "sample (a quantised layer, tokens that every sample gets)."
                 )
 
     def remove(self) -> None:
