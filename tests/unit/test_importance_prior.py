@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import warnings
@@ -21,7 +22,8 @@ from holdfast.errors import ConfigError, DataError, PriorMismatchError, StorageE
 from holdfast.importance import compute_prior
 from holdfast.importance.agreement import agreement
 from holdfast.importance.prior import ImportancePrior, trained_parameters
-from holdfast.models import block_parameters
+from holdfast.models import block_parameters, fingerprints
+from holdfast.models.base import identity_of
 
 META = {
     "importance": "fisher",
@@ -306,6 +308,19 @@ def test_another_model_of_the_same_shape_is_told_where_all_is_trained() -> None:
         torch.nn.init.normal_(parameter)
     with pytest.warns(UserWarning, match=r"made on another model.*every weight differs"):
         prior.check_fits(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_the_same_weights_in_another_float_type_are_no_other_model(dtype: torch.dtype) -> None:
+    model = tiny_model()
+    other = copy.deepcopy(model).to(dtype)
+    made_on = ImportancePrior(ones(model).tensors, {"weights": fingerprints(model)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made_on.check_fits(other)
+        marks = fingerprints(other)
+        ImportancePrior(ones(model).tensors, {"weights": marks}).check_fits(model)
+    assert identity_of(other) == (None if dtype == torch.float16 else identity_of(model))
 
 
 def test_a_second_trained_adapter_is_missing_from_a_prior_by_its_names() -> None:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from holdfast.models.adapters import flags_kept, is_adapted, lora_factors
 from holdfast.models.identity import fingerprints
 from holdfast.models.modes import evaluating
@@ -33,10 +35,10 @@ def adapter_is_new(model: Any) -> bool:
 def identity_of(model: Any) -> str | None:
     """What tells one base from another: a digest of `fingerprints`, what an adapter adds left out.
 
-    It is the same on every device and in every float type. None of quantised weights, which are packed
-    otherwise on each kind of device.
+    It is the same on every device, and in float64, float32 and bfloat16. None of float16, see `fingerprints`,
+    and of quantised weights, which are packed otherwise on each kind of device.
     """
-    if quantisation_of(model) is not None:
+    if quantisation_of(model) is not None or any(p.dtype == torch.float16 for p in model.parameters()):
         return None
     bare = unwrapped(model)
     adapted = {canonical_name(n) for n, p in bare.named_parameters() if p.requires_grad and is_adapted(bare)}
