@@ -203,6 +203,16 @@ def test_empty_data_and_frozen_models_are_errors() -> None:
         compute_prior(model, rows(), "inputs", pad_id=0)
 
 
+def test_inputs_of_an_adapter_without_a_linear_map_of_its_own_are_refused() -> None:
+    from peft import OFTConfig, get_peft_model
+
+    config = OFTConfig(oft_block_size=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_model(), config)
+    assert block_parameters(model)
+    with pytest.raises(ModelError, match=r"'inputs': .* no trainable linear map in .* by one of fisher, "):
+        compute_prior(model, rows(), "inputs", pad_id=0)
+
+
 @pytest.mark.parametrize("name", sorted(REGISTRY))
 def test_every_registered_importance_is_a_word_in_the_config(name: str) -> None:
     adapter: TypeAdapter[Any] = TypeAdapter(ImportanceOptions)

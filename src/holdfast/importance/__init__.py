@@ -20,7 +20,7 @@ from holdfast.config import Options, named, validate
 from holdfast.errors import ConfigError, DataError, ModelError
 from holdfast.importance.prior import ImportancePrior
 from holdfast.importance.registry import REGISTRY, Inputs, Progress
-from holdfast.models import digest, fingerprints, own_forward, require_rateable, unwrapped
+from holdfast.models import digest, fingerprints, input_sizes, own_forward, require_rateable, unwrapped
 from holdfast.resume import Partial
 from holdfast.tasks.encode import Encoded, first_token
 
@@ -94,6 +94,9 @@ def compute_prior(
     importance = REGISTRY[chosen.name]
     if parameters is None:
         parameters = importance.rated(model)
+    if importance.kind == "inputs":  # a rotation (OFT's) has none
+        sizes = input_sizes(model)
+        parameters = {name: p for name, p in parameters.items() if name in sizes}
     if not parameters:
         what, else_take = "weight", ""
         if not importance.every_weight:

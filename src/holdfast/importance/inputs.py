@@ -222,8 +222,7 @@ def moments_of_inputs(inputs: Inputs, options: InputsOptions) -> Computed:
     A row's inputs are what its maps are given for this row alone: in that forward pass rows of one length go
     together, without padding, and one at a time in a model that mixes the rows of a batch.
     """
-    all_sizes = input_sizes(inputs.model)
-    parameters = {name: p for name, p in inputs.parameters.items() if name in all_sizes}
+    parameters, all_sizes = inputs.parameters, input_sizes(inputs.model)
     sizes = {name: all_sizes[name] for name in parameters}
     rows = sample(inputs.rows, options.samples, inputs.seed)
     shuffled = inputs.seed if options.control != "none" else None

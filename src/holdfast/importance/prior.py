@@ -156,7 +156,7 @@ class ImportancePrior:
 
     @property
     def elements(self) -> int:
-        """The number of weights the prior covers."""
+        """How many numbers it has: a number a weight, or (kind ``inputs``) the values of all matrices."""
         return sum(tensor.numel() for tensor in self.tensors.values())
 
     @property
@@ -227,7 +227,7 @@ class ImportancePrior:
     @property
     def usual_merge(self) -> Literal["max", "sum"]:
         """How priors of this kind are joined where nobody says: ``max``, of the kind ``inputs`` ``sum``."""
-        return "sum" if self.kind == "inputs" else "max"
+        return default_merge(self.kind)
 
     def merge(
         self,
@@ -244,7 +244,7 @@ class ImportancePrior:
         others : prior or sequence of priors
             Merged with this one; they must cover the same weights.
         how : {"max", "sum", "mean"}, optional
-            Default: see `default_merge`. ``max``: the element-wise maximum clipped at 0 (A, eq. 12). ``sum``
+            Default: `usual_merge`. ``max``: the element-wise maximum clipped at 0 (A, eq. 12). ``sum``
             is what EWC does with its Fisher matrices. Neither ``sum`` nor ``mean`` clips.
 
         Raises
@@ -254,7 +254,7 @@ class ImportancePrior:
         ConfigError
             No such `how`.
         """
-        how = how or default_merge(self.kind)
+        how = how or self.usual_merge
         if how not in (allowed := get_args(How)):
             raise ConfigError(f"merge: no how={how!r}. Allowed: {', '.join(allowed)}.")
         everyone = [self, *([others] if isinstance(others, ImportancePrior) else others)]
