@@ -253,7 +253,9 @@ def is_quantised(layer: nn.Module) -> bool:
     """Whether a linear layer's weight is stored in fewer bits than a float has."""
     if not hasattr(layer, "in_features") or hasattr(layer, "lora_A"):
         return False
-    own = [t for t in (*layer._parameters.values(), *layer._buffers.values()) if t is not None]
+    every = {**layer._buffers, **layer._parameters}
+    weight = every.get("weight")  # its indices (OFT's) are none; some packed layers have none of that name
+    own = [t for t in every.values() if t is not None] if weight is None else [weight]
     foreign = ("torchao.", "optimum.quanto.")  # tensors that say they are floats
     packed = any(not t.is_floating_point() or t.element_size() < 2 for t in own)
     return packed or any(type(t.data).__module__.startswith(foreign) for t in own)
