@@ -330,7 +330,12 @@ def load_adapter(model: Any, folder: Path) -> None:
     saved = json.loads((folder / ADAPTER).read_text())
     if saved["peft_type"] == "LORA" and saved["r"] != rank_of(model):
         _resize(model, saved["r"], saved["lora_alpha"])
-    set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+    found: Any = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+    if found.unexpected_keys:
+        raise ModelError(
+            f"{folder}: {len(found.unexpected_keys)} tensors of this adapter belong to nothing in the model, "
+            f"such as {canonical_name(found.unexpected_keys[0])}. Give the model that it was trained on."
+        )
 
 
 @torch.no_grad()
