@@ -13,9 +13,19 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from holdfast.errors import ConfigError
-from holdfast.models import LoraOptions, add_lora, digest, load_weights, save_model, tiny_llama
-from holdfast.models.adapters import check_growable, grow, lora_factors, rank_of, recompress
+from holdfast.errors import ConfigError, ModelError
+from holdfast.models import (
+    LoraOptions,
+    accepts,
+    add_lora,
+    digest,
+    float_type,
+    load_weights,
+    quantisation_of,
+    save_model,
+    tiny_llama,
+)
+from holdfast.models.adapters import check_growable, grow, is_quantised, lora_factors, rank_of, recompress
 from holdfast.tasks import toy_tokenizer
 
 TOKENIZER = toy_tokenizer()
@@ -180,6 +190,65 @@ def test_an_adapter_that_grows_or_shrinks_keeps_the_scale_of_its_ranks(rslora: b
     assert recompress(tmp_path, 2) == pytest.approx(1.0), "of six ranks two are not zero"
     again = PeftModel.from_pretrained(base_of("llama"), str(tmp_path)).eval()
     torch.testing.assert_close(answer(again, "llama"), before)
+
+
+def test_a_module_with_an_alpha_of_its_own_keeps_its_scale_when_ranks_are_taken_away(tmp_path: Path) -> None:
+    model = peft_of(r=4, alpha_pattern={"v_proj": 12}, rank_pattern={"q_proj": 4}).eval()
+    with torch.no_grad():
+        for _, b in lora_factors(model):
+            b[:, :2].normal_()
+    before = answer(model, "llama")
+    save_model(model, TOKENIZER, tmp_path)
+    assert recompress(tmp_path, 2) == pytest.approx(1.0)
+    again = PeftModel.from_pretrained(base_of("llama"), str(tmp_path)).eval()
+    torch.testing.assert_close(answer(again, "llama"), before)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"use_dora": True}, "use_dora = True"),
+        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "target_modules = an embedding"),
+        ({"target_parameters": ["q_proj.weight"], "target_modules": []}, "target_parameters"),
+    ],
+    ids=["dora", "ranks", "embedding", "parameters"],
+)
+def test_adapter_whose_ranks_cannot_be_taken_away_is_refused_and_left(
+    values: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    peft_of(**values).save_pretrained(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(
+        ConfigError, match=r"can be recompressed, and this adapter has .*Leave the rank out"
+    ) as got:
+        recompress(tmp_path, 1)
+    assert said in str(got.value)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_tensors_of_an_adapter_that_a_model_has_no_place_for_are_told(tmp_path: Path) -> None:
+    save_model(peft_of(target_modules=["q_proj", "v_proj", "up_proj"]), TOKENIZER, tmp_path)
+    with pytest.raises(ModelError, match=r"tensors of this adapter belong to nothing in the model.*up_proj"):
+        load_weights(peft_of(), tmp_path)
+
+
+def test_indices_in_a_float_layer_do_not_make_it_a_quantised_one() -> None:
+    from peft import OFTConfig, get_peft_model
+
+    config = OFTConfig(oft_block_size=8, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(base_of("llama"), config)
+    assert not [name for name, module in model.named_modules() if is_quantised(module)]
+
+
+def test_an_adapter_that_transformers_put_in_leaves_the_model_its_own_base() -> None:
+    from peft import LoraConfig
+
+    model = base_of("llama")
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    assert float_type(model) == "float32"
+    assert quantisation_of(model) is None
+    assert accepts(model, "input_ids")
 
 
 def test_model_without_lora_is_refused_with_the_key_that_adds_it() -> None:

@@ -29,6 +29,12 @@ _PLAIN = {
     *("task_type", "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"),
     *("inference_mode", "runtime_config"),
 }
+# and what may be set where each layer's factors do nothing else than to add alpha / r · B A
+_FACTORED = _PLAIN | {
+    *("rank_pattern", "alpha_pattern", "layer_replication", "bias", "lora_bias", "modules_to_save"),
+    *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    *("trainable_token_indices", "ensure_weight_tying", "megatron_config", "megatron_core"),
+}
 
 
 class Factors(NamedTuple):
@@ -51,17 +57,17 @@ def is_adapted(model: nn.Module) -> bool:
     return hasattr(model, "peft_config")
 
 
+def bare_of(model: Any) -> Any:
+    """The model inside PEFT's wrapper; with an adapter by transformers' `add_adapter` it has none."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def is_adapter(path: str) -> bool:
     """Whether a folder holds an adapter that PEFT saved."""
     try:
         return (local_path(path) / ADAPTER).is_file()
     except OSError:  # said where the model is looked for
         return False
-def bare_of(model: Any) -> Any:
-    """The model inside PEFT's wrapper; with an adapter by transformers' `add_adapter` it has none."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 
 
 def lora_layers(model: nn.Module, name: str = NAME) -> dict[str, Any]:
@@ -356,18 +362,35 @@ def recompress(folder: Path, rank: int) -> float:
     Raises
     ------
     ConfigError
-        The adapter is no LoRA, or a layer has no more ranks than that.
+        The adapter is no plain LoRA on linear layers, or has no more ranks than that.
     """
+    from peft import LoraConfig
+
     file, config = folder / "adapter_model.safetensors", json.loads((folder / ADAPTER).read_text())
     ranks = {config.get("r"), *config.get("rank_pattern", {}).values()}
-    if config["peft_type"] != "LORA" or len(ranks) > 1 or config.get("use_dora"):
-        raise ConfigError(f"{folder}: only plain LoRA of one rank can be recompressed. Leave the rank out.")
+    odd = [f"peft_type = {config['peft_type']}"] if config["peft_type"] != "LORA" else []
+    if len(ranks) > 1:
+        odd.append(f"rank_pattern = {config['rank_pattern']}")
+    if not odd:
+        usual = LoraConfig().to_dict()
+        of_more = {key: value for key, value in config.items() if value and key not in _FACTORED}
+        odd += [f"{key} = {value}" for key, value in of_more.items() if value != usual.get(key)]
+    tensors = load_file(file)
+    if any(".lora_embedding_" in name for name in tensors):
+        odd.append("target_modules = an embedding")
+    if any(".lora_A." in name and tensor.dim() != 2 for name, tensor in tensors.items()):
+        odd.append("target_modules = a convolution")
+    if odd:
+        raise ConfigError(
+            f"{folder}: only plain LoRA of one rank on linear layers can be recompressed, and this adapter "
+            f"has {', '.join(odd)}. Leave the rank out."
+        )
     if rank >= config["r"]:
         raise ConfigError(
             f"rank: got {rank}, but the adapter has {config['r']} ranks; recompressed it has fewer. Allowed: "
             f"1 to {config['r'] - 1}; or leave it out to get the adapter as it is."
         )
-    tensors, left, whole = load_file(file), 0.0, 0.0
+    left = whole = 0.0
     for name in [n for n in tensors if n.endswith(".lora_A.weight")]:
         over = name.replace(".lora_A.", ".lora_B.")
         a_RI, b_OR = tensors[name].double(), tensors[over].double()
@@ -379,7 +402,9 @@ def recompress(folder: Path, rank: int) -> float:
         left += float(sizes_R[:rank].square().sum())
         whole += float(sizes_R.square().sum())
     ratio = scale_ratio(bool(config.get("use_rslora")), rank, config["r"])
+    alphas = {module: alpha * ratio for module, alpha in config.get("alpha_pattern", {}).items()}
     config |= {"lora_alpha": config["lora_alpha"] * ratio, "r": rank}
+    config |= {"alpha_pattern": alphas, "rank_pattern": {}}
     write_tensors(file, tensors, {"format": "pt"})
     (folder / ADAPTER).write_text(json.dumps(config, indent=2, sort_keys=True))
     return left / whole if whole else 1.0
