@@ -114,7 +114,7 @@ class SampleSquares:
         self._model, self._parameters = model, dict(parameters)
         self._fold = _SumOfSquares(parameters)
         self._maps = WeightMaps(model, parameters, self._fold, factor=1.0)
-        self._tokens = 0
+        self._tokens = self._cells = 0  # of the step with an answer; of the micro-batch in all
         self._removers: list[Callable[[], None]] = []
         self.attach()
 
@@ -133,6 +133,7 @@ class SampleSquares:
             self._maps.locate(self._model)
         counts_S = (labels_ST != -100).sum(1).clamp(min=1)
         self._tokens += int(counts_S.sum())
+        self._cells = labels_ST.numel()
         self._fold.begin(1.0 / counts_S)
         self._maps.begin_batch(len(labels_ST), set())
 
@@ -142,7 +143,9 @@ class SampleSquares:
                 return
             x = args[0].detach()
             samples = self._maps.samples
-            if samples > 1 and not (x.dim() > 2 and len(x) == samples):
+            # (S, ..., I), or all tokens of the batch one behind the other, as OPT's MLP has them
+            in_order = len(x) == (samples if x.dim() > 2 else self._cells)
+            if samples > 1 and not in_order:
                 name = self._maps.names.get(id(module.weight)) or self._maps.names[id(module.bias)]
                 raise _unfollowed(
                     f"{name} is given inputs of shape {tuple(x.shape)}, of which it can't be told which of "
