@@ -233,6 +233,7 @@ def test_learn_holds_a_chat_model_by_itself_and_shows_it(tmp_path: Path) -> None
     assert rows
     assert all(row["prompt"][0]["role"] == "user" for row in rows), "its own user turns"
     assert learned("off", protect_base=False).base is None
+    assert learned("memory", "replay.memory=generated").base is None
     general = tmp_path / "general.txt"
     general.write_text("abc de\n\nfed cba\n\nhgf ab\n")
     given = learned("given", general=general)

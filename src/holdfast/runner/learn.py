@@ -208,7 +208,13 @@ def _learner(
         config = config.model_copy(update={"template": template})
         progress.say("prompts go into a user turn of the tokenizer's chat template (template.chat)")
     instruct = bool(getattr(tokenizer, "chat_template", None))
-    if usual_base and instruct and not cannot_hold_base(config.strategy, config.replay):
+    usual_base &= instruct and not cannot_hold_base(config.strategy, config.replay)
+    if usual_base and config.memory == "generated":  # 69.5 together, 79.5 and 76.0 alone (docs/results.md)
+        progress.say(
+            "the base isn't held: a generated memory would train on its rows, which moves it and costs "
+            "what is learned (--protect-base holds it all the same)"
+        )
+    elif usual_base:
         config = config.model_copy(update={"protect_base": ProtectBaseOptions(optional=True)})
         progress.say(
             "what the base can do is held from the start (protect_base; --no-protect-base leaves it)"
