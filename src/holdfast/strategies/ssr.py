@@ -18,6 +18,7 @@ from holdfast.evaluation.writing import write_rows
 from holdfast.folder import CHECKPOINTS
 from holdfast.hold.cost import Cost, Estimate
 from holdfast.models import is_encoder_decoder
+from holdfast.models.adapters import bare_of
 from holdfast.strategies.context import Context, Stage
 from holdfast.strategies.prompts.pool import check_feature, query
 from holdfast.strategies.protocol import Strategy, register
@@ -146,11 +147,11 @@ class Ssr(Strategy):
 
     def check(self, model: nn.Module) -> None:
         """See that the model gives features."""
-        check_feature(_plain(model), "hidden")
+        check_feature(bare_of(model), "hidden")
 
     def estimate(self, model: nn.Module, stream: TaskStream) -> Estimate:
         """The base, while rows are written."""
-        size = sum(p.numel() * p.element_size() for p in _plain(model).parameters())
+        size = sum(p.numel() * p.element_size() for p in bare_of(model).parameters())
         return Estimate([Cost("the model before the first task, while rows are written", size)])
 
     def extra_rows(self, stage: Stage) -> int:
@@ -167,7 +168,7 @@ class Ssr(Strategy):
         own = super().examples(context, stage)
         if not self.openings:
             return own
-        base = _plain(context.base_model()).to(next(context.model.parameters()).device).eval()
+        base = bare_of(context.base_model()).to(next(context.model.parameters()).device).eval()
         old = [row for task in self.openings for row in self._written(context, base, task)]
         if not old:
             return own
@@ -236,8 +237,3 @@ class Ssr(Strategy):
         """Take them back."""
         self.memory.load_state_dict(values["memory"])
         self.openings = {n: Opening.of_record(record) for n, record in values["openings"].items()}
-
-
-def _plain(model: Any) -> Any:
-    """The model itself, where an adapter is around it: one that nothing has trained adds nothing."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
