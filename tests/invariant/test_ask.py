@@ -29,7 +29,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which `may` and `june` were learned, well enough to answer otherwise than the base."""
     folder = tmp_path_factory.mktemp("made")
     data_sets(folder, "may", "june")
-    long = ("training.max_steps=30", "training.learning_rate=0.01")
+    long = ("training.max_steps=30", "training.learning_rate=0.01", "template.max_prompt_tokens=64")
     for data in ("may", "june"):
         more = (*TOY, *SHORT, *long) if data == "may" else ()
         ended = holdfast("learn", f"{data}.jsonl", "--skills", "s", *more, cwd=folder)

@@ -431,10 +431,10 @@ def test_old_answers_may_be_as_long_later_as_they_were_then(tmp_path: Path) -> N
         assert asked > 60
     with Learner.load(tmp_path / "a") as again:
         learn(again, "june")
-        assert again.testing._encoded["may"].max_new_tokens == asked
+        assert again.testing._encoded["may"][1].max_new_tokens == asked
     with Learner.load(tmp_path / "a", evaluation={"max_new_tokens": 3}) as short:
         learn(short, "july")
-        assert short.testing._encoded["may"].max_new_tokens == 3
+        assert short.testing._encoded["may"][1].max_new_tokens == 3
 
 
 def test_text_with_unusual_line_ends_is_kept(tmp_path: Path) -> None:

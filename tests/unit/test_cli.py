@@ -320,7 +320,9 @@ def test_attribute_tests_faithfulness(trained: Path, head_data: Path, tmp_path: 
     framed = ("--set", "template.prompt='{bos}{prompt}?'")
     replaced = holdfast_cli(*again, "--importance", "fisher", "--set", "samples=8", *framed)
     assert replaced.exit_code == 0, replaced.output
-    assert "of another model, data or template; replaced" in " ".join(replaced.output.split())
+    assert "of another model, data or template, or stored otherwise; replaced" in " ".join(
+        replaced.output.split()
+    )
     assert not (out / "faithfulness.json").exists(), "it was measured with another prior"
 
 

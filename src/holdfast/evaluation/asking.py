@@ -51,7 +51,8 @@ def ask(
         if long := longer_than_context(model, rows):
             raise DataError(
                 f"{len(long)} of {len(questions)} questions, first number {places[long[0]] + 1}, have more "
-                f"tokens than the model takes ({context_length(model)}). Shorten them."
+                f"tokens than the model takes ({context_length(model)}). Shorten them: what they are cut to "
+                f"(template.max_prompt_tokens) is {encoder.template.max_prompt_tokens} here."
             )
         said = generate(
             model,
