@@ -374,9 +374,8 @@ class _Writing:
     def _answers(self, rows: Sequence[Encoded], stops: Sequence[int]) -> list[list[int]]:
         """Greedy answers, in batches of all processes."""
         room = self.encoder.template.max_completion_tokens + self.encoder.completion_frame_size
-        room = min(
-            rooms_for_answers(self.model, rows, room), default=room
-        )  # of all, so that batches decide nothing
+        # of all, so that batches decide nothing
+        room = min(rooms_for_answers(self.model, rows, room), default=room)
         found: list[list[int]] = [[] for _ in rows]
         done = 0
         for indices in by_length(rows, self.batch_size * world.size()):

@@ -21,6 +21,11 @@ def digest_of(task: Task) -> str:
     return hashlib.sha256(repr((task.metric, task.options, task.train, task.test)).encode()).hexdigest()
 
 
+def asked_digest_of(task: Task) -> str:
+    """The same of what a task is asked alone, its test rows and how they are scored."""
+    return hashlib.sha256(repr((task.metric, task.options, task.test)).encode()).hexdigest()
+
+
 def write_task(
     folder: Path, task: Task, kept: Mapping[str, Any], remarks: Mapping[str, Any] | None = None
 ) -> None:

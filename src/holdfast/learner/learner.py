@@ -332,10 +332,10 @@ class Learner:
 
     def _forget_another(self, stage: Stage, task: Task) -> None:
         """Begin anew where a killed attempt was at other rows, or had other options of training."""
-        part, known = self.part(stage), self._attempt(task)
+        part = self.part(stage)
         begun = self.folder.path / (part + PARTIAL)
         about = world.first(lambda: read_about(begun))
-        if about and any(about.get(key) != value for key, value in known.items()):
+        if about and any(about.get(key) != value for key, value in self._attempt(task).items()):
             self.progress.say(f"{begun}: begun with other rows or training options; starting over.")
             self.folder.remove(part)
 
@@ -439,7 +439,7 @@ class Learner:
         examples = state.strategy.examples(state.context, stage)
         if state.replay is not None:
             examples = state.replay.mixed(examples, seed)
-        rehearsal = state.replay or state.strategy.rehearsal
+        rehearsal = state.rehearsal
         beside = None if rehearsal is None else Beside.of(rehearsal, self.encoder, seed)
         soft = SoftTargets.of(rehearsal, self.model, examples)
         said = description or f"learn {stage.name}"

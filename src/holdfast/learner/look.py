@@ -38,9 +38,8 @@ class Look:
         problems, tasks = list[str](), list(tasks)
         if any(id(task) not in self._seen for task in tasks):
             check_askable(self.state.config, self.state.model, self.state.context.tokenizer)
-            rehearsal = self.state.replay or self.state.strategy.rehearsal
-            if rehearsal is not None:
-                rehearsal.check()
+            if self.state.rehearsal is not None:
+                self.state.rehearsal.check()
         before, new = [*self.state.tests], dict[int, Task]()
         for task in tasks:
             before.append(task)

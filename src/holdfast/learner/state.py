@@ -34,7 +34,7 @@ class LearnerState:
     learned : list of str
         The names of the tasks learned so far, in order.
     tests : list of Task
-        Those learned by `Learner.task`, with the rows kept aside for testing them.
+        Those learned in stages of their own, with the rows kept aside for testing them.
     digests : dict
         Of the rows that these were learned from, by task.
     """
@@ -53,6 +53,11 @@ class LearnerState:
     def model(self) -> Any:
         """The model as it stands now; a strategy may have wrapped it."""
         return self.context.model
+
+    @property
+    def rehearsal(self) -> Rehearsal | None:
+        """What is trained on again of earlier tasks: of ``replay:``, or else of the strategy."""
+        return self.replay or self.strategy.rehearsal
 
     def route(self, task: str | None = None) -> Any:
         """The model that answers, see `Learner.route`."""

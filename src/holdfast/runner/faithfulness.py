@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from holdfast.evaluation.evaluate import EvaluationOptions
 from holdfast.evaluation.faithfulness import Curves, measure_faithfulness
 from holdfast.importance import ImportancePrior
+from holdfast.learner.known import asked_digest_of
 from holdfast.models import block_parameters
 from holdfast.records import Faithfulness
 from holdfast.resume import Partial
@@ -44,7 +44,7 @@ def faithfulness_in_folder(
         "template": encoder.template.model_dump(mode="json"),
         "evaluation": options.model_dump(mode="json"),
         "seed": seed,
-        "test": hashlib.sha256(repr((task.metric, task.options, task.test)).encode()).hexdigest(),
+        "test": asked_digest_of(task),
     }
     partial.every = 0.0  # a point takes a pass over the test rows, and is a few bytes
     state = partial.load()

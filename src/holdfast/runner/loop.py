@@ -25,7 +25,7 @@ from holdfast.progress import Progress, stoppable
 from holdfast.records import RunMetrics, StageMetrics, TrainingLog
 from holdfast.runner.config import RunConfig, Scope
 from holdfast.runner.directory import RunDirectory
-from holdfast.runner.rows import keep_rows, of_other_rows
+from holdfast.runner.rows import digests, keep_rows, of_other_rows
 from holdfast.strategies import Stage, build_strategy
 from holdfast.tasks import build_stream, toy_tokenizer
 from holdfast.tasks.task import Task
@@ -105,7 +105,7 @@ class _Run:
                 f"{', '.join(planned)}. Give the order as it was in tasks.order, with new tasks behind it, "
                 "or another directory with output=DIR."
             )
-        for problem in of_other_rows(path, self.stream.tasks):
+        for problem in of_other_rows(path, digests(self.stream.tasks, self.stream.tasks)):
             raise RunDirectoryError(
                 f"{problem} Bring these back, or give this run a directory of its own with output=DIR."
             )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from holdfast.learner.known import digest_of
+from holdfast.learner.known import asked_digest_of, digest_of
 from holdfast.storage import write_json
 from holdfast.tasks.task import Task
 
@@ -16,24 +15,23 @@ ROWS = "rows.json"  # in a part: the digests of what its tasks are learned from,
 
 def keep_rows(folder: Path, learned: Sequence[Task], asked: Sequence[Task]) -> None:
     """Write into a part's folder what tells its rows from others."""
-    learned_from = {task.name: digest_of(task) for task in learned}
-    write_json(folder / ROWS, {"learned": learned_from, "asked": {t.name: _asked(t) for t in asked}})
+    write_json(folder / ROWS, digests(learned, asked))
 
 
-def of_other_rows(path: Path, tasks: Sequence[Task]) -> Iterator[str]:
-    """A sentence of each part of a run, begun or finished, whose rows aren't those of these tasks."""
-    learned, asked = ({t.name: of(t) for t in tasks} for of in (digest_of, _asked))
+def digests(learned: Sequence[Task], asked: Sequence[Task]) -> dict[str, dict[str, str]]:
+    """What tells the rows of tasks from others, by name: of what is learned, and of what is asked."""
+    return {
+        "learned": {task.name: digest_of(task) for task in learned},
+        "asked": {task.name: asked_digest_of(task) for task in asked},
+    }
+
+
+def of_other_rows(path: Path, now: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
+    """A sentence of each part of a run, begun or finished, whose rows aren't those of these `digests`."""
     for file in sorted(path.rglob(ROWS)):
         then = json.loads(file.read_text(encoding="utf-8"))
-        for key, now, what in (
-            ("learned", learned, "was learned from other rows"),
-            ("asked", asked, "was asked other test rows"),
-        ):
+        for key, what in (("learned", "was learned from other rows"), ("asked", "was asked other test rows")):
             known = then.get(key, {})
-            if other := [name for name, digest in known.items() if now.get(name, digest) != digest]:
+            if other := [name for name, digest in known.items() if now[key].get(name, digest) != digest]:
                 yield f"{file.parent}: {what} of {', '.join(other)} than there are now."
                 break
-
-
-def _asked(task: Task) -> str:
-    return hashlib.sha256(repr((task.metric, task.options, task.test)).encode()).hexdigest()

@@ -16,7 +16,7 @@ from holdfast.progress import Progress
 from holdfast.records import Comparison
 from holdfast.runner.directory import RunDirectory
 from holdfast.runner.findings import check
-from holdfast.runner.rows import of_other_rows
+from holdfast.runner.rows import digests, of_other_rows
 from holdfast.storage import why_no_folder, write_text
 from holdfast.strategies import build_strategy
 from holdfast.sweep.cells import Outcome, run_cells
@@ -141,21 +141,20 @@ class _Sweep:
 
     def _refuse_other_rows(self, note: Note) -> None:
         """Cells that were run, or begun, stand beside new ones only where all learn from the same rows."""
-        streams: dict[str, TaskStream | None] = {}
+        known: dict[str, dict[str, dict[str, str]]] = {}  # the digests of each stream
         for cell in (*self.plan.candidates, *self.plan.cells):
             if not cell.folder.exists():
                 continue
             config = cell.config
             key = f"{config.seed} {config.tasks.model_dump_json()}"
-            if key not in streams:
+            if key not in known:
                 try:
-                    streams[key] = build_stream(config.tasks, config.seed, lambda _: None)
+                    tasks = build_stream(config.tasks, config.seed, lambda _: None).tasks
                 except HoldfastError:  # the rows are gone; a cell that needs them tells of it
-                    streams[key] = None
-            if (stream := streams[key]) is not None:
-                changed = of_other_rows(cell.folder, stream.tasks)
-                mend = "Bring these back, or give the sweep another folder with output=DIR."
-                note(cell, [f"{problem} {mend}" for problem in changed])
+                    tasks = ()
+                known[key] = digests(tasks, tasks)
+            mend = "Bring these back, or give the sweep another folder with output=DIR."
+            note(cell, [f"{problem} {mend}" for problem in of_other_rows(cell.folder, known[key])])
 
     def _finished(self, cell: Cell) -> bool:
         return self.outcomes[cell.folder].status == "finished"
